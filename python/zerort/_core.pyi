@@ -1,0 +1,238 @@
+"""The compiled core. Plans, the gradient cursor, CPU kernels and the trace ring; see the Rust crate `zerort-core`."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, final
+
+__version__: str
+
+Dtype = Literal["f32", "f16", "bf16", "f64"]
+CommandKind = Literal["launch", "retire"]
+
+@final
+class Bucket:
+    """Parameters reduced together in one flat buffer; all offsets and lengths are in elements."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def group(self) -> int:
+        """Optimizer parameter group the bucket belongs to."""
+    @property
+    def params(self) -> list[int]:
+        """Parameter ids in the order in which they lie in the buffer."""
+    @property
+    def offsets(self) -> list[int]:
+        """Start of each parameter of `params`; every one is on 64 bytes."""
+    @property
+    def numels(self) -> list[int]: ...
+    @property
+    def numel(self) -> int:
+        """Padded length: a multiple of world x 128."""
+    @property
+    def shard_numel(self) -> int: ...
+
+@final
+class Fragment:
+    """A parameter's part inside one rank's shard, in elements."""
+
+    @property
+    def param(self) -> int: ...
+    @property
+    def param_start(self) -> int: ...
+    @property
+    def shard_start(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+@final
+class Plan:
+    """The immutable result of planning. Every rank computes the same one; `digest` proves it.
+
+    `params` is `(numel, dtype, optimizer group)` in registration order; the index is the parameter's id. The cap of a
+    bucket is given in bytes or in elements, never both. `window` is how many launched buckets may be unretired; None
+    means all. Raises `PlanError`.
+    """
+
+    def __new__(
+        cls,
+        params: Sequence[tuple[int, Dtype, int]],
+        *,
+        world: int,
+        stage: int,
+        cap_bytes: int | None = None,
+        cap_elements: int | None = None,
+        window: int | None = None,
+    ) -> Plan: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def num_params(self) -> int: ...
+    @property
+    def shards_optimizer(self) -> bool: ...
+    @property
+    def shards_gradient(self) -> bool: ...
+    @property
+    def shards_parameter(self) -> bool: ...
+    @property
+    def digest(self) -> int:
+        """64-bit hash of layout, rules and schedule."""
+    @property
+    def buckets(self) -> list[Bucket]: ...
+    @property
+    def schedule(self) -> list[tuple[CommandKind, int]]:
+        """The static list: `("launch" | "retire", bucket id)`."""
+    def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
+    def reordered(self, observed: Sequence[int]) -> Plan:
+        """The same layout, launched in the order in which `observed` (parameter ids by arrival) fills the buckets."""
+
+@final
+class Finished:
+    """What `Reducer.finish` hands out."""
+
+    @property
+    def hi(self) -> int:
+        """End of the list: every command below it may run now."""
+    @property
+    def absent(self) -> list[int]:
+        """Parameters that require grad and whose gradient never came."""
+    @property
+    def late(self) -> list[int]:
+        """Parameters whose gradient came after their bucket had left; the gradient is in `.grad`."""
+
+@final
+class Reducer:
+    """The cursor for gradients: how far along the schedule one may go now.
+
+    Its methods raise `StepError` when called in the wrong phase or with an unknown parameter.
+    """
+
+    def __new__(cls, plan: Plan) -> Reducer: ...
+    def set_active(self, active: Sequence[bool]) -> None:
+        """Which parameters require grad; the others are not waited for. Only between passes."""
+    def begin(self) -> None:
+        """Starts a pass."""
+    def grad_ready(self, param: int) -> int | None:
+        """One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
+
+        Outside a pass the arrival is counted in `stray` and nothing is handed out.
+        """
+    def grad_ready_at(self, param: int, now_ns: int) -> int | None:
+        """`grad_ready`, with the time kept for the trace."""
+    def finish(self) -> Finished:
+        """Ends the pass and hands out the rest of the list."""
+    def reorder(self, plan: Plan) -> None:
+        """Takes a plan of the same layout with another launch order. Only between passes."""
+    @property
+    def in_pass(self) -> bool: ...
+    @property
+    def stray(self) -> int:
+        """Gradients that arrived since the last `clear_stray` and that no pass took."""
+    def clear_stray(self) -> None: ...
+    @property
+    def observed(self) -> list[int]:
+        """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""
+    def explain(self) -> tuple[int, CommandKind, int, list[int]] | None:
+        """The command the cursor stands at (index, kind, bucket) and the parameters its bucket lacks; None outside a pass."""
+    def life(self) -> list[tuple[int, int, int, int]]:
+        """Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last); `grad_ready_at` only."""
+
+@final
+class Buffer:
+    """A flat, contiguous, one-dimensional piece of a tensor's memory, taken over by DLPack without a copy.
+
+    `source` is anything with `__dlpack__` (fp32, fp16, bf16, fp64, uint8; CPU or CUDA). With `plan` and `bucket` the
+    buffer knows its partition and hands out shards and fragments. Raises `LayoutError`, which says why.
+    """
+
+    def __new__(cls, source: Any, plan: Plan | None = None, bucket: int | None = None) -> Buffer: ...
+    @property
+    def data_ptr(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def dtype(self) -> Literal["f32", "f16", "bf16", "f64", "u8"]: ...
+    @property
+    def device(self) -> tuple[int, int]:
+        """DLPack's (device type, device id)."""
+    def slice(self, start: int, length: int) -> Buffer: ...
+    def shard(self, rank: int) -> Buffer: ...
+    def fragment(self, param: int) -> Buffer:
+        """The whole of one parameter in a bucket's buffer."""
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def reduce(chunks: Buffer, accum: Buffer, *, world: int, scale: float, add: bool) -> float:
+    """Sums `world` equal chunks in rank order, in fp32 (fp64 for fp64 chunks), times `scale`, into or onto `accum`.
+
+    `chunks` is (world x n,) of fp32, bf16, fp16 or fp64; `accum` is (n,) of fp32, or fp64 for fp64 chunks. CPU only.
+    Returns the squared norm of `accum` afterwards, accumulated in fp64: not finite exactly when an element is not.
+    """
+
+def squared_norm(values: Buffer) -> float:
+    """The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is not."""
+
+def first_nonfinite(values: Buffer) -> int | None:
+    """Index of the first infinity or NaN of a CPU buffer."""
+
+def reshard(
+    source: Plan, target: Plan, *, bucket: int, rank: int, came_from: Sequence[int]
+) -> list[tuple[int, int, int, int, int]]:
+    """What fills `rank`'s shard of `bucket` in `target`: (start in that shard, source rank, source bucket, start in the source's shard, length).
+
+    `came_from[p]` is the id in `source` of the target's parameter p, or -1 where the source has none. Padding is not
+    listed. Raises `PlanError` when the two disagree about a parameter's length.
+    """
+
+@final
+class LossScale:
+    """DeepSpeed's dynamic loss scale as a pure state machine."""
+
+    def __new__(
+        cls,
+        *,
+        initial: float,
+        window: int,
+        hysteresis: int,
+        consecutive: bool,
+        minimum: float,
+        factor: float = 2.0,
+    ) -> LossScale: ...
+    @property
+    def scale(self) -> float: ...
+    def update(self, overflow: bool) -> bool:
+        """Advances by one boundary. False when the step overflowed with the scale already at its minimum."""
+    def state(self) -> tuple[float, int, int, int]:
+        """(scale, hysteresis left, boundaries seen, boundary of the last overflow)."""
+    def restore(self, state: tuple[float, int, int, int]) -> None: ...
+
+@final
+class Trace:
+    """A ring of events and its writer in Chrome's trace format. Times are nanoseconds, passed in."""
+
+    def __new__(cls, rank: int, capacity: int) -> Trace: ...
+    def track(self, name: str) -> int:
+        """A named row (a thread in Chrome's terms); the same name gives the same id."""
+    def span(self, track: int, name: str, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None) -> None: ...
+    def instant(self, track: int, name: str, at_ns: int, args: dict[str, str | int | float] | None = None) -> None: ...
+    def counter(self, name: str, at_ns: int, value: float) -> None: ...
+    def async_span(
+        self, track: int, name: str, key: int, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None
+    ) -> None:
+        """A span that may overlap others of its track: one bucket's life."""
+    @property
+    def dropped(self) -> int:
+        """Events that the ring has overwritten."""
+    def __len__(self) -> int: ...
+    def write(self, path: str) -> None:
+        """Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises `OSError`."""

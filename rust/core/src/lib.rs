@@ -1,0 +1,5 @@
+//! Plans and state machines of a gradient communication runtime.
+
+#![forbid(unsafe_code)]
+
+pub mod ids;

@@ -1,0 +1,6 @@
+//! Python border of `zerort-core`.
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {}
