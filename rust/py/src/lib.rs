@@ -14,7 +14,11 @@ mod descriptor;
 #[allow(unsafe_code)]
 mod dlpack;
 mod errors;
+mod ids;
 mod kernels;
+mod plan;
+mod reducer;
+mod reshard;
 
 /// The compiled core.
 #[pymodule]
@@ -27,6 +31,18 @@ mod _core {
     use super::kernels::reduce;
     #[pymodule_export]
     use super::kernels::squared_norm;
+    #[pymodule_export]
+    use super::plan::Bucket;
+    #[pymodule_export]
+    use super::plan::Fragment;
+    #[pymodule_export]
+    use super::plan::Plan;
+    #[pymodule_export]
+    use super::reducer::Finished;
+    #[pymodule_export]
+    use super::reducer::Reducer;
+    #[pymodule_export]
+    use super::reshard::reshard;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
