@@ -6,9 +6,7 @@ use std::hint::black_box;
 use std::mem::size_of;
 
 use criterion::measurement::WallTime;
-use criterion::{
-    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
-};
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
 use zerort_core::kernels::{Element, Real, Write, first_nonfinite, reduce, squared_norm};
 
@@ -22,13 +20,7 @@ fn copy(group: &mut BenchmarkGroup<'_, WallTime>, parameter: &str, moved: usize)
     });
 }
 
-fn reduced<E: Element>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    name: &str,
-    world: usize,
-    write: Write,
-    one: E,
-) {
+fn reduced<E: Element>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, world: usize, write: Write, one: E) {
     let chunks = vec![one; CHUNKS_BYTES / size_of::<E>()];
     let mut accum = vec![E::Sum::ZERO; chunks.len() / world];
     let passes = match write {
@@ -41,15 +33,7 @@ fn reduced<E: Element>(
     copy(group, &parameter, moved);
     let scale = E::Sum::from_f64(1e-3);
     group.bench_function(BenchmarkId::new("reduce", &parameter), |bench| {
-        bench.iter(|| {
-            reduce(
-                black_box(&chunks),
-                black_box(&mut accum),
-                world,
-                scale,
-                write,
-            )
-        });
+        bench.iter(|| reduce(black_box(&chunks), black_box(&mut accum), world, scale, write));
     });
 }
 
@@ -69,24 +53,14 @@ fn sums(criterion: &mut Criterion) {
 
 fn scans(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("scans");
-    group
-        .sample_size(20)
-        .throughput(Throughput::Bytes(CHUNKS_BYTES as u64));
+    group.sample_size(20).throughput(Throughput::Bytes(CHUNKS_BYTES as u64));
     copy(&mut group, "f32", CHUNKS_BYTES);
     let single = vec![1.0_f32; CHUNKS_BYTES / size_of::<f32>()];
     let brain = vec![bf16::ONE; CHUNKS_BYTES / size_of::<bf16>()];
-    group.bench_function("squared_norm/f32", |bench| {
-        bench.iter(|| squared_norm(black_box(&single)))
-    });
-    group.bench_function("squared_norm/bf16", |bench| {
-        bench.iter(|| squared_norm(black_box(&brain)))
-    });
-    group.bench_function("first_nonfinite/f32", |bench| {
-        bench.iter(|| first_nonfinite(black_box(&single)))
-    });
-    group.bench_function("first_nonfinite/bf16", |bench| {
-        bench.iter(|| first_nonfinite(black_box(&brain)))
-    });
+    group.bench_function("squared_norm/f32", |bench| bench.iter(|| squared_norm(black_box(&single))));
+    group.bench_function("squared_norm/bf16", |bench| bench.iter(|| squared_norm(black_box(&brain))));
+    group.bench_function("first_nonfinite/f32", |bench| bench.iter(|| first_nonfinite(black_box(&single))));
+    group.bench_function("first_nonfinite/bf16", |bench| bench.iter(|| first_nonfinite(black_box(&brain))));
     group.finish();
 }
 

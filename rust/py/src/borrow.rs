@@ -37,10 +37,7 @@ struct Table {
     rows: Vec<Row>,
 }
 
-static TABLE: Mutex<Table> = Mutex::new(Table {
-    next: 0,
-    rows: Vec::new(),
-});
+static TABLE: Mutex<Table> = Mutex::new(Table { next: 0, rows: Vec::new() });
 
 // A panic while the table is locked leaves it usable: each change is one push or one retain.
 fn table() -> MutexGuard<'static, Table> {

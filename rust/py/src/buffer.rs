@@ -169,9 +169,7 @@ impl Buffer {
     ) -> PyResult<Bound<'py, PyCapsule>> {
         let _ = stream;
         if copy == Some(true) {
-            return Err(LayoutError::new_err(
-                "a buffer shares its memory and makes no copy; clone the tensor instead",
-            ));
+            return Err(LayoutError::new_err("a buffer shares its memory and makes no copy; clone the tensor instead"));
         }
         if let Some(wanted) = dl_device.filter(|&wanted| wanted != self.device()) {
             return Err(LayoutError::new_err(format!(
@@ -179,8 +177,7 @@ impl Buffer {
                 self.device()
             )));
         }
-        self.memory
-            .export(py, max_version.is_some_and(|(major, _)| major >= 1))
+        self.memory.export(py, max_version.is_some_and(|(major, _)| major >= 1))
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {

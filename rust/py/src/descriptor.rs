@@ -133,34 +133,21 @@ impl Descriptor<'_> {
                 data.addr()
             )));
         }
-        Ok(Region {
-            data,
-            numel,
-            dtype,
-            device: self.device,
-        })
+        Ok(Region { data, numel, dtype, device: self.device })
     }
 
     fn numel(&self) -> PyResult<usize> {
         let shape = self.shape;
         if shape.iter().any(|&extent| extent < 0) {
-            return Err(LayoutError::new_err(format!(
-                "a shape has no negative extent; got {shape:?}"
-            )));
+            return Err(LayoutError::new_err(format!("a shape has no negative extent; got {shape:?}")));
         }
         if shape.contains(&0) {
             return Ok(0);
         }
-        let product = shape
-            .iter()
-            .try_fold(1_i64, |product, &extent| product.checked_mul(extent));
-        product
-            .and_then(|numel| usize::try_from(numel).ok())
-            .ok_or_else(|| {
-                LayoutError::new_err(format!(
-                    "the shape {shape:?} has more elements than memory has addresses"
-                ))
-            })
+        let product = shape.iter().try_fold(1_i64, |product, &extent| product.checked_mul(extent));
+        product.and_then(|numel| usize::try_from(numel).ok()).ok_or_else(|| {
+            LayoutError::new_err(format!("the shape {shape:?} has more elements than memory has addresses"))
+        })
     }
 
     fn check_contiguous(&self, numel: usize) -> PyResult<()> {
@@ -184,9 +171,7 @@ impl Descriptor<'_> {
     /// The byte offset, once all of the region is known to have addresses.
     fn offset_of(&self, numel: usize, dtype: ElementType) -> PyResult<usize> {
         if self.data.is_null() && numel > 0 {
-            return Err(LayoutError::new_err(format!(
-                "{numel} elements at a null pointer"
-            )));
+            return Err(LayoutError::new_err(format!("{numel} elements at a null pointer")));
         }
         let fits = || {
             let bytes = numel.checked_mul(dtype.size())?;

@@ -95,11 +95,7 @@ impl Managed for Unversioned {
     const USED: &'static CStr = c"used_dltensor";
 
     fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self {
-        Self {
-            tensor,
-            context: ptr::null_mut(),
-            deleter: Some(deleter),
-        }
+        Self { tensor, context: ptr::null_mut(), deleter: Some(deleter) }
     }
 
     fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)> {
@@ -120,14 +116,7 @@ impl Managed for Versioned {
     const USED: &'static CStr = c"used_dltensor_versioned";
 
     fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self {
-        Self {
-            major: 1,
-            minor: 0,
-            context: ptr::null_mut(),
-            deleter: Some(deleter),
-            flags: 0,
-            tensor,
-        }
+        Self { major: 1, minor: 0, context: ptr::null_mut(), deleter: Some(deleter), flags: 0, tensor }
     }
 
     fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)> {
@@ -137,14 +126,10 @@ impl Managed for Versioned {
     fn admitted(&self) -> PyResult<&DlTensor> {
         if self.major != 1 {
             let version = format!("{}.{}", self.major, self.minor);
-            return Err(LayoutError::new_err(format!(
-                "the capsule must be of DLPack version 1; got {version}"
-            )));
+            return Err(LayoutError::new_err(format!("the capsule must be of DLPack version 1; got {version}")));
         }
         if self.flags & READ_ONLY != 0 {
-            return Err(LayoutError::new_err(
-                "the memory is read-only, and a buffer is written to",
-            ));
+            return Err(LayoutError::new_err("the memory is read-only, and a buffer is written to"));
         }
         Ok(&self.tensor)
     }
@@ -161,31 +146,21 @@ impl DlTensor {
     /// `shape` and `strides`, where they are not null, must point to `ndim` numbers that live as long as `self`.
     unsafe fn describe(&self) -> PyResult<Descriptor<'_>> {
         let ndim = usize::try_from(self.ndim).map_err(|_| {
-            LayoutError::new_err(format!(
-                "a tensor has no negative number of dimensions; got {}",
-                self.ndim
-            ))
+            LayoutError::new_err(format!("a tensor has no negative number of dimensions; got {}", self.ndim))
         })?;
         // SAFETY: not null by the check, and of that length by the caller's promise.
-        let numbers = |at: *mut i64| {
-            (!at.is_null()).then(|| unsafe { slice::from_raw_parts(at.cast_const(), ndim) })
-        };
+        let numbers = |at: *mut i64| (!at.is_null()).then(|| unsafe { slice::from_raw_parts(at.cast_const(), ndim) });
         let shape = match numbers(self.shape) {
             Some(shape) => shape,
             None if ndim == 0 => &[],
             None => {
-                return Err(LayoutError::new_err(format!(
-                    "a descriptor of {ndim} dimensions without a shape"
-                )));
+                return Err(LayoutError::new_err(format!("a descriptor of {ndim} dimensions without a shape")));
             }
         };
         Ok(Descriptor {
             data: self.data.cast(),
             byte_offset: self.byte_offset,
-            device: Device {
-                kind: self.device_type,
-                id: self.device_id,
-            },
+            device: Device { kind: self.device_type, id: self.device_id },
             dtype: (self.code, self.bits, self.lanes),
             shape,
             strides: numbers(self.strides),
@@ -221,10 +196,7 @@ impl<M: Managed> Taken<M> {
         let tensor = unsafe { self.0.as_ref() }.admitted()?;
         // SAFETY: of a structure of this version, DLPack says that of shape and strides.
         let region = unsafe { tensor.describe() }?.check()?;
-        Ok(Memory {
-            region,
-            owner: Arc::new(self),
-        })
+        Ok(Memory { region, owner: Arc::new(self) })
     }
 }
 
@@ -263,9 +235,7 @@ impl Memory {
         if let Some(taken) = Taken::<Unversioned>::from_capsule(&capsule)? {
             return taken.memory();
         }
-        let used = [Versioned::USED, Unversioned::USED]
-            .iter()
-            .any(|name| capsule.is_valid_checked(Some(name)));
+        let used = [Versioned::USED, Unversioned::USED].iter().any(|name| capsule.is_valid_checked(Some(name)));
         Err(LayoutError::new_err(if used {
             "the capsule has been used: its memory belongs to whoever took it"
         } else {
@@ -278,19 +248,9 @@ impl Memory {
         if start.checked_add(length)? > self.region.numel {
             return None;
         }
-        let data = self
-            .region
-            .data
-            .wrapping_add(start * self.region.dtype.size());
-        let region = Region {
-            data,
-            numel: length,
-            ..self.region
-        };
-        Some(Self {
-            region,
-            owner: Arc::clone(&self.owner),
-        })
+        let data = self.region.data.wrapping_add(start * self.region.dtype.size());
+        let region = Region { data, numel: length, ..self.region };
+        Some(Self { region, owner: Arc::clone(&self.owner) })
     }
 
     /// Address of the first element.
@@ -315,27 +275,17 @@ impl Memory {
 
     /// A capsule of the memory, one-dimensional and writable, that keeps the owner alive.
     pub fn export<'py>(&self, py: Python<'py>, versioned: bool) -> PyResult<Bound<'py, PyCapsule>> {
-        if versioned {
-            Exported::<Versioned>::capsule(self, py)
-        } else {
-            Exported::<Unversioned>::capsule(self, py)
-        }
+        if versioned { Exported::<Versioned>::capsule(self, py) } else { Exported::<Unversioned>::capsule(self, py) }
     }
 
     /// The elements, for a kernel that reads them.
     pub fn read(&self) -> PyResult<Reading<'_>> {
-        Ok(Reading {
-            memory: self,
-            _hold: self.hold(Access::Shared)?,
-        })
+        Ok(Reading { memory: self, _hold: self.hold(Access::Shared)? })
     }
 
     /// The elements, for a kernel that writes them.
     pub fn write(&self) -> PyResult<Writing<'_>> {
-        Ok(Writing {
-            memory: self,
-            _hold: self.hold(Access::Exclusive)?,
-        })
+        Ok(Writing { memory: self, _hold: self.hold(Access::Exclusive)? })
     }
 
     fn hold(&self, access: Access) -> PyResult<Hold> {
@@ -348,9 +298,7 @@ impl Memory {
         let start = self.address();
         let end = start + self.numel() * self.dtype().size();
         Hold::take(start..end, access).ok_or_else(|| {
-            LayoutError::new_err(
-                "a kernel writes here while another uses the memory: do the two buffers overlap?",
-            )
+            LayoutError::new_err("a kernel writes here while another uses the memory: do the two buffers overlap?")
         })
     }
 
@@ -384,9 +332,7 @@ impl Memory {
 fn request<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
     if !source.hasattr("__dlpack__")? {
         let kind = source.get_type().name()?;
-        return Err(LayoutError::new_err(format!(
-            "a buffer is made from an object with __dlpack__; got a {kind}"
-        )));
+        return Err(LayoutError::new_err(format!("a buffer is made from an object with __dlpack__; got a {kind}")));
     }
     let ask = || {
         let (device, _): (i32, i32) = source.call_method0("__dlpack_device__")?.extract()?;
@@ -403,9 +349,7 @@ fn request<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
             answer => answer,
         }
     };
-    Ok(ask()
-        .map_err(|error| refusal(source.py(), error))?
-        .cast_into::<PyCapsule>()?)
+    Ok(ask().map_err(|error| refusal(source.py(), error))?.cast_into::<PyCapsule>()?)
 }
 
 /// A producer's own refusal (a tensor that requires grad, say) as a `LayoutError` that quotes it.
@@ -413,10 +357,7 @@ fn refusal(py: Python<'_>, error: PyErr) -> PyErr {
     if !error.is_instance_of::<PyException>(py) {
         return error; // KeyboardInterrupt and its like
     }
-    let refused = LayoutError::new_err(format!(
-        "the source does not share its memory: {}",
-        error.value(py)
-    ));
+    let refused = LayoutError::new_err(format!("the source does not share its memory: {}", error.value(py)));
     refused.set_cause(py, Some(error));
     refused
 }
@@ -474,9 +415,7 @@ impl Writing<'_> {
             match self.memory.dtype() {
                 ElementType::F32 => Sums::F32(self.memory.slice_mut()),
                 ElementType::F64 => Sums::F64(self.memory.slice_mut()),
-                other @ (ElementType::F16 | ElementType::BF16 | ElementType::U8) => {
-                    Sums::Other(other)
-                }
+                other @ (ElementType::F16 | ElementType::BF16 | ElementType::U8) => Sums::Other(other),
             }
         }
     }
@@ -508,14 +447,8 @@ impl<M: Managed> Exported<M> {
             (tensor.shape, tensor.strides) = (shape, strides);
         }
         // SAFETY: the box lives until its deleter is called: by who takes it from the capsule, or else by `discard`.
-        let capsule = unsafe {
-            PyCapsule::new_with_pointer_and_destructor(
-                py,
-                exported.cast(),
-                M::NAME,
-                Some(Self::discard),
-            )
-        };
+        let capsule =
+            unsafe { PyCapsule::new_with_pointer_and_destructor(py, exported.cast(), M::NAME, Some(Self::discard)) };
         // SAFETY: without a capsule nobody else has the box.
         capsule.inspect_err(|_| unsafe { Self::delete(exported.as_ptr().cast()) })
     }

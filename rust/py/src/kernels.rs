@@ -10,27 +10,14 @@ use crate::errors::LayoutError;
 /// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its squared norm afterwards.
 #[pyfunction]
 #[pyo3(signature = (chunks, accum, *, world, scale, add))]
-pub fn reduce(
-    py: Python<'_>,
-    chunks: &Buffer,
-    accum: &Buffer,
-    world: usize,
-    scale: f64,
-    add: bool,
-) -> PyResult<f64> {
+pub fn reduce(py: Python<'_>, chunks: &Buffer, accum: &Buffer, world: usize, scale: f64, add: bool) -> PyResult<f64> {
     let write = if add { Write::Onto } else { Write::Over };
     let source = chunks.memory().read()?;
     let mut target = accum.memory().write()?;
     match (source.values(), target.sums()) {
-        (Values::F32(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
-        }
-        (Values::F16(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
-        }
-        (Values::BF16(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
-        }
+        (Values::F32(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::F16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::BF16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
         (Values::F64(chunks), Sums::F64(accum)) => detached(py, chunks, accum, world, scale, write),
         (
             Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,

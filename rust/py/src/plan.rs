@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use zerort_core::{BucketId, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Stage};
+use zerort_core::{
+    BucketId, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Stage,
+};
 
 use crate::errors::PlanError;
 use crate::ids::number;
@@ -50,7 +52,9 @@ impl Plan {
             (Some(bytes), None) => Cap::Bytes(bytes),
             (None, Some(elements)) => Cap::Elements(elements),
             (None, None) => return Err(PlanError::new_err("a bucket needs a cap: give cap_bytes or cap_elements")),
-            (Some(_), Some(_)) => return Err(PlanError::new_err("a bucket has one cap: give cap_bytes or cap_elements")),
+            (Some(_), Some(_)) => {
+                return Err(PlanError::new_err("a bucket has one cap: give cap_bytes or cap_elements"));
+            }
         };
         let spec = PlanSpec {
             params: params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?,

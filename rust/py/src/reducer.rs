@@ -45,6 +45,7 @@ impl Reducer {
     }
 
     /// Which parameters require grad; the others are not waited for. Only between passes.
+    #[allow(clippy::needless_pass_by_value)] // a Python list can not be borrowed as a slice
     fn set_active(&self, active: Vec<bool>) -> PyResult<()> {
         self.lock().set_active(&active).map_err(refused)
     }

@@ -17,8 +17,7 @@ pub fn reshard(source: &Plan, target: &Plan, bucket: i64, rank: i64, came_from: 
     let bucket = BucketId(number("bucket", bucket).map_err(PlanError::new_err)?);
     let rank = Rank(number("rank", rank).map_err(PlanError::new_err)?);
     let came_from = came_from.into_iter().map(origin).collect::<PyResult<Vec<_>>>()?;
-    let segments =
-        zerort_core::reshard(source.inner(), target.inner(), bucket, rank, &came_from).map_err(refused)?;
+    let segments = zerort_core::reshard(source.inner(), target.inner(), bucket, rank, &came_from).map_err(refused)?;
     Ok(segments.into_iter().map(row).collect())
 }
 

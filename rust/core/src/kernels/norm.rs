@@ -35,11 +35,7 @@ impl SquaredNorm {
     /// not finite", so a sum that overflowed by itself stops at the largest fp64.
     pub(super) fn total<E: Element>(self, values: &[E]) -> f64 {
         let total: f64 = self.0.iter().sum();
-        if total.is_finite() || first_nonfinite(values).is_some() {
-            total
-        } else {
-            f64::MAX
-        }
+        if total.is_finite() || first_nonfinite(values).is_some() { total } else { f64::MAX }
     }
 }
 
@@ -58,15 +54,8 @@ pub fn squared_norm<E: Element>(values: &[E]) -> f64 {
 /// Index of the first infinity or NaN.
 pub fn first_nonfinite<E: Element>(values: &[E]) -> Option<usize> {
     // A block is searched to its end, without the early exit that would keep the loop from being vectorised.
-    let finite = |block: &[E]| {
-        block
-            .iter()
-            .fold(true, |all, value| all & value.is_finite())
-    };
-    let (index, block) = values
-        .chunks(BLOCK)
-        .enumerate()
-        .find(|(_, block)| !finite(block))?;
+    let finite = |block: &[E]| block.iter().fold(true, |all, value| all & value.is_finite());
+    let (index, block) = values.chunks(BLOCK).enumerate().find(|(_, block)| !finite(block))?;
     let within = block.iter().position(|value| !value.is_finite())?;
     Some(index * BLOCK + within)
 }

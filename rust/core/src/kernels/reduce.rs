@@ -43,11 +43,7 @@ pub fn reduce<E: Element>(
 ) -> Result<f64, ShapeError> {
     let length = accum.len();
     if world == 0 || world.checked_mul(length) != Some(chunks.len()) {
-        return Err(ShapeError {
-            chunks: chunks.len(),
-            world,
-            accum: length,
-        });
+        return Err(ShapeError { chunks: chunks.len(), world, accum: length });
     }
     let mut norm = SquaredNorm::new();
     let mut sum = [E::Sum::ZERO; BLOCK];
