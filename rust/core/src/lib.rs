@@ -26,3 +26,4 @@ pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};
+pub mod scaler;

@@ -47,4 +47,10 @@ mod _core {
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+mod scaler;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::scaler::LossScale;
 }
