@@ -12,12 +12,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
-__all__ = ["MAIN", "Arg", "BucketLife", "DeviceEvent", "Mark", "NullSink", "TraceSink"]
+__all__ = [
+    "BUCKETS",
+    "EXPOSED",
+    "MAIN",
+    "STEP",
+    "WAIT",
+    "Arg",
+    "BucketLife",
+    "DeviceEvent",
+    "Mark",
+    "NullSink",
+    "TraceSink",
+]
 
 MAIN = "main"
 """The track of forward, backward, wait, optimizer and publish: what the training loop itself is doing."""
+BUCKETS = "buckets"
+"""The track of the buckets' lives."""
+WAIT = "wait"
+"""The span of a `TraceSink.wait`."""
+STEP = "step"
+"""The instant that ends a step."""
+EXPOSED = "exposed communication"
+"""The counter of milliseconds waited since the step began."""
 
 Arg: TypeAlias = str | int | float
 
@@ -63,12 +84,17 @@ class TraceSink(Protocol):
         """Whether times are wanted. False: a caller need not take any."""
         ...
 
+    @property
+    def path(self) -> Path | None:
+        """The file this sink writes, if it writes one."""
+        ...
+
     def now(self) -> int:
         """The host's time, for counters and for `Reducer.grad_ready_at`."""
         ...
 
     def mark(self) -> Mark:
-        """This moment in the current stream after `on_device`, on the host before."""
+        """This moment: on the current stream once `on_device` was called, on the host before."""
         ...
 
     def on_device(self, record: Callable[[], DeviceEvent]) -> None:
@@ -116,6 +142,7 @@ class NullSink:
     """The sink of a run without a trace: `enabled` is False and nothing is kept, allocated or timed."""
 
     enabled = False
+    path = None
     now = staticmethod(time.perf_counter_ns)
     mark = staticmethod(time.perf_counter_ns)
 

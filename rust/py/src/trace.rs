@@ -93,7 +93,10 @@ impl PyTrace {
 
     /// Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises `OSError`.
     // The GIL is kept: another thread that recorded meanwhile would find the ring borrowed, and fail.
-    #[allow(clippy::needless_pass_by_value)] // a path is extracted as a value
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "Python's path becomes a value"
+    )]
     fn write(&self, path: PathBuf) -> PyResult<()> {
         let partial = partial(&path);
         let written = self
