@@ -6,6 +6,7 @@ engine. Hooks return None and never block.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ Hook = Callable[[Tensor], None]
 class ParameterHooks:
     """One post-accumulate hook per parameter that requires grad."""
 
-    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, *, timed: bool) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor) -> None:
         on_cuda = any(parameter.device.type == "cuda" for parameter in params)
         self._params = params
-        self._make = _timed_hook if timed else _stream_hook if on_cuda else _plain_hook
+        self._make = _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else _plain_hook
         self._reducer = reducer
         self._executor = executor
         self._handles: dict[int, Any] = {}
@@ -70,7 +71,7 @@ def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook
 
 
 def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
-    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, executor.now
+    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, time.perf_counter_ns
 
     def hook(_: Tensor) -> None:
         produced()

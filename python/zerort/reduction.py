@@ -40,7 +40,7 @@ class Reduction:
         self._reducer = _core.Reducer(plan)
         self._executor = Executor(flat, comm, transports, watch)
         self._executor.load(plan)
-        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, watch)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor)
         self._active: list[bool] = []
         self._learnt = False
         self.follow()
