@@ -7,5 +7,5 @@ mod scaler;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::scaler::LossScale;
+    use super::scaler::LossScale;
 }
