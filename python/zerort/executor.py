@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from zerort import _core, nonfinite
 from zerort.comm import Comm, Work
@@ -121,7 +120,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._producers: dict[int, torch.cuda.Stream] = {}
 
     def produced(self) -> None:

@@ -38,7 +38,7 @@ class ParameterHooks:
         for index, wanted in enumerate(active):
             if wanted and index not in self._handles:
                 hook = self._make(index, self._reducer, self._executor)
-                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)
+                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Takes all hooks off."""
@@ -91,4 +91,4 @@ def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
 
 def after_backward(finish: Callable[[], None]) -> None:
     """Calls `finish` when the backward under way is over. Only from within a backward."""
-    torch.autograd.Variable._execution_engine.queue_callback(finish)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(finish)
