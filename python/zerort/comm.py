@@ -2,7 +2,7 @@
 
 A `Comm` carries flat buffers between ranks. What it guarantees: every call is made on groups of the engine's own, so a
 collective of the user's can never pair with one of ours, and every group has the configured time-out, so no rank waits
-for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it never decides an order.
+for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it decides no order.
 
 Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and the wire format sums
 them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the bytes, half of what gloo's own reduce-scatter
@@ -236,7 +236,9 @@ class NcclComm(_TorchComm):
 
 def _started(work: Work | None) -> Work:
     if work is None:
-        raise CommError("this process is not a member of its own group: the job's ranks were re-formed under the engine")
+        raise CommError(
+            "this process is not a member of its own group: the job's ranks were re-formed under the engine"
+        )
     return work
 
 

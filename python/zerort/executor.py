@@ -1,4 +1,4 @@
-"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams and events.
+"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams.
 
 What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
 collective of a bucket stay alive together from Launch to Retire; no hook ever blocks (RED-5): a Retire whose collective

@@ -4,7 +4,7 @@
                          └────── abort ───> idle            the rest of the list ran on zeros; peers' collectives paired
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
-that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one pass more.
+that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more.
 """
 
 from __future__ import annotations
