@@ -85,7 +85,8 @@ class Boundary:
 
     def _vote(self, failure: str | None) -> Verdict:
         ballot = Ballot(self.reduction.leftover(), failure is not None, self.reduction.fingerprint)
-        return vote(self.comm, self.flat, ballot)
+        with self.reduction.waiting("vote"):
+            return vote(self.comm, self.flat, ballot)
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:

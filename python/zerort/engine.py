@@ -358,6 +358,11 @@ class Engine(nn.Module):
             group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups
         ]
 
+    @property
+    def exposed_communication(self) -> float:
+        """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
+        return self._waited.last
+
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""
         return self._batch.train
