@@ -116,7 +116,6 @@ class Bf16(_Section):
     """`bf16`: bfloat16 parameters with fp32 masters."""
 
     enabled: bool = False
-    check_grad_overflow: bool = True
 
 
 class Autocast(_Section):

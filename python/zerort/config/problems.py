@@ -89,8 +89,7 @@ def _path(detail: ErrorDetails) -> str:
 def _problem(path: str, details: list[ErrorDetails]) -> Problem:
     first = details[0]
     if first["type"] == "missing":
-        name = str(first["loc"][-1])
-        return Problem(f"{path}.{name}" if not path.endswith(name) else path, "required, but left out")
+        return Problem(path, "required, but left out")
     if first["type"] == "value_error":
         return Problem(path, str(first["ctx"]["error"]))
     return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), first["input"])
