@@ -76,7 +76,8 @@ def _check(source: _Source) -> tuple[Config | None, list[Problem]]:
         config = Config.model_validate(screened.kept)
     except ValidationError as error:
         known = {problem.path for problem in problems}
-        return None, problems + [problem for problem in from_validation(error) if problem.path not in known]
+        found = from_validation(error, screened.kept)
+        return None, problems + [problem for problem in found if problem.path not in known]
     config._ignored = tuple(screened.ignored)
     return (None if problems else config), problems
 

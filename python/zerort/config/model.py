@@ -122,7 +122,7 @@ class Autocast(_Section):
     """`torch_autocast`: fp32 parameters, chosen modules computed in low precision."""
 
     enabled: bool = False
-    dtype: _Dtype = "bf16"
+    dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
     lower_precision_safe_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
     """Class names with their package; None means linear and convolution layers."""
 

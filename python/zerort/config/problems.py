@@ -6,6 +6,7 @@ Problems are collected, not raised one by one: whoever wrote five mistakes into 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,13 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
-def from_validation(error: ValidationError) -> list[Problem]:
-    """The problems that pydantic found; a union's complaints about one key become one line."""
+def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
+    """The problems that pydantic found in `data`; a union's complaints about one key become one line."""
     details = error.errors(include_url=False)
     merged: dict[str, list[ErrorDetails]] = {}
     for detail in details:
         merged.setdefault(_path(detail), []).append(detail)
-    return [_problem(path, group) for path, group in merged.items()]
+    return [_problem(path, group, data) for path, group in merged.items()]
 
 
 def _path(detail: ErrorDetails) -> str:
@@ -94,13 +95,15 @@ def _path(detail: ErrorDetails) -> str:
     return path
 
 
-def _problem(path: str, details: list[ErrorDetails]) -> Problem:
+def _problem(path: str, details: list[ErrorDetails], data: Mapping[str, Any]) -> Problem:
     first = details[0]
     if first["type"] == "missing":
         return Problem(path, "required, but left out")
     if first["type"] == "value_error":
         return Problem(path, str(first["ctx"]["error"]))
-    return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), first["input"])
+    # Not the error's own input: that has been through the validators that unify spellings.
+    value = functools.reduce(lambda section, name: section[name], path.split("."), data)
+    return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), value)
 
 
 _WANTED: Mapping[str, str] = {
