@@ -361,7 +361,7 @@ class Engine(nn.Module):
     @property
     def exposed_communication(self) -> float:
         """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
-        return self._waited.last
+        return self._parts.boundary.exposed
 
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""

@@ -5,13 +5,20 @@ A `Watch` is called a few times per bucket, never per parameter. It never change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from zerort import _core
 from zerort.trace.sink import BucketLife, Mark, TraceSink
 
-__all__ = ["BucketWatch", "Unwatched", "Watch"]
+__all__ = ["BucketWatch", "Collective", "Unwatched", "Watch"]
+
+
+class Collective(Protocol):
+    """What can tell when it is complete."""
+
+    def when_complete(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` once, on whichever thread finds out."""
 
 
 class Watch(Protocol):
@@ -26,7 +33,7 @@ class Watch(Protocol):
     def launched(self, bucket: _core.Bucket) -> None:
         """The bucket's gradients are on their way."""
 
-    def started(self, name: str, size: int, work: Any) -> None:
+    def started(self, name: str, size: int, work: Collective) -> None:
         """A collective over `size` bytes has started; `work` may tell when it is complete."""
 
     def waited(self, start: Mark, what: str) -> None:
@@ -51,7 +58,7 @@ class Unwatched:
     def launched(self, bucket: _core.Bucket) -> None:
         """Ignored."""
 
-    def started(self, name: str, size: int, work: Any) -> None:
+    def started(self, name: str, size: int, work: Collective) -> None:
         """Ignored."""
 
     def waited(self, start: Mark, what: str) -> None:
@@ -85,23 +92,22 @@ class BucketWatch:
         """Keeps the moment for the bucket's life."""
         self._launched[bucket.id] = self._sink.mark()
 
-    def started(self, name: str, size: int, work: Any) -> None:
+    def started(self, name: str, size: int, work: Collective) -> None:
         """A span on the first lane that is free, so that spans of one track never cross."""
-        futures = work.futures() if hasattr(work, "futures") else []
         start = self._sink.mark()
-        if not futures or not isinstance(start, int):
-            return
+        if not isinstance(start, int):
+            return  # on a device the collective's own stream would have to be asked
         lane = self._lanes.index(False) if False in self._lanes else len(self._lanes)
         self._lanes[lane : lane + 1] = [True]
         self._count(size)
 
-        def complete(_: Any) -> None:
+        def complete() -> None:
             # Runs on the worker that completed it: the only place where the time of completion is known.
             self._sink.span(f"collectives {lane}", name, start, self._sink.now(), bytes=size)
             self._lanes[lane] = False
             self._count(-size)
 
-        futures[-1].add_done_callback(complete)
+        work.when_complete(complete)
 
     def waited(self, start: Mark, what: str) -> None:
         """Exposed communication."""
