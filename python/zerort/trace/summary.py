@@ -80,7 +80,7 @@ def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) 
 
 def bucket_table(found: Iterable[Life]) -> Table:
     """A row for each bucket, over all its lives."""
-    table = _table("Buckets: median ms of each phase, what came last and what was waited for most often")
+    table = _table("Buckets: median ms, most frequent last parameter and cause of waiting")
     for heading in ("bucket", "launches", "bytes", "filling", "queued", "in flight"):
         table.add_column(heading, justify="right")
     table.add_column("last", overflow="fold")
