@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import capsules
 import numpy as np
 import pytest
 import torch
+
+import capsules
 from zerort import _core
 from zerort.errors import LayoutError
 
@@ -199,7 +200,7 @@ def test_memory_that_can_not_be_shared_is_refused_with_the_reason(why: str) -> N
 def test_read_only_memory_is_refused() -> None:
     array = np.zeros(4, dtype=np.float32)
     array.flags.writeable = False
-    with pytest.raises(LayoutError, match="read-?only"):
+    with pytest.raises(LayoutError, match=r"read-?only"):
         _core.Buffer(array)
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+
 from zerort import _core
 from zerort.errors import LayoutError
 
