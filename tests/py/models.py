@@ -207,3 +207,19 @@ class WithCollective(nn.Module):
             if i != without:
                 x = torch.tanh(layer(x))
         return x
+
+
+class Terms(nn.Module):
+    """A loss that is linear in two vectors of zeros: after one step of SGD at rate 1 the weights are minus the gradient.
+
+    `forward(a, b)` is `a * sum(self.a) + b * sum(self.b)`; a coefficient of None leaves its vector out of the graph.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(4, dtype=dtype))
+
+    def forward(self, a: float | None = None, b: float | None = None) -> Tensor:
+        pairs = [(a, self.a), (b, self.b)]
+        return sum(coefficient * vector.sum() for coefficient, vector in pairs if coefficient is not None)
