@@ -12,8 +12,10 @@ pub mod partition;
 pub mod plan;
 pub mod reducer;
 pub mod reshard;
+pub mod scaler;
 pub mod schedule;
 pub mod stage;
+pub mod trace;
 
 pub use bucket::{Bucket, Cap, Param};
 pub use command::{Command, Op};
@@ -26,4 +28,3 @@ pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};
-pub mod scaler;
