@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 
 def loss_of(engine: Any, at: Moment, *args: Any) -> Tensor:
-    """Mean squared distance of the outputs from random targets."""
+    """Mean squared distance of the outputs from random targets, in fp32 or better."""
     inputs, targets = at.randn(2, MICRO_BATCH, WIDTH)
-    return (engine(inputs, *args) - targets).square().mean()
+    dtype = next(engine.module.parameters()).dtype
+    return (engine(inputs.to(dtype), *args) - targets).square().mean()
 
 
 def regress(engine: Any, at: Moment) -> None:
