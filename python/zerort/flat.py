@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
 from zerort.errors import PlanError, StepError
@@ -68,7 +69,7 @@ class Memory:
     @classmethod
     def over(cls, buffer: _core.Buffer) -> Memory:
         """The tensor over a buffer that the core handed out."""
-        return cls(torch.from_dlpack(buffer), buffer)
+        return cls(from_dlpack(buffer), buffer)
 
     def shard(self, rank: int) -> Memory:
         """One rank's slice of a bucket's memory."""
@@ -95,7 +96,19 @@ class FlatBucket:
     `landing` the part of it that this rank sums: its shard.
     """
 
-    __slots__ = ("accum", "landing", "master", "names", "owned", "params", "spec", "squares", "start", "values", "views")
+    __slots__ = (
+        "accum",
+        "landing",
+        "master",
+        "names",
+        "owned",
+        "params",
+        "spec",
+        "squares",
+        "start",
+        "values",
+        "views",
+    )
 
     def __init__(self, plan: _core.Plan, spec: _core.Bucket, members: Sequence[Planned], rank: int) -> None:
         first = members[0].tensor
@@ -104,7 +117,7 @@ class FlatBucket:
         self.params = [member.tensor for member in members]
         self.values = Memory.of_bucket(plan, spec, first.dtype, first.device)
         self.views = [
-            laid_out_like(torch.from_dlpack(self.values.buffer.fragment(index)), parameter)
+            laid_out_like(from_dlpack(self.values.buffer.fragment(index)), parameter)
             for index, parameter in zip(spec.params, self.params, strict=True)
         ]
         self._move_in()
@@ -200,8 +213,8 @@ def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int])
         twin = owner.setdefault(member.tensor.data_ptr(), name)
         if twin != name:
             raise PlanError(
-                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by assigning "
-                f"the same Parameter (module.{name} = module.{twin}), or give each its own memory"
+                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by "
+                f"assigning the same Parameter (module.{name} = module.{twin}), or give each its own memory"
             )
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")
