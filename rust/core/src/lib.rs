@@ -71,8 +71,10 @@ pub mod partition;
 pub mod plan;
 pub mod reducer;
 pub mod reshard;
+pub mod scaler;
 pub mod schedule;
 pub mod stage;
+pub mod trace;
 
 pub use bucket::{Bucket, Cap, Param};
 pub use command::{Command, Op};

@@ -19,6 +19,8 @@ mod kernels;
 mod plan;
 mod reducer;
 mod reshard;
+mod scaler;
+mod trace;
 
 /// The compiled core.
 #[pymodule]
@@ -43,6 +45,10 @@ mod _core {
     use super::reducer::Reducer;
     #[pymodule_export]
     use super::reshard::reshard;
+    #[pymodule_export]
+    use super::scaler::LossScale;
+    #[pymodule_export]
+    use super::trace::PyTrace;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -1,0 +1,128 @@
+"""What is wrong with a configuration, in one line each: key path, what was expected, what was found.
+
+Problems are collected, not raised one by one: whoever wrote five mistakes into a file reads of all five.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from zerort.config.keys import KEYS
+from zerort.errors import ConfigError
+
+__all__ = ["Problem", "did_you_mean", "expected", "from_validation", "nearest", "several", "shown", "unknown_key"]
+
+_LONGEST_VALUE = 60
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake; `path` is empty where it is the whole file's."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}" if self.path else self.text
+
+
+def several(origin: str, problems: Sequence[Problem]) -> ConfigError:
+    """One error with a line for each of `problems`."""
+    if len(problems) == 1:
+        return ConfigError(f"{origin}: {problems[0]}")
+    return ConfigError("\n  ".join([f"{origin} has {len(problems)} errors:", *map(str, problems)]))
+
+
+def expected(path: str, what: str, value: Any) -> Problem:
+    """A value of the wrong type or range."""
+    return Problem(path, f"expected {what}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """`value` as it stands in a JSON file, cut to fit on a line."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def unknown_key(path: str) -> Problem:
+    """A key that is not in the table, with the nearest that is: a sibling, else the same name in another section."""
+    section, _, name = path.rpartition(".")
+    known = [key.rpartition(".") for key in KEYS]
+    guess = nearest(name, [leaf for parent, _, leaf in known if parent == section])
+    if guess is None:
+        elsewhere = nearest(name, [leaf for _, _, leaf in known])
+        guess = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
+    return Problem(path, f"unknown key{did_you_mean(guess)}")
+
+
+def did_you_mean(guess: str | None) -> str:
+    """The end of a message about an unknown name."""
+    return f'; did you mean "{guess}"?' if guess else ""
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like `name` in any case of letters; None when none is much like it."""
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
+    return by_lower[close[0]] if close else None
+
+
+def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
+    """The problems that pydantic found in `data`; a union's complaints about one key become one line."""
+    details = error.errors(include_url=False)
+    merged: dict[str, list[ErrorDetails]] = {}
+    for detail in details:
+        merged.setdefault(_path(detail), []).append(detail)
+    return [_problem(path, group, data) for path, group in merged.items()]
+
+
+def _path(detail: ErrorDetails) -> str:
+    # A union adds the name of its branch to the location: keep what the table knows, and the key a value lies under.
+    path = ""
+    for part in detail["loc"]:
+        longer = f"{path}.{part}" if path else str(part)
+        if longer not in KEYS:
+            break
+        path = longer
+    return path
+
+
+def _problem(path: str, details: list[ErrorDetails], data: Mapping[str, Any]) -> Problem:
+    first = details[0]
+    if first["type"] == "missing":
+        return Problem(path, "required, but left out")
+    if first["type"] == "value_error":
+        return Problem(path, str(first["ctx"]["error"]))
+    # Not the error's own input: that has been through the validators that unify spellings.
+    value = functools.reduce(lambda section, name: section[name], path.split("."), data)
+    return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), value)
+
+
+_WANTED: Mapping[str, str] = {
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a string",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "tuple_type": "a list",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than_equal": "a number of at most {le}",
+}
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    template = _WANTED.get(detail["type"])
+    return template.format(**detail.get("ctx", {})) if template else detail["msg"]
