@@ -1,10 +1,10 @@
-"""Sparse gradients: refused with their module's name, or made dense as soon as they exist."""
+"""Sparse gradients: refused with their module's name, or dense from the start where that is asked for."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from zerort.errors import PlanError
 
@@ -12,7 +12,7 @@ __all__ = ["settle"]
 
 
 def settle(module: nn.Module, policy: Literal["refuse", "densify"]) -> None:
-    """Looks for embeddings with sparse=True. Raises `PlanError` naming the first, or densifies their gradients.
+    """Looks for embeddings with sparse=True. Raises `PlanError` naming the first, or sets sparse=False.
 
     A dense gradient costs the embedding's full size in memory and on the wire, which is why it has to be asked for.
     """
@@ -24,9 +24,4 @@ def settle(module: nn.Module, policy: Literal["refuse", "densify"]) -> None:
                 f"module {name} has sparse=True, and flat buffers carry dense gradients only: set sparse=False, or "
                 'configure "zerort": {"sparse_gradients": "densify"}'
             )
-        if part.weight.requires_grad:
-            part.weight.register_hook(_densified)  # type: ignore[no-untyped-call]
-
-
-def _densified(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
+        part.sparse = False
