@@ -48,7 +48,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         config.setdefault("zero_optimization", {})["stage"] = args.stage
     schedule = config.get("scheduler", {}).get("params", {})
     if args.steps is None:
-        args.steps = schedule.get("total_num_steps", 1000)
+        args.steps = schedule.get("total_num_steps", 800)
     elif "total_num_steps" in schedule:
         schedule["total_num_steps"] = args.steps
         schedule["warmup_num_steps"] = min(schedule.get("warmup_num_steps", 0), args.steps // 10)
