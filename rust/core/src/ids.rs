@@ -38,6 +38,11 @@ impl Dtype {
             Self::F64 => 8,
         }
     }
+
+    /// Elements in 64 bytes: a cache line, and the widest vector register.
+    pub const fn align(self) -> u64 {
+        64 / self.size()
+    }
 }
 
 macro_rules! as_index {

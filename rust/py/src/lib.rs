@@ -1,6 +1,56 @@
-//! Python border of `zerort-core`.
+//! Python border of `zerort-core`: thin classes over the core's nouns, and memory shared by DLPack.
+//!
+//! This file exports and does nothing else. Only integers cross the border on the hot path; memory crosses once, at
+//! setup. State-machine calls keep the GIL, kernels release it. A panic of the core arrives as a Python exception.
+//! `unsafe` is allowed in [`dlpack`] alone.
+
+#![deny(unsafe_code)]
 
 use pyo3::prelude::*;
 
+mod borrow;
+mod buffer;
+mod descriptor;
+#[allow(unsafe_code)]
+mod dlpack;
+mod errors;
+mod ids;
+mod kernels;
+mod plan;
+mod reducer;
+mod reshard;
+mod scaler;
+mod trace;
+
+/// The compiled core.
 #[pymodule]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::kernels::first_nonfinite;
+    #[pymodule_export]
+    use super::kernels::reduce;
+    #[pymodule_export]
+    use super::kernels::squared_norm;
+    #[pymodule_export]
+    use super::plan::Bucket;
+    #[pymodule_export]
+    use super::plan::Fragment;
+    #[pymodule_export]
+    use super::plan::Plan;
+    #[pymodule_export]
+    use super::reducer::Finished;
+    #[pymodule_export]
+    use super::reducer::Reducer;
+    #[pymodule_export]
+    use super::reshard::reshard;
+    #[pymodule_export]
+    use super::scaler::LossScale;
+    #[pymodule_export]
+    use super::trace::PyTrace;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

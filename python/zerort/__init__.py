@@ -1,0 +1,40 @@
+"""Gradient communication for PyTorch: DeepSpeed's engine calls over a planned, static launch order.
+
+    engine, optimizer, loader, scheduler = zerort.initialize(model=model, config="config.json")
+    for batch in loader:
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+"""
+
+from zerort._core import __version__
+from zerort.assembly import initialize
+from zerort.comm import init_distributed
+from zerort.engine import Engine
+from zerort.errors import (
+    CheckpointError,
+    CommError,
+    ConfigError,
+    LayoutError,
+    NonFiniteGradient,
+    PlanError,
+    PlanMismatch,
+    StepError,
+    ZerortError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CommError",
+    "ConfigError",
+    "Engine",
+    "LayoutError",
+    "NonFiniteGradient",
+    "PlanError",
+    "PlanMismatch",
+    "StepError",
+    "ZerortError",
+    "__version__",
+    "init_distributed",
+    "initialize",
+]

@@ -1,0 +1,272 @@
+"""Collectives. The only file that imports torch.distributed.
+
+A `Comm` carries flat buffers between ranks. What it guarantees: every call is made on groups of the engine's own, so a
+collective of the user's can never pair with one of ours, and every group has the configured time-out, so no rank waits
+for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it never decides an order.
+
+Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and the wire format sums
+them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the bytes, half of what gloo's own reduce-scatter
+does, and lets us sum in rank order); NCCL sums on its way and delivers one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerort.errors import CommError, ConfigError
+
+__all__ = ["Comm", "GlooComm", "LocalComm", "NcclComm", "Work", "connect", "init_distributed"]
+
+# torch 2.13 renamed these and warns at every call of the old names; 2.11 has only the old ones. Resolved once.
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> Any:
+        """On CPU blocks the host; on CUDA makes the current stream wait."""
+
+
+class Done:
+    """The work of a collective that had nothing to do."""
+
+    def is_completed(self) -> bool:
+        """Always."""
+        return True
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+class Several:
+    """Several works waited for together."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def is_completed(self) -> bool:
+        """Whether all of them are."""
+        return all(work.is_completed() for work in self._works)
+
+    def wait(self) -> None:
+        """Waits for each in turn."""
+        for work in self._works:
+            work.wait()
+
+
+class Comm(Protocol):
+    """What the engine needs of a communication library.
+
+    Buffers are 1-D and contiguous; a bucket's buffer is `world` equal shards in rank order.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    chunks: int
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """Starts moving `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard. Asynchronous."""
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        """Starts filling `buffer` (world x n,) in place: each rank's own shard is already there. Asynchronous."""
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sums small `values` over the ranks, in place."""
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Copies `buffer` from rank `source` to all, in place."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Slow: for set-up, saving and failures."""
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+
+    def close(self) -> None:
+        """Gives the groups back."""
+
+
+class LocalComm:
+    """One process: the null communicator, which satisfies the same contract."""
+
+    rank, world, chunks = 0, 1, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """Nothing to move: `recv` is `send`."""
+        return Done()
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        """Nothing to move."""
+        return Done()
+
+    def all_reduce(self, values: Tensor) -> None:
+        """The sum over one rank."""
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Nothing to move."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value itself."""
+        return [value]
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """One process has no peers to name."""
+        return CommError(f"{what} failed: {error}")
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class _TorchComm:
+    """Three groups of the engine's own: gradients, parameters and control never queue behind one another."""
+
+    backend: ClassVar[str]
+
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self._gradients, self._parameters, self._control = (
+            dist.new_group(backend=self.backend, timeout=timeout) for _ in range(3)
+        )
+
+    def all_reduce(self, values: Tensor) -> None:
+        with self._named("all_reduce"):
+            dist.all_reduce(values, group=self._control)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        with self._named("broadcast"):
+            dist.broadcast(buffer, source, group=self._control)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        with self._named("all_gather_object"):
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def close(self) -> None:
+        for group in (self._gradients, self._parameters, self._control):
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+    @contextmanager
+    def _named(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise self.failure(operation, error) from error
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+        if not dist.is_initialized():
+            return CommError(
+                f"rank {self.rank}: {what} failed because torch.distributed's process group was destroyed: "
+                "call engine.destroy() first, and the process group after it"
+            )
+        return CommError(f"rank {self.rank}: {what} failed, a peer has gone or timed out: {error}")
+
+
+class GlooComm(_TorchComm):
+    """CPU tensors over gloo: all-to-all for reduce-scatter, one in-place broadcast per rank for all-gather."""
+
+    backend = "gloo"
+
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        super().__init__(device, timeout)
+        self.chunks = self.world
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        with self._named("all_to_all"):
+            return _started(dist.all_to_all_single(recv, send, group=self._gradients, async_op=True))
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        # gloo's all_gather stages through fresh buffers: three times the CPU time of these broadcasts.
+        shards = buffer.chunk(self.world)
+        with self._named("broadcast"):
+            return Several(
+                [
+                    _started(dist.broadcast(shard, rank, group=self._parameters, async_op=True))
+                    for rank, shard in enumerate(shards)
+                ]
+            )
+
+
+class NcclComm(_TorchComm):
+    """CUDA tensors over NCCL: SUM in place, all-gather in place; 1/N is folded into the sum that follows."""
+
+    backend = "nccl"
+    chunks = 1
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        with self._named("reduce_scatter"):
+            return _started(_reduce_scatter(recv, send, group=self._gradients, async_op=True))
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        own = buffer.chunk(self.world)[self.rank]
+        with self._named("all_gather"):
+            return _started(_all_gather(buffer, own, group=self._parameters, async_op=True))
+
+
+def _started(work: Work | None) -> Work:
+    if work is None:
+        raise CommError("this process is not a member of its own group: the job's ranks were re-formed under the engine")
+    return work
+
+
+def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(minutes=5)) -> bool:
+    """Initialises torch.distributed from torchrun's environment, unless that was done or there is none.
+
+    Returns whether a process group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not.
+    Mirrors deepspeed.init_distributed.
+    """
+    if dist.is_initialized():
+        return True
+    if "RANK" not in os.environ:
+        return False
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"RANK={os.environ['RANK']} is set but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset RANK to run one process"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(chosen, timeout=timeout)
+    return True
+
+
+def connect(timeout: timedelta, device: torch.device | None = None) -> Comm:
+    """The communicator of this job: adopts torch.distributed, initialises it under torchrun, or runs alone.
+
+    `device` is where the model lives when it already lives on a GPU. Raises `ConfigError` and `CommError`.
+    """
+    grouped = init_distributed(timeout=timeout)
+    place = device or _default_device(grouped)
+    if not grouped or dist.get_world_size() == 1:
+        return LocalComm(place)
+    kind = NcclComm if place.type == "cuda" else GlooComm
+    try:
+        return kind(place, timeout)
+    except (RuntimeError, ValueError) as error:
+        raise CommError(f"cannot make process groups on torch.distributed: {error}") from error
+
+
+def _default_device(grouped: bool) -> torch.device:
+    on_cpu = not torch.cuda.is_available() or (grouped and dist.get_backend() == "gloo")
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,60 @@
+"""The batch triad: samples a step, samples a backward, backwards a step. Any two of them give the third.
+
+DeepSpeed's rules, floor divisions included, and its messages: who searches for one finds the answers written for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zerort.errors import ConfigError
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Batch sizes of a run; `train == micro * accumulation * world` holds for the world it was resolved for."""
+
+    train: int
+    """Samples of one optimizer step, over all ranks."""
+    micro: int
+    """Samples of one backward on one rank."""
+    accumulation: int
+    """Backwards of one optimizer step."""
+
+    @classmethod
+    def resolve(cls, train: int | None, micro: int | None, accumulation: int | None, world: int) -> Batch:
+        """Completes the triad for `world` data-parallel ranks.
+
+        Raises `ConfigError` when neither `train` nor `micro` is given, when a size comes out as zero, and when the
+        three do not multiply up.
+        """
+        if train is None and micro is None:
+            raise ConfigError("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")
+        if train is not None and micro is not None:
+            accumulation = accumulation if accumulation is not None else train // micro // world
+        elif train is not None:
+            accumulation = accumulation if accumulation is not None else 1
+            micro = train // world // accumulation
+        elif micro is not None:
+            accumulation = accumulation if accumulation is not None else 1
+            train = micro * accumulation * world
+        assert train is not None and micro is not None and accumulation is not None
+        batch = cls(train, micro, accumulation)
+        batch._check(world)
+        return batch
+
+    def _check(self, world: int) -> None:
+        for name, size in (
+            ("Train batch size", self.train),
+            ("Micro batch size per gpu", self.micro),
+            ("Gradient accumulation steps", self.accumulation),
+        ):
+            if size <= 0:
+                raise ConfigError(f"{name}: {size} has to be greater than 0")
+        if self.train != self.micro * self.accumulation * world:
+            raise ConfigError(
+                "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
+                f"gradient_acc_step * world_size {self.train} != {self.micro} * {self.accumulation} * {world}"
+            )

@@ -1,0 +1,291 @@
+"""The typed configuration: every key that zerort acts upon, with its type, range and default.
+
+A field's name is the key in the file, its default DeepSpeed's unless a comment says otherwise. Models are strict (no
+"true" for true), frozen and closed: which other keys exist, and what becomes of them, is the table in `keys`.
+What a scheduler, optimizer or wire format is called is known where they are built, and checked there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from zerort.config.batch import Batch
+
+__all__ = [
+    "Autocast",
+    "Bf16",
+    "Checkpoint",
+    "CheckpointPolicy",
+    "Config",
+    "DataTypes",
+    "DtypeName",
+    "Fp16",
+    "Optimizer",
+    "Runtime",
+    "Scheduler",
+    "Trace",
+    "Zero",
+]
+
+DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
+
+DtypeName = Literal["fp32", "fp16", "bf16"]
+
+_DTYPE_SPELLINGS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+
+
+def _whole(value: Any) -> Any:
+    # JSON has no integer 5e8, and DeepSpeed's own examples write bucket sizes so.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _dtype(value: Any) -> Any:
+    name = value.lower().removeprefix("torch.") if isinstance(value, str) else value
+    return _DTYPE_SPELLINGS.get(name, name) if isinstance(name, str) else name
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _built(stage: int) -> int:
+    if stage == 3:
+        raise ValueError("stage 3 is not built yet; stages 0, 1 and 2 are")
+    return stage
+
+
+def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
+    if "max_grad_norm" in params:
+        raise ValueError("max_grad_norm is not an optimizer parameter; clip by the top-level key gradient_clipping")
+    return params
+
+
+_Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+_Dtype = Annotated[DtypeName, BeforeValidator(_dtype)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Zero(_Section):
+    """`zero_optimization`: how model state is placed."""
+
+    stage: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=3), AfterValidator(_built)] = 0
+    reduce_bucket_size: _Positive | None = None
+    """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to overlap."""
+    ignore_unused_parameters: bool = True
+
+
+class Fp16(_Section):
+    """`fp16`: half precision with a loss scale."""
+
+    enabled: bool = False
+    auto_cast: bool = False
+    """Floating-point inputs of the module are cast to fp16."""
+    loss_scale: Annotated[float, Field(ge=0)] = 0.0
+    """0 means dynamic."""
+    initial_scale_power: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=127)] = 16
+    loss_scale_window: _Positive = 1000
+    hysteresis: _Positive = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale moves with overflows."""
+        return self.loss_scale == 0
+
+    @property
+    def initial_scale(self) -> float:
+        """The scale of the first step."""
+        return 2.0**self.initial_scale_power if self.dynamic else self.loss_scale
+
+
+class Bf16(_Section):
+    """`bf16`: bfloat16 parameters with fp32 masters."""
+
+    enabled: bool = False
+    check_grad_overflow: bool = True
+
+
+class Autocast(_Section):
+    """`torch_autocast`: fp32 parameters, chosen modules computed in low precision."""
+
+    enabled: bool = False
+    dtype: _Dtype = "bf16"
+    lower_precision_safe_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+    """Class names with their package; None means linear and convolution layers."""
+
+
+class DataTypes(_Section):
+    """`data_types`."""
+
+    grad_accum_dtype: _Dtype | None = None
+    """What passes are added in; None means fp32."""
+
+
+class Optimizer(_Section):
+    """`optimizer`: a name and the keyword arguments of its constructor."""
+
+    type: str
+    params: Annotated[dict[str, Any], AfterValidator(_without_clipping)] = Field(default_factory=dict)
+
+
+class Scheduler(_Section):
+    """`scheduler`: a name and the keyword arguments of its constructor."""
+
+    type: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Checkpoint(_Section):
+    """`checkpoint`."""
+
+    tag_validation: Annotated[Literal["WARN", "IGNORE", "FAIL"], BeforeValidator(_upper)] = "WARN"
+    """What happens when ranks name different tags."""
+
+
+class Trace(_Section):
+    """`zerort.trace`: where runtime events go."""
+
+    enabled: bool = True
+    path: str | None = None
+    """File per run; the rank is put into its name. None writes nothing."""
+    capacity: _Positive = 1 << 18
+    """Events kept in the ring."""
+
+    @property
+    def active(self) -> bool:
+        """Whether events are recorded."""
+        return self.enabled and self.path is not None
+
+
+class CheckpointPolicy(_Section):
+    """`zerort.checkpoint`: defaults of `save_checkpoint`'s keywords of the same names."""
+
+    overwrite: bool = False
+    keep_last: _Positive | None = None
+
+
+class Runtime(_Section):
+    """`zerort`: what DeepSpeed has no key for."""
+
+    window: _Positive | Literal["all"] | None = None
+    """Launched and unretired buckets; None lets the back end choose."""
+    bucket_bytes: _Positive | None = None
+    """Upper bound of a bucket in bytes, instead of `reduce_bucket_size`."""
+    wire: str | None = None
+    """Name of a wire format; None follows `communication_data_type`."""
+    reduce_at: Literal["micro_batch", "boundary"] | None = None
+    """When gradients travel; None means at the boundary below stage 2 and every micro-batch from stage 2."""
+    on_nonfinite: Literal["skip", "raise"] = "skip"
+    unused_parameters: Literal["zero", "raise"] | None = None
+    """A parameter without a gradient: None follows `ignore_unused_parameters`."""
+    sparse_gradients: Literal["refuse", "densify"] = "refuse"
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds a rank waits for its peers."""
+    trace: Trace = Field(default_factory=Trace)
+    checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
+
+
+class Config(_Section):
+    """A whole configuration. Made by `zerort.config.load`; the properties are what the keys mean together."""
+
+    train_batch_size: _Positive | None = None
+    train_micro_batch_size_per_gpu: _Positive | None = None
+    gradient_accumulation_steps: _Positive | None = None
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the averaged gradient; 0 turns clipping off."""
+    prescale_gradients: bool = False
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(_lower)] = "mean"
+    communication_data_type: _Dtype | None = None
+    """Element type on the wire; None means the compute dtype."""
+    steps_per_print: _Positive | None = None
+    wall_clock_breakdown: bool = False
+    dump_state: bool = False
+    dataloader_drop_last: bool = False
+    data_types: DataTypes = Field(default_factory=DataTypes)
+    fp16: Fp16 = Field(default_factory=Fp16)
+    bf16: Bf16 = Field(default_factory=Bf16)
+    torch_autocast: Autocast = Field(default_factory=Autocast)
+    optimizer: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    zero_optimization: Zero = Field(default_factory=Zero)
+    zerort: Runtime = Field(default_factory=Runtime)
+
+    _ignored: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Paths of the keys given that have no effect here and whose absence changes no result."""
+        return self._ignored
+
+    @property
+    def gradient_clipping_defaulted(self) -> bool:
+        """Whether the file left clipping out, so that the default of 1.0 is worth a line in the log."""
+        return "gradient_clipping" not in self.model_fields_set
+
+    @property
+    def compute_dtype(self) -> DtypeName:
+        """Element type of the parameters that the module computes with."""
+        if self.fp16.enabled:
+            return "fp16"
+        return "bf16" if self.bf16.enabled else "fp32"
+
+    @property
+    def cap_elements(self) -> int | None:
+        """Upper bound of a bucket in elements, when the file gives it so."""
+        return self.zero_optimization.reduce_bucket_size
+
+    @property
+    def cap_bytes(self) -> int | None:
+        """Upper bound of a bucket in bytes; None exactly when `cap_elements` is given."""
+        if self.cap_elements is not None:
+            return None
+        return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
+
+    @property
+    def reduce_every_micro_batch(self) -> bool:
+        """Whether gradients travel in every backward rather than in the last one of a step."""
+        if self.zerort.reduce_at is None:
+            return self.zero_optimization.stage >= 2
+        return self.zerort.reduce_at == "micro_batch"
+
+    @property
+    def unused_parameters(self) -> Literal["zero", "raise"]:
+        """What a parameter without a gradient is: a zero gradient, or an error."""
+        if self.zerort.unused_parameters is not None:
+            return self.zerort.unused_parameters
+        return "zero" if self.zero_optimization.ignore_unused_parameters else "raise"
+
+    def resolve_batch(self, world: int) -> Batch:
+        """Batch sizes for `world` data-parallel ranks. Raises `ConfigError`, see `Batch.resolve`."""
+        return Batch.resolve(
+            self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps, world
+        )
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Config:
+        enabled = [name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled]
+        if len(enabled) > 1:
+            raise ValueError(f"{' and '.join(enabled)} cannot be enabled together; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_bucket_size(self) -> Config:
+        if self.zero_optimization.reduce_bucket_size is not None and self.zerort.bucket_bytes is not None:
+            raise ValueError("zerort.bucket_bytes and zero_optimization.reduce_bucket_size are both given; give one")
+        return self

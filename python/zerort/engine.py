@@ -1,0 +1,370 @@
+"""The engine: DeepSpeed's calls over one path of a gradient.
+
+A facade. What a call means stands here; how it is done stands in `accumulation` (whose gradients travel), `reduction`
+(passes), and `boundary` (the vote and the step). A micro-batch is a transaction: if it fails on this rank, the rank
+still takes part in every collective its peers wait for, on zeros and with a poison flag in the vote, and then raises;
+the peers raise too, with this rank's reason, and the next micro-batch starts clean on all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zerort.accumulation import Accumulation, Counters
+from zerort.boundary import Boundary, Outcome
+from zerort.comm import Comm
+from zerort.config import Batch, Config
+from zerort.errors import CommError, StepError
+from zerort.hooks import after_backward, when_backward_reaches
+from zerort.precision import Precision
+from zerort.reduction import Reduction
+from zerort.trace import TraceSink
+
+__all__ = ["Engine", "Parts"]
+
+_log = logging.getLogger("zerort")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is assembled from."""
+
+    config: Config
+    comm: Comm
+    batch: Batch
+    precision: Precision
+    reduction: Reduction
+    boundary: Boundary
+    scheduler: Any
+    sink: TraceSink
+
+
+@dataclass
+class MicroBatch:
+    """What has happened since the last `step`."""
+
+    backwards: int = 0
+    running: bool = False
+    """A backward is under way, or a direct one has raised and nothing has told so yet."""
+    prepared: bool = False
+    """`scale` was called for a `loss.backward()` of the user's own."""
+    failed: bool = False
+    """Its backward raised and has settled with the peers: the `step` that belongs to it has nothing left to do."""
+
+
+class Engine(nn.Module):
+    """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys `module.*`.
+
+    Unknown attributes are looked up on the module.
+    """
+
+    def __init__(self, module: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        self.module = module
+        self.counters = Counters()
+        self._parts = parts
+        self._batch = parts.batch
+        self._accumulation = Accumulation(parts.batch.accumulation, parts.config.reduce_every_micro_batch, self.counters)
+        self._micro = MicroBatch()
+        self._failure: str | None = None
+        self._applied = False
+        self._named: set[str] = set()
+
+    # One step, in the order of a training loop.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        self._recover()
+        parts = self._parts
+        args, kwargs = parts.precision.inputs((args, kwargs))
+        with parts.sink.range("forward"), parts.precision.context(parts.comm.device):
+            outputs = self.module(*args, **kwargs)
+        when_backward_reaches(outputs, self._reached)
+        return outputs
+
+    def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
+        """`loss` divided by the accumulation steps and times the loss scale, for a `loss.backward()` of the user's own."""
+        self._check(loss)
+        self._micro.prepared = True
+        return self._scaled(loss, scale_wrt_gas)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Backward of a one-element loss; where this micro-batch's gradients travel, they do so meanwhile.
+
+        Returns the loss divided by the accumulation steps, without the loss scale. Raises `StepError` for a loss that
+        is no scalar or has no graph, and whatever the backward raises; the other ranks raise at their boundary.
+        """
+        self._recover()
+        with self._transaction(), self._parts.sink.range("backward"):
+            self._check(loss)
+            self._open(direct=False)
+            self._scaled(loss, scale_wrt_gas).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._close()
+        return loss.detach() / (self._accumulation.steps if scale_wrt_gas else 1)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Ends the micro-batch; at the boundary votes, and updates and publishes the parameters.
+
+        Raises `StepError` within `no_sync`, without a backward, and when another rank has failed.
+        """
+        if self._accumulation.held:
+            raise StepError("step() inside no_sync(): leave the context first, gradients have not been reduced")
+        if self._micro.failed:
+            self._micro = MicroBatch()
+            return
+        self._recover()
+        with self._transaction():
+            if not self._micro.backwards:
+                raise StepError("step() without backward() in this micro-batch: call engine.backward(loss) first")
+        try:
+            self._applied = False
+            if self._accumulation.boundary:
+                self._cross(lr_kwargs or {})
+        finally:
+            self._advance()
+
+    # The transaction.
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._micro.failed = False
+        try:
+            yield
+        except CommError:
+            raise  # there is nobody left to keep in step with
+        except BaseException as error:
+            self._settle(f"{type(error).__name__}: {error}")
+            raise
+
+    def _settle(self, failure: str) -> None:
+        """After a failure: takes part in what is left of the micro-batch, on zeros; at the boundary also in the vote."""
+        self._failure = self._failure or failure
+        self._parts.reduction.abort(self._fold(), travels=self._accumulation.travels)
+        try:
+            if self._accumulation.boundary:
+                self._parts.boundary.cross(self._fold(), self._failure)
+        except StepError:
+            pass  # the verdict on our own failure, which the caller sees at first hand
+        finally:
+            self._advance()
+            self._micro.failed = True
+
+    def _recover(self) -> None:
+        """Settles for a backward of the user's own that has raised: nothing else tells of it."""
+        if self._micro.running:
+            self._settle("a direct loss.backward() raised")
+            self._micro.failed = False
+
+    def _reached(self) -> None:
+        """A backward has come to the module's outputs. Unless it is ours, it is the user's own."""
+        if self._micro.running:
+            return
+        if not self._micro.prepared and self._parts.precision.loss_scale.scale != 1.0:
+            raise StepError("a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or engine.scale(loss).backward()")
+        self._open(direct=not self._micro.prepared)
+        after_backward(self._close)
+
+    def _open(self, *, direct: bool) -> None:
+        """A backward begins."""
+        self._micro.running = True
+        self._accumulation.note(direct=direct)
+        if self._parts.reduction.follow():
+            self._parts.boundary.optimizer.split()
+        if self._accumulation.travels:
+            self._parts.reduction.begin(self._fold())
+
+    def _close(self) -> None:
+        """A backward is over."""
+        reduction = self._parts.reduction
+        if reduction.in_pass:
+            self._name_absent(reduction.finish())
+        else:
+            reduction.collect()
+        self._micro.running = self._micro.prepared = False
+        self._micro.backwards += 1
+
+    def _cross(self, lr_kwargs: dict[str, Any]) -> None:
+        parts = self._parts
+        outcome = parts.boundary.cross(self._fold(), self._failure)
+        self._applied = outcome is Outcome.APPLIED
+        self.counters.global_steps += 1
+        self.counters.global_samples += self._batch.train
+        if not self._applied:
+            self.counters.skipped_steps += 1
+        elif parts.scheduler is not None:
+            parts.scheduler.step(**lr_kwargs)
+        parts.reduction.learn()
+        parts.sink.step(self.counters.global_steps)
+
+    def _advance(self) -> None:
+        if self._accumulation.boundary:
+            self._failure = None
+        self._accumulation.advance()
+        self._micro = MicroBatch()
+
+    def _fold(self) -> float:
+        """What sums over ranks are multiplied by."""
+        parts = self._parts
+        ranks = parts.comm.world if parts.config.gradient_allreduce_op == "mean" else 1
+        return 1.0 / (ranks * self._accumulation.divisor)
+
+    def _scaled(self, loss: Tensor, scale_wrt_gas: bool) -> Tensor:
+        scale = self._parts.precision.loss_scale.scale
+        if scale_wrt_gas and self._accumulation.steps > 1:
+            loss = loss / self._accumulation.steps
+        return loss if scale == 1.0 else loss.float() * scale
+
+    def _check(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise StepError(f"backward needs a loss of one element, got {got}: reduce it, for example with loss.mean()")
+        if not loss.requires_grad:
+            raise StepError(
+                "the loss has no graph (requires_grad is False): it was computed under no_grad, detached, or touches no "
+                "trainable parameter"
+            )
+
+    def _name_absent(self, names: list[str]) -> None:
+        new = [name for name in names if name not in self._named]
+        if not new:
+            return
+        told = f"{', '.join(new[:8])}{f' and {len(new) - 8} more' if len(new) > 8 else ''}"
+        if self._parts.config.unused_parameters == "raise":
+            raise StepError(f"no gradient came for {told}: the forward does not use them (unused parameters are an error)")
+        self._named.update(new)
+        _log.warning(
+            "rank %d: no gradient came for %s; it counts as zero (said once per parameter)", self._parts.comm.rank, told
+        )
+
+    # Control.
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last of its accumulation window."""
+        return self._accumulation.boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Overrides the boundary, for this and all later micro-batches."""
+        self._accumulation.override = is_boundary
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within, backwards add into `.grad` and nothing travels; the next backward outside takes it along."""
+        return self._accumulation.hold()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops everything accumulated since the last step, whether it has been reduced or not."""
+        self._parts.reduction.drain()
+        self._parts.reduction.drop()
+        self._parts.reduction.reset()
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the accumulation steps to fit. Raises `ConfigError` where the batch sizes do not divide."""
+        self._resize(Batch.resolve(train_batch_size, self._batch.micro, None, self._parts.comm.world))
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the micro-batch and with it the train batch; the accumulation steps stay."""
+        self._resize(Batch.resolve(None, micro_batch_size, self._batch.accumulation, self._parts.comm.world))
+
+    def _resize(self, batch: Batch) -> None:
+        self._batch = batch
+        self._accumulation.steps = batch.accumulation
+
+    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        """Compiles the module in place. Compiled whole, all gradients come at the end and nothing overlaps."""
+        self.module.compile(backend=backend, **(compile_kwargs or {}), **options)
+
+    def destroy(self) -> None:
+        """Writes the trace, takes the hooks off the model and gives the process groups back."""
+        self._parts.reduction.close()
+        self._parts.sink.close()
+        self._parts.comm.close()
+
+    # What there is to read.
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer, over this rank's shards."""
+        return self._parts.boundary.optimizer.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The learning rate scheduler, or None."""
+        return self._parts.scheduler
+
+    @property
+    def config(self) -> Config:
+        """The configuration, typed."""
+        return self._parts.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lives."""
+        return self._parts.comm.device
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by; 1 where there is no loss scale."""
+        return self._parts.precision.loss_scale.scale
+
+    @property
+    def global_steps(self) -> int:
+        """Boundaries passed, skipped ones included."""
+        return self.counters.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of these boundaries, over all ranks."""
+        return self.counters.global_samples
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches ended by `step`."""
+        return self.counters.micro_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries at which a gradient was not finite."""
+        return self.counters.skipped_steps
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the parameters."""
+        return self._applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None before the first."""
+        return self._parts.boundary.norm
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """Momentum, or betas, of each parameter group."""
+        return [group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups]
+
+    def train_batch_size(self) -> int:
+        """Samples of one step, over all ranks."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of one backward on one rank."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of one step."""
+        return self._batch.accumulation
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)

@@ -1,0 +1,275 @@
+"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams and events.
+
+What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
+collective of a bucket stay alive together from Launch to Retire; no hook ever blocks (RED-5): a Retire whose collective
+is still under way ends the run, and only `drain` waits. What it does not do: it decides nothing about the order, and
+it does not know what a step is.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zerort import _core, nonfinite
+from zerort.comm import Comm, Work
+from zerort.flat import FlatBucket, FlatModel, Memory
+from zerort.gradients import Source
+from zerort.trace.watch import Watch
+from zerort.wire import WireFormat
+
+__all__ = ["Executor", "Fold", "Inflight", "Transport", "streams_for"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How a pass ends up in the accumulators: times `scale`, onto what is there if `add`."""
+
+    scale: float
+    add: bool
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How one bucket leaves this rank: where its gradient waits, and how it is encoded."""
+
+    source: Source
+    wire: WireFormat
+
+
+class Inflight:
+    """A bucket's send and receive memory and the collective that uses them, from Launch to Retire."""
+
+    __slots__ = ("bucket", "recv", "send", "shared", "slots", "transport", "work")
+
+    def __init__(self, bucket: FlatBucket, transport: Transport, lane: _Lane, comm: Comm) -> None:
+        numel, shard, dtype = bucket.spec.numel, bucket.spec.shard_numel, transport.wire.dtype
+        self.bucket = bucket
+        self.transport = transport
+        self.shared = lane.shared
+        self.send = lane.send.typed(dtype, 0, numel).tensor
+        # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
+        self.recv = lane.recv.typed(dtype, 0, numel) if lane.recv else lane.send.typed(dtype, comm.rank * shard, shard)
+        self.slots = bucket.slots(self.send)
+        self.work: Work | None = None
+
+    def pack(self) -> list[str]:
+        """Encodes the bucket's gradient; returns the names of parameters that had none."""
+        if self.shared:
+            self.send.zero_()  # the lane's last bucket had its padding elsewhere
+        absent = self.transport.source.pack(self.transport.wire, self.send, self.slots)
+        return [self.bucket.names[i] for i in absent if self.bucket.params[i].requires_grad]
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Memory for one bucket in flight; buckets that follow one another at the window's distance share it."""
+
+    send: Memory
+    recv: Memory | None
+    shared: bool
+
+
+class Streams(Protocol):
+    """Where kernels of the reduction run."""
+
+    def produced(self) -> None:
+        """A gradient was written on the current stream."""
+
+    def before_pack(self, *, shared: bool) -> None:
+        """The current stream may now read every gradient that was `produced`, and write into memory that sums read."""
+
+    def side(self) -> AbstractContextManager[object]:
+        """Within, work goes to the stream of sums."""
+
+    def begin(self) -> None:
+        """The stream of sums may overwrite the accumulators once the current stream is done with them."""
+
+    def join(self) -> None:
+        """The current stream may now read the accumulators."""
+
+
+class HostStreams:
+    """CPU: everything happens in the order of the program."""
+
+    def produced(self) -> None:
+        """In order already."""
+
+    def before_pack(self, *, shared: bool) -> None:
+        """In order already."""
+
+    def side(self) -> AbstractContextManager[object]:
+        """The thread itself."""
+        return nullcontext()
+
+    def begin(self) -> None:
+        """In order already."""
+
+    def join(self) -> None:
+        """In order already."""
+
+
+class CudaStreams:
+    """CUDA: gradients are packed on the stream that made the last of them, sums run beside the backward."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._producers: dict[int, torch.cuda.Stream] = {}
+
+    def produced(self) -> None:
+        """Notes the stream; a backward usually has one, compiled graphs may have more."""
+        stream = torch.cuda.current_stream(self._device)
+        self._producers[stream.cuda_stream] = stream
+
+    def before_pack(self, *, shared: bool) -> None:
+        """The current stream waits for the others, the host for none."""
+        current = torch.cuda.current_stream(self._device)
+        if shared:
+            current.wait_stream(self._side)
+        for stream in self._producers.values():
+            if stream != current:
+                current.wait_stream(stream)
+
+    def side(self) -> AbstractContextManager[object]:
+        """The stream of sums."""
+        return torch.cuda.stream(self._side)
+
+    def begin(self) -> None:
+        """Orders the next sums after the last optimizer step, and forgets the last pass's producers."""
+        self._producers.clear()
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+
+    def join(self) -> None:
+        """Orders the optimizer after the sums."""
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+
+def streams_for(device: torch.device) -> Streams:
+    """The streams of a device."""
+    return CudaStreams(device) if device.type == "cuda" else HostStreams()
+
+
+class Executor:
+    """A second cursor into the schedule: what has run, behind what is allowed to."""
+
+    def __init__(self, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch) -> None:
+        self.streams = streams_for(comm.device)
+        self.absent: list[str] = []
+        self.nonfinite: tuple[int, int] | None = None
+        self._flat = flat
+        self._comm = comm
+        self._transports = transports
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._program: list[tuple[Callable[[Inflight], None], Inflight]] = []
+        self._cursor = self._allowed = 0
+        self._fold = Fold(1.0, add=False)
+        self._gathers: list[Work] = []
+        self._sums_are_gathered = False
+
+    def load(self, plan: _core.Plan) -> None:
+        """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a step."""
+        verbs = {"launch": self._launch, "retire": self._retire}
+        lanes = _lanes(plan, self._flat, self._transports, self._comm)
+        order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
+        flights = {
+            b: Inflight(self._flat.buckets[b], self._transports[b], lanes[position % len(lanes)], self._comm)
+            for position, b in enumerate(order)
+        }
+        self._program = [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule]
+        self._cursor = self._allowed = 0
+        self._sums_are_gathered = not plan.shards_optimizer
+
+    def begin(self, fold: Fold) -> None:
+        """Starts at the head of the list."""
+        self._fold = fold
+        self._cursor = self._allowed = 0
+        self.absent = []
+        self.streams.begin()
+
+    def run(self, hi: int) -> None:
+        """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any thread."""
+        with self._lock:
+            self._allowed = max(self._allowed, hi)
+            self._advance(wait=False)
+
+    def drain(self) -> None:
+        """Runs all that is allowed, waiting where it must; afterwards the accumulators may be read."""
+        with self._lock:
+            self._advance(wait=True)
+        for work in self._gathers:
+            self._complete(work, "all_gather of the summed gradients")
+        self._gathers.clear()
+        self.streams.join()
+
+    def publish(self) -> None:
+        """Brings every rank's updated shard to all ranks, and waits."""
+        if not self._sums_are_gathered:
+            works = [(bucket, self._comm.all_gather(bucket.values.tensor)) for bucket in self._flat.buckets]
+            for bucket, work in works:
+                self._complete(work, f"all_gather of {_contents(bucket)}")
+        self._flat.published()
+
+    def _advance(self, *, wait: bool) -> None:
+        while self._cursor < self._allowed:
+            verb, flight = self._program[self._cursor]
+            if not wait and flight.work is not None and not flight.work.is_completed():
+                return
+            verb(flight)
+            self._cursor += 1
+
+    def _launch(self, flight: Inflight) -> None:
+        self.streams.before_pack(shared=flight.shared)
+        self.absent += flight.pack()
+        flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
+        self._watch.launched(flight.bucket.spec, flight.work)
+
+    def _retire(self, flight: Inflight) -> None:
+        bucket = flight.bucket
+        with self.streams.side():
+            if flight.work is not None:
+                self._complete(flight.work, f"reduce_scatter of {_contents(bucket)}")
+            flight.work = None
+            bucket.squares = flight.transport.wire.decode(
+                flight.recv, bucket.landing, scale=self._fold.scale, add=self._fold.add
+            )
+            if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
+                self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
+            if self._sums_are_gathered:
+                self._gathers.append(self._comm.all_gather(bucket.accum.tensor))
+        self._watch.retired(bucket.spec)
+
+    def _complete(self, work: Work, what: str) -> None:
+        start = self._watch.mark()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._comm.failure(what, error) from error
+        self._watch.waited(start, what)
+
+
+def _contents(bucket: FlatBucket) -> str:
+    first, last = bucket.names[0], bucket.names[-1]
+    return f"bucket {bucket.spec.id} ({first if first == last else f'{first} .. {last}'})"
+
+
+def _lanes(plan: _core.Plan, flat: FlatModel, transports: Sequence[Transport], comm: Comm) -> list[_Lane]:
+    """One lane per bucket that may be in flight at once; the n-th launch uses lane n modulo the window."""
+    order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
+    count = min(plan.window, len(order))
+    lanes = []
+    for position in range(count):
+        users = order[position::count]
+        size = max(flat.buckets[b].spec.numel * transports[b].wire.dtype.itemsize for b in users)
+        send = Memory.zeros(size, torch.uint8, comm.device)
+        recv = Memory.zeros(size, torch.uint8, comm.device) if comm.chunks > 1 else None
+        lanes.append(_Lane(send, recv, shared=len(users) > 1))
+    return lanes

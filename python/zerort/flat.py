@@ -1,0 +1,208 @@
+"""Flat buffers: one per bucket, of which the module's parameters are views.
+
+What this guarantees: the core alone decides where a parameter, a shard or a fragment lies (tensors are made from the
+buffers it hands out, by DLPack, without a copy), every view has a storage of its own, so that savers which keep one
+name per storage keep them all, and a parameter that has left its buffer is found and named before its gradient is lost.
+What it does not do: no communication, no arithmetic, no knowledge of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zerort import _core
+from zerort.errors import PlanError, StepError
+
+__all__ = ["DTYPES", "FlatBucket", "FlatModel", "Memory", "Planned", "laid_out_like"]
+
+DTYPES: dict[torch.dtype, _core.Dtype] = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A parameter under plan; its id is its position in registration order."""
+
+    name: str
+    tensor: nn.Parameter
+    group: int
+
+    def spec(self) -> tuple[int, _core.Dtype, int]:
+        """What the core needs to know of it."""
+        return self.tensor.numel(), DTYPES[self.tensor.dtype], self.group
+
+    def signature(self) -> tuple[str, tuple[int, ...], str, int]:
+        """What every rank must agree on."""
+        return self.name, tuple(self.tensor.shape), str(self.tensor.dtype), self.group
+
+
+class Memory:
+    """A flat piece of memory as both sides see it: torch's tensor and the core's buffer, over the same bytes."""
+
+    __slots__ = ("buffer", "tensor")
+
+    def __init__(self, tensor: Tensor, buffer: _core.Buffer) -> None:
+        self.tensor = tensor
+        self.buffer = buffer
+
+    @classmethod
+    def zeros(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Memory:
+        """Fresh memory (numel,), touched: a page's first touch costs more than all its later use in a step."""
+        tensor = torch.empty(numel, dtype=dtype, device=device).zero_()
+        return cls(tensor, _core.Buffer(tensor))
+
+    @classmethod
+    def of_bucket(cls, plan: _core.Plan, bucket: _core.Bucket, dtype: torch.dtype, device: torch.device) -> Memory:
+        """Fresh memory for a whole bucket, which knows the bucket's shards and fragments."""
+        tensor = torch.empty(bucket.numel, dtype=dtype, device=device).zero_()
+        return cls(tensor, _core.Buffer(tensor, plan, bucket.id))
+
+    @classmethod
+    def over(cls, buffer: _core.Buffer) -> Memory:
+        """The tensor over a buffer that the core handed out."""
+        return cls(torch.from_dlpack(buffer), buffer)
+
+    def shard(self, rank: int) -> Memory:
+        """One rank's slice of a bucket's memory."""
+        return Memory.over(self.buffer.shard(rank))
+
+    def typed(self, dtype: torch.dtype, start: int, length: int) -> Memory:
+        """Elements start..start+length of these bytes, read as `dtype`."""
+        tensor = self.tensor.view(dtype).narrow(0, start, length)
+        return Memory(tensor, _core.Buffer(tensor))
+
+
+def laid_out_like(flat: Tensor, parameter: Tensor) -> Tensor:
+    """`flat` (numel,) as a view with `parameter`'s shape, keeping a dense memory format such as channels-last."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return flat.as_strided(parameter.shape, strides)
+
+
+class FlatBucket:
+    """One bucket's memory on this rank.
+
+    `values` holds the parameters, whole, in their own dtype. `owned` is the part of it whose optimizer state this rank
+    keeps: its shard, or the whole where the optimizer is replicated. `master` is the optimizer's copy of `owned` in
+    fp32, the same memory where the parameters are fp32 themselves. `accum` is the reduced gradient of `owned`, and
+    `landing` the part of it that this rank sums: its shard.
+    """
+
+    __slots__ = ("accum", "landing", "master", "names", "owned", "params", "spec", "squares", "start", "values", "views")
+
+    def __init__(self, plan: _core.Plan, spec: _core.Bucket, members: Sequence[Planned], rank: int) -> None:
+        first = members[0].tensor
+        self.spec = spec
+        self.names = [member.name for member in members]
+        self.params = [member.tensor for member in members]
+        self.values = Memory.of_bucket(plan, spec, first.dtype, first.device)
+        self.views = [
+            laid_out_like(torch.from_dlpack(self.values.buffer.fragment(index)), parameter)
+            for index, parameter in zip(spec.params, self.params, strict=True)
+        ]
+        self._move_in()
+        precise = torch.float64 if first.dtype == torch.float64 else torch.float32
+        whole = not plan.shards_optimizer
+        self.start = 0 if whole else rank * spec.shard_numel
+        self.owned = self.values if whole else self.values.shard(rank)
+        self.master = self.owned.tensor if first.dtype == precise else self.owned.tensor.to(precise)
+        if whole:
+            self.accum = Memory.of_bucket(plan, spec, precise, first.device)
+            self.landing = self.accum.shard(rank)
+        else:
+            self.accum = self.landing = Memory.zeros(spec.shard_numel, precise, first.device)
+        self.squares: float | Tensor = 0.0
+
+    def _move_in(self) -> None:
+        with torch.no_grad():
+            for parameter, view in zip(self.params, self.views, strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer's copy is memory of its own."""
+        return self.master is not self.owned.tensor
+
+    def write_back(self) -> None:
+        """Casts the updated masters into the parameters this rank owns."""
+        if self.has_master:
+            self.owned.tensor.copy_(self.master)
+
+    def refresh_master(self) -> None:
+        """Takes the masters anew from the parameters, after something outside a step has written them."""
+        if self.has_master:
+            self.master.copy_(self.owned.tensor)
+
+    def slots(self, send: Tensor) -> list[Tensor]:
+        """Views of a send buffer (numel,), one per parameter, in the layout of its gradient."""
+        pieces = zip(self.spec.offsets, self.spec.numels, self.params, strict=True)
+        return [laid_out_like(send.narrow(0, start, length), parameter) for start, length, parameter in pieces]
+
+
+class FlatModel:
+    """All buckets of a model. Construction moves every planned parameter into its bucket."""
+
+    def __init__(self, plan: _core.Plan, planned: Sequence[Planned], rank: int) -> None:
+        self.names = [member.name for member in planned]
+        self.params = [member.tensor for member in planned]
+        self.buckets = [
+            FlatBucket(plan, spec, [planned[index] for index in spec.params], rank) for spec in plan.buckets
+        ]
+        self._pointers = [parameter.data_ptr() for parameter in self.params]
+
+    def active(self) -> list[bool]:
+        """Which parameters require grad now."""
+        return [parameter.requires_grad for parameter in self.params]
+
+    def check(self) -> None:
+        """Raises `StepError` naming the first parameter that has left its buffer."""
+        if [parameter.data_ptr() for parameter in self.params] == self._pointers:
+            return
+        moved = next(i for i, p in enumerate(self.params) if p.data_ptr() != self._pointers[i])
+        raise StepError(
+            f"parameter {self.names[moved]} has left its flat buffer since initialize: .to(), .half(), .double(), "
+            "load_state_dict(assign=True) or `.data = ` gave it other memory; do that before zerort.initialize, and "
+            "load values with load_state_dict(assign=False)"
+        )
+
+    def zero_grad(self) -> None:
+        """Drops what autograd has accumulated and no pass has taken."""
+        for parameter in self.params:
+            parameter.grad = None
+
+    def published(self) -> None:
+        """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
+        torch.autograd.graph.increment_version(self.params)
+
+
+def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int]) -> list[Planned]:
+    """The parameters of `named` that the optimizer updates, checked; `groups` maps id(parameter) to its group.
+
+    Raises `PlanError` naming the parameter that cannot be planned.
+    """
+    planned = [Planned(name, p, groups[id(p)]) for name, p in named if id(p) in groups]
+    owner: dict[int, str] = {}
+    for member in planned:
+        dtype, name = member.tensor.dtype, member.name
+        if dtype not in DTYPES:
+            advice = "store it as torch.view_as_real(...)" if dtype.is_complex else "cast it before initialize"
+            raise PlanError(f"parameter {name} has dtype {dtype}, which cannot be reduced: {advice}")
+        if not member.tensor.numel():
+            continue
+        twin = owner.setdefault(member.tensor.data_ptr(), name)
+        if twin != name:
+            raise PlanError(
+                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by assigning "
+                f"the same Parameter (module.{name} = module.{twin}), or give each its own memory"
+            )
+    if not any(member.tensor.requires_grad for member in planned):
+        raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")
+    return planned

@@ -1,0 +1,93 @@
+"""Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic, no tensors kept.
+
+A hook is a closure over an integer and two functions, never a bound method: a deepcopy of the model must not copy the
+engine. Hooks return None and never block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from zerort import _core
+from zerort.executor import Executor
+
+__all__ = ["ParameterHooks", "when_backward_reaches"]
+
+Hook = Callable[[Tensor], None]
+
+
+class ParameterHooks:
+    """One post-accumulate hook per parameter that requires grad."""
+
+    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, *, timed: bool) -> None:
+        on_cuda = any(parameter.device.type == "cuda" for parameter in params)
+        self._params = params
+        self._make = _timed_hook if timed else _stream_hook if on_cuda else _plain_hook
+        self._reducer = reducer
+        self._executor = executor
+        self._handles: dict[int, Any] = {}
+
+    def attach(self, active: Sequence[bool]) -> None:
+        """Hooks parameters that require grad and have no hook yet; torch refuses to hook a frozen one."""
+        for index, wanted in enumerate(active):
+            if wanted and index not in self._handles:
+                hook = self._make(index, self._reducer, self._executor)
+                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)
+
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+
+def _plain_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
+    ready, run = reducer.grad_ready, executor.run
+
+    def hook(_: Tensor) -> None:
+        hi = ready(index)
+        if hi is not None:
+            run(hi)
+
+    return hook
+
+
+def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
+    ready, run, produced = reducer.grad_ready, executor.run, executor.streams.produced
+
+    def hook(_: Tensor) -> None:
+        produced()
+        hi = ready(index)
+        if hi is not None:
+            run(hi)
+
+    return hook
+
+
+def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
+    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, executor.now
+
+    def hook(_: Tensor) -> None:
+        produced()
+        hi = ready(index, now())
+        if hi is not None:
+            run(hi)
+
+    return hook
+
+
+def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
+    """Calls `begin` in each backward that reaches a tensor of `outputs` (any nesting), once and before the module's part."""
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if leaves:
+        torch.autograd.graph.register_multi_grad_hook(leaves, lambda _: begin(), mode="any")
+
+
+def after_backward(finish: Callable[[], None]) -> None:
+    """Calls `finish` when the backward under way is over. Only from within a backward."""
+    torch.autograd.Variable._execution_engine.queue_callback(finish)  # type: ignore[no-untyped-call]

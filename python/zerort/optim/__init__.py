@@ -1,0 +1,63 @@
+"""Optimizers: any `torch.optim.Optimizer` that treats each element alone works on a shard.
+
+A name in the configuration is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here and a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from zerort.errors import ConfigError
+from zerort.optim.lion import Lion
+from zerort.optim.shard import ShardOptimizer
+
+__all__ = ["NAMED", "Lion", "ShardOptimizer", "build"]
+
+Params = Iterable[Any]
+
+
+def _adam(params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, **options: Any) -> Optimizer:
+    """DeepSpeed's Adam: decoupled weight decay unless adam_w_mode is false. `torch_adam` asks for what this is anyway."""
+    if not options.pop("bias_correction", True):
+        raise ConfigError("optimizer.params.bias_correction: expected true, got false: torch's Adam always corrects")
+    return _fused(torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(params, **options)
+
+
+def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    def construct(params: Params, **options: Any) -> Optimizer:
+        chosen = {"fused", "foreach", "differentiable"} & options.keys()
+        return kind(params, **options, **({} if chosen else {"fused": True}))
+
+    return construct
+
+
+NAMED: dict[str, Callable[..., Optimizer]] = {
+    "adam": _adam,
+    "adamw": _fused(torch.optim.AdamW),
+    "sgd": _fused(torch.optim.SGD),
+    "adagrad": _fused(torch.optim.Adagrad),
+    "lion": Lion,
+}
+
+
+def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
+    """The optimizer that a configuration names, over `params` (tensors or group dicts).
+
+    Raises `ConfigError` for an unknown name or option.
+    """
+    classes = {key: value for key, value in vars(torch.optim).items() if isinstance(value, type) and value is not Optimizer}
+    construct = NAMED.get(name.lower()) or classes.get(name)
+    if construct is None:
+        known = [*NAMED, *classes]
+        near = get_close_matches(name, known, 1) or get_close_matches(name.lower(), known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"optimizer.type: {name!r} is no optimizer known here or in torch.optim{hint}")
+    try:
+        return construct(params, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.params: {name} cannot be built with {options}: {error}") from error

@@ -1,0 +1,149 @@
+"""A torch optimizer over this rank's shards.
+
+The optimizer's own parameter groups are kept, schedulers and user code may go on holding them; only the tensors in them
+are exchanged, for `Segment`s of the flat buffers. A segment is a whole owned part to begin with. Freezing a parameter
+cuts the segment around it, with its state, and a frozen segment has no gradient, so torch's own rule applies: its
+values, its moments and its step count stay as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zerort.flat import FlatBucket, FlatModel, laid_out_like
+
+__all__ = ["Segment", "ShardOptimizer"]
+
+
+@dataclass
+class Segment:
+    """A run of a bucket's owned part that the optimizer sees as one parameter; start and length in elements of it."""
+
+    bucket: FlatBucket
+    start: int
+    length: int
+    like: nn.Parameter | None = None
+    active: bool = True
+    tensor: nn.Parameter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensor = nn.Parameter(self._of(self.bucket.master), requires_grad=False)
+
+    def _of(self, flat: Tensor) -> Tensor:
+        piece = flat.narrow(0, self.start, self.length)
+        return piece if self.like is None else laid_out_like(piece, self.like)
+
+    def load_gradient(self) -> None:
+        """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
+        self.tensor.grad = self._of(self.bucket.accum.tensor) if self.active else None
+
+    def cut(self, runs: Sequence[tuple[int, int, bool]]) -> list[Segment]:
+        """The parts of this segment along `runs` (start, end, active) of the bucket's owned part."""
+        parts = []
+        for start, end, active in runs:
+            lo, hi = max(start, self.start), min(end, self.start + self.length)
+            if lo < hi:
+                parts.append(Segment(self.bucket, lo, hi - lo, self.like, active))
+        return parts
+
+
+class ShardOptimizer:
+    """Steps `optimizer` over segments instead of the module's parameters.
+
+    `whole_tensors` gives it one shaped segment per parameter, for optimizers that look at whole tensors; that needs a
+    replicated optimizer, where every rank owns every bucket.
+    """
+
+    def __init__(self, optimizer: Optimizer, flat: FlatModel, *, whole_tensors: bool) -> None:
+        self.optimizer = optimizer
+        self.segments = [
+            segment
+            for bucket in flat.buckets
+            for segment in (_shaped(bucket) if whole_tensors else [Segment(bucket, 0, bucket.master.numel())])
+        ]
+        self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+            group.get("fused") for group in optimizer.param_groups
+        )
+        self._regroup()
+
+    def split(self) -> None:
+        """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
+        runs = {id(bucket): list(_runs(bucket)) for bucket in dict.fromkeys(s.bucket for s in self.segments)}
+        segments: list[Segment] = []
+        for segment in self.segments:
+            parts = segment.cut(runs[id(segment.bucket)])
+            if len(parts) == 1:
+                segment.active = parts[0].active
+                segments.append(segment)
+            else:
+                self._cut_state(segment, parts)
+                segments += parts
+        self.segments = segments
+        self._regroup()
+
+    def step(self, factor: float) -> None:
+        """One update with the reduced gradients times `factor`."""
+        for segment in self.segments:
+            segment.load_gradient()
+        gradients = [segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None]
+        if factor == 1.0:
+            self.optimizer.step()
+        elif self._scales_itself:
+            self._step_scaled(1.0 / factor, gradients[0].device)
+        else:
+            torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
+
+    def _step_scaled(self, divisor: float, device: torch.device) -> None:
+        # Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses the same attributes.
+        scaled: Any = self.optimizer
+        scaled.grad_scale = torch.full((), divisor, dtype=torch.float32, device=device)
+        scaled.found_inf = None
+        try:
+            self.optimizer.step()
+        finally:
+            del scaled.grad_scale, scaled.found_inf
+
+    def _regroup(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [segment.tensor for segment in self.segments if segment.bucket.spec.group == index]
+
+    def _cut_state(self, segment: Segment, parts: Sequence[Segment]) -> None:
+        state = self.optimizer.state.pop(segment.tensor, {})
+        for part in parts if state else ():
+            at = part.start - segment.start
+            self.optimizer.state[part.tensor] = {
+                key: value.narrow(0, at, part.length)
+                if isinstance(value, Tensor) and value.shape == segment.tensor.shape
+                else copy.deepcopy(value)
+                for key, value in state.items()
+            }
+
+
+def _regions(bucket: FlatBucket) -> Iterator[tuple[int, int, nn.Parameter]]:
+    """Each parameter's elements of the owned part with the padding behind them: start, end, parameter."""
+    end_of_owned = bucket.start + bucket.master.numel()
+    ends = [*bucket.spec.offsets[1:], bucket.spec.numel]
+    for start, end, parameter in zip(bucket.spec.offsets, ends, bucket.params, strict=True):
+        lo, hi = max(start, bucket.start), min(end, end_of_owned)
+        if lo < hi:
+            yield lo - bucket.start, hi - bucket.start, parameter
+
+
+def _runs(bucket: FlatBucket) -> Iterator[tuple[int, int, bool]]:
+    for active, regions in groupby(_regions(bucket), key=lambda region: region[2].requires_grad):
+        members = list(regions)
+        yield members[0][0], members[-1][1], active
+
+
+def _shaped(bucket: FlatBucket) -> list[Segment]:
+    pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.params, strict=True)
+    return [Segment(bucket, start, length, parameter) for start, length, parameter in pieces]

@@ -1,0 +1,155 @@
+"""One pass after another over the schedule: from gradients in `.grad` to reduced shards in the accumulators.
+
+    idle ── begin ──> in pass ── finish ──> idle            reduced values are complete after `drain`
+                         └────── abort ───> idle            the rest of the list ran on zeros; peers' collectives paired
+
+Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
+that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more pass.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from zerort import _core
+from zerort.comm import Comm
+from zerort.executor import Executor, Fold, Transport
+from zerort.flat import FlatModel
+from zerort.hooks import ParameterHooks
+from zerort.nonfinite import in_sum
+from zerort.trace.watch import Watch
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """Owns the two cursors (the core's reducer, the executor) and the hooks that move them."""
+
+    def __init__(
+        self, plan: _core.Plan, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch
+    ) -> None:
+        self.plan = plan
+        self.passes = 0
+        self._flat = flat
+        self._comm = comm
+        self._sources = [transport.source for transport in transports]
+        self._watch = watch
+        self._reducer = _core.Reducer(plan)
+        self._executor = Executor(flat, comm, transports, watch)
+        self._executor.load(plan)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, watch)
+        self._active: list[bool] = []
+        self._learnt = False
+        self.follow()
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a backward has begun a pass and not ended it."""
+        return self._reducer.in_pass
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits over the schedule and over which parameters are frozen: equal on all ranks, or they must not step."""
+        return self.plan.digest ^ zlib.crc32(bytes(self._active))
+
+    def follow(self) -> bool:
+        """Verifies that every parameter is where it was, and follows freezing and unfreezing.
+
+        Returns whether something was frozen or unfrozen. Raises `StepError` naming a parameter that moved.
+        """
+        self._flat.check()
+        active = self._flat.active()
+        if active == self._active:
+            return False
+        self._active = active
+        self._reducer.set_active(active)
+        self._hooks.attach(active)
+        return True
+
+    def begin(self, scale: float) -> None:
+        """Starts a pass whose sums are multiplied by `scale`."""
+        self.drain()  # the last pass's memory is about to be written
+        self._reducer.begin()
+        self._executor.begin(Fold(scale, add=self.passes > 0))
+        self.passes += 1
+
+    def finish(self) -> list[str]:
+        """The backward is over: launches what is left.
+
+        Returns the parameters that require grad and had none on this rank; they count as zero.
+        """
+        self._executor.run(self._reducer.finish().hi)
+        return self._executor.absent
+
+    def abort(self, scale: float, *, travels: bool) -> None:
+        """The backward failed: runs the rest of the list on zeros, so that the peers' collectives pair with ours.
+
+        `travels` says that the peers reduce in this micro-batch, whether or not this rank came as far as `begin`.
+        """
+        self.drop()
+        if travels and not self.in_pass:
+            self.begin(scale)
+        if self.in_pass:
+            self.finish()
+        self.drain()
+
+    def rerun(self, scale: float) -> None:
+        """One whole pass over what is in `.grad`."""
+        self.begin(scale)
+        self.finish()
+        self.drain()
+
+    def drain(self) -> None:
+        """Waits until the sums of all finished passes are complete."""
+        self._executor.drain()
+        if self.passes:
+            self._watch.passed(self._reducer.life())
+
+    def collect(self) -> None:
+        """A micro-batch that is not reduced is over."""
+        for source in self._sources:
+            source.collect()
+
+    def leftover(self) -> int:
+        """How many parameters hold a gradient that no pass has taken."""
+        return sum(parameter.grad is not None for parameter in self._flat.params)
+
+    def nonfinite(self) -> tuple[int, int] | None:
+        """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1 where unknown."""
+        found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.buckets)
+        return self._executor.nonfinite or next((place for place in found if place is not None), None)
+
+    def publish(self) -> None:
+        """Brings updated shards to all ranks."""
+        self._executor.publish()
+
+    def drop(self) -> None:
+        """Forgets every gradient that no pass has taken."""
+        for source in self._sources:
+            source.drop()
+
+    def reset(self) -> None:
+        """The boundary is over: the next pass overwrites the accumulators."""
+        self.passes = 0
+        self._executor.nonfinite = None
+
+    def learn(self) -> bool:
+        """Once, after the first boundary: launches follow the order in which rank 0 saw gradients arrive."""
+        if self._learnt:
+            return False
+        self._learnt = True
+        seen = self._reducer.observed if self._comm.rank == 0 else []
+        order = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64, device=self._comm.device)
+        order[: len(seen)] = torch.tensor(seen, dtype=torch.int64, device=self._comm.device)
+        self._comm.broadcast(order)
+        self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
+        self._reducer.reorder(self.plan)
+        self._executor.load(self.plan)
+        return True
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        self._hooks.remove()

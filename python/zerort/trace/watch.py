@@ -1,0 +1,118 @@
+"""What the executor tells about buckets, and how it becomes events of a sink.
+
+A `Watch` is called a few times per bucket, never per parameter. It never changes what it observes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from zerort import _core
+from zerort.trace.sink import BucketLife, Mark, TraceSink
+
+__all__ = ["BucketWatch", "Unwatched", "Watch"]
+
+
+class Watch(Protocol):
+    """A listener to the executor."""
+
+    def mark(self) -> Mark:
+        """This moment."""
+
+    def launched(self, bucket: _core.Bucket, work: Any) -> None:
+        """`work`, the bucket's collective, has started."""
+
+    def waited(self, start: Mark, what: str) -> None:
+        """Since `start` the caller stood still for the collective `what`."""
+
+    def retired(self, bucket: _core.Bucket) -> None:
+        """The bucket's sum was taken."""
+
+    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+        """A pass is over; `lives` is the core's `Reducer.life()`."""
+
+
+class Unwatched:
+    """Nobody listens."""
+
+    def mark(self) -> Mark:
+        """No clock is read."""
+        return 0
+
+    def launched(self, bucket: _core.Bucket, work: Any) -> None:
+        """Ignored."""
+
+    def waited(self, start: Mark, what: str) -> None:
+        """Ignored."""
+
+    def retired(self, bucket: _core.Bucket) -> None:
+        """Ignored."""
+
+    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+        """Ignored."""
+
+
+class BucketWatch:
+    """Tells a sink each bucket's life, each collective's span and each wait."""
+
+    def __init__(self, sink: TraceSink, names: Sequence[str], track: str) -> None:
+        self._sink = sink
+        self._names = names
+        self._track = track
+        self._launched: dict[int, Mark] = {}
+        self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
+        self._bytes = 0
+
+    def mark(self) -> Mark:
+        """The sink's clock, or an event on the current stream."""
+        return self._sink.mark()
+
+    def launched(self, bucket: _core.Bucket, work: Any) -> None:
+        """Starts the collective's span; gloo's own completion ends it where there is one."""
+        self._launched[bucket.id] = start = self._sink.mark()
+        self._count(_wire_bytes(bucket))
+        if isinstance(start, int) and hasattr(work, "get_future"):
+            name = f"reduce_scatter b{bucket.id}"
+            # Runs on the worker that completed it: the only place where the time of completion is known.
+            work.get_future().add_done_callback(
+                lambda _: self._sink.span(self._track, name, start, self._sink.now(), bytes=_wire_bytes(bucket))
+            )
+
+    def waited(self, start: Mark, what: str) -> None:
+        """Exposed communication."""
+        self._sink.wait(start, self._sink.mark(), what=what)
+
+    def retired(self, bucket: _core.Bucket) -> None:
+        """Ends the bucket's life."""
+        self._retired[bucket.id] = (bucket, self._sink.mark())
+        self._count(-_wire_bytes(bucket))
+
+    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+        """Tells the lives of the pass, now that all four moments are known."""
+        arrivals = {bucket: rest for bucket, *rest in lives}
+        for index, (bucket, retired) in self._retired.items():
+            launched = self._launched[index]
+            first, full, last = arrivals.get(index, (launched, launched, -1))
+            moments = BucketLife(first, full, launched, retired)
+            self._sink.life(index, moments, **self._facts(bucket, last))
+        self._retired.clear()
+
+    def _facts(self, bucket: _core.Bucket, last: int) -> dict[str, str | int | float]:
+        facts: dict[str, str | int | float] = {
+            "bytes": _wire_bytes(bucket),
+            "dtype": bucket.dtype,
+            "params": len(bucket.params),
+        }
+        return facts | ({"last": self._names[last]} if last >= 0 else {})
+
+    def _count(self, difference: int) -> None:
+        self._bytes += difference
+        self._sink.counter("bytes in flight", self._sink.now(), self._bytes)
+
+
+_SIZES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8}
+
+
+def _wire_bytes(bucket: _core.Bucket) -> int:
+    return bucket.numel * _SIZES[bucket.dtype]

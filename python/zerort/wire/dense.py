@@ -1,0 +1,47 @@
+"""Dense wire formats: every element travels, in one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zerort import _core
+from zerort.flat import Memory
+
+__all__ = ["Dense"]
+
+
+class Dense:
+    """Gradients cast to `dtype` on the way into the send buffer; sums in fp32, or fp64 for fp64."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encode(self, gradients: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
+        """One batched copy, which casts where dtypes differ."""
+        torch._foreach_copy_(slots, gradients)
+
+    def decode(self, chunks: Memory, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
+        """The sum over ranks; on CPU one fused pass in the core."""
+        world = chunks.tensor.numel() // accum.tensor.numel() if accum.tensor.numel() else 1
+        return _FOLDS[accum.tensor.device.type](chunks, accum, world, scale, add)
+
+
+def _fold_in_core(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
+    return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
+
+
+def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
+    total, *rest = (piece.to(accum.tensor.dtype) for piece in chunks.tensor.chunk(world))
+    for piece in rest:
+        total = total + piece
+    if add:
+        accum.tensor.add_(total, alpha=scale)
+    else:
+        torch.mul(total, scale, out=accum.tensor)
+    return torch.linalg.vector_norm(accum.tensor, dtype=torch.float64).square()
+
+
+_FOLDS = {"cpu": _fold_in_core, "cuda": _fold_in_torch}

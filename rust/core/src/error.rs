@@ -1,0 +1,138 @@
+//! What can be wrong, as enums with fields.
+//!
+//! Errors hold identifiers, never names: the core does not know what a parameter is called. Whoever does words the final
+//! message; the texts here are for readers of the core alone.
+
+use crate::ids::{BucketId, ParamId, Rank};
+
+/// A plan that cannot be made, or a question about one that has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// There is nothing to plan.
+    #[error("a plan needs at least one parameter")]
+    NoParameters,
+    /// More parameters than identifiers.
+    #[error("{count} parameters are more than a 32-bit id can number")]
+    TooManyParameters {
+        /// How many were given.
+        count: usize,
+    },
+    /// A job has at least one rank.
+    #[error("the world must have at least one rank")]
+    BadWorld,
+    /// A bucket must be allowed to hold something.
+    #[error("the cap of a bucket must be positive")]
+    BadCap,
+    /// At least one bucket must be allowed to be in flight.
+    #[error("the window must be at least one bucket")]
+    BadWindow,
+    /// ZeRO has the stages 0 to 3.
+    #[error("stage {stage} does not exist: expected 0, 1, 2 or 3")]
+    BadStage {
+        /// The number given.
+        stage: u8,
+    },
+    /// A bucket's buffer would not be addressable.
+    #[error("parameter {} makes its bucket longer than 2^63 - 1 bytes", .param.0)]
+    TooLarge {
+        /// The parameter at which the bucket passes the limit.
+        param: ParamId,
+    },
+    /// The plan has no such parameter.
+    #[error("unknown parameter {}: the plan has {params}", .param.0)]
+    UnknownParam {
+        /// The identifier given.
+        param: ParamId,
+        /// How many parameters the plan has.
+        params: usize,
+    },
+    /// The plan has no such bucket.
+    #[error("unknown bucket {}: the plan has {buckets}", .bucket.0)]
+    UnknownBucket {
+        /// The identifier given.
+        bucket: BucketId,
+        /// How many buckets the plan has.
+        buckets: usize,
+    },
+    /// The plan has no such rank.
+    #[error("unknown rank {}: the plan is for a world of {world}", .rank.0)]
+    UnknownRank {
+        /// The rank given.
+        rank: Rank,
+        /// How many ranks the plan is for.
+        world: u32,
+    },
+    /// A list with one entry per parameter has another length.
+    #[error("expected one entry for each of {params} parameters, got {got}")]
+    WrongLength {
+        /// How many parameters the plan has.
+        params: usize,
+        /// How many entries were given.
+        got: usize,
+    },
+    /// Two plans disagree about a parameter's length.
+    #[error("parameter {} has {expected} elements, its source has {got}", .param.0)]
+    Mismatch {
+        /// The parameter, in the plan that is to be filled.
+        param: ParamId,
+        /// Its number of elements there.
+        expected: u64,
+        /// Its number of elements in the plan that it comes from.
+        got: u64,
+    },
+}
+
+/// A call that does not fit the state of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// The call belongs to the other phase.
+    #[error("called {have}, but only allowed {want}")]
+    OutOfPhase {
+        /// The phase at the time of the call.
+        have: Phase,
+        /// The phase in which the call is allowed.
+        want: Phase,
+    },
+    /// The plan has no such parameter.
+    #[error("unknown parameter {}: the plan has {params}", .param.0)]
+    UnknownParam {
+        /// The identifier given.
+        param: ParamId,
+        /// How many parameters the plan has.
+        params: usize,
+    },
+    /// A list with one entry per parameter has another length.
+    #[error("expected one entry for each of {params} parameters, got {got}")]
+    WrongLength {
+        /// How many parameters the plan has.
+        params: usize,
+        /// How many entries were given.
+        got: usize,
+    },
+    /// Only the launch order may change, never the layout.
+    #[error("the new plan has another layout: {got:016x} instead of {expected:016x}")]
+    OtherLayout {
+        /// Layout digest of the plan in use.
+        expected: u64,
+        /// Layout digest of the plan given.
+        got: u64,
+    },
+}
+
+/// Where a reducer stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Between two passes.
+    Idle,
+    /// In a pass, while backward runs.
+    Backward,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "between passes",
+            Self::Backward => "during a pass",
+        })
+    }
+}

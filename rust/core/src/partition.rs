@@ -1,0 +1,130 @@
+//! How a bucket lies in memory and how it is cut among ranks.
+//!
+//! ```text
+//! bucket   |-- p7 --|.|---- p6 ----|..|- p5 -|............|      . is padding
+//! shards   |---- rank 0 ----|---- rank 1 ----|-- rank 2 --|      all of the same length
+//! fragments|-- p7 --| |--p6-|-p6-|  |--p5----|
+//! ```
+//!
+//! - **PAR-1** The fragments of all ranks tile the bucket's parameters: every element lies in exactly one.
+//! - **PAR-2** The shards of a bucket are equal. Every parameter starts on 64 bytes and a bucket's length is a multiple of
+//!   world × 128 elements, so that no kernel meets another alignment or a scalar tail in another layout. (Both change the
+//!   last bits of a result.) A bucket is never empty, even if all its parameters are.
+//!
+//! Every bucket is cut evenly, not every parameter, so that each collective is balanced. A fragment is computed when it is
+//! asked for: a plan for a thousand ranks costs no more than one for two.
+
+use crate::bucket::{Bucket, Param};
+use crate::error::PlanError;
+use crate::ids::{BucketId, ParamId, Rank};
+
+/// Shards are multiples of this many elements.
+pub const SHARD_UNIT: u64 = 128;
+
+/// The layout of one bucket for one world size; all figures are in elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Partition {
+    offsets: Vec<u64>,
+    numels: Vec<u64>,
+    numel: u64,
+    shard_numel: u64,
+}
+
+/// A parameter's part inside one rank's shard, in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fragment {
+    /// The parameter.
+    pub param: ParamId,
+    /// The bucket it lies in.
+    pub bucket: BucketId,
+    /// The rank whose shard it is.
+    pub rank: Rank,
+    /// Where it starts in the flattened parameter.
+    pub param_start: u64,
+    /// Where it starts in the shard.
+    pub shard_start: u64,
+    /// How long it is; never 0.
+    pub length: u64,
+}
+
+impl Partition {
+    /// Lays `bucket` out for `world` ranks. `params` are all parameters, by id.
+    ///
+    /// # Errors
+    /// [`PlanError::BadWorld`] for an empty world, [`PlanError::TooLarge`] when the buffer would exceed 2^63 - 1 bytes,
+    /// [`PlanError::UnknownParam`] when the bucket holds a parameter that is not in `params`.
+    pub fn new(bucket: &Bucket, params: &[Param], world: u32) -> Result<Self, PlanError> {
+        if world == 0 {
+            return Err(PlanError::BadWorld);
+        }
+        let limit = i64::MAX as u64 / bucket.dtype.size();
+        let unit = u64::from(world) * SHARD_UNIT;
+        let mut offsets = Vec::with_capacity(bucket.params.len());
+        let mut numels = Vec::with_capacity(bucket.params.len());
+        // The padded length after each parameter: the one that passes the limit is the one to name.
+        let mut numel = unit;
+        let mut end = 0;
+        for &id in &bucket.params {
+            let unknown = PlanError::UnknownParam { param: id, params: params.len() };
+            let param = params.get(id.index()).ok_or(unknown)?;
+            let (start, padded) = append(end, param.numel, bucket.dtype.align(), unit)
+                .filter(|&(_, padded)| padded <= limit)
+                .ok_or(PlanError::TooLarge { param: id })?;
+            offsets.push(start);
+            numels.push(param.numel);
+            end = start + param.numel;
+            numel = padded;
+        }
+        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(world) })
+    }
+
+    /// Start of each of the bucket's parameters.
+    pub fn offsets(&self) -> &[u64] {
+        &self.offsets
+    }
+
+    /// Length of each of the bucket's parameters.
+    pub fn numels(&self) -> &[u64] {
+        &self.numels
+    }
+
+    /// Padded length of the bucket.
+    pub const fn numel(&self) -> u64 {
+        self.numel
+    }
+
+    /// Length of every shard.
+    pub const fn shard_numel(&self) -> u64 {
+        self.shard_numel
+    }
+
+    /// The fragments in `rank`'s shard, by position in the bucket. `bucket` must be the one laid out here.
+    pub fn fragments<'a>(&'a self, bucket: &'a Bucket, rank: Rank) -> impl Iterator<Item = Fragment> + 'a {
+        let lo = u64::from(rank.0) * self.shard_numel;
+        let hi = lo + self.shard_numel;
+        // The last parameter that starts at or before the shard is the first that can reach into it.
+        let first = self.offsets.partition_point(|&start| start <= lo).saturating_sub(1);
+        let extents = bucket.params.iter().zip(self.offsets.iter().zip(&self.numels)).skip(first);
+        extents.map_while(move |(&param, (&start, &numel))| (start < hi).then_some((param, start, numel))).filter_map(
+            move |(param, start, numel)| {
+                let from = start.max(lo);
+                let length = (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
+                Some(Fragment {
+                    param,
+                    bucket: bucket.id,
+                    rank,
+                    param_start: from - start,
+                    shard_start: from - lo,
+                    length,
+                })
+            },
+        )
+    }
+}
+
+/// Where a parameter of `numel` elements starts behind `end`, and the padded length of the bucket with it.
+fn append(end: u64, numel: u64, align: u64, unit: u64) -> Option<(u64, u64)> {
+    let start = end.checked_next_multiple_of(align)?;
+    let padded = start.checked_add(numel)?.max(1).checked_next_multiple_of(unit)?;
+    Some((start, padded))
+}

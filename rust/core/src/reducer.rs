@@ -1,0 +1,401 @@
+//! The cursor for gradients: how far along the schedule one may go now.
+//!
+//! Autograd tells the reducer about each gradient as it is accumulated. The reducer answers with nothing, nearly always, or
+//! with `hi`: every command of the schedule below `hi` may run. What runs, and how, is somebody else's business; so is time.
+//!
+//! ```text
+//! phase    Idle ── begin ──> Observing ── finish ──> Idle       a pass with a parameter that is new: it learns
+//!          Idle ── begin ──> Backward  ── finish ──> Idle       every other pass
+//!
+//! bucket   Filling{missing} ─ last gradient ─> Full ─ cursor passes Launch ─> InFlight ─ cursor passes Retire ─> Reduced
+//!              ^                                                                                                   │
+//!              └────────────────────────────────────────── begin ──────────────────────────────────────────────────┘
+//! ```
+//!
+//! - **RED-1** The ranges handed out in a pass are consecutive and tile the schedule, whatever order gradients arrive in: a
+//!   range begins where the one before ended.
+//! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends.
+//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass. It is neither dropped nor does it
+//!   overwrite anything: autograd keeps it in `.grad`, and a later pass takes it.
+//! - **RED-4** [`Reducer::finish`] hands out the rest and names the parameters that never came.
+//! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not either.
+//!
+//! # What is learnt
+//!
+//! Most parameters fire once a pass, but a module reused under reentrant checkpointing fires once for each use, and its bucket
+//! must not leave before the last one. So the first pass only observes: it hands out nothing before its end, counts how often
+//! each parameter fires, and keeps the order in which they fired last, from which [`Plan::reordered`] makes a better launch
+//! order. A pass observes again when [`Reducer::set_active`] has let a parameter in that no observing pass has seen.
+//!
+//! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::command::Command;
+use crate::error::{Phase, StepError};
+use crate::ids::{BucketId, ParamId};
+use crate::life::Life;
+use crate::plan::Plan;
+
+/// The cursor for gradients. See the [module](self) for its states and invariants.
+#[derive(Clone, Debug)]
+pub struct Reducer {
+    plan: Arc<Plan>,
+    slots: Vec<Slot>,
+    buckets: Vec<State>,
+    pass: Pass,
+    stray: u64,
+    observed: Vec<ParamId>,
+    life: Vec<Option<Life>>,
+}
+
+/// What [`Reducer::finish`] hands out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// End of the list: every command below it may run now.
+    pub hi: usize,
+    /// Active parameters whose gradient never came, by id.
+    pub absent: Vec<ParamId>,
+    /// Parameters with a gradient that came after their bucket had left, by id.
+    pub late: Vec<ParamId>,
+}
+
+/// Why the cursor stands where it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Explanation {
+    /// Index of the command in the schedule.
+    pub index: usize,
+    /// The command that is next.
+    pub command: Command,
+    /// Parameters that its bucket still waits for.
+    pub lacking: Vec<ParamId>,
+}
+
+/// A parameter in the current pass, and what is known of it from others.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    bucket: BucketId,
+    /// Arrivals in this pass; saturates.
+    fired: u32,
+    /// Arrivals waited for in this pass: `fires`, or 0 when inactive.
+    expected: u32,
+    /// How often it fires in a pass, as learnt.
+    fires: u32,
+    /// Place of its last arrival; in an observing pass only.
+    last: u64,
+    active: bool,
+    /// An observing pass has had it active.
+    known: bool,
+    late: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Filling { missing: u32 },
+    Full,
+    InFlight,
+    Reduced,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Pass {
+    Idle,
+    Observing { arrivals: u64 },
+    Backward { cursor: usize },
+}
+
+impl Reducer {
+    /// A reducer for `plan`, between passes, with all parameters active.
+    pub fn new(plan: Arc<Plan>) -> Self {
+        let mut slots = vec![Slot::new(BucketId(0)); plan.params().len()];
+        for bucket in plan.buckets() {
+            for param in &bucket.params {
+                slots[param.index()] = Slot::new(bucket.id);
+            }
+        }
+        let buckets = vec![State::Reduced; plan.buckets().len()];
+        let life = vec![None; buckets.len()];
+        Self { plan, slots, buckets, pass: Pass::Idle, stray: 0, observed: Vec::new(), life }
+    }
+
+    /// Says which parameters require grad; the others are not waited for.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass, [`StepError::WrongLength`] unless there is one entry per parameter.
+    pub fn set_active(&mut self, active: &[bool]) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        if active.len() != self.slots.len() {
+            return Err(StepError::WrongLength { params: self.slots.len(), got: active.len() });
+        }
+        for (slot, &active) in self.slots.iter_mut().zip(active) {
+            slot.active = active;
+        }
+        Ok(())
+    }
+
+    /// Takes a plan of the same layout with another launch order.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass, [`StepError::OtherLayout`] when more than the order differs.
+    pub fn reorder(&mut self, plan: Arc<Plan>) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        let (expected, got) = (self.plan.layout_digest(), plan.layout_digest());
+        if expected != got {
+            return Err(StepError::OtherLayout { expected, got });
+        }
+        self.plan = plan;
+        Ok(())
+    }
+
+    /// Starts a pass.
+    ///
+    /// Buckets without an active parameter are full from the start; they leave as soon as the cursor comes by.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass.
+    pub fn begin(&mut self) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        self.buckets.fill(State::Full);
+        self.life.fill(None);
+        for slot in &mut self.slots {
+            slot.begin();
+            if slot.active {
+                self.buckets[slot.bucket.index()].await_one();
+            }
+        }
+        let learns = self.slots.iter().any(|slot| slot.active && !slot.known);
+        self.pass = if learns { Pass::Observing { arrivals: 0 } } else { Pass::Backward { cursor: 0 } };
+        Ok(())
+    }
+
+    /// One gradient has been accumulated. Returns `hi` when commands became free: every one below `hi` may run now.
+    ///
+    /// Outside a pass the arrival is counted in [`Reducer::stray`] and nothing is handed out.
+    ///
+    /// # Errors
+    /// [`StepError::UnknownParam`].
+    #[inline]
+    pub fn grad_ready(&mut self, param: ParamId) -> Result<Option<usize>, StepError> {
+        let params = self.slots.len();
+        let slot = self.slots.get_mut(param.index()).ok_or(StepError::UnknownParam { param, params })?;
+        match &mut self.pass {
+            Pass::Idle => self.stray += 1,
+            Pass::Observing { arrivals } => {
+                *arrivals += 1;
+                slot.last = *arrivals;
+                slot.fired = slot.fired.saturating_add(1);
+            }
+            Pass::Backward { cursor } => {
+                let bucket = &mut self.buckets[slot.bucket.index()];
+                if slot.fire(bucket) {
+                    return Ok(advance(self.plan.schedule().commands(), &mut self.buckets, cursor));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// [`Reducer::grad_ready`], with the time kept for [`Reducer::life`].
+    ///
+    /// # Errors
+    /// [`StepError::UnknownParam`].
+    pub fn grad_ready_at(&mut self, param: ParamId, now_ns: u64) -> Result<Option<usize>, StepError> {
+        if let Some(slot) = self.slots.get(param.index()) {
+            let index = slot.bucket.index();
+            match self.buckets[index] {
+                State::Filling { .. } => Life::note(&mut self.life[index], slot.bucket, param, now_ns),
+                State::Full | State::InFlight | State::Reduced => {}
+            }
+        }
+        self.grad_ready(param)
+    }
+
+    /// Ends the pass: hands out the rest of the list, and names what never came and what came too late.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] outside a pass.
+    pub fn finish(&mut self) -> Result<Finished, StepError> {
+        self.demand(Phase::Backward)?;
+        if let Pass::Observing { .. } = self.pass {
+            self.learn();
+        }
+        self.buckets.fill(State::Reduced);
+        self.pass = Pass::Idle;
+        Ok(Finished {
+            hi: self.plan.schedule().commands().len(),
+            absent: self.params_where(|slot| slot.active && slot.fired == 0),
+            late: self.params_where(|slot| slot.late),
+        })
+    }
+
+    /// The command the cursor stands at and what its bucket lacks. None outside a pass, and when all has been handed out.
+    ///
+    /// In an observing pass the cursor stands at the first command until the end, even if its bucket lacks nothing.
+    pub fn explain(&self) -> Option<Explanation> {
+        let index = match self.pass {
+            Pass::Idle => return None,
+            Pass::Observing { .. } => 0,
+            Pass::Backward { cursor } => cursor,
+        };
+        let command = *self.plan.schedule().commands().get(index)?;
+        let lacking = self.params_where(|slot| slot.bucket == command.bucket() && slot.fired < slot.expected);
+        Some(Explanation { index, command, lacking })
+    }
+
+    /// The plan whose schedule is being handed out.
+    pub fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// Whether a pass has begun and not finished.
+    pub fn in_pass(&self) -> bool {
+        self.phase() == Phase::Backward
+    }
+
+    /// Gradients that arrived outside a pass since the last [`Reducer::clear_stray`].
+    pub fn stray(&self) -> u64 {
+        self.stray
+    }
+
+    /// Forgets the stray gradients: they have been dropped, or a pass has taken them.
+    pub fn clear_stray(&mut self) {
+        self.stray = 0;
+    }
+
+    /// Parameters in the order in which the last observing pass stopped waiting for them: those that were not active, then
+    /// the others by their last arrival. What never came is not listed. Empty before the first pass has ended.
+    pub fn observed(&self) -> &[ParamId] {
+        &self.observed
+    }
+
+    /// When the gradients of this pass, or of the last one, came, by bucket; those of [`Reducer::grad_ready_at`] only.
+    pub fn life(&self) -> impl Iterator<Item = Life> + '_ {
+        self.life.iter().copied().flatten()
+    }
+
+    fn learn(&mut self) {
+        let slots = &mut self.slots;
+        let mut order: Vec<(u64, ParamId)> = Vec::with_capacity(slots.len());
+        for (index, slot) in slots.iter_mut().enumerate() {
+            if slot.active {
+                slot.known = true;
+                slot.fires = slot.fired.max(1);
+            }
+            let place = if slot.active { slot.last } else { 0 };
+            if slot.fired > 0 || !slot.active {
+                order.push((place, ParamId(index as u32)));
+            }
+        }
+        order.sort_unstable();
+        self.observed = order.into_iter().map(|(_, param)| param).collect();
+    }
+
+    fn params_where(&self, predicate: impl Fn(&Slot) -> bool) -> Vec<ParamId> {
+        let slots = self.slots.iter().enumerate();
+        slots.filter(|(_, slot)| predicate(slot)).map(|(index, _)| ParamId(index as u32)).collect()
+    }
+
+    fn phase(&self) -> Phase {
+        match self.pass {
+            Pass::Idle => Phase::Idle,
+            Pass::Observing { .. } | Pass::Backward { .. } => Phase::Backward,
+        }
+    }
+
+    fn demand(&self, want: Phase) -> Result<(), StepError> {
+        let have = self.phase();
+        if have == want { Ok(()) } else { Err(StepError::OutOfPhase { have, want }) }
+    }
+}
+
+impl Slot {
+    fn new(bucket: BucketId) -> Self {
+        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, active: true, known: false, late: false }
+    }
+
+    fn begin(&mut self) {
+        self.fired = 0;
+        self.last = 0;
+        self.late = false;
+        self.expected = if self.active { self.fires } else { 0 };
+    }
+
+    /// One arrival; true when it fills the bucket.
+    fn fire(&mut self, bucket: &mut State) -> bool {
+        self.fired = self.fired.saturating_add(1);
+        match self.fired.cmp(&self.expected) {
+            Ordering::Less => false,
+            Ordering::Equal => bucket.fill(),
+            Ordering::Greater => {
+                self.late |= bucket.has_left();
+                false
+            }
+        }
+    }
+}
+
+impl State {
+    /// One more parameter to wait for, at the start of a pass.
+    fn await_one(&mut self) {
+        *self = match *self {
+            Self::Filling { missing } => Self::Filling { missing: missing + 1 },
+            Self::Full | Self::InFlight | Self::Reduced => Self::Filling { missing: 1 },
+        };
+    }
+
+    /// A parameter is complete; true when it was the last.
+    fn fill(&mut self) -> bool {
+        match *self {
+            Self::Filling { missing } if missing > 1 => {
+                *self = Self::Filling { missing: missing - 1 };
+                false
+            }
+            Self::Filling { .. } => {
+                *self = Self::Full;
+                true
+            }
+            Self::Full | Self::InFlight | Self::Reduced => false,
+        }
+    }
+
+    fn has_left(self) -> bool {
+        match self {
+            Self::Filling { .. } | Self::Full => false,
+            Self::InFlight | Self::Reduced => true,
+        }
+    }
+
+    /// The state behind `command`, or None when the cursor must stop before it.
+    fn after(self, command: Command) -> Option<Self> {
+        match (command, self) {
+            (Command::Launch(_), Self::Full) => Some(Self::InFlight),
+            (Command::Retire(_), Self::InFlight) => Some(Self::Reduced),
+            (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
+            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
+        }
+    }
+}
+
+/// Moves the cursor as far as the buckets allow; the new position when it moved.
+fn advance(commands: &[Command], buckets: &mut [State], cursor: &mut usize) -> Option<usize> {
+    let start = *cursor;
+    for &command in commands.iter().skip(start) {
+        let bucket = &mut buckets[command.bucket().index()];
+        let Some(next) = bucket.after(command) else { break };
+        *bucket = next;
+        *cursor += 1;
+    }
+    (*cursor > start).then_some(*cursor)
+}
+
+/// As one would say it: `command 14 = Launch b3; b3 lacks 7, 8`.
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "command {} = {}; b{} lacks ", self.index, self.command, self.command.bucket().0)?;
+        let Some((first, rest)) = self.lacking.split_first() else { return f.write_str("nothing") };
+        write!(f, "{}", first.0)?;
+        rest.iter().try_for_each(|param| write!(f, ", {}", param.0))
+    }
+}

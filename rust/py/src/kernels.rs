@@ -1,0 +1,73 @@
+//! The CPU kernels, over [`Buffer`]s: shapes and types are checked with the GIL, the work is done without it.
+
+use pyo3::prelude::*;
+use zerort_core::kernels::{self, Element, Write};
+
+use crate::buffer::Buffer;
+use crate::dlpack::{Sums, Values};
+use crate::errors::LayoutError;
+
+/// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its squared norm afterwards.
+#[pyfunction]
+#[pyo3(signature = (chunks, accum, *, world, scale, add))]
+pub fn reduce(py: Python<'_>, chunks: &Buffer, accum: &Buffer, world: usize, scale: f64, add: bool) -> PyResult<f64> {
+    let write = if add { Write::Onto } else { Write::Over };
+    let source = chunks.memory().read()?;
+    let mut target = accum.memory().write()?;
+    match (source.values(), target.sums()) {
+        (Values::F32(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::F16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::BF16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::F64(chunks), Sums::F64(accum)) => detached(py, chunks, accum, world, scale, write),
+        (
+            Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,
+            Sums::F32(_) | Sums::F64(_) | Sums::Other(_),
+        ) => Err(LayoutError::new_err(format!(
+            "fp32, bf16 and fp16 are summed in fp32, fp64 in fp64; got {} chunks and a {} accumulator",
+            chunks.memory().dtype().name(),
+            accum.memory().dtype().name()
+        ))),
+    }
+}
+
+fn detached<E: Element>(
+    py: Python<'_>,
+    chunks: &[E],
+    accum: &mut [E::Sum],
+    world: usize,
+    scale: E::Sum,
+    write: Write,
+) -> PyResult<f64> {
+    py.detach(|| kernels::reduce(chunks, accum, world, scale, write))
+        .map_err(|error| LayoutError::new_err(error.to_string()))
+}
+
+/// The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is not.
+#[pyfunction]
+pub fn squared_norm(py: Python<'_>, values: &Buffer) -> PyResult<f64> {
+    let reading = values.memory().read()?;
+    match reading.values() {
+        Values::F32(values) => Ok(py.detach(|| kernels::squared_norm(values))),
+        Values::F16(values) => Ok(py.detach(|| kernels::squared_norm(values))),
+        Values::BF16(values) => Ok(py.detach(|| kernels::squared_norm(values))),
+        Values::F64(values) => Ok(py.detach(|| kernels::squared_norm(values))),
+        Values::U8 => Err(not_a_number("norm")),
+    }
+}
+
+/// Index of the first infinity or NaN of a CPU buffer.
+#[pyfunction]
+pub fn first_nonfinite(py: Python<'_>, values: &Buffer) -> PyResult<Option<usize>> {
+    let reading = values.memory().read()?;
+    match reading.values() {
+        Values::F32(values) => Ok(py.detach(|| kernels::first_nonfinite(values))),
+        Values::F16(values) => Ok(py.detach(|| kernels::first_nonfinite(values))),
+        Values::BF16(values) => Ok(py.detach(|| kernels::first_nonfinite(values))),
+        Values::F64(values) => Ok(py.detach(|| kernels::first_nonfinite(values))),
+        Values::U8 => Err(not_a_number("infinity")),
+    }
+}
+
+fn not_a_number(what: &str) -> PyErr {
+    LayoutError::new_err(format!("uint8 is bytes on a wire and has no {what}"))
+}

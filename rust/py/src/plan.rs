@@ -1,0 +1,249 @@
+//! `Plan`, `Bucket` and `Fragment`: the core's planning nouns, read-only.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use zerort_core::{
+    BucketId, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Stage,
+};
+
+use crate::errors::PlanError;
+use crate::ids::number;
+
+/// The immutable result of planning. Every rank computes the same one; `digest` proves it.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Plan {
+    inner: Arc<zerort_core::Plan>,
+}
+
+impl Plan {
+    /// The core's plan.
+    pub fn inner(&self) -> &Arc<zerort_core::Plan> {
+        &self.inner
+    }
+
+    fn wrap(plan: zerort_core::Plan) -> Self {
+        Self { inner: Arc::new(plan) }
+    }
+}
+
+/// The core's refusal as the class that Python knows.
+pub fn refused(error: zerort_core::PlanError) -> PyErr {
+    PlanError::new_err(error.to_string())
+}
+
+#[pymethods]
+impl Plan {
+    #[new]
+    #[pyo3(signature = (params, *, world, stage, cap_bytes=None, cap_elements=None, window=None))]
+    fn new(
+        params: Vec<(i64, String, i64)>,
+        world: i64,
+        stage: i64,
+        cap_bytes: Option<u64>,
+        cap_elements: Option<u64>,
+        window: Option<i64>,
+    ) -> PyResult<Self> {
+        let rules = u8::try_from(stage)
+            .map_err(|_| PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3")))
+            .and_then(|stage| Stage::new(stage).map_err(refused))?
+            .rules();
+        let cap = match (cap_bytes, cap_elements) {
+            (Some(bytes), None) => Cap::Bytes(bytes),
+            (None, Some(elements)) => Cap::Elements(elements),
+            (None, None) => return Err(PlanError::new_err("a bucket needs a cap: give cap_bytes or cap_elements")),
+            (Some(_), Some(_)) => {
+                return Err(PlanError::new_err("a bucket has one cap: give cap_bytes or cap_elements"));
+            }
+        };
+        let spec = PlanSpec {
+            params: params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?,
+            world: number("world", world).map_err(PlanError::new_err)?,
+            rules,
+            cap,
+            window: window.map(|window| number("window", window)).transpose().map_err(PlanError::new_err)?,
+        };
+        zerort_core::Plan::new(spec).map(Self::wrap).map_err(refused)
+    }
+
+    #[getter]
+    fn world(&self) -> u32 {
+        self.inner.world()
+    }
+
+    #[getter]
+    fn window(&self) -> u32 {
+        self.inner.window()
+    }
+
+    #[getter]
+    fn num_params(&self) -> usize {
+        self.inner.params().len()
+    }
+
+    #[getter]
+    fn shards_optimizer(&self) -> bool {
+        self.inner.rules().optimizer == Placement::Sharded
+    }
+
+    #[getter]
+    fn shards_gradient(&self) -> bool {
+        self.inner.rules().gradient == Placement::Sharded
+    }
+
+    #[getter]
+    fn shards_parameter(&self) -> bool {
+        self.inner.rules().parameter == Placement::Sharded
+    }
+
+    /// 64-bit hash of layout, rules and schedule.
+    #[getter]
+    fn digest(&self) -> u64 {
+        self.inner.digest()
+    }
+
+    #[getter]
+    fn buckets(&self) -> PyResult<Vec<Bucket>> {
+        self.inner.buckets().iter().map(|bucket| Bucket::of(&self.inner, bucket.id)).collect()
+    }
+
+    /// The static list: `("launch" | "retire", bucket id)`.
+    #[getter]
+    fn schedule(&self) -> Vec<(&'static str, u32)> {
+        self.inner.schedule().commands().iter().map(|&command| (kind(command), command.bucket().0)).collect()
+    }
+
+    fn fragments(&self, bucket: i64, rank: i64) -> PyResult<Vec<Fragment>> {
+        let bucket = BucketId(number("bucket", bucket).map_err(PlanError::new_err)?);
+        let rank = Rank(number("rank", rank).map_err(PlanError::new_err)?);
+        Ok(self.inner.fragments(bucket, rank).map_err(refused)?.map(Fragment).collect())
+    }
+
+    /// The same layout, launched in the order in which `observed` (parameter ids by arrival) fills the buckets.
+    fn reordered(&self, observed: Vec<i64>) -> PyResult<Self> {
+        let observed = observed.into_iter().map(|param| number("parameter", param).map(ParamId));
+        let observed = observed.collect::<Result<Vec<_>, _>>().map_err(PlanError::new_err)?;
+        self.inner.reordered(&observed).map(Self::wrap).map_err(refused)
+    }
+}
+
+/// One parameter of a specification: its id, and what Python says of it.
+fn param((id, (numel, dtype, group)): (usize, (i64, String, i64))) -> PyResult<Param> {
+    let numel = u64::try_from(numel)
+        .map_err(|_| PlanError::new_err(format!("parameter {id} can not have {numel} elements")))?;
+    let dtype = dtype_named(&dtype).ok_or_else(|| {
+        PlanError::new_err(format!("parameter {id} has dtype {dtype:?}: expected f32, f16, bf16 or f64"))
+    })?;
+    let group = GroupId(number("optimizer group", group).map_err(PlanError::new_err)?);
+    Ok(Param { numel, dtype, group })
+}
+
+fn dtype_named(name: &str) -> Option<Dtype> {
+    [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64].into_iter().find(|&dtype| dtype_name(dtype) == name)
+}
+
+const fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "f32",
+        Dtype::F16 => "f16",
+        Dtype::BF16 => "bf16",
+        Dtype::F64 => "f64",
+    }
+}
+
+/// The command's name in Python.
+pub const fn kind(command: Command) -> &'static str {
+    match command {
+        Command::Launch(_) => "launch",
+        Command::Retire(_) => "retire",
+    }
+}
+
+/// Parameters reduced together in one flat buffer; all offsets and lengths are in elements.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Bucket {
+    bucket: zerort_core::Bucket,
+    partition: Partition,
+}
+
+impl Bucket {
+    fn of(plan: &zerort_core::Plan, id: BucketId) -> PyResult<Self> {
+        let bucket = plan.bucket(id).map_err(refused)?.clone();
+        let partition = plan.partition(id).map_err(refused)?.clone();
+        Ok(Self { bucket, partition })
+    }
+}
+
+#[pymethods]
+impl Bucket {
+    #[getter]
+    fn id(&self) -> u32 {
+        self.bucket.id.0
+    }
+
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        dtype_name(self.bucket.dtype)
+    }
+
+    /// Optimizer parameter group the bucket belongs to.
+    #[getter]
+    fn group(&self) -> u32 {
+        self.bucket.group.0
+    }
+
+    /// Parameter ids in the order in which they lie in the buffer.
+    #[getter]
+    fn params(&self) -> Vec<u32> {
+        self.bucket.params.iter().map(|param| param.0).collect()
+    }
+
+    /// Start of each parameter of `params`; every one is on 64 bytes.
+    #[getter]
+    fn offsets(&self) -> Vec<u64> {
+        self.partition.offsets().to_vec()
+    }
+
+    #[getter]
+    fn numels(&self) -> Vec<u64> {
+        self.partition.numels().to_vec()
+    }
+
+    /// Padded length: a multiple of world x 128.
+    #[getter]
+    fn numel(&self) -> u64 {
+        self.partition.numel()
+    }
+
+    #[getter]
+    fn shard_numel(&self) -> u64 {
+        self.partition.shard_numel()
+    }
+}
+
+/// A parameter's part inside one rank's shard, in elements.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Fragment(zerort_core::Fragment);
+
+#[pymethods]
+impl Fragment {
+    #[getter]
+    fn param(&self) -> u32 {
+        self.0.param.0
+    }
+
+    #[getter]
+    fn param_start(&self) -> u64 {
+        self.0.param_start
+    }
+
+    #[getter]
+    fn shard_start(&self) -> u64 {
+        self.0.shard_start
+    }
+
+    #[getter]
+    fn length(&self) -> u64 {
+        self.0.length
+    }
+}

@@ -1,0 +1,134 @@
+//! `Reducer` and `Finished`: the cursor for gradients. Integers in, integers out.
+//!
+//! Every call keeps the GIL: the longest takes microseconds, and `grad_ready` less than releasing the GIL would. The mutex
+//! makes the class sound on any thread; with the GIL held nobody ever waits for it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pyo3::prelude::*;
+use zerort_core::ParamId;
+
+use crate::errors::StepError;
+use crate::ids::number;
+use crate::plan::{Plan, kind};
+
+/// The cursor for gradients: how far along the schedule one may go now.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Reducer {
+    inner: Mutex<zerort_core::Reducer>,
+}
+
+impl Reducer {
+    // The core does not panic half-way through a change, so a poisoned lock guards a sound state.
+    fn lock(&self) -> MutexGuard<'_, zerort_core::Reducer> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn refused(error: zerort_core::StepError) -> PyErr {
+    StepError::new_err(error.to_string())
+}
+
+fn id(param: i64) -> PyResult<ParamId> {
+    number("parameter", param).map(ParamId).map_err(StepError::new_err)
+}
+
+fn ids(params: &[ParamId]) -> Vec<u32> {
+    params.iter().map(|param| param.0).collect()
+}
+
+#[pymethods]
+impl Reducer {
+    #[new]
+    fn new(plan: &Plan) -> Self {
+        Self { inner: Mutex::new(zerort_core::Reducer::new(plan.inner().clone())) }
+    }
+
+    /// Which parameters require grad; the others are not waited for. Only between passes.
+    #[allow(clippy::needless_pass_by_value)] // a Python list can not be borrowed as a slice
+    fn set_active(&self, active: Vec<bool>) -> PyResult<()> {
+        self.lock().set_active(&active).map_err(refused)
+    }
+
+    /// Starts a pass.
+    fn begin(&self) -> PyResult<()> {
+        self.lock().begin().map_err(refused)
+    }
+
+    /// One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
+    fn grad_ready(&self, param: i64) -> PyResult<Option<usize>> {
+        self.lock().grad_ready(id(param)?).map_err(refused)
+    }
+
+    /// `grad_ready`, with the time kept for the trace.
+    fn grad_ready_at(&self, param: i64, now_ns: u64) -> PyResult<Option<usize>> {
+        self.lock().grad_ready_at(id(param)?, now_ns).map_err(refused)
+    }
+
+    /// Ends the pass and hands out the rest of the list.
+    fn finish(&self) -> PyResult<Finished> {
+        self.lock().finish().map(Finished).map_err(refused)
+    }
+
+    /// Takes a plan of the same layout with another launch order. Only between passes.
+    fn reorder(&self, plan: &Plan) -> PyResult<()> {
+        self.lock().reorder(plan.inner().clone()).map_err(refused)
+    }
+
+    #[getter]
+    fn in_pass(&self) -> bool {
+        self.lock().in_pass()
+    }
+
+    /// Gradients that arrived since the last `clear_stray` and that no pass took.
+    #[getter]
+    fn stray(&self) -> u64 {
+        self.lock().stray()
+    }
+
+    fn clear_stray(&self) {
+        self.lock().clear_stray();
+    }
+
+    /// Parameters in the order in which their last gradient arrived in the first pass; empty before it.
+    #[getter]
+    fn observed(&self) -> Vec<u32> {
+        ids(self.lock().observed())
+    }
+
+    /// The command the cursor stands at (index, kind, bucket) and the parameters its bucket lacks; None outside a pass.
+    fn explain(&self) -> Option<(usize, &'static str, u32, Vec<u32>)> {
+        let why = self.lock().explain()?;
+        Some((why.index, kind(why.command), why.command.bucket().0, ids(&why.lacking)))
+    }
+
+    /// Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last).
+    fn life(&self) -> Vec<(u32, u64, u64, u32)> {
+        self.lock().life().map(|life| (life.bucket.0, life.first_ns, life.full_ns, life.last.0)).collect()
+    }
+}
+
+/// What `Reducer.finish` hands out.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Finished(zerort_core::Finished);
+
+#[pymethods]
+impl Finished {
+    /// End of the list: every command below it may run now.
+    #[getter]
+    fn hi(&self) -> usize {
+        self.0.hi
+    }
+
+    /// Parameters that require grad and whose gradient never came.
+    #[getter]
+    fn absent(&self) -> Vec<u32> {
+        ids(&self.0.absent)
+    }
+
+    /// Parameters whose gradient came after their bucket had left; the gradient is in `.grad`.
+    #[getter]
+    fn late(&self) -> Vec<u32> {
+        ids(&self.0.late)
+    }
+}

@@ -1,0 +1,81 @@
+//! `LossScale`: the core's state machine, with plain numbers on both sides.
+
+use pyo3::prelude::*;
+use zerort_core::scaler::{self, Outcome, Policy, State};
+
+pyo3::import_exception!(zerort.errors, ConfigError);
+
+/// `(scale, hysteresis left, boundaries seen, boundary of the last overflow or 0)`.
+type Saved = (f64, u32, u64, u64);
+
+/// `DeepSpeed`'s dynamic loss scale as a pure state machine.
+#[pyclass(module = "zerort._core")]
+pub struct LossScale(scaler::LossScale);
+
+#[pymethods]
+impl LossScale {
+    #[new]
+    #[pyo3(signature = (*, initial, window, hysteresis, consecutive, minimum, factor = 2.0))]
+    fn new(
+        initial: f64,
+        window: u64,
+        hysteresis: u32,
+        consecutive: bool,
+        minimum: f64,
+        factor: f64,
+    ) -> PyResult<Self> {
+        let policy = Policy {
+            window,
+            hysteresis,
+            consecutive,
+            minimum,
+            factor,
+        };
+        scaler::LossScale::new(initial, policy)
+            .map(Self)
+            .map_err(refused)
+    }
+
+    #[getter]
+    fn scale(&self) -> f64 {
+        self.0.scale()
+    }
+
+    /// Advances by one boundary. False when the step overflowed with the scale already at its minimum.
+    fn update(&mut self, overflow: bool) -> bool {
+        match self.0.update(overflow) {
+            Outcome::Kept | Outcome::Grown | Outcome::Forgiven | Outcome::Cut => true,
+            Outcome::AtMinimum => false,
+        }
+    }
+
+    /// What a checkpoint must keep.
+    fn state(&self) -> Saved {
+        let State {
+            scale,
+            hysteresis_left,
+            boundaries,
+            last_overflow,
+        } = self.0.state();
+        (scale, hysteresis_left, boundaries, last_overflow)
+    }
+
+    /// Goes on from what `state` gave.
+    fn restore(&mut self, state: Saved) -> PyResult<()> {
+        let (scale, hysteresis_left, boundaries, last_overflow) = state;
+        self.0
+            .restore(State {
+                scale,
+                hysteresis_left,
+                boundaries,
+                last_overflow,
+            })
+            .map_err(refused)
+    }
+}
+
+// A map_err adaptor takes its error by value.
+#[allow(clippy::needless_pass_by_value)]
+fn refused(error: scaler::LossScaleError) -> PyErr {
+    ConfigError::new_err(format!("loss scale: {error}"))
+}
