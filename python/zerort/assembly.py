@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from zerort import _core, optim, schedules, trace
+from zerort import _core, optim, schedules
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
@@ -26,6 +26,8 @@ from zerort.optim import ShardOptimizer
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
+from zerort.trace import TraceSink, open_sink
+from zerort.trace.watch import BucketWatch, Unwatched
 
 __all__ = ["initialize"]
 
@@ -215,14 +217,22 @@ def _assemble(
         )
         for bucket in flat.buckets
     ]
-    sink = trace.open_sink(settings.zerort.trace, comm.rank, comm.world)
-    reduction = Reduction(plan, flat, comm, transports, trace.watch(sink, flat.names, comm.device))
+    sink = _open_sink(settings, comm)
+    watch = BucketWatch(sink, flat.names, "collectives") if sink.enabled else Unwatched()
+    reduction = Reduction(plan, flat, comm, transports, watch)
     boundary = Boundary(
         comm, flat, reduction, shards, precision.loss_scale,
         Policy(settings.gradient_clipping, settings.zerort.on_nonfinite), sink,
     )
     scheduler = _scheduler(settings, chosen, lr_scheduler)
     return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink))
+
+
+def _open_sink(settings: Config, comm: Comm) -> TraceSink:
+    wanted = settings.zerort.trace
+    return open_sink(
+        wanted.path if wanted.enabled else None, rank=comm.rank, world=comm.world, capacity=wanted.capacity
+    )
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:

@@ -141,25 +141,33 @@ class _TorchComm:
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._gradients, self._parameters, self._control = (
-            dist.new_group(backend=self.backend, timeout=timeout) for _ in range(3)
-        )
+        self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
+
+    def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
+        group = dist.new_group(backend=self.backend, timeout=timeout)
+        if not isinstance(group, dist.ProcessGroup):
+            raise CommError("this process is not a member of torch.distributed's default group")
+        return group
 
     def all_reduce(self, values: Tensor) -> None:
+        """On the control group; blocks the host on CPU, the stream on CUDA."""
         with self._named("all_reduce"):
             dist.all_reduce(values, group=self._control)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """On the control group."""
         with self._named("broadcast"):
             dist.broadcast(buffer, source, group=self._control)
 
     def gather_objects(self, value: Any) -> list[Any]:
+        """Pickled, on the control group."""
         values: list[Any] = [None] * self.world
         with self._named("all_gather_object"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 
     def close(self) -> None:
+        """Destroys the three groups; the job's own stays."""
         for group in (self._gradients, self._parameters, self._control):
             if dist.is_initialized():
                 dist.destroy_process_group(group)
@@ -191,10 +199,12 @@ class GlooComm(_TorchComm):
         self.chunks = self.world
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """Every rank's piece of this rank's shard, in rank order."""
         with self._named("all_to_all"):
             return _started(dist.all_to_all_single(recv, send, group=self._gradients, async_op=True))
 
     def all_gather(self, buffer: Tensor) -> Work:
+        """One broadcast per rank, in rank order, on its slice."""
         # gloo's all_gather stages through fresh buffers: three times the CPU time of these broadcasts.
         shards = buffer.chunk(self.world)
         with self._named("broadcast"):
@@ -213,10 +223,12 @@ class NcclComm(_TorchComm):
     chunks = 1
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """Summed on the way; `recv` may be this rank's slice of `send`."""
         with self._named("reduce_scatter"):
             return _started(_reduce_scatter(recv, send, group=self._gradients, async_op=True))
 
     def all_gather(self, buffer: Tensor) -> Work:
+        """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
         with self._named("all_gather"):
             return _started(_all_gather(buffer, own, group=self._parameters, async_op=True))

@@ -16,7 +16,7 @@ def training_loader(
     dataset: Dataset[Any], micro_batch: int, comm: Comm, *, drop_last: bool, collate: Callable[[Any], Any] | None
 ) -> DataLoader[Any]:
     """A loader of micro-batches. Map-style datasets are shuffled and cut among ranks; iterable ones cut themselves."""
-    sampler = None
+    sampler: DistributedSampler[Any] | None = None
     if not isinstance(dataset, IterableDataset):
         sampler = DistributedSampler(dataset, num_replicas=comm.world, rank=comm.rank, drop_last=drop_last)
     return DataLoader(dataset, batch_size=micro_batch, sampler=sampler, collate_fn=collate, drop_last=drop_last)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from zerort import _core, nonfinite
 from zerort.comm import Comm, Work
@@ -121,7 +120,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._producers: dict[int, torch.cuda.Stream] = {}
 
     def produced(self) -> None:
@@ -167,7 +166,7 @@ class Executor:
         self._flat = flat
         self._comm = comm
         self._transports = transports
-        self._watch = watch
+        self.watch = watch
         self._lock = threading.Lock()
         self._program: list[tuple[Callable[[Inflight], None], Inflight]] = []
         self._cursor = self._allowed = 0
@@ -230,7 +229,7 @@ class Executor:
         self.streams.before_pack(shared=flight.shared)
         self.absent += flight.pack()
         flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
-        self._watch.launched(flight.bucket.spec, flight.work)
+        self.watch.launched(flight.bucket.spec, flight.work)
 
     def _retire(self, flight: Inflight) -> None:
         bucket = flight.bucket
@@ -245,15 +244,15 @@ class Executor:
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
             if self._sums_are_gathered:
                 self._gathers.append(self._comm.all_gather(bucket.accum.tensor))
-        self._watch.retired(bucket.spec)
+        self.watch.retired(bucket.spec)
 
     def _complete(self, work: Work, what: str) -> None:
-        start = self._watch.mark()
+        start = self.watch.mark()
         try:
             work.wait()
         except RuntimeError as error:
             raise self._comm.failure(what, error) from error
-        self._watch.waited(start, what)
+        self.watch.waited(start, what)
 
 
 def _contents(bucket: FlatBucket) -> str:

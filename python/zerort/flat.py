@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
 from zerort.errors import PlanError, StepError
@@ -68,7 +69,7 @@ class Memory:
     @classmethod
     def over(cls, buffer: _core.Buffer) -> Memory:
         """The tensor over a buffer that the core handed out."""
-        return cls(torch.from_dlpack(buffer), buffer)
+        return cls(from_dlpack(buffer), buffer)
 
     def shard(self, rank: int) -> Memory:
         """One rank's slice of a bucket's memory."""
@@ -104,7 +105,7 @@ class FlatBucket:
         self.params = [member.tensor for member in members]
         self.values = Memory.of_bucket(plan, spec, first.dtype, first.device)
         self.views = [
-            laid_out_like(torch.from_dlpack(self.values.buffer.fragment(index)), parameter)
+            laid_out_like(from_dlpack(self.values.buffer.fragment(index)), parameter)
             for index, parameter in zip(spec.params, self.params, strict=True)
         ]
         self._move_in()

@@ -6,6 +6,7 @@ engine. Hooks return None and never block.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ Hook = Callable[[Tensor], None]
 class ParameterHooks:
     """One post-accumulate hook per parameter that requires grad."""
 
-    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, *, timed: bool) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor) -> None:
         on_cuda = any(parameter.device.type == "cuda" for parameter in params)
         self._params = params
-        self._make = _timed_hook if timed else _stream_hook if on_cuda else _plain_hook
+        self._make = _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else _plain_hook
         self._reducer = reducer
         self._executor = executor
         self._handles: dict[int, Any] = {}
@@ -37,7 +38,7 @@ class ParameterHooks:
         for index, wanted in enumerate(active):
             if wanted and index not in self._handles:
                 hook = self._make(index, self._reducer, self._executor)
-                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)
+                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Takes all hooks off."""
@@ -70,7 +71,7 @@ def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook
 
 
 def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
-    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, executor.now
+    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, time.perf_counter_ns
 
     def hook(_: Tensor) -> None:
         produced()
@@ -90,4 +91,4 @@ def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
 
 def after_backward(finish: Callable[[], None]) -> None:
     """Calls `finish` when the backward under way is over. Only from within a backward."""
-    torch.autograd.Variable._execution_engine.queue_callback(finish)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(finish)

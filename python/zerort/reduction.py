@@ -4,7 +4,7 @@
                          └────── abort ───> idle            the rest of the list ran on zeros; peers' collectives paired
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
-that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more pass.
+that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one pass more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Reduction:
         self._reducer = _core.Reducer(plan)
         self._executor = Executor(flat, comm, transports, watch)
         self._executor.load(plan)
-        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, watch)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor)
         self._active: list[bool] = []
         self._learnt = False
         self.follow()

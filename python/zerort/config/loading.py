@@ -56,7 +56,7 @@ def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     source = _read(config)
     _, problems = _check(source)
     wrong = {problem.path: f"error: {problem.text}" for problem in problems}
-    rows = [(path, shown(value), wrong.pop(path, None) or _effect(path, value)) for path, value in _leaves(source.data)]
+    rows = [(path, shown(value), wrong.pop(path, "") or _effect(path, value)) for path, value in _leaves(source.data)]
     return rows + [(path, "", text) for path, text in wrong.items()]
 
 

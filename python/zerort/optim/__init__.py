@@ -22,7 +22,7 @@ Params = Iterable[Any]
 
 
 def _adam(params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, **options: Any) -> Optimizer:
-    """DeepSpeed's Adam: decoupled weight decay unless adam_w_mode is false. `torch_adam` asks for what this is anyway."""
+    """DeepSpeed's Adam: decoupled decay unless adam_w_mode is false. `torch_adam` asks for what this is anyway."""
     if not options.pop("bias_correction", True):
         raise ConfigError("optimizer.params.bias_correction: expected true, got false: torch's Adam always corrects")
     return _fused(torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(params, **options)
@@ -30,8 +30,9 @@ def _adam(params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, 
 
 def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
     def construct(params: Params, **options: Any) -> Optimizer:
-        chosen = {"fused", "foreach", "differentiable"} & options.keys()
-        return kind(params, **options, **({} if chosen else {"fused": True}))
+        if not {"fused", "foreach", "differentiable"} & options.keys():
+            options["fused"] = True
+        return kind(params, **options)
 
     return construct
 
@@ -50,7 +51,7 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
 
     Raises `ConfigError` for an unknown name or option.
     """
-    classes = {key: value for key, value in vars(torch.optim).items() if isinstance(value, type) and value is not Optimizer}
+    classes = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type) and kind is not Optimizer}
     construct = NAMED.get(name.lower()) or classes.get(name)
     if construct is None:
         known = [*NAMED, *classes]

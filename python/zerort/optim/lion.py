@@ -14,7 +14,7 @@ __all__ = ["Lion"]
 class Lion(Optimizer):
     """The sign of an interpolation between momentum and gradient, with decoupled weight decay.
 
-    State: `exp_avg`, like the parameter. Raises `ValueError` for a negative lr or weight decay, or betas outside [0, 1).
+    State: `exp_avg`, like the parameter. Raises `ValueError` for a negative lr or decay, or betas outside [0, 1).
     """
 
     def __init__(

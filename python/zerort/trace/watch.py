@@ -17,6 +17,9 @@ __all__ = ["BucketWatch", "Unwatched", "Watch"]
 class Watch(Protocol):
     """A listener to the executor."""
 
+    enabled: bool
+    """Whether the times at which gradients come are wanted."""
+
     def mark(self) -> Mark:
         """This moment."""
 
@@ -35,6 +38,8 @@ class Watch(Protocol):
 
 class Unwatched:
     """Nobody listens."""
+
+    enabled = False
 
     def mark(self) -> Mark:
         """No clock is read."""
@@ -55,6 +60,8 @@ class Unwatched:
 
 class BucketWatch:
     """Tells a sink each bucket's life, each collective's span and each wait."""
+
+    enabled = True
 
     def __init__(self, sink: TraceSink, names: Sequence[str], track: str) -> None:
         self._sink = sink

@@ -21,7 +21,7 @@ class Dense:
 
     def encode(self, gradients: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
         """One batched copy, which casts where dtypes differ."""
-        torch._foreach_copy_(slots, gradients)
+        torch._foreach_copy_(list(slots), list(gradients))
 
     def decode(self, chunks: Memory, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
         """The sum over ranks; on CPU one fused pass in the core."""
@@ -41,7 +41,8 @@ def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add:
         accum.tensor.add_(total, alpha=scale)
     else:
         torch.mul(total, scale, out=accum.tensor)
-    return torch.linalg.vector_norm(accum.tensor, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(accum.tensor, dtype=torch.float64)
+    return norm.square()
 
 
 _FOLDS = {"cpu": _fold_in_core, "cuda": _fold_in_torch}

@@ -98,10 +98,12 @@ impl Partition {
         self.shard_numel
     }
 
-    /// The fragments in `rank`'s shard, by position in the bucket. `bucket` must be the one laid out here.
+    /// The fragments in `rank`'s shard, in the order in which they lie there; none for a rank beyond the world.
+    ///
+    /// `bucket` must be the one that was laid out.
     pub fn fragments<'a>(&'a self, bucket: &'a Bucket, rank: Rank) -> impl Iterator<Item = Fragment> + 'a {
-        let lo = u64::from(rank.0) * self.shard_numel;
-        let hi = lo + self.shard_numel;
+        let lo = u64::from(rank.0).saturating_mul(self.shard_numel);
+        let hi = lo.saturating_add(self.shard_numel);
         // The last parameter that starts at or before the shard is the first that can reach into it.
         let first = self.offsets.partition_point(|&start| start <= lo).saturating_sub(1);
         let extents = bucket.params.iter().zip(self.offsets.iter().zip(&self.numels)).skip(first);

@@ -25,7 +25,8 @@
 //! Most parameters fire once a pass, but a module reused under reentrant checkpointing fires once for each use, and its bucket
 //! must not leave before the last one. So the first pass only observes: it hands out nothing before its end, counts how often
 //! each parameter fires, and keeps the order in which they fired last, from which [`Plan::reordered`] makes a better launch
-//! order. A pass observes again when [`Reducer::set_active`] has let a parameter in that no observing pass has seen.
+//! order. A pass observes again when the one before had no arrivals at all, which teaches nothing, or when
+//! [`Reducer::set_active`] has let a parameter in that no observing pass has had.
 //!
 //! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
 
@@ -218,8 +219,9 @@ impl Reducer {
     /// [`StepError::OutOfPhase`] outside a pass.
     pub fn finish(&mut self) -> Result<Finished, StepError> {
         self.demand(Phase::Backward)?;
-        if let Pass::Observing { .. } = self.pass {
-            self.learn();
+        match self.pass {
+            Pass::Observing { arrivals: 1.. } => self.learn(),
+            Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle => {}
         }
         self.buckets.fill(State::Reduced);
         self.pass = Pass::Idle;

@@ -47,20 +47,14 @@ impl Policy {
             return Err(LossScaleError::Zero { name: "hysteresis" });
         }
         if self.factor <= 1.0 {
-            return Err(LossScaleError::FactorTooSmall {
-                factor: self.factor,
-            });
+            return Err(LossScaleError::FactorTooSmall { factor: self.factor });
         }
         Ok(self)
     }
 }
 
 fn positive(name: &'static str, value: f64) -> Result<(), LossScaleError> {
-    if value.is_finite() && value > 0.0 {
-        Ok(())
-    } else {
-        Err(LossScaleError::NotPositive { name, value })
-    }
+    if value.is_finite() && value > 0.0 { Ok(()) } else { Err(LossScaleError::NotPositive { name, value }) }
 }
 
 /// Everything that a checkpoint must keep of a loss scale.
@@ -151,12 +145,7 @@ impl LossScale {
     pub fn new(initial: f64, policy: Policy) -> Result<Self, LossScaleError> {
         let policy = policy.check()?;
         let hysteresis_left = policy.hysteresis;
-        let state = State {
-            scale: initial,
-            hysteresis_left,
-            boundaries: 0,
-            last_overflow: 0,
-        };
+        let state = State { scale: initial, hysteresis_left, boundaries: 0, last_overflow: 0 };
         let mut scale = Self { policy, state };
         scale.restore(state)?;
         Ok(scale)
@@ -179,26 +168,14 @@ impl LossScale {
     pub fn restore(&mut self, state: State) -> Result<(), LossScaleError> {
         positive("scale", state.scale)?;
         if state.hysteresis_left == 0 {
-            return Err(LossScaleError::Zero {
-                name: "hysteresis left",
-            });
+            return Err(LossScaleError::Zero { name: "hysteresis left" });
         }
-        let State {
-            last_overflow,
-            boundaries,
-            ..
-        } = state;
+        let State { last_overflow, boundaries, .. } = state;
         if last_overflow > boundaries {
-            return Err(LossScaleError::FutureOverflow {
-                last_overflow,
-                boundaries,
-            });
+            return Err(LossScaleError::FutureOverflow { last_overflow, boundaries });
         }
         let hysteresis_left = state.hysteresis_left.min(self.policy.hysteresis);
-        self.state = State {
-            hysteresis_left,
-            ..state
-        };
+        self.state = State { hysteresis_left, ..state };
         Ok(())
     }
 

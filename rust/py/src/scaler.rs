@@ -16,24 +16,9 @@ pub struct LossScale(scaler::LossScale);
 impl LossScale {
     #[new]
     #[pyo3(signature = (*, initial, window, hysteresis, consecutive, minimum, factor = 2.0))]
-    fn new(
-        initial: f64,
-        window: u64,
-        hysteresis: u32,
-        consecutive: bool,
-        minimum: f64,
-        factor: f64,
-    ) -> PyResult<Self> {
-        let policy = Policy {
-            window,
-            hysteresis,
-            consecutive,
-            minimum,
-            factor,
-        };
-        scaler::LossScale::new(initial, policy)
-            .map(Self)
-            .map_err(refused)
+    fn new(initial: f64, window: u64, hysteresis: u32, consecutive: bool, minimum: f64, factor: f64) -> PyResult<Self> {
+        let policy = Policy { window, hysteresis, consecutive, minimum, factor };
+        scaler::LossScale::new(initial, policy).map(Self).map_err(refused)
     }
 
     #[getter]
@@ -51,26 +36,14 @@ impl LossScale {
 
     /// What a checkpoint must keep.
     fn state(&self) -> Saved {
-        let State {
-            scale,
-            hysteresis_left,
-            boundaries,
-            last_overflow,
-        } = self.0.state();
+        let State { scale, hysteresis_left, boundaries, last_overflow } = self.0.state();
         (scale, hysteresis_left, boundaries, last_overflow)
     }
 
     /// Goes on from what `state` gave.
     fn restore(&mut self, state: Saved) -> PyResult<()> {
         let (scale, hysteresis_left, boundaries, last_overflow) = state;
-        self.0
-            .restore(State {
-                scale,
-                hysteresis_left,
-                boundaries,
-                last_overflow,
-            })
-            .map_err(refused)
+        self.0.restore(State { scale, hysteresis_left, boundaries, last_overflow }).map_err(refused)
     }
 }
 

@@ -1,0 +1,48 @@
+//! Planning a large model for a large job: 10^5 parameters, 1024 ranks.
+#![allow(missing_docs, reason = "criterion's macros make public items")]
+
+use std::hint::black_box;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, reshard};
+
+const PARAMS: u32 = 100_000;
+
+/// Matrices, and vectors in a group of their own, as in a transformer.
+fn spec(world: u32) -> PlanSpec {
+    let param = |index| {
+        let (numel, group) = if index % 3 == 0 { (1 << 20, 0) } else { (1 << 10, 1) };
+        Param { numel, dtype: Dtype::BF16, group: GroupId(group) }
+    };
+    let params = (0..PARAMS).map(param).collect();
+    PlanSpec { params, world, rules: Stage::Two.rules(), cap: Cap::Bytes(25 << 20), window: Some(4) }
+}
+
+fn plan(c: &mut Criterion) {
+    let large = spec(1024);
+    c.bench_function("plan of 1e5 parameters for 1024 ranks", |b| {
+        b.iter_batched(|| large.clone(), |spec| Plan::new(spec).unwrap().digest(), BatchSize::LargeInput);
+    });
+
+    let plan = Plan::new(large).unwrap();
+    let observed: Vec<ParamId> = (0..PARAMS).map(ParamId).collect();
+    c.bench_function("reordered by 1e5 arrivals", |b| {
+        b.iter(|| plan.reordered(black_box(&observed)).unwrap().digest());
+    });
+
+    c.bench_function("all fragments of one rank of 1024", |b| {
+        let rank = black_box(Rank(511));
+        let count = || plan.buckets().iter().map(|bucket| plan.fragments(bucket.id, rank).unwrap().count());
+        b.iter(|| count().sum::<usize>());
+    });
+
+    let source = Plan::new(spec(768)).unwrap();
+    let came_from: Vec<Option<ParamId>> = (0..PARAMS).map(|id| Some(ParamId(id))).collect();
+    c.bench_function("segments of one rank of 1024 from 768", |b| {
+        let segments = |bucket| reshard(&source, &plan, bucket, black_box(Rank(511)), &came_from).unwrap().len();
+        b.iter(|| plan.buckets().iter().map(|bucket| segments(bucket.id)).sum::<usize>());
+    });
+}
+
+criterion_group!(benches, plan);
+criterion_main!(benches);

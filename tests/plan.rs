@@ -1,0 +1,153 @@
+//! Plans: what is refused, what the digest covers, what an observed order changes.
+
+mod arbitrary;
+
+use arbitrary::{ids, plan, spec, uniform};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use zerort_core::{
+    BucketId, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan, PlanError, PlanSpec, Rank, Rules, Stage,
+};
+
+fn sample() -> PlanSpec {
+    let param = |numel, dtype, group| Param { numel, dtype, group: GroupId(group) };
+    let params = vec![
+        param(1000, Dtype::F32, 0),
+        param(0, Dtype::F32, 0),
+        param(1, Dtype::BF16, 1),
+        param(300, Dtype::F32, 0),
+        param(64, Dtype::BF16, 1),
+    ];
+    PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap: Cap::Elements(512), window: Some(2) }
+}
+
+fn changed(change: impl FnOnce(&mut PlanSpec)) -> Result<Plan, PlanError> {
+    let mut spec = sample();
+    change(&mut spec);
+    Plan::new(spec)
+}
+
+fn launches(plan: &Plan) -> Vec<u32> {
+    plan.schedule().launches().map(|bucket| bucket.0).collect()
+}
+
+#[test]
+fn a_stage_is_three_placements() {
+    use Placement::{Replicated as R, Sharded as S};
+    let table = [(0, [R, R, R]), (1, [S, R, R]), (2, [S, S, R]), (3, [S, S, S])];
+    for (stage, [optimizer, gradient, parameter]) in table {
+        assert_eq!(Stage::new(stage).unwrap().rules(), Rules { optimizer, gradient, parameter });
+    }
+    assert_eq!(Stage::new(4), Err(PlanError::BadStage { stage: 4 }));
+}
+
+#[test]
+fn what_travels_when_follows_from_the_placements() {
+    let rules = [Stage::Zero, Stage::One, Stage::Two, Stage::Three].map(Stage::rules);
+    assert_eq!(rules.map(Rules::reduces_every_micro_batch), [false, false, true, true]);
+    assert_eq!(rules.map(Rules::gathers_gradient), [true, false, false, false]);
+    assert_eq!(rules.map(Rules::gathers_parameter), [false, true, true, false]);
+    assert_eq!(rules.map(Rules::reduce_op), [Op::AllReduce, Op::ReduceScatter, Op::ReduceScatter, Op::ReduceScatter]);
+}
+
+#[test]
+fn a_specification_without_sense_is_refused() {
+    let error = |change: fn(&mut PlanSpec)| changed(change).unwrap_err();
+    assert_eq!(error(|spec| spec.params.clear()), PlanError::NoParameters);
+    assert_eq!(error(|spec| spec.world = 0), PlanError::BadWorld);
+    assert_eq!(error(|spec| spec.cap = Cap::Bytes(0)), PlanError::BadCap);
+    assert_eq!(error(|spec| spec.cap = Cap::Elements(0)), PlanError::BadCap);
+    assert_eq!(error(|spec| spec.window = Some(0)), PlanError::BadWindow);
+    assert_eq!(error(|spec| spec.params[3].numel = u64::MAX), PlanError::TooLarge { param: ParamId(3) });
+}
+
+#[test]
+fn a_question_about_something_that_is_not_there_is_an_error() {
+    let plan = Plan::new(sample()).unwrap();
+    let (param, bucket, rank) = (ParamId(5), BucketId(9), Rank(2));
+    let buckets = plan.buckets().len();
+    assert_eq!(plan.home(param), Err(PlanError::UnknownParam { param, params: 5 }));
+    assert_eq!(plan.bucket(bucket), Err(PlanError::UnknownBucket { bucket, buckets }));
+    assert_eq!(plan.partition(bucket), Err(PlanError::UnknownBucket { bucket, buckets }));
+    assert_eq!(plan.fragments(bucket, Rank(0)).err(), Some(PlanError::UnknownBucket { bucket, buckets }));
+    assert_eq!(plan.fragments(BucketId(0), rank).err(), Some(PlanError::UnknownRank { rank, world: 2 }));
+    assert_eq!(plan.reordered(&[param]).err(), Some(PlanError::UnknownParam { param, params: 5 }));
+}
+
+#[test]
+fn a_window_is_at_most_all_buckets_and_all_of_them_when_left_out() {
+    let all = Plan::new(sample()).unwrap().buckets().len() as u32;
+    let window = |window| changed(|spec| spec.window = window).unwrap().window();
+    assert_eq!([window(None), window(Some(u32::MAX)), window(Some(1))], [all, all, 1]);
+}
+
+#[test]
+fn a_digest_is_the_same_on_every_platform_and_in_every_release() {
+    let plan = Plan::new(sample()).unwrap();
+    assert_eq!((plan.layout_digest(), plan.digest()), (LAYOUT_DIGEST, DIGEST));
+}
+const LAYOUT_DIGEST: u64 = 0xff23_3cc4_ded8_3969;
+const DIGEST: u64 = 0x2274_77a2_a440_0abf;
+
+#[test]
+fn a_digest_covers_everything_that_a_plan_is_made_from() {
+    let changes: [fn(&mut PlanSpec); 9] = [
+        |_| {},
+        |spec| spec.params[3].numel += 1,
+        |spec| spec.params[1].dtype = Dtype::F64,
+        |spec| spec.params[1].group = GroupId(7),
+        |spec| spec.params.swap(0, 3),
+        |spec| spec.world = 4,
+        |spec| spec.rules = Stage::One.rules(),
+        |spec| spec.cap = Cap::Elements(4096),
+        |spec| spec.window = Some(1),
+    ];
+    let mut digests: Vec<u64> = changes.map(|change| changed(change).unwrap().digest()).to_vec();
+    digests.sort_unstable();
+    digests.dedup();
+    assert_eq!(digests.len(), changes.len());
+}
+
+#[test]
+fn buckets_are_launched_as_observed_gradients_fill_them() {
+    let plan = uniform(6, 2, None); // b0 = {5, 4}, b1 = {3, 2}, b2 = {1, 0}
+    let order = |observed: &[u32]| launches(&plan.reordered(&ids(observed)).unwrap());
+    assert_eq!(launches(&plan), [0, 1, 2]);
+    assert_eq!(order(&[0, 1, 2, 3, 4, 5]), [2, 1, 0]);
+    assert_eq!(order(&[5, 0, 3, 1, 2, 4]), [2, 1, 0]);
+    assert_eq!(order(&[4, 5, 0, 1, 2, 3, 5]), [2, 1, 0], "where a parameter is listed twice, the last place counts");
+    assert_eq!(order(&[0, 1, 5, 3, 2]), [2, 1, 0], "a bucket that was not filled goes last");
+    assert_eq!(order(&[5, 3, 0, 1]), [2, 0, 1], "two of them in layout order");
+    assert_eq!(order(&[]), [0, 1, 2]);
+}
+
+#[test]
+fn another_launch_order_keeps_the_layout_and_changes_the_digest() {
+    let plan = uniform(6, 2, Some(1));
+    let other = plan.reordered(&ids(&[0, 1, 2, 3, 4, 5])).unwrap();
+    assert_eq!(other.layout_digest(), plan.layout_digest());
+    assert_ne!(other.digest(), plan.digest());
+    assert_eq!((other.buckets(), other.window()), (plan.buckets(), plan.window()));
+}
+
+proptest! {
+    #[test]
+    fn sch_3_the_same_specification_makes_the_same_plan(spec in spec()) {
+        let (one, two) = (Plan::new(spec.clone()).unwrap(), Plan::new(spec).unwrap());
+        prop_assert_eq!(one.digest(), two.digest());
+        prop_assert_eq!(one.schedule(), two.schedule());
+        prop_assert_eq!(one.buckets(), two.buckets());
+    }
+
+    #[test]
+    fn sch_3_equal_digests_mean_equal_lists(plan in plan(), arrivals in prop::collection::vec(any::<Index>(), 0..48)) {
+        let params = plan.params().len();
+        let observed: Vec<ParamId> = arrivals.iter().map(|at| ParamId(at.index(params) as u32)).collect();
+        let other = plan.reordered(&observed).unwrap();
+        prop_assert_eq!(plan.layout_digest(), other.layout_digest());
+        prop_assert_eq!(plan.digest() == other.digest(), plan.schedule() == other.schedule());
+        let mut launched = launches(&other);
+        launched.sort_unstable();
+        prop_assert_eq!(launched, (0..plan.buckets().len() as u32).collect::<Vec<_>>());
+    }
+}
