@@ -47,7 +47,14 @@ def _ddp_views(workload: Workload, device: torch.device) -> Step:
 
 def _ddp_zero(workload: Workload, device: torch.device) -> Step:
     model = DistributedDataParallel(workload.model(device), gradient_as_bucket_view=True)
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=workload.lr, fused=True, **ADAMW)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(),
+        optimizer_class=AdamW,
+        parameters_as_bucket_view=True,
+        lr=workload.lr,
+        fused=True,
+        **ADAMW,
+    )
     return _plain(workload, device, model, optimizer)
 
 
@@ -96,7 +103,7 @@ CONTENDERS: dict[str, Build] = {
     "DDP": _ddp,
     "no communication": _alone,
     "DDP, bucket views": _ddp_views,
-    "DDP + ZeroRedundancyOptimizer": _ddp_zero,
+    "DDP + ZeroRedundancy": _ddp_zero,
     "FSDP2": _fsdp2,
     "zerort stage 0": _zerort(0),
     "zerort stage 1": _zerort(1),

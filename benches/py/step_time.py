@@ -61,7 +61,7 @@ def table(workload: Workload, runs: dict[str, Runs], title: str) -> Table:
     """Median [min .. max] over the rounds, of times and of ratios to DDP."""
     base = runs[BASELINE]
     shown = Table(title=title, title_justify="left")
-    for heading in ("contender", "step ms", "step / DDP", "CPU / DDP", "loss, largest difference"):
+    for heading in ("contender", "step ms", "step / DDP", "CPU / DDP", "loss vs DDP"):
         shown.add_column(heading, justify="left" if heading == "contender" else "right")
     for name, run in runs.items():
         ratios = run.against(base)
@@ -82,7 +82,7 @@ def _spread(spread: Spread, digits: int) -> str:
 
 def _verdict(name: str, run: Runs, base: Runs, workload: Workload) -> str:
     if name in INCOMPARABLE:
-        return "other by design"
+        return "not compared"
     deviation = run.deviation(base)
     return f"{deviation:.1e}" if deviation <= workload.tolerance else f"[red]{deviation:.1e}: other work[/]"
 
