@@ -1,10 +1,10 @@
 """Gradient communication for PyTorch: DeepSpeed's engine calls over a planned, static launch order.
 
-    engine, optimizer, loader, scheduler = zerort.initialize(model=model, config="config.json")
-    for batch in loader:
-        loss = engine(batch)
-        engine.backward(loss)
-        engine.step()
+engine, optimizer, loader, scheduler = zerort.initialize(model=model, config="config.json")
+for batch in loader:
+    loss = engine(batch)
+    engine.backward(loss)
+    engine.step()
 """
 
 from zerort._core import __version__

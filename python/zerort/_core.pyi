@@ -136,9 +136,9 @@ class Reducer:
     def observed(self) -> list[int]:
         """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""
     def explain(self) -> tuple[int, CommandKind, int, list[int]] | None:
-        """The command the cursor stands at (index, kind, bucket) and the parameters its bucket lacks; None outside a pass."""
+        """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None outside a pass."""
     def life(self) -> list[tuple[int, int, int, int]]:
-        """Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last); `grad_ready_at` only."""
+        """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter); `grad_ready_at` only."""
 
 @final
 class Buffer:
@@ -188,7 +188,9 @@ def first_nonfinite(values: Buffer) -> int | None:
 def reshard(
     source: Plan, target: Plan, *, bucket: int, rank: int, came_from: Sequence[int]
 ) -> list[tuple[int, int, int, int, int]]:
-    """What fills `rank`'s shard of `bucket` in `target`: (start in that shard, source rank, source bucket, start in the source's shard, length).
+    """What fills `rank`'s shard of `bucket` in `target`.
+
+    Rows of (start in that shard, source rank, source bucket, start in the source's shard, length).
 
     `came_from[p]` is the id in `source` of the target's parameter p, or -1 where the source has none. Padding is not
     listed. Raises `PlanError` when the two disagree about a parameter's length.
@@ -223,11 +225,19 @@ class Trace:
     def __new__(cls, rank: int, capacity: int) -> Trace: ...
     def track(self, name: str) -> int:
         """A named row (a thread in Chrome's terms); the same name gives the same id."""
-    def span(self, track: int, name: str, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None) -> None: ...
+    def span(
+        self, track: int, name: str, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None
+    ) -> None: ...
     def instant(self, track: int, name: str, at_ns: int, args: dict[str, str | int | float] | None = None) -> None: ...
     def counter(self, name: str, at_ns: int, value: float) -> None: ...
     def async_span(
-        self, track: int, name: str, key: int, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None
+        self,
+        track: int,
+        name: str,
+        key: int,
+        start_ns: int,
+        end_ns: int,
+        args: dict[str, str | int | float] | None = None,
     ) -> None:
         """A span that may overlap others of its track: one bucket's life."""
     @property

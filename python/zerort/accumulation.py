@@ -38,7 +38,7 @@ class Accumulation:
     held: int = 0
     """Depth of `no_sync`."""
     scaled: bool = False
-    """A backward of this window was divided by the number of steps before it ran (`engine.backward`, `engine.scale`)."""
+    """A backward of this window was divided by the number of steps before it ran."""
     direct: bool = False
     """A backward of this window was the user's own, and is divided in the reduction."""
 
@@ -69,8 +69,8 @@ class Accumulation:
         if self.direct and self.scaled and self.steps > 1:
             raise StepError(
                 "one accumulation window mixes engine.backward(loss) or engine.scale(loss), which divide by "
-                "gradient_accumulation_steps, with a direct loss.backward(), which is divided when it is reduced: use one "
-                "of them for all micro-batches of a window"
+                "gradient_accumulation_steps, with a direct loss.backward(), which is divided when it is reduced: use "
+                "one of them for all micro-batches of a window"
             )
 
     @property

@@ -74,8 +74,11 @@ def initialize(
     loader = None
     if training_data is not None:
         loader = training_loader(
-            training_data, engine.train_micro_batch_size_per_gpu(), comm,
-            drop_last=settings.dataloader_drop_last, collate=collate_fn,
+            training_data,
+            engine.train_micro_batch_size_per_gpu(),
+            comm,
+            drop_last=settings.dataloader_drop_last,
+            collate=collate_fn,
         )
     return engine, chosen, loader, engine.lr_scheduler
 
@@ -166,7 +169,7 @@ def _compare(ours: Sequence[Any], theirs: Sequence[Any], rank: int) -> None:
     for a, b in zip(ours, theirs, strict=False):
         if a != b:
             raise PlanMismatch(
-                f"ranks have different models: the first difference is {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
+                f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
             )
     if len(ours) != len(theirs):
         longer, name = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
@@ -198,14 +201,20 @@ def _broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
 
 
 def _assemble(
-    settings: Config, comm: Comm, model: nn.Module, plan: _core.Plan, flat: FlatModel, chosen: Optimizer, lr_scheduler: Any
+    settings: Config,
+    comm: Comm,
+    model: nn.Module,
+    plan: _core.Plan,
+    flat: FlatModel,
+    chosen: Optimizer,
+    lr_scheduler: Any,
 ) -> Engine:
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     reason = why_not_elementwise(chosen)
     if reason is not None and plan.shards_optimizer:
         raise ConfigError(
-            f"optimizer {type(chosen).__name__} cannot run on shards: {reason}. Use zero_optimization.stage 0, which keeps "
-            "the optimizer whole"
+            f"optimizer {type(chosen).__name__} cannot run on shards: {reason}. Use zero_optimization.stage 0, "
+            "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
     shards.split()
@@ -218,11 +227,16 @@ def _assemble(
         for bucket in flat.buckets
     ]
     sink = _open_sink(settings, comm)
-    watch = BucketWatch(sink, flat.names, "collectives") if sink.enabled else Unwatched()
+    watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
     reduction = Reduction(plan, flat, comm, transports, watch)
     boundary = Boundary(
-        comm, flat, reduction, shards, precision.loss_scale,
-        Policy(settings.gradient_clipping, settings.zerort.on_nonfinite), sink,
+        comm,
+        flat,
+        reduction,
+        shards,
+        precision.loss_scale,
+        Policy(settings.gradient_clipping, settings.zerort.on_nonfinite),
+        sink,
     )
     scheduler = _scheduler(settings, chosen, lr_scheduler)
     return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink))

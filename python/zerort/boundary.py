@@ -43,7 +43,11 @@ class Policy:
 
 @dataclass
 class Boundary:
-    """Crosses from gradients to parameters. `norm` is the last gradient's, averaged and unscaled, before clipping."""
+    """Crosses from gradients to parameters.
+
+    `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds that the host stood
+    still for collectives since the boundary before.
+    """
 
     comm: Comm
     flat: FlatModel
@@ -53,6 +57,8 @@ class Boundary:
     policy: Policy
     sink: TraceSink
     norm: float | None = field(default=None, init=False)
+    exposed: float = field(default=0.0, init=False)
+    _waited: float = field(default=0.0, init=False)
 
     def cross(self, fold: float, failure: str | None = None) -> Outcome:
         """Votes and steps. `fold` is what a further pass would be multiplied by; `failure` poisons the step.
@@ -73,6 +79,7 @@ class Boundary:
             return Outcome.APPLIED
         finally:
             self.reduction.reset()
+            self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
 
     def _agree(self, fold: float, failure: str | None) -> Verdict:
         self.reduction.drain()
@@ -85,7 +92,8 @@ class Boundary:
 
     def _vote(self, failure: str | None) -> Verdict:
         ballot = Ballot(self.reduction.leftover(), failure is not None, self.reduction.fingerprint)
-        return vote(self.comm, self.flat, ballot)
+        with self.reduction.waiting("vote"):
+            return vote(self.comm, self.flat, ballot)
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:

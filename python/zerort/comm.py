@@ -2,7 +2,7 @@
 
 A `Comm` carries flat buffers between ranks. What it guarantees: every call is made on groups of the engine's own, so a
 collective of the user's can never pair with one of ours, and every group has the configured time-out, so no rank waits
-for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it never decides an order.
+for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it decides no order.
 
 Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and the wire format sums
 them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the bytes, half of what gloo's own reduce-scatter
@@ -30,41 +30,27 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dis
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-class Work(Protocol):
-    """A collective under way."""
+class Work:
+    """A collective under way: one or several of torch's works, none where there is nothing to move."""
+
+    def __init__(self, works: Sequence[dist.Work | None] = ()) -> None:
+        self._works = [work for work in works if work is not None]
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
-
-    def wait(self) -> Any:
-        """On CPU blocks the host; on CUDA makes the current stream wait."""
-
-
-class Done:
-    """The work of a collective that had nothing to do."""
-
-    def is_completed(self) -> bool:
-        """Always."""
-        return True
-
-    def wait(self) -> None:
-        """Returns at once."""
-
-
-class Several:
-    """Several works waited for together."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-
-    def is_completed(self) -> bool:
-        """Whether all of them are."""
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        """Waits for each in turn."""
+        """On CPU blocks the host; on CUDA makes the current stream wait. Raises `RuntimeError` when it failed."""
         for work in self._works:
             work.wait()
+
+    def when_complete(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` on the worker that completes the last of them; at once where there is nothing to move."""
+        if not self._works:
+            tell()
+            return
+        self._works[-1].get_future().add_done_callback(lambda _: tell())
 
 
 class Comm(Protocol):
@@ -110,11 +96,11 @@ class LocalComm:
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Nothing to move: `recv` is `send`."""
-        return Done()
+        return Work()
 
     def all_gather(self, buffer: Tensor) -> Work:
         """Nothing to move."""
-        return Done()
+        return Work()
 
     def all_reduce(self, values: Tensor) -> None:
         """The sum over one rank."""
@@ -201,16 +187,16 @@ class GlooComm(_TorchComm):
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Every rank's piece of this rank's shard, in rank order."""
         with self._named("all_to_all"):
-            return _started(dist.all_to_all_single(recv, send, group=self._gradients, async_op=True))
+            return Work([dist.all_to_all_single(recv, send, group=self._gradients, async_op=True)])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """One broadcast per rank, in rank order, on its slice."""
         # gloo's all_gather stages through fresh buffers: three times the CPU time of these broadcasts.
         shards = buffer.chunk(self.world)
         with self._named("broadcast"):
-            return Several(
+            return Work(
                 [
-                    _started(dist.broadcast(shard, rank, group=self._parameters, async_op=True))
+                    dist.broadcast(shard, rank, group=self._parameters, async_op=True)
                     for rank, shard in enumerate(shards)
                 ]
             )
@@ -225,19 +211,13 @@ class NcclComm(_TorchComm):
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Summed on the way; `recv` may be this rank's slice of `send`."""
         with self._named("reduce_scatter"):
-            return _started(_reduce_scatter(recv, send, group=self._gradients, async_op=True))
+            return Work([_reduce_scatter(recv, send, group=self._gradients, async_op=True)])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
         with self._named("all_gather"):
-            return _started(_all_gather(buffer, own, group=self._parameters, async_op=True))
-
-
-def _started(work: Work | None) -> Work:
-    if work is None:
-        raise CommError("this process is not a member of its own group: the job's ranks were re-formed under the engine")
-    return work
+            return Work([_all_gather(buffer, own, group=self._parameters, async_op=True)])
 
 
 def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(minutes=5)) -> bool:

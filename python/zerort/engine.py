@@ -72,7 +72,9 @@ class Engine(nn.Module):
         self.counters = Counters()
         self._parts = parts
         self._batch = parts.batch
-        self._accumulation = Accumulation(parts.batch.accumulation, parts.config.reduce_every_micro_batch, self.counters)
+        self._accumulation = Accumulation(
+            parts.batch.accumulation, parts.config.reduce_every_micro_batch, self.counters
+        )
         self._micro = MicroBatch()
         self._failure: str | None = None
         self._applied = False
@@ -91,7 +93,7 @@ class Engine(nn.Module):
         return outputs
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
-        """`loss` divided by the accumulation steps and times the loss scale, for a `loss.backward()` of the user's own."""
+        """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the user's own."""
         self._check(loss)
         self._micro.prepared = True
         return self._scaled(loss, scale_wrt_gas)
@@ -145,7 +147,7 @@ class Engine(nn.Module):
             raise
 
     def _settle(self, failure: str) -> None:
-        """After a failure: takes part in what is left of the micro-batch, on zeros; at the boundary also in the vote."""
+        """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary also in the vote."""
         self._failure = self._failure or failure
         self._parts.reduction.abort(self._fold(), travels=self._accumulation.travels)
         try:
@@ -168,7 +170,10 @@ class Engine(nn.Module):
         if self._micro.running:
             return
         if not self._micro.prepared and self._parts.precision.loss_scale.scale != 1.0:
-            raise StepError("a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or engine.scale(loss).backward()")
+            raise StepError(
+                "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
+                "engine.scale(loss).backward()"
+            )
         self._open(direct=not self._micro.prepared)
         after_backward(self._close)
 
@@ -228,8 +233,8 @@ class Engine(nn.Module):
             raise StepError(f"backward needs a loss of one element, got {got}: reduce it, for example with loss.mean()")
         if not loss.requires_grad:
             raise StepError(
-                "the loss has no graph (requires_grad is False): it was computed under no_grad, detached, or touches no "
-                "trainable parameter"
+                "the loss has no graph (requires_grad is False): it was computed under no_grad, detached, or touches "
+                "no trainable parameter"
             )
 
     def _name_absent(self, names: list[str]) -> None:
@@ -238,7 +243,9 @@ class Engine(nn.Module):
             return
         told = f"{', '.join(new[:8])}{f' and {len(new) - 8} more' if len(new) > 8 else ''}"
         if self._parts.config.unused_parameters == "raise":
-            raise StepError(f"no gradient came for {told}: the forward does not use them (unused parameters are an error)")
+            raise StepError(
+                f"no gradient came for {told}: the forward does not use them (unused parameters are an error)"
+            )
         self._named.update(new)
         _log.warning(
             "rank %d: no gradient came for %s; it counts as zero (said once per parameter)", self._parts.comm.rank, told
@@ -347,7 +354,14 @@ class Engine(nn.Module):
 
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of each parameter group."""
-        return [group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups]
+        return [
+            group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups
+        ]
+
+    @property
+    def exposed_communication(self) -> float:
+        """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
+        return self._parts.boundary.exposed
 
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""

@@ -1,4 +1,4 @@
-"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams and events.
+"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams.
 
 What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
 collective of a bucket stay alive together from Launch to Retire; no hook ever blocks (RED-5): a Retire whose collective
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 import torch
@@ -163,6 +164,7 @@ class Executor:
         self.streams = streams_for(comm.device)
         self.absent: list[str] = []
         self.nonfinite: tuple[int, int] | None = None
+        self.waited = 0.0
         self._flat = flat
         self._comm = comm
         self._transports = transports
@@ -212,10 +214,25 @@ class Executor:
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
         if not self._sums_are_gathered:
-            works = [(bucket, self._comm.all_gather(bucket.values.tensor)) for bucket in self._flat.buckets]
+            works = [(bucket, self._gather(bucket, bucket.values)) for bucket in self._flat.buckets]
             for bucket, work in works:
                 self._complete(work, f"all_gather of {_contents(bucket)}")
         self._flat.published()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Within, the caller stands still for the collective `what`; `waited` adds up the host's seconds of it.
+
+        A collective that fails or times out raises `CommError` naming it.
+        """
+        mark, start = self.watch.mark(), perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._comm.failure(what, error) from error
+        finally:
+            self.waited += perf_counter() - start
+            self.watch.waited(mark, what)
 
     def _advance(self, *, wait: bool) -> None:
         while self._cursor < self._allowed:
@@ -229,7 +246,9 @@ class Executor:
         self.streams.before_pack(shared=flight.shared)
         self.absent += flight.pack()
         flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
-        self.watch.launched(flight.bucket.spec, flight.work)
+        spec = flight.bucket.spec
+        self.watch.launched(spec)
+        self.watch.started(f"reduce_scatter b{spec.id}", flight.send.nbytes, flight.work)
 
     def _retire(self, flight: Inflight) -> None:
         bucket = flight.bucket
@@ -243,16 +262,17 @@ class Executor:
             if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
             if self._sums_are_gathered:
-                self._gathers.append(self._comm.all_gather(bucket.accum.tensor))
+                self._gathers.append(self._gather(bucket, bucket.accum))
         self.watch.retired(bucket.spec)
 
     def _complete(self, work: Work, what: str) -> None:
-        start = self.watch.mark()
-        try:
+        with self.waiting(what):
             work.wait()
-        except RuntimeError as error:
-            raise self._comm.failure(what, error) from error
-        self.watch.waited(start, what)
+
+    def _gather(self, bucket: FlatBucket, memory: Memory) -> Work:
+        work = self._comm.all_gather(memory.tensor)
+        self.watch.started(f"all_gather b{bucket.spec.id}", memory.tensor.nbytes, work)
+        return work
 
 
 def _contents(bucket: FlatBucket) -> str:

@@ -96,7 +96,19 @@ class FlatBucket:
     `landing` the part of it that this rank sums: its shard.
     """
 
-    __slots__ = ("accum", "landing", "master", "names", "owned", "params", "spec", "squares", "start", "values", "views")
+    __slots__ = (
+        "accum",
+        "landing",
+        "master",
+        "names",
+        "owned",
+        "params",
+        "spec",
+        "squares",
+        "start",
+        "values",
+        "views",
+    )
 
     def __init__(self, plan: _core.Plan, spec: _core.Bucket, members: Sequence[Planned], rank: int) -> None:
         first = members[0].tensor
@@ -201,8 +213,8 @@ def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int])
         twin = owner.setdefault(member.tensor.data_ptr(), name)
         if twin != name:
             raise PlanError(
-                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by assigning "
-                f"the same Parameter (module.{name} = module.{twin}), or give each its own memory"
+                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by "
+                f"assigning the same Parameter (module.{name} = module.{twin}), or give each its own memory"
             )
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")

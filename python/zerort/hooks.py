@@ -83,7 +83,7 @@ def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
 
 
 def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
-    """Calls `begin` in each backward that reaches a tensor of `outputs` (any nesting), once and before the module's part."""
+    """Calls `begin` once in each backward that reaches a tensor within `outputs`, before the module's part."""
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if leaves:
         torch.autograd.graph.register_multi_grad_hook(leaves, lambda _: begin(), mode="any")

@@ -4,13 +4,14 @@
                          └────── abort ───> idle            the rest of the list ran on zeros; peers' collectives paired
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
-that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one pass more.
+that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -116,6 +117,15 @@ class Reduction:
     def leftover(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
         return sum(parameter.grad is not None for parameter in self._flat.params)
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Within, the caller stands still for the collective `what`."""
+        return self._executor.waiting(what)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the host has stood still for collectives, since the beginning."""
+        return self._executor.waited
 
     def nonfinite(self) -> tuple[int, int] | None:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1 where unknown."""

@@ -11,7 +11,6 @@ The classes keep DeepSpeed's interface rather than torch's `LRScheduler`: they n
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import math
@@ -20,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from zerort.config.problems import did_you_mean, nearest
 from zerort.errors import ConfigError
 
 __all__ = ["LRRangeTest", "OneCycle", "Schedule", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "build"]
@@ -326,13 +326,14 @@ def build(name: str, params: Mapping[str, Any], optimizer: _HasGroups) -> Any:
     """
     known = {**_torch_schedules(), **_SCHEDULES}
     if name not in known:
-        raise ConfigError(f'scheduler.type: unknown schedule "{name}"{_nearest(name, known)}')
+        raise ConfigError(f'scheduler.type: unknown schedule "{name}"{did_you_mean(nearest(name, known))}')
     schedule = known[name]
     signature = inspect.signature(schedule)
     for key in params:
         if key not in signature.parameters or key == "optimizer":
             names = [parameter for parameter in signature.parameters if parameter != "optimizer"]
-            raise ConfigError(f"scheduler.params.{key}: no parameter of {name}{_nearest(key, names)}")
+            guess = did_you_mean(nearest(key, names))
+            raise ConfigError(f"scheduler.params.{key}: no parameter of {name}{guess}")
     try:
         return schedule(optimizer, **params)
     except ConfigError:
@@ -348,12 +349,6 @@ def _torch_schedules() -> dict[str, Callable[..., Any]]:
         for name, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, module.LRScheduler) and name in module.__all__
     }
-
-
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""
 
 
 def _per_group(optimizer: _HasGroups, name: str, value: float | Sequence[float]) -> list[float]:

@@ -30,31 +30,31 @@ class Batch:
         Raises `ConfigError` when neither `train` nor `micro` is given, when a size comes out as zero, and when the
         three do not multiply up.
         """
-        if train is None and micro is None:
-            raise ConfigError("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")
-        if train is not None and micro is not None:
-            accumulation = accumulation if accumulation is not None else train // micro // world
-        elif train is not None:
-            accumulation = accumulation if accumulation is not None else 1
-            micro = train // world // accumulation
-        elif micro is not None:
-            accumulation = accumulation if accumulation is not None else 1
+        _check_positive(train, micro, accumulation)
+        if train is None:
+            if micro is None:
+                raise ConfigError("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")
+            accumulation = 1 if accumulation is None else accumulation
             train = micro * accumulation * world
-        assert train is not None and micro is not None and accumulation is not None
-        batch = cls(train, micro, accumulation)
-        batch._check(world)
-        return batch
-
-    def _check(self, world: int) -> None:
-        for name, size in (
-            ("Train batch size", self.train),
-            ("Micro batch size per gpu", self.micro),
-            ("Gradient accumulation steps", self.accumulation),
-        ):
-            if size <= 0:
-                raise ConfigError(f"{name}: {size} has to be greater than 0")
-        if self.train != self.micro * self.accumulation * world:
+        elif micro is None:
+            accumulation = 1 if accumulation is None else accumulation
+            micro = train // world // accumulation
+        elif accumulation is None:
+            accumulation = train // micro // world
+        _check_positive(train, micro, accumulation)
+        if train != micro * accumulation * world:
             raise ConfigError(
                 "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
-                f"gradient_acc_step * world_size {self.train} != {self.micro} * {self.accumulation} * {world}"
+                f"gradient_acc_step * world_size {train} != {micro} * {accumulation} * {world}"
             )
+        return cls(train, micro, accumulation)
+
+
+def _check_positive(train: int | None, micro: int | None, accumulation: int | None) -> None:
+    for name, size in (
+        ("Train batch size", train),
+        ("Micro batch size per gpu", micro),
+        ("Gradient accumulation steps", accumulation),
+    ):
+        if size is not None and size <= 0:
+            raise ConfigError(f"{name}: {size} has to be greater than 0")

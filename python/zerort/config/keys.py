@@ -71,8 +71,6 @@ def _refused(path: str, effect: str, harmless: Callable[[Any], bool] = _off) -> 
 
 
 _STAGE_3 = "of stage 3 only; has no effect at stages 0 to 2"
-_CHECKPOINTING = "configures DeepSpeed's own activation checkpointing; torch.utils.checkpoint works without it"
-_BUFFERS = "buffers are planned once and are always flat"
 
 _ROWS = (
     # batch
@@ -109,7 +107,9 @@ _ROWS = (
     _refused("fp16.fp16_master_weights_and_grads", "masters are fp32"),
     _same("bf16", "bfloat16 with fp32 masters; the old spelling bfloat16 is read too"),
     _same("bf16.enabled", "parameters are cast to bf16, the optimizer keeps fp32 masters"),
-    _same("bf16.check_grad_overflow", "a step with a non-finite gradient is not applied"),
+    _ignored(
+        "bf16.check_grad_overflow", "a non-finite gradient is never applied; zerort.on_nonfinite says what is done"
+    ),
     _ignored("bf16.immediate_grad_update", "gradients are accumulated as they are reduced, in any case"),
     _refused("bf16.bf16_master_weights_and_grads", "masters are fp32"),
     _refused("bf16.bf16_optimizer_states", "optimizer state is fp32"),
@@ -137,7 +137,7 @@ _ROWS = (
     _ignored("zero_optimization.allgather_partitions", "parameters are gathered in place, bucket by bucket"),
     _ignored("zero_optimization.overlap_comm", "communication always overlaps the backward"),
     _ignored("zero_optimization.reduce_scatter", "the plan chooses the collective of a stage"),
-    _ignored("zero_optimization.contiguous_gradients", _BUFFERS),
+    _ignored("zero_optimization.contiguous_gradients", "buffers are planned once and are always flat"),
     _ignored("zero_optimization.use_multi_rank_bucket_allreduce", "every bucket is cut evenly among the ranks"),
     _ignored("zero_optimization.round_robin_gradients", "every bucket is cut evenly among the ranks"),
     _ignored("zero_optimization.elastic_checkpoint", "every checkpoint loads on any number of ranks"),
@@ -188,7 +188,7 @@ _ROWS = (
     _same("steps_per_print", "a line of progress every so many steps; none when left out"),
     _same("wall_clock_breakdown", "times of forward, backward and step are printed"),
     _same("dump_state", "the engine prints its configuration at the start"),
-    _ignored("memory_breakdown", "memory is in the trace"),
+    _ignored("memory_breakdown", "memory use is not printed"),
     _ignored("log_level", "the level of Python's logger named zerort decides"),
     _ignored("timers", "times come from the trace"),
     _refused("flops_profiler", "the flops profiler is not built yet", _disabled),
@@ -199,7 +199,7 @@ _ROWS = (
     _refused("comet", "monitors are not built yet", _disabled),
     _refused("trackio", "monitors are not built yet", _disabled),
     # what else DeepSpeed does
-    _ignored("activation_checkpointing", _CHECKPOINTING),
+    _ignored("activation_checkpointing", "of DeepSpeed's own checkpointing; torch.utils.checkpoint works without it"),
     _ignored("aio", "of offloading to disk, which is refused where it is asked for"),
     _ignored("vocabulary_size", "DeepSpeed only warns when it is not a multiple of 8"),
     _refused("progressive_layer_drop", "progressive layer drop is not built yet", _disabled),

@@ -55,7 +55,9 @@ def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     """
     source = _read(config)
     _, problems = _check(source)
-    wrong = {problem.path: f"error: {problem.text}" for problem in problems}
+    wrong: dict[str, str] = {}
+    for problem in problems:
+        wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
     rows = [(path, shown(value), wrong.pop(path, "") or _effect(path, value)) for path, value in _leaves(source.data)]
     return rows + [(path, "", text) for path, text in wrong.items()]
 
@@ -74,7 +76,8 @@ def _check(source: _Source) -> tuple[Config | None, list[Problem]]:
         config = Config.model_validate(screened.kept)
     except ValidationError as error:
         known = {problem.path for problem in problems}
-        return None, problems + [problem for problem in from_validation(error) if problem.path not in known]
+        found = from_validation(error, screened.kept)
+        return None, problems + [problem for problem in found if problem.path not in known]
     config._ignored = tuple(screened.ignored)
     return (None if problems else config), problems
 
@@ -114,14 +117,13 @@ def _read(config: ConfigLike) -> _Source:
         raise ConfigError(f"configuration: expected a dict, a path or base64 text, got {type(config).__name__}")
     path = Path(config)
     try:
-        return _parse(str(path), path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         decoded = _from_base64(config) if isinstance(config, str) else None
-        if decoded is not None:
-            return _parse("configuration in base64", decoded)
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"configuration file {shown(str(path))} cannot be read: {_reason(error)}") from error
+        if decoded is None:
+            raise ConfigError(f"configuration file {shown(str(path))} cannot be read: {_reason(error)}") from error
+        return _parse("configuration in base64", decoded)
+    return _parse(str(path), text)
 
 
 def _reason(error: OSError | ValueError) -> str:

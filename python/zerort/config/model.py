@@ -116,14 +116,13 @@ class Bf16(_Section):
     """`bf16`: bfloat16 parameters with fp32 masters."""
 
     enabled: bool = False
-    check_grad_overflow: bool = True
 
 
 class Autocast(_Section):
     """`torch_autocast`: fp32 parameters, chosen modules computed in low precision."""
 
     enabled: bool = False
-    dtype: _Dtype = "bf16"
+    dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
     lower_precision_safe_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
     """Class names with their package; None means linear and convolution layers."""
 

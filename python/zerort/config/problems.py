@@ -6,6 +6,7 @@ Problems are collected, not raised one by one: whoever wrote five mistakes into 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic_core import ErrorDetails
 from zerort.config.keys import KEYS
 from zerort.errors import ConfigError
 
-__all__ = ["Problem", "expected", "from_validation", "several", "shown", "unknown_key"]
+__all__ = ["Problem", "did_you_mean", "expected", "from_validation", "nearest", "several", "shown", "unknown_key"]
 
 _LONGEST_VALUE = 60
 
@@ -55,24 +56,32 @@ def unknown_key(path: str) -> Problem:
     """A key that is not in the table, with the nearest that is: a sibling, else the same name in another section."""
     section, _, name = path.rpartition(".")
     known = [key.rpartition(".") for key in KEYS]
-    nearest = _nearest(name, [leaf for parent, _, leaf in known if parent == section])
-    if nearest is None:
-        elsewhere = _nearest(name, [leaf for _, _, leaf in known])
-        nearest = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
-    return Problem(path, "unknown key" + (f'; did you mean "{nearest}"?' if nearest else ""))
+    guess = nearest(name, [leaf for parent, _, leaf in known if parent == section])
+    if guess is None:
+        elsewhere = nearest(name, [leaf for _, _, leaf in known])
+        guess = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
+    return Problem(path, f"unknown key{did_you_mean(guess)}")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)), None)
+def did_you_mean(guess: str | None) -> str:
+    """The end of a message about an unknown name."""
+    return f'; did you mean "{guess}"?' if guess else ""
 
 
-def from_validation(error: ValidationError) -> list[Problem]:
-    """The problems that pydantic found; a union's complaints about one key become one line."""
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like `name` in any case of letters; None when none is much like it."""
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
+    return by_lower[close[0]] if close else None
+
+
+def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
+    """The problems that pydantic found in `data`; a union's complaints about one key become one line."""
     details = error.errors(include_url=False)
     merged: dict[str, list[ErrorDetails]] = {}
     for detail in details:
         merged.setdefault(_path(detail), []).append(detail)
-    return [_problem(path, group) for path, group in merged.items()]
+    return [_problem(path, group, data) for path, group in merged.items()]
 
 
 def _path(detail: ErrorDetails) -> str:
@@ -86,14 +95,15 @@ def _path(detail: ErrorDetails) -> str:
     return path
 
 
-def _problem(path: str, details: list[ErrorDetails]) -> Problem:
+def _problem(path: str, details: list[ErrorDetails], data: Mapping[str, Any]) -> Problem:
     first = details[0]
     if first["type"] == "missing":
-        name = str(first["loc"][-1])
-        return Problem(f"{path}.{name}" if not path.endswith(name) else path, "required, but left out")
+        return Problem(path, "required, but left out")
     if first["type"] == "value_error":
         return Problem(path, str(first["ctx"]["error"]))
-    return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), first["input"])
+    # Not the error's own input: that has been through the validators that unify spellings.
+    value = functools.reduce(lambda section, name: section[name], path.split("."), data)
+    return expected(path, " or ".join(dict.fromkeys(map(_wanted, details))), value)
 
 
 _WANTED: Mapping[str, str] = {

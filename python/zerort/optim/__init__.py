@@ -1,6 +1,6 @@
 """Optimizers: any `torch.optim.Optimizer` that treats each element alone works on a shard.
 
-A name in the configuration is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here and a row.
+A configured name is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here and a row.
 """
 
 from __future__ import annotations

@@ -5,13 +5,20 @@ A `Watch` is called a few times per bucket, never per parameter. It never change
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from zerort import _core
 from zerort.trace.sink import BucketLife, Mark, TraceSink
 
-__all__ = ["BucketWatch", "Unwatched", "Watch"]
+__all__ = ["BucketWatch", "Collective", "Unwatched", "Watch"]
+
+
+class Collective(Protocol):
+    """What can tell when it is complete."""
+
+    def when_complete(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` once, on whichever thread finds out."""
 
 
 class Watch(Protocol):
@@ -23,8 +30,11 @@ class Watch(Protocol):
     def mark(self) -> Mark:
         """This moment."""
 
-    def launched(self, bucket: _core.Bucket, work: Any) -> None:
-        """`work`, the bucket's collective, has started."""
+    def launched(self, bucket: _core.Bucket) -> None:
+        """The bucket's gradients are on their way."""
+
+    def started(self, name: str, size: int, work: Collective) -> None:
+        """A collective over `size` bytes has started; `work` may tell when it is complete."""
 
     def waited(self, start: Mark, what: str) -> None:
         """Since `start` the caller stood still for the collective `what`."""
@@ -45,7 +55,10 @@ class Unwatched:
         """No clock is read."""
         return 0
 
-    def launched(self, bucket: _core.Bucket, work: Any) -> None:
+    def launched(self, bucket: _core.Bucket) -> None:
+        """Ignored."""
+
+    def started(self, name: str, size: int, work: Collective) -> None:
         """Ignored."""
 
     def waited(self, start: Mark, what: str) -> None:
@@ -63,28 +76,38 @@ class BucketWatch:
 
     enabled = True
 
-    def __init__(self, sink: TraceSink, names: Sequence[str], track: str) -> None:
+    def __init__(self, sink: TraceSink, names: Sequence[str]) -> None:
         self._sink = sink
         self._names = names
-        self._track = track
         self._launched: dict[int, Mark] = {}
         self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
+        self._lanes: list[bool] = []
         self._bytes = 0
 
     def mark(self) -> Mark:
         """The sink's clock, or an event on the current stream."""
         return self._sink.mark()
 
-    def launched(self, bucket: _core.Bucket, work: Any) -> None:
-        """Starts the collective's span; gloo's own completion ends it where there is one."""
-        self._launched[bucket.id] = start = self._sink.mark()
-        self._count(_wire_bytes(bucket))
-        if isinstance(start, int) and hasattr(work, "get_future"):
-            name = f"reduce_scatter b{bucket.id}"
+    def launched(self, bucket: _core.Bucket) -> None:
+        """Keeps the moment for the bucket's life."""
+        self._launched[bucket.id] = self._sink.mark()
+
+    def started(self, name: str, size: int, work: Collective) -> None:
+        """A span on the first lane that is free, so that spans of one track never cross."""
+        start = self._sink.mark()
+        if not isinstance(start, int):
+            return  # on a device the collective's own stream would have to be asked
+        lane = self._lanes.index(False) if False in self._lanes else len(self._lanes)
+        self._lanes[lane : lane + 1] = [True]
+        self._count(size)
+
+        def complete() -> None:
             # Runs on the worker that completed it: the only place where the time of completion is known.
-            work.get_future().add_done_callback(
-                lambda _: self._sink.span(self._track, name, start, self._sink.now(), bytes=_wire_bytes(bucket))
-            )
+            self._sink.span(f"collectives {lane}", name, start, self._sink.now(), bytes=size)
+            self._lanes[lane] = False
+            self._count(-size)
+
+        work.when_complete(complete)
 
     def waited(self, start: Mark, what: str) -> None:
         """Exposed communication."""
@@ -93,7 +116,6 @@ class BucketWatch:
     def retired(self, bucket: _core.Bucket) -> None:
         """Ends the bucket's life."""
         self._retired[bucket.id] = (bucket, self._sink.mark())
-        self._count(-_wire_bytes(bucket))
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """Tells the lives of the pass, now that all four moments are known."""

@@ -1,0 +1,75 @@
+"""The command `zerort`: looks at what a run is given and what it leaves behind. It starts nothing and changes nothing.
+
+A command is a function from its arguments and a console to an exit status. What cannot be read is one line on stderr
+and status 1, a configuration with mistakes is status 1 under its table, and a command line with mistakes is status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zerort.config import describe
+from zerort.errors import ZerortError
+from zerort.trace.summary import summarise
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace, Console], int] = args.run
+    try:
+        return run(args, Console())
+    except (ZerortError, OSError) as error:
+        print(f"zerort: {error}", file=sys.stderr)
+        return 1
+
+
+def _trace_summary(args: argparse.Namespace, console: Console) -> int:
+    summarise(args.files, console, last=args.steps)
+    return 0
+
+
+def _config(args: argparse.Namespace, console: Console) -> int:
+    rows = describe(args.file)
+    table = Table("key", "value", "effect", title=Text(args.file), title_justify="left")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a value may hold brackets, which are markup in a plain string
+    console.print(table)
+    return 1 if any(effect.startswith("error") for _, _, effect in rows) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="zerort", description="Looks into configurations and traces of zerort.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    trace = commands.add_parser("trace", help="trace files").add_subparsers(required=True, metavar="COMMAND")
+    summary = trace.add_parser("summary", help="where the time of a run went: tables of buckets and steps")
+    summary.add_argument("files", nargs="+", metavar="FILE", help="trace files of one run, one for each rank")
+    summary.add_argument(
+        "--steps", type=_count, default=10, metavar="N", help="steps listed for each rank (default 10)"
+    )
+    summary.set_defaults(run=_trace_summary)
+
+    config = commands.add_parser("config", help="what each key of a configuration does")
+    config.add_argument("file", metavar="FILE", help="a configuration in JSON")
+    config.set_defaults(run=_config)
+    return top
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {count}")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What a run spent its time on: tables over trace files, and the four-line account of a step.
+
+Exposed communication is the time the main track stood still for a collective; communication that compute hides does
+not count. A figure over several steps, lives or ranks is a median unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from zerort.trace.reader import Event, Life, Recorded, Step, TraceError, lives, read, steps
+
+__all__ = ["Account", "TraceError", "account", "bucket_table", "step_table", "summarise"]
+
+
+@dataclass(frozen=True)
+class Account:
+    """A median step of one rank: milliseconds of each part and of the whole, as text four lines."""
+
+    compute: float
+    """Forward and backward, without what they waited."""
+    exposed: float
+    optimizer: float
+    publish: float
+    wall: float
+    """Boundary to boundary: also what lies outside the four."""
+
+    def __str__(self) -> str:
+        rows = {
+            "compute": self.compute,
+            "exposed communication": self.exposed,
+            "optimizer": self.optimizer,
+            "publish": self.publish,
+        }
+        return "\n".join(f"{name:<21} {ms:9.2f} ms {_share(ms, self.wall):>6}" for name, ms in rows.items())
+
+
+def account(events: Sequence[Event], *, dropped: int = 0) -> Account:
+    """The account of the median step, the first one left out when there are others: it is slower than all that follow.
+
+    `events` is the `traceEvents` of one rank's file. Raises `TraceError` when they hold no whole step.
+    """
+    found = steps(events, dropped=dropped)
+    found = found[1:] or found
+    if not found:
+        raise TraceError("the trace holds no whole step")
+    return Account(
+        compute=median(step.parts["forward"] + step.parts["backward"] for step in found),
+        exposed=median(step.exposed for step in found),
+        optimizer=median(step.parts["optimizer"] for step in found),
+        publish=median(step.parts["publish"] for step in found),
+        wall=median(step.wall for step in found),
+    )
+
+
+def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) -> None:
+    """Prints the tables of the ranks whose files are given, with the `last` steps of each. Raises `TraceError`."""
+    ranks = sorted((read(path) for path in paths), key=lambda recorded: recorded.rank)
+    by_rank = {}
+    for recorded in ranks:
+        if recorded.rank in by_rank:
+            raise TraceError(
+                f"rank {recorded.rank} is in two of the files: give the files of one run, one of each rank"
+            )
+        by_rank[recorded.rank] = steps(recorded.events, dropped=recorded.dropped)
+    every = [step for found in by_rank.values() for step in found]
+    exposed, wall = sum(step.exposed for step in every), sum(step.wall for step in every)
+    share = f"exposed communication: {_share(exposed, wall)} of the time (steps: {len(every)}, ranks: {len(ranks)})"
+    found = [life for recorded in ranks for life in lives(recorded.events)]
+    console.print(Group(bucket_table(found), "", step_table(by_rank, last), "", share, *_forgotten(ranks)))
+
+
+def bucket_table(found: Iterable[Life]) -> Table:
+    """A row for each bucket, over all its lives."""
+    table = _table("Buckets: median ms, most frequent last parameter and cause of waiting")
+    for heading in ("bucket", "launches", "bytes", "filling", "queued", "in flight"):
+        table.add_column(heading, justify="right")
+    table.add_column("last", overflow="fold")
+    table.add_column("waited for", overflow="fold")
+    grouped: dict[int, list[Life]] = defaultdict(list)
+    for life in found:
+        grouped[life.bucket].append(life)
+    for bucket, group in sorted(grouped.items()):
+        phases = ((life.filling, life.queued, life.in_flight) for life in group)
+        table.add_row(
+            str(bucket),
+            str(len(group)),
+            f"{group[-1].args['bytes']:,}" if "bytes" in group[-1].args else "",
+            *(f"{median(phase):.2f}" for phase in zip(*phases, strict=True)),
+            Text(_most_often(group, "last")),  # a name may hold brackets, which are markup in a plain string
+            Text(_most_often(group, "waited_for")),
+        )
+    return table
+
+
+def step_table(by_rank: dict[int, list[Step]], last: int) -> Table:
+    """For each rank its `last` steps and the median of all of them."""
+    table = _table("Steps: ms, and the exposed share of all")
+    for heading in (
+        "rank",
+        "step",
+        "forward",
+        "backward",
+        "exposed",
+        "optimizer",
+        "publish",
+        "other",
+        "all",
+        "exposed %",
+    ):
+        table.add_column(heading, justify="right")
+    for rank, found in by_rank.items():
+        shown = found[-last:] if last else []
+        for step in shown:
+            table.add_row(str(rank), str(step.number), *_cells(_columns(step)))
+        if found:
+            middle = [median(column) for column in zip(*map(_columns, found), strict=True)]
+            table.add_row(str(rank), "median", *_cells(middle), style="bold", end_section=True)
+    return table
+
+
+def _table(title: str) -> Table:
+    """As narrow as can be: the steps fit a terminal of 80 columns."""
+    return Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
+
+
+def _columns(step: Step) -> list[float]:
+    parts = step.parts
+    return [
+        parts["forward"],
+        parts["backward"],
+        step.exposed,
+        parts["optimizer"],
+        parts["publish"],
+        step.other,
+        step.wall,
+    ]
+
+
+def _cells(columns: Sequence[float]) -> list[str]:
+    return [*(f"{ms:.2f}" for ms in columns), _share(columns[2], columns[-1])]
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _most_often(group: Iterable[Life], arg: str) -> str:
+    named = Counter(life.args[arg] for life in group if life.args.get(arg))
+    return ", ".join(f"{name} ({count}x)" for name, count in named.most_common(1))
+
+
+def _forgotten(ranks: Iterable[Recorded]) -> list[str]:
+    return [
+        f"rank {recorded.rank}: {recorded.dropped:,} older events were forgotten; raise zerort.trace.capacity"
+        for recorded in ranks
+        if recorded.dropped
+    ]
