@@ -6,6 +6,7 @@ Where the output is not a terminal, a line is printed every tenth of the run ins
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 
 from corpus import Corpus
@@ -17,6 +18,8 @@ from rich.text import Text
 from torch import Tensor
 
 import zerort
+from zerort.trace.reader import read
+from zerort.trace.summary import account
 
 FIELDS = "loss {loss:.3f}  {speed:,.0f} tokens/s  grad norm {norm:.2f}  exposed comm {exposed:.1f} %"
 
@@ -42,7 +45,7 @@ class Progress:
         """One line on what is about to be trained on what."""
         parameters = sum(parameter.numel() for parameter in engine.module.parameters())
         self.console.print(
-            f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage {engine.zero_optimization_stage()}, "
+            f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage {engine.config.zero_optimization.stage}, "
             f"{len(corpus.train) / 1e6:.1f} MB of text, {len(corpus.validation) / 1e6:.1f} MB held out"
         )
 
@@ -60,6 +63,17 @@ class Progress:
         if not self.console.is_terminal and engine.global_steps % max(1, self._total // 10) == 0:
             self.console.print(f"step {engine.global_steps}/{self._total}  {line}", highlight=False)
 
+    def report(self, before: float, after: float, text: str, trace: Path | None) -> None:
+        """Bits per byte before and after training, a sample, and what a step's time went to by rank 0's trace."""
+        if self.console.quiet:
+            return
+        self.console.print(Panel(Text(text), title="a sample", title_align="left"))
+        self.console.print(f"validation: {before:.3f} bits per byte before, {after:.3f} after")
+        if trace and trace.exists():
+            recorded = read(trace)
+            self.console.print(f"trace: {trace} (open it at https://ui.perfetto.dev); the median step of rank 0:")
+            self.console.print(str(account(recorded.events, dropped=recorded.dropped)), highlight=False)
+
     def __enter__(self) -> Progress:
         self._last = time.perf_counter()
         self._bar.start()
@@ -69,9 +83,3 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-
-
-def report(console: Console, before: float, after: float, text: str, config: dict) -> None:
-    """Validation before and after, and a sample."""
-    console.print(Panel(Text(text), title="a sample", title_align="left"))
-    console.print(f"validation: {before:.3f} bits per byte before, {after:.3f} after")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from corpus import Corpus
 from gpt import GPT, Shape, next_token_loss
-from progress import Progress, report
+from progress import Progress
 from torch import Tensor
 
 import zerort
@@ -53,6 +53,16 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         schedule["total_num_steps"] = args.steps
         schedule["warmup_num_steps"] = min(schedule.get("warmup_num_steps", 0), args.steps // 10)
     return config
+
+
+def trace_of_rank_0(config: dict[str, Any]) -> Path | None:
+    """Where rank 0's trace will be, its folder made; None when the configuration asks for no trace."""
+    template = os.environ.get("ZERORT_TRACE") or config.get("zerort", {}).get("trace", {}).get("path")
+    if not template:
+        return None
+    path = Path(template.replace("{rank}", "0"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def train(engine: zerort.Engine, corpus: Corpus, steps: int, progress: Progress) -> None:
@@ -101,6 +111,7 @@ def ranks() -> tuple[int, int]:
 def main() -> None:
     args = arguments()
     config = configuration(args)
+    trace = trace_of_rank_0(config)
     corpus = Corpus.load(args.text)
     torch.manual_seed(args.seed)
     model = GPT(Shape())
@@ -114,8 +125,7 @@ def main() -> None:
     after = bits_per_byte(engine, corpus)
     text = sample(engine)
     engine.destroy()
-    if ranks()[0] == 0:
-        report(progress.console, before, after, text, config)
+    progress.report(before, after, text, trace)
 
 
 if __name__ == "__main__":

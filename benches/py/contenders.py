@@ -1,8 +1,8 @@
 """Who takes part: each contender is a function from a workload to a step.
 
 A step takes a batch, does forward, backward, clipping and one AdamW update with torch's fused kernel, leaves no
-gradient behind, and returns this rank's loss, detached. In bf16 the peers compute under autocast over fp32 weights, or keep fp32
-shards (FSDP2, DeepSpeed, zerort); every one of them updates in fp32.
+gradient behind, and returns this rank's loss, detached. In bf16 DDP computes under autocast over fp32 weights, and the
+others keep fp32 shards or masters (FSDP2, DeepSpeed, zerort): every one of them updates in fp32.
 """
 
 from __future__ import annotations

@@ -31,6 +31,11 @@ class Spread:
         """The spread of at least one value."""
         return cls(median(values), min(values), max(values))
 
+    def __format__(self, spec: str) -> str:
+        middle, low, high = (format(value, spec) for value in (self.median, self.low, self.high))
+        # A backslash keeps rich from reading the bracket as markup.
+        return rf"{middle} \[{low} .. {high}]"
+
 
 @dataclass
 class Runs:
@@ -59,7 +64,9 @@ class Runs:
             "cpu": asdict(Spread.of(self.cpu)),
             "ratio": {name: asdict(spread) for name, spread in self.against(base).items()},
             "deviation": self.deviation(base),
-            **asdict(self, dict_factory=lambda items: {f"{name}_by_round": value for name, value in items}),
+            "wall by round": self.wall,
+            "cpu by round": self.cpu,
+            "losses": self.losses,
         }
 
 

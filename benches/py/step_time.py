@@ -68,22 +68,18 @@ def table(workload: Workload, runs: dict[str, Runs], title: str) -> Table:
         wall = Spread.of([1000 * seconds for seconds in run.wall])
         shown.add_row(
             name,
-            _spread(wall, 1),
-            _spread(ratios["wall"], 2),
-            _spread(ratios["cpu"], 2),
+            f"{wall:.1f}",
+            f"{ratios['wall']:.2f}",
+            f"{ratios['cpu']:.2f}",
             _verdict(name, run, base, workload),
         )
     return shown
 
 
-def _spread(spread: Spread, digits: int) -> str:
-    return f"{spread.median:.{digits}f} [{spread.low:.{digits}f} .. {spread.high:.{digits}f}]".replace("[", r"\[")
-
-
 def _verdict(name: str, run: Runs, base: Runs, workload: Workload) -> str:
-    if name in INCOMPARABLE:
-        return "not compared"
     deviation = run.deviation(base)
+    if name in INCOMPARABLE:
+        return f"{deviation:.1e} by design"
     return f"{deviation:.1e}" if deviation <= workload.tolerance else f"[red]{deviation:.1e}: other work[/]"
 
 
@@ -116,7 +112,9 @@ def main(device: torch.device, args: argparse.Namespace) -> None:
         differing += [f"{name} on {workload.name}" for name in strays(workload, runs)]
         facts["workloads"][workload.name] = {name: run.figures(runs[BASELINE]) for name, run in runs.items()}
         if dist.get_rank() == 0:
-            Console(width=120).print(table(workload, runs, f"{workload.name}, {args.rounds} rounds of {args.steps} steps"))
+            Console(width=120).print(
+                table(workload, runs, f"{workload.name}, {args.rounds} rounds of {args.steps} steps")
+            )
     if dist.get_rank() == 0 and args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
     if differing:

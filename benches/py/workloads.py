@@ -55,7 +55,9 @@ SHAPE = Shape(vocabulary=1536, context=128, width=512, depth=6, heads=8)
 
 
 def _tokens(generator: torch.Generator) -> Batch:
-    rows = torch.randint(SHAPE.vocabulary, (4, SHAPE.context + 1), generator=generator)
+    # Skewed like words are, so that there is something to learn: a step left out shows in the next loss.
+    draws = torch.rand(4, SHAPE.context + 1, generator=generator)
+    rows = (draws**3 * SHAPE.vocabulary).long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -68,8 +70,8 @@ def _row_of_layers() -> nn.Module:
 
 
 def _vectors(generator: torch.Generator) -> Batch:
-    both = torch.randn(2, 8, 32, generator=generator)
-    return both[0], both[1]
+    inputs = torch.randn(8, 32, generator=generator)
+    return inputs, inputs.roll(1, dims=-1)
 
 
 GPT_FP32 = Workload(
@@ -80,7 +82,7 @@ GPT_FP32 = Workload(
     blocks=lambda model: model.blocks,
     size=4,
     lr=3e-4,
-    tolerance=1e-3,
+    tolerance=1e-4,
 )
 
 SMALL = Workload(
@@ -90,8 +92,8 @@ SMALL = Workload(
     loss=F.mse_loss,
     blocks=lambda model: (),
     size=8,
-    lr=1e-6,
-    tolerance=1e-3,
+    lr=1e-5,
+    tolerance=1e-4,
 )
 
 WORKLOADS = {
@@ -99,6 +101,6 @@ WORKLOADS = {
     for workload in (
         GPT_FP32,
         SMALL,
-        replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=2e-2),
+        replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=5e-3),
     )
 }
