@@ -5,8 +5,24 @@ from typing import Any, Literal, final
 
 __version__: str
 
-Dtype = Literal["f32", "f16", "bf16", "f64"]
-CommandKind = Literal["launch", "retire"]
+__all__ = [
+    "Bucket",
+    "Buffer",
+    "Finished",
+    "Fragment",
+    "LossScale",
+    "Plan",
+    "Reducer",
+    "Trace",
+    "__version__",
+    "first_nonfinite",
+    "reduce",
+    "reshard",
+    "squared_norm",
+]
+
+_Dtype = Literal["f32", "f16", "bf16", "f64"]
+_CommandKind = Literal["launch", "retire"]
 
 @final
 class Bucket:
@@ -15,7 +31,7 @@ class Bucket:
     @property
     def id(self) -> int: ...
     @property
-    def dtype(self) -> Dtype: ...
+    def dtype(self) -> _Dtype: ...
     @property
     def group(self) -> int:
         """Optimizer parameter group the bucket belongs to."""
@@ -57,7 +73,7 @@ class Plan:
 
     def __new__(
         cls,
-        params: Sequence[tuple[int, Dtype, int]],
+        params: Sequence[tuple[int, _Dtype, int]],
         *,
         world: int,
         stage: int,
@@ -83,7 +99,7 @@ class Plan:
     @property
     def buckets(self) -> list[Bucket]: ...
     @property
-    def schedule(self) -> list[tuple[CommandKind, int]]:
+    def schedule(self) -> list[tuple[_CommandKind, int]]:
         """The static list: `("launch" | "retire", bucket id)`."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
     def reordered(self, observed: Sequence[int]) -> Plan:
@@ -118,7 +134,7 @@ class Reducer:
     def grad_ready(self, param: int) -> int | None:
         """One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
 
-        Outside a pass the arrival is counted in `stray` and nothing is handed out.
+        Outside a pass nothing is handed out; after `arm` the answer is 0 once: begin a pass and tell again.
         """
     def grad_ready_at(self, param: int, now_ns: int) -> int | None:
         """`grad_ready`, with the time kept for the trace."""
@@ -128,14 +144,13 @@ class Reducer:
         """Takes a plan of the same layout with another launch order. Only between passes."""
     @property
     def in_pass(self) -> bool: ...
-    @property
-    def stray(self) -> int:
-        """Gradients that arrived since the last `clear_stray` and that no pass took."""
-    def clear_stray(self) -> None: ...
+    def arm(self) -> None:
+        """The next gradient that arrives outside a pass is answered with 0."""
+    def disarm(self) -> None: ...
     @property
     def observed(self) -> list[int]:
         """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""
-    def explain(self) -> tuple[int, CommandKind, int, list[int]] | None:
+    def explain(self) -> tuple[int, _CommandKind, int, list[int]] | None:
         """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None outside a pass."""
     def life(self) -> list[tuple[int, int, int, int]]:
         """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter); `grad_ready_at` only."""

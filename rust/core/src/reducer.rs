@@ -6,6 +6,7 @@
 //! ```text
 //! phase    Idle ── begin ──> Observing ── finish ──> Idle       a pass with a parameter that is new: it learns
 //!          Idle ── begin ──> Backward  ── finish ──> Idle       every other pass
+//!          Idle ── arm ──> Armed ── first gradient ──> Idle      somebody else's backward has come; begin or disarm
 //!
 //! bucket   Filling{missing} ─ last gradient ─> Full ─ cursor passes Launch ─> InFlight ─ cursor passes Retire ─> Reduced
 //!              ^                                                                                                   │
@@ -30,7 +31,8 @@
 //!
 //! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
 
-use std::cmp::Ordering;
+mod state;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -40,6 +42,8 @@ use crate::ids::{BucketId, ParamId};
 use crate::life::Life;
 use crate::plan::Plan;
 
+use state::{Slot, State, advance};
+
 /// The cursor for gradients. See the [module](self) for its states and invariants.
 #[derive(Clone, Debug)]
 pub struct Reducer {
@@ -47,7 +51,6 @@ pub struct Reducer {
     slots: Vec<Slot>,
     buckets: Vec<State>,
     pass: Pass,
-    stray: u64,
     observed: Vec<ParamId>,
     life: Vec<Option<Life>>,
 }
@@ -74,35 +77,11 @@ pub struct Explanation {
     pub lacking: Vec<ParamId>,
 }
 
-/// A parameter in the current pass, and what is known of it from others.
-#[derive(Clone, Copy, Debug)]
-struct Slot {
-    bucket: BucketId,
-    /// Arrivals in this pass; saturates.
-    fired: u32,
-    /// Arrivals waited for in this pass: `fires`, or 0 when inactive.
-    expected: u32,
-    /// How often it fires in a pass, as learnt.
-    fires: u32,
-    /// Place of its last arrival; in an observing pass only.
-    last: u64,
-    active: bool,
-    /// An observing pass has had it active.
-    known: bool,
-    late: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Filling { missing: u32 },
-    Full,
-    InFlight,
-    Reduced,
-}
-
+/// The phase, with what it needs.
 #[derive(Clone, Copy, Debug)]
 enum Pass {
     Idle,
+    Armed,
     Observing { arrivals: u64 },
     Backward { cursor: usize },
 }
@@ -118,7 +97,7 @@ impl Reducer {
         }
         let buckets = vec![State::Reduced; plan.buckets().len()];
         let life = vec![None; buckets.len()];
-        Self { plan, slots, buckets, pass: Pass::Idle, stray: 0, observed: Vec::new(), life }
+        Self { plan, slots, buckets, pass: Pass::Idle, observed: Vec::new(), life }
     }
 
     /// Says which parameters require grad; the others are not waited for.
@@ -171,9 +150,31 @@ impl Reducer {
         Ok(())
     }
 
+    /// Asks to be told of the next gradient that arrives outside a pass.
+    ///
+    /// A backward that nobody has announced begins so: autograd does not say beforehand whether it accumulates gradients or
+    /// only computes some.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass.
+    pub fn arm(&mut self) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        self.pass = Pass::Armed;
+        Ok(())
+    }
+
+    /// Takes back [`Reducer::arm`]; nothing if no gradient is awaited.
+    pub fn disarm(&mut self) {
+        match self.pass {
+            Pass::Armed => self.pass = Pass::Idle,
+            Pass::Idle | Pass::Observing { .. } | Pass::Backward { .. } => {}
+        }
+    }
+
     /// One gradient has been accumulated. Returns `hi` when commands became free: every one below `hi` may run now.
     ///
-    /// Outside a pass the arrival is counted in [`Reducer::stray`] and nothing is handed out.
+    /// Outside a pass nothing is handed out and nothing is kept: autograd has the gradient in `.grad`, where a later pass
+    /// finds it. Armed, the answer is 0, once: begin a pass, and tell of this gradient again.
     ///
     /// # Errors
     /// [`StepError::UnknownParam`].
@@ -182,7 +183,11 @@ impl Reducer {
         let params = self.slots.len();
         let slot = self.slots.get_mut(param.index()).ok_or(StepError::UnknownParam { param, params })?;
         match &mut self.pass {
-            Pass::Idle => self.stray += 1,
+            Pass::Idle => {}
+            Pass::Armed => {
+                self.pass = Pass::Idle;
+                return Ok(Some(0));
+            }
             Pass::Observing { arrivals } => {
                 *arrivals += 1;
                 slot.last = *arrivals;
@@ -221,7 +226,7 @@ impl Reducer {
         self.demand(Phase::Backward)?;
         match self.pass {
             Pass::Observing { arrivals: 1.. } => self.learn(),
-            Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle => {}
+            Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle | Pass::Armed => {}
         }
         self.buckets.fill(State::Reduced);
         self.pass = Pass::Idle;
@@ -237,7 +242,7 @@ impl Reducer {
     /// In an observing pass the cursor stands at the first command until the end, even if its bucket lacks nothing.
     pub fn explain(&self) -> Option<Explanation> {
         let index = match self.pass {
-            Pass::Idle => return None,
+            Pass::Idle | Pass::Armed => return None,
             Pass::Observing { .. } => 0,
             Pass::Backward { cursor } => cursor,
         };
@@ -254,16 +259,6 @@ impl Reducer {
     /// Whether a pass has begun and not finished.
     pub fn in_pass(&self) -> bool {
         self.phase() == Phase::Backward
-    }
-
-    /// Gradients that arrived outside a pass since the last [`Reducer::clear_stray`].
-    pub fn stray(&self) -> u64 {
-        self.stray
-    }
-
-    /// Forgets the stray gradients: they have been dropped, or a pass has taken them.
-    pub fn clear_stray(&mut self) {
-        self.stray = 0;
     }
 
     /// Parameters in the order in which the last observing pass stopped waiting for them: those that were not active, then
@@ -301,7 +296,7 @@ impl Reducer {
 
     fn phase(&self) -> Phase {
         match self.pass {
-            Pass::Idle => Phase::Idle,
+            Pass::Idle | Pass::Armed => Phase::Idle,
             Pass::Observing { .. } | Pass::Backward { .. } => Phase::Backward,
         }
     }
@@ -310,86 +305,6 @@ impl Reducer {
         let have = self.phase();
         if have == want { Ok(()) } else { Err(StepError::OutOfPhase { have, want }) }
     }
-}
-
-impl Slot {
-    fn new(bucket: BucketId) -> Self {
-        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, active: true, known: false, late: false }
-    }
-
-    fn begin(&mut self) {
-        self.fired = 0;
-        self.last = 0;
-        self.late = false;
-        self.expected = if self.active { self.fires } else { 0 };
-    }
-
-    /// One arrival; true when it fills the bucket.
-    fn fire(&mut self, bucket: &mut State) -> bool {
-        self.fired = self.fired.saturating_add(1);
-        match self.fired.cmp(&self.expected) {
-            Ordering::Less => false,
-            Ordering::Equal => bucket.fill(),
-            Ordering::Greater => {
-                self.late |= bucket.has_left();
-                false
-            }
-        }
-    }
-}
-
-impl State {
-    /// One more parameter to wait for, at the start of a pass.
-    fn await_one(&mut self) {
-        *self = match *self {
-            Self::Filling { missing } => Self::Filling { missing: missing + 1 },
-            Self::Full | Self::InFlight | Self::Reduced => Self::Filling { missing: 1 },
-        };
-    }
-
-    /// A parameter is complete; true when it was the last.
-    fn fill(&mut self) -> bool {
-        match *self {
-            Self::Filling { missing } if missing > 1 => {
-                *self = Self::Filling { missing: missing - 1 };
-                false
-            }
-            Self::Filling { .. } => {
-                *self = Self::Full;
-                true
-            }
-            Self::Full | Self::InFlight | Self::Reduced => false,
-        }
-    }
-
-    fn has_left(self) -> bool {
-        match self {
-            Self::Filling { .. } | Self::Full => false,
-            Self::InFlight | Self::Reduced => true,
-        }
-    }
-
-    /// The state behind `command`, or None when the cursor must stop before it.
-    fn after(self, command: Command) -> Option<Self> {
-        match (command, self) {
-            (Command::Launch(_), Self::Full) => Some(Self::InFlight),
-            (Command::Retire(_), Self::InFlight) => Some(Self::Reduced),
-            (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
-            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
-        }
-    }
-}
-
-/// Moves the cursor as far as the buckets allow; the new position when it moved.
-fn advance(commands: &[Command], buckets: &mut [State], cursor: &mut usize) -> Option<usize> {
-    let start = *cursor;
-    for &command in commands.iter().skip(start) {
-        let bucket = &mut buckets[command.bucket().index()];
-        let Some(next) = bucket.after(command) else { break };
-        *bucket = next;
-        *cursor += 1;
-    }
-    (*cursor > start).then_some(*cursor)
 }
 
 /// As one would say it: `command 14 = Launch b3; b3 lacks 7, 8`.

@@ -1,0 +1,42 @@
+"""Engines over `Terms`, for tests that know the answer in closed form: no twin, no tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from models import Terms
+
+import zerort
+
+Weights = tuple[float, float]
+
+
+def engine_over_terms(changes: Mapping[str, Any] | None = None, accumulation: int = 1, **arguments: Any) -> Any:
+    """SGD at rate 1 without clipping, one parameter a bucket; `changes` replace sections of the configuration."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        **(changes or {}),
+    }
+    config["zero_optimization"] = {"reduce_bucket_size": 1, **config.get("zero_optimization", {})}
+    model = arguments.pop("model", None) or Terms()
+    if "optimizer" not in arguments and "optimizer" not in config:
+        arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=1.0)
+    return zerort.initialize(model=model, config=config, **arguments)[0]
+
+
+def weights(engine: Any) -> Weights:
+    """(a, b); each vector's elements must be equal."""
+    a, b = engine.module.a.detach().float(), engine.module.b.detach().float()
+    assert a.min() == a.max() and b.min() == b.max()
+    return a[0].item(), b[0].item()
+
+
+def step_with(engine: Any, a: float | None = None, b: float | None = None) -> Weights:
+    """One micro-batch with these coefficients, and its step; the weights afterwards."""
+    engine.backward(engine(a, b))
+    engine.step()
+    return weights(engine)

@@ -1,0 +1,518 @@
+"""What can go wrong, on one rank or on all: an error that names it, on every rank, within a time limit, and an engine
+that goes on with right answers.
+
+A scenario returns, per rank, the errors it caught; unless it is about starting, it then takes a clean step and returns
+the weights too. Weights are minus the mean gradient (see `Terms`): whatever an aborted step left behind would show.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from models import Terms
+from terms import Weights, engine_over_terms, step_with, weights
+from torch import Tensor, nn
+from training import at_stage
+
+from zerort.errors import CommError, ConfigError, NonFiniteGradient, PlanError, PlanMismatch, StepError, ZerortError
+
+pytestmark = pytest.mark.timeout(120)
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+
+LIMIT = 30.0  # seconds a scenario may take, start included
+NAN = float("nan")
+CLEAN = (-2.0, -4.0)
+
+Story = tuple[Exception | None, Weights]
+
+
+def caught(call: Callable[[], Any]) -> Exception | None:
+    """The error of a call, ready to be pickled."""
+    try:
+        call()
+    except Exception as error:
+        return error.with_traceback(None) if isinstance(error, ZerortError) else type(error)(str(error))
+    return None
+
+
+def then_a_clean_step(engine: Any, call: Callable[[], Any]) -> Story:
+    """The error of a call, and the weights after a step that has nothing to do with it."""
+    return caught(call), step_with(engine, 2.0, 4.0)
+
+
+def assert_told(error: Exception | None, kind: type[Exception], *words: str) -> None:
+    """The error is of this kind and its message has these words, in this order."""
+    assert isinstance(error, kind), repr(error)
+    assert re.search("(?s)" + ".*".join(map(re.escape, words)), str(error)), str(error)
+
+
+# ---- a step that one rank cannot complete
+
+
+class _Brittle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError("the user's own backward")
+
+
+class _MayBreak(Terms):
+    """`Terms` whose `a` fails in backward on demand, when `b` has its gradient already."""
+
+    def forward(self, a: float, b: float, breaks: bool = False) -> Tensor:
+        return a * (_Brittle.apply(self.a) if breaks else self.a).sum() + b * self.b.sum()
+
+
+def _break_on_rank_1(rank: int, world: int, stage: int, accumulation: int) -> list[Story]:
+    engine = engine_over_terms(at_stage(stage), accumulation, model=_MayBreak())
+
+    def take_window() -> None:
+        for micro in range(accumulation):
+            broken = rank == 1 and micro == accumulation - 1
+            engine.backward(engine(64.0, 64.0, breaks=broken))
+            engine.step()
+
+    error = caught(take_window)
+    for _ in range(accumulation):
+        after = step_with(engine, 2.0, 4.0)
+    return [(error, after)]
+
+
+@every_stage
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_exception_in_one_ranks_backward_is_raised_on_all(stage: int, accumulation: int) -> None:
+    (innocent, culprit) = (story[0] for story in ranks.run(2, _break_on_rank_1, stage, accumulation, timeout=LIMIT))
+    assert_told(innocent[0], StepError, "rank 1", "the user's own backward")
+    assert_told(culprit[0], ArithmeticError, "the user's own backward")
+    assert innocent[1] == culprit[1] == CLEAN
+
+
+def _break_early_in_a_window(rank: int, world: int, stage: int) -> tuple[list[Exception | None], Weights]:
+    engine = engine_over_terms(at_stage(stage), 3, model=_MayBreak())
+
+    def take(micro: int) -> None:
+        engine.backward(engine(64.0, 64.0, breaks=rank == 1 and micro == 0))
+        engine.step()
+
+    errors = [caught(lambda micro=micro: take(micro)) for micro in range(3)]
+    for _ in range(3):
+        after = step_with(engine, 2.0, 4.0)
+    return errors, after
+
+
+@every_stage
+def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None:
+    (innocent, after_0), (culprit, after_1) = ranks.run(2, _break_early_in_a_window, stage, timeout=LIMIT)
+    assert innocent[:2] == [None, None]
+    assert_told(innocent[2], StepError, "rank 1", "the user's own backward")
+    assert_told(culprit[0], ArithmeticError)
+    assert_told(culprit[2], StepError, "the user's own backward")
+    assert after_0 == after_1 == CLEAN
+
+
+def _retry_on_all(rank: int, world: int, stage: int) -> Story:
+    engine = engine_over_terms(at_stage(stage), model=_MayBreak())
+    error = caught(lambda: engine.backward(engine(64.0, 64.0, breaks=True)))
+    return error, step_with(engine, 2.0, 4.0)
+
+
+@every_stage
+def test_a_backward_that_raised_on_all_ranks_can_be_retried(stage: int) -> None:
+    for error, after in ranks.run(2, _retry_on_all, stage, timeout=LIMIT):
+        assert_told(error, ArithmeticError)
+        assert after == CLEAN
+
+
+def _break_directly_on_rank_1(rank: int, world: int, steps_anyway: bool) -> Story:
+    engine = engine_over_terms(model=_MayBreak())
+    error = caught(lambda: engine(64.0, 64.0, breaks=rank == 1).backward())
+    if rank == 0 or steps_anyway:
+        error = caught(engine.step)
+    return error, step_with(engine, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("steps_anyway", [False, True])
+def test_an_exception_in_a_direct_backward_is_raised_on_all(steps_anyway: bool) -> None:
+    innocent, culprit = ranks.run(2, _break_directly_on_rank_1, steps_anyway, timeout=LIMIT)
+    assert_told(innocent[0], StepError, "rank 1")
+    assert_told(culprit[0], StepError if steps_anyway else ArithmeticError)
+    assert innocent[1] == culprit[1] == CLEAN
+
+
+def _no_graph_on_rank_1(rank: int, world: int, stage: int) -> Story:
+    engine = engine_over_terms(at_stage(stage))
+
+    def take() -> None:
+        loss = engine(64.0, 64.0)
+        engine.backward(loss.detach() if rank == 1 else loss)
+        engine.step()
+
+    return then_a_clean_step(engine, take)
+
+
+@every_stage
+def test_a_loss_without_a_graph_on_one_rank_is_raised_on_all(stage: int) -> None:
+    innocent, culprit = ranks.run(2, _no_graph_on_rank_1, stage, timeout=LIMIT)
+    assert_told(innocent[0], StepError, "rank 1", "graph")
+    assert_told(culprit[0], StepError, "graph")
+    assert innocent[1] == culprit[1] == CLEAN
+
+
+def _step_without_backward(rank: int, world: int, stage: int, idle: list[int]) -> Story:
+    engine = engine_over_terms(at_stage(stage))
+
+    def take() -> None:
+        if rank not in idle:
+            engine.backward(engine(64.0, 64.0))
+        engine.step()
+
+    return then_a_clean_step(engine, take)
+
+
+@every_stage
+def test_a_rank_that_steps_without_backward_is_named_on_all(stage: int) -> None:
+    innocent, culprit = ranks.run(2, _step_without_backward, stage, [1], timeout=LIMIT)
+    assert_told(innocent[0], StepError, "rank 1", "without backward")
+    assert_told(culprit[0], StepError, "without backward")
+    assert innocent[1] == culprit[1] == CLEAN
+
+
+def test_a_step_without_any_backward_is_an_error() -> None:
+    for error, after in ranks.run(2, _step_without_backward, 1, [0, 1], timeout=LIMIT):
+        assert_told(error, StepError, "backward")
+        assert after == CLEAN
+
+
+def _backward_of_a_vector(rank: int, world: int) -> Story:
+    engine = engine_over_terms()
+    return then_a_clean_step(engine, lambda: engine.backward(engine(64.0, 64.0) * torch.ones(3, 2)))
+
+
+def test_a_loss_that_is_not_a_scalar_is_refused_with_its_shape() -> None:
+    for error, after in ranks.run(2, _backward_of_a_vector, timeout=LIMIT):
+        assert_told(error, StepError, "(3, 2)")
+        assert after == CLEAN
+
+
+# ---- gradients that are not finite
+
+
+def _bring_a_nan_on_rank_1(rank: int, world: int, stage: int, policy: str) -> tuple[Exception | None, Weights, int, Weights]:
+    engine = engine_over_terms({**at_stage(stage), "zerort": {"on_nonfinite": policy}})
+    error = caught(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
+    return error, weights(engine), engine.skipped_steps, step_with(engine, 2.0, 4.0)
+
+
+@every_stage
+def test_a_nan_on_one_rank_skips_the_step_on_all(stage: int) -> None:
+    assert ranks.run(2, _bring_a_nan_on_rank_1, stage, "skip", timeout=LIMIT) == [(None, (0.0, 0.0), 1, CLEAN)] * 2
+
+
+@every_stage
+def test_a_nan_on_one_rank_is_raised_on_all_when_asked_for(stage: int) -> None:
+    for error, untouched, _, after in ranks.run(2, _bring_a_nan_on_rank_1, stage, "raise", timeout=LIMIT):
+        assert_told(error, NonFiniteGradient, "rank 1", "parameter b")
+        assert (untouched, after) == ((0.0, 0.0), CLEAN)
+
+
+def _log_of(call: Callable[[], Any]) -> list[str]:
+    """What the package logs meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("zerort").addHandler(handler)
+    call()
+    return lines
+
+
+def _log_of_a_nan(rank: int, world: int) -> list[str]:
+    engine = engine_over_terms()
+    return _log_of(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
+
+
+def test_a_skipped_step_says_which_rank_and_parameter_once() -> None:
+    told, silent = ranks.run(2, _log_of_a_nan, timeout=LIMIT)
+    assert len(told) == 1 and re.search("OVERFLOW.*rank 1.*parameter b", told[0])
+    assert silent == []
+
+
+# ---- parameters that are not used
+
+
+def _log_of_an_unused_parameter(rank: int, world: int) -> list[str]:
+    engine = engine_over_terms()
+    return _log_of(lambda: [step_with(engine, 1.0, None if rank == 1 else 1.0) for _ in range(3)])
+
+
+def test_a_parameter_unused_on_one_rank_is_named_once() -> None:
+    innocent, culprit = ranks.run(2, _log_of_an_unused_parameter, timeout=LIMIT)
+    assert innocent == []
+    assert len(culprit) == 1 and "no gradient came for b" in culprit[0]
+
+
+def _use_b_on_rank_0_only(rank: int, world: int) -> Story:
+    engine = engine_over_terms({"zerort": {"unused_parameters": "raise"}})
+    return then_a_clean_step(engine, lambda: step_with(engine, 64.0, None if rank == 1 else 64.0))
+
+
+def test_an_unused_parameter_is_an_error_when_asked_for() -> None:
+    for error, after in ranks.run(2, _use_b_on_rank_0_only, timeout=LIMIT):
+        assert_told(error, StepError, " b")
+        assert after == CLEAN
+
+
+def _freeze_b_on_rank_1(rank: int, world: int, stage: int) -> Story:
+    engine = engine_over_terms(at_stage(stage))
+    engine.module.b.requires_grad_(rank == 0)
+    error = caught(lambda: step_with(engine, 64.0, 64.0))
+    engine.module.b.requires_grad_(True)
+    return error, step_with(engine, 2.0, 4.0)
+
+
+@every_stage
+def test_ranks_that_freeze_different_parameters_stop_before_they_change(stage: int) -> None:
+    for error, after in ranks.run(2, _freeze_b_on_rank_1, stage, timeout=LIMIT):
+        assert_told(error, PlanMismatch, "parameter b")
+        assert after == CLEAN
+
+
+# ---- peers that are gone
+
+
+def _die_in_the_second_step(rank: int, world: int, how: str) -> tuple[Exception | None, float]:
+    engine = engine_over_terms({"zerort": {"timeout": 4}})
+    step_with(engine, 1.0, 1.0)
+    start = time.monotonic()
+    if rank == 1:
+        if how == "exception":
+            raise KeyError("out of the training loop")
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    error = caught(lambda: step_with(engine, 1.0, 1.0))
+    return error, time.monotonic() - start
+
+
+@pytest.mark.parametrize(("how", "limit"), [("exception", 3.0), ("kill", 3.0), ("stop", 10.0)])
+def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) -> None:
+    survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, timeout=15)
+    assert isinstance(survivor, ranks.Returned), survivor
+    error, seconds = survivor.value
+    assert_told(error, CommError)
+    assert seconds < limit
+
+
+def _train_on_after_the_group_is_closed(rank: int, world: int) -> Exception | None:
+    engine = engine_over_terms()
+    step_with(engine, 1.0, 1.0)
+    dist.barrier()
+    dist.destroy_process_group()
+    return caught(lambda: step_with(engine, 1.0, 1.0))
+
+
+def test_a_closed_process_group_is_an_error_that_says_so() -> None:
+    for error in ranks.run(2, _train_on_after_the_group_is_closed, timeout=LIMIT):
+        assert_told(error, CommError, "group")
+
+
+# ---- models and optimizers that cannot start
+
+
+class _Wider(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(6))
+
+
+class _Longer(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.zeros(4))
+
+
+def _start_with_another_model(rank: int, world: int, odd: type[Terms]) -> Exception | None:
+    return caught(lambda: engine_over_terms(model=odd() if rank == 1 else Terms()))
+
+
+@pytest.mark.parametrize(("odd", "words"), [(_Wider, ["b [4]", "b [6]", "rank 1"]), (_Longer, ["rank 1", "extra"])])
+def test_ranks_with_different_models_name_the_first_difference(odd: type[Terms], words: list[str]) -> None:
+    for error in ranks.run(2, _start_with_another_model, odd, timeout=LIMIT):
+        assert_told(error, PlanMismatch, *words)
+
+
+def _start_with_other_buckets(rank: int, world: int) -> Exception | None:
+    return caught(lambda: engine_over_terms({"zero_optimization": {"reduce_bucket_size": 1 if rank == 0 else 100}}))
+
+
+def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
+    for error in ranks.run(2, _start_with_other_buckets, timeout=LIMIT):
+        assert_told(error, PlanMismatch, "rank 1")
+
+
+def _start_with_a_mistake_on_rank_1(rank: int, world: int) -> Exception | None:
+    return caught(lambda: engine_over_terms({"gradient_cliping": 1.0} if rank == 1 else {}))
+
+
+def test_a_configuration_mistake_on_one_rank_stops_all() -> None:
+    innocent, culprit = ranks.run(2, _start_with_a_mistake_on_rank_1, timeout=LIMIT)
+    assert_told(culprit, ConfigError, "gradient_cliping", "gradient_clipping")
+    assert_told(innocent, ZerortError, "rank 1", "gradient_cliping")
+
+
+class _Shared(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(self.a.detach())
+
+
+class _Complex(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+
+
+def all_frozen() -> nn.Module:
+    return Terms().requires_grad_(False)
+
+
+def used_optimizer() -> dict[str, Any]:
+    model = Terms()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(1.0, 1.0).backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+def foreign_parameter() -> dict[str, Any]:
+    model = Terms()
+    return {"model": model, "optimizer": torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0)}
+
+
+class _LayerWise(torch.optim.SGD):
+    """Looks at whole tensors: the step has the length of the weights."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data -= p.grad * p.data.norm() * group["lr"]
+
+
+def with_optimizer(kind: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    model = Terms()
+    return {"model": model, "optimizer": kind(model.parameters(), **options)}
+
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str]]] = {
+    "nothing_to_train": (lambda: {"model": all_frozen()}, PlanError, ["train"]),
+    "shared_storage": (lambda: {"model": _Shared()}, PlanError, ["a", "b"]),
+    "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
+    "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
+    "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),
+    "layer_wise_optimizer": (lambda: with_optimizer(_LayerWise, lr=1.0), ConfigError, ["_LayerWise", "stage 0"]),
+    "adafactor": (lambda: with_optimizer(torch.optim.Adafactor), ConfigError, ["Adafactor", "stage 0"]),
+    "closure_optimizer": (lambda: with_optimizer(torch.optim.LBFGS), ConfigError, ["LBFGS"]),
+}
+
+
+def _start(rank: int, world: int, name: str) -> Exception | None:
+    arguments, _, _ = REFUSED[name]
+    return caught(lambda: engine_over_terms(at_stage(1), **arguments()))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> None:
+    _, kind, words = REFUSED[name]
+    for error in ranks.run(world, _start, name, timeout=LIMIT):
+        assert_told(error, kind, *words)
+
+
+class _Sparse(Terms):
+    """`Terms` with an embedding whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(4, 3, sparse=True)
+
+    def forward(self, a: float, b: float, word: int | None = None) -> Tensor:
+        loss = super().forward(a, b)
+        return loss if word is None else loss + self.words(torch.tensor([word])).sum()
+
+
+def _train_a_sparse_embedding(rank: int, world: int, policy: str) -> tuple[Exception | None, list[float]]:
+    def take() -> list[float]:
+        torch.manual_seed(0)
+        engine = engine_over_terms({"zerort": {"sparse_gradients": policy}}, model=_Sparse())
+        before = engine.module.words.weight.detach().clone()
+        engine.backward(engine(1.0, 1.0, word=rank))
+        engine.step()
+        moved.extend((engine.module.words.weight.detach() - before)[:, 0].tolist())
+        return moved
+
+    moved: list[float] = []
+    return caught(take), moved
+
+
+def test_a_sparse_gradient_is_refused_with_its_modules_name() -> None:
+    for error, _ in ranks.run(2, _train_a_sparse_embedding, "refuse", timeout=LIMIT):
+        assert_told(error, ZerortError, "words")
+
+
+def test_a_sparse_gradient_is_made_dense_when_asked_for() -> None:
+    for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", timeout=LIMIT):
+        assert error is None
+        assert moved == pytest.approx([-0.5, -0.5, 0.0, 0.0], abs=1e-6)
+
+
+def _start_with_environment(rank: int, world: int, environment: dict[str, str]) -> Exception | None:
+    os.environ.update(environment)
+    return caught(engine_over_terms)
+
+
+def test_a_rank_without_a_master_address_is_told_what_is_missing() -> None:
+    (error,) = ranks.run(1, _start_with_environment, {"RANK": "1", "WORLD_SIZE": "2"}, timeout=LIMIT)
+    assert_told(error, ZerortError, "MASTER_ADDR")
+
+
+def _start_with_trace(rank: int, world: int, path: str) -> Exception | None:
+    return caught(lambda: engine_over_terms({"zerort": {"trace": {"path": path}}}))
+
+
+def test_a_trace_that_cannot_be_written_is_refused_at_the_start(tmp_path: Any) -> None:
+    path = str(tmp_path / "missing" / "trace.json")
+    (tmp_path / "missing").write_text("a file where a folder should be")
+    for error in ranks.run(2, _start_with_trace, path, timeout=LIMIT):
+        assert_told(error, ZerortError, "missing")
+
+
+# ---- a parameter that left its buffer
+
+LEAVINGS: dict[str, Callable[[nn.Module], Any]] = {
+    "double_and_back": lambda module: module.double().float(),
+    "assigned": lambda module: module.load_state_dict({"a": torch.ones(4), "b": torch.ones(4)}, assign=True),
+    "new_data": lambda module: setattr(module.a, "data", torch.ones(4)),
+}
+
+
+def _move_parameters(rank: int, world: int, how: str) -> Exception | None:
+    engine = engine_over_terms()
+    LEAVINGS[how](engine.module)
+    return caught(lambda: step_with(engine, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("how", LEAVINGS)
+def test_a_parameter_that_left_its_buffer_is_named(how: str) -> None:
+    for error in ranks.run(2, _move_parameters, how, timeout=LIMIT):
+        assert_told(error, StepError, "a")

@@ -1,0 +1,153 @@
+"""bf16 and fp16 with fp32 masters, the loss scale, and what travels in which dtype."""
+
+import pytest
+import ranks
+import torch
+from models import Terms
+from reference import Precision, ReduceAt
+from terms import Weights, engine_over_terms, step_with, weights
+from training import Config, assert_same, at_stage, train, twin_of
+
+from zerort.errors import NonFiniteGradient, StepError
+
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+
+BF16: Config = {"bf16": {"enabled": True}}
+STATIC_FP16: Config = {"fp16": {"enabled": True, "loss_scale": 256.0}}
+HUGE = 60000.0  # a gradient that overflows fp16 as soon as it is scaled
+
+
+@every_stage
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("name", ["gpt", "mlp", "groups", "unused_on_one_rank", "two_backwards"])
+def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
+    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    histories = ranks.run(2, train, name, gas, {**BF16, **at_stage(stage)})
+    assert_same(histories, twin_of(name, 2, gas, Precision(torch.bfloat16), when))
+
+
+@every_stage
+@pytest.mark.parametrize("name", ["gpt", "mlp"])
+def test_fp16_trains_like_the_twin_under_a_static_loss_scale(name: str, stage: int) -> None:
+    histories = ranks.run(2, train, name, 1, {**STATIC_FP16, **at_stage(stage)})
+    assert_same(histories, twin_of(name, 2, 1, Precision(torch.float16, 256.0)))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_fp32_wire_loses_nothing_of_a_bf16_window(stage: int) -> None:
+    changes = {**BF16, **at_stage(stage), "communication_data_type": "fp32"}
+    assert_same(ranks.run(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16)))
+
+
+def _take_tiny_steps(rank: int, world: int, stage: int) -> Weights:
+    model = Terms()
+    torch.nn.init.ones_(model.a)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-12)
+    engine = engine_over_terms({**BF16, **at_stage(stage)}, model=model, optimizer=optimizer)
+    for _ in range(64):
+        step_with(engine, 1.0, 1.0)
+    return weights(engine)
+
+
+@every_stage
+def test_steps_too_small_for_bf16_add_up_in_the_masters(stage: int) -> None:
+    assert ranks.run(2, _take_tiny_steps, stage) == [(1 - 2.0**-6, -(2.0**-6))] * 2
+
+
+def _underflow_without_scale(rank: int, world: int, stage: int) -> tuple[Weights, float]:
+    model = Terms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**20)
+    config = {"fp16": {"enabled": True, "loss_scale": 2.0**12}, **at_stage(stage)}
+    engine = engine_over_terms(config, model=model, optimizer=optimizer)
+    return step_with(engine, 2.0**-26, 2.0**-26), engine.get_global_grad_norm()
+
+
+@every_stage
+def test_h_5_fp16_scales_the_loss_at_every_stage(stage: int) -> None:
+    """2^-26 is no fp16 number, its 2^12-fold is. Unscaled it would be 0, divided without scaling 2^-12 of its value."""
+    expected = (-(2.0**-6), -(2.0**-6)), pytest.approx(2.0**-26 * 8**0.5)
+    assert ranks.run(2, _underflow_without_scale, stage) == [expected] * 2
+
+
+def dynamic(power: int, **more: object) -> Config:
+    return {"fp16": {"enabled": True, "initial_scale_power": power, "hysteresis": 1, **more}}
+
+
+def _overflow_once(rank: int, world: int, stage: int) -> list[tuple[float, Weights, int]]:
+    engine = engine_over_terms({**dynamic(8, loss_scale_window=2), **at_stage(stage)})
+    seen = []
+    for coefficient in (HUGE if rank == 1 else 1.0, 1.0, 1.0):
+        after = step_with(engine, coefficient, 1.0)
+        seen.append((engine.loss_scale, after, engine.skipped_steps))
+    return seen
+
+
+@every_stage
+def test_an_overflow_on_one_rank_lowers_the_scale_on_all(stage: int) -> None:
+    expected = [(128.0, (0.0, 0.0), 1), (128.0, (-1.0, -1.0), 1), (256.0, (-2.0, -2.0), 1)]
+    assert ranks.run(2, _overflow_once, stage) == [expected] * 2
+
+
+def _overflow_at_the_minimum(rank: int, world: int) -> tuple[str, Weights]:
+    engine = engine_over_terms(dynamic(4, min_loss_scale=16))
+    with pytest.raises(NonFiniteGradient) as caught:
+        step_with(engine, 1.0, HUGE if rank == 1 else 1.0)
+    return str(caught.value), step_with(engine, 1.0, 1.0)
+
+
+def test_an_overflow_at_the_minimum_names_rank_and_parameter() -> None:
+    for message, after in ranks.run(2, _overflow_at_the_minimum):
+        assert "minimum" in message and "rank 1" in message and "parameter b" in message
+        assert after == (-1.0, -1.0)
+
+
+def _go_back_directly(rank: int, world: int, scaled: bool) -> Weights:
+    engine = engine_over_terms(STATIC_FP16)
+    loss = engine(1.0, 2.0)
+    if scaled:
+        engine.scale(loss).backward()
+        engine.step()
+        return weights(engine)
+    with pytest.raises(StepError, match="scale"):
+        loss.backward()
+    return step_with(engine, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_direct_backward_must_be_scaled(scaled: bool) -> None:
+    assert ranks.run(2, _go_back_directly, scaled) == [(-1.0, -2.0)] * 2
+
+
+def _train_with(rank: int, world: int, changes: Config) -> Weights:
+    engine = engine_over_terms(changes)
+    return step_with(engine, 1.0 + rank, 4.0)
+
+
+@every_stage
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gradient_allreduce_op": "sum"}, (-3.0, -8.0)),
+        ({"gradient_allreduce_op": "mean"}, (-1.5, -4.0)),
+        ({"prescale_gradients": True}, (-1.5, -4.0)),
+        ({"prescale_gradients": True, "gradient_predivide_factor": 2.0}, (-1.5, -4.0)),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, (-1.5, -4.0)),
+        ({"communication_data_type": "bf16"}, (-1.5, -4.0)),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_scaling_and_dtypes_of_the_wire_leave_the_answer(changes: Config, expected: Weights, stage: int) -> None:
+    assert ranks.run(2, _train_with, {**changes, **at_stage(stage)}) == [expected] * 2
+
+
+def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dtype]:
+    config = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    engine = engine_over_terms(config, model=torch.nn.Linear(4, 4))
+    outputs = engine(torch.ones(2, 4))
+    engine.backward(outputs.float().square().mean())
+    engine.step()
+    return outputs.dtype, engine.module.weight.dtype
+
+
+def test_autocast_runs_the_forward_low_and_keeps_parameters_in_fp32() -> None:
+    assert ranks.run(2, _dtype_under_autocast) == [(torch.bfloat16, torch.float32)] * 2

@@ -1,0 +1,44 @@
+"""Every case of the table, trained by the engine and by the naive twin: the weights after every step are the same."""
+
+import pytest
+import ranks
+from cases import CASES
+from training import assert_same, at_stage, train, twin_of
+
+FEW = ["gpt_clipped", "groups_with_adamw", "odd_shapes", "unused_everywhere", "other_order_on_one_rank", "retained_graph"]
+STAGES = [0, 1, 2]
+
+
+def reduction(stage: int) -> str:
+    """When a stage's gradients travel by default."""
+    return "micro_batch" if stage >= 2 else "boundary"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
+    histories = ranks.run(2, train, name, gas, at_stage(stage))
+    assert_same(histories, twin_of(name, 2, gas, reduce_at=reduction(stage)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("name", FEW)
+def test_other_numbers_of_ranks_train_like_the_twin(name: str, world: int, stage: int) -> None:
+    histories = ranks.run(world, train, name, 2, at_stage(stage))
+    assert_same(histories, twin_of(name, world, 2, reduce_at=reduction(stage)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_collective_in_backward_pairs_with_its_peer_under_the_smallest_window(stage: int) -> None:
+    changes = {**at_stage(stage), "zerort": {"window": 1}}
+    histories = ranks.run(2, train, "collective_in_backward", 2, changes)
+    assert_same(histories, twin_of("collective_in_backward", 2, 2, reduce_at=reduction(stage)))
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("name", ["gpt", "mixed_dtypes", "two_backwards", "another_used_each_micro_batch"])
+def test_stage_2_that_reduces_at_the_boundary_trains_like_the_twin(name: str, gas: int) -> None:
+    changes = {**at_stage(2), "zerort": {"reduce_at": "boundary"}}
+    assert_same(ranks.run(2, train, name, gas, changes), twin_of(name, 2, gas, reduce_at="boundary"))
