@@ -309,7 +309,7 @@ def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) ->
     survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, timeout=15)
     assert isinstance(survivor, ranks.Returned), survivor
     error, seconds = survivor.value
-    assert_told(error, CommError)
+    assert_told(error, CommError, "rank 1")
     assert seconds < limit
 
 
