@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from models import (
     VOCABULARY,
     WIDTH,
@@ -23,7 +25,6 @@ from models import (
     partly_frozen,
 )
 from reference import MICRO_BATCH, Case, Moment
-from torch import Tensor, nn
 
 # ---- micro-batches: forward and backward, on an engine or on the twin
 

@@ -110,7 +110,7 @@ class Twin:
         case: Case,
         world: int,
         accumulation: int,
-        precision: Precision = Precision(),  # noqa: B008 (frozen)
+        precision: Precision = Precision(),
         reduce_at: ReduceAt = "micro_batch",
     ) -> None:
         self.case, self.world, self.accumulation = case, world, accumulation

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+import ranks
 from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
-from torch import Tensor, nn
 from training import at_stage
-
 from zerort.errors import CommError, ConfigError, NonFiniteGradient, PlanError, PlanMismatch, StepError, ZerortError
 
 pytestmark = pytest.mark.timeout(120)
@@ -210,7 +210,9 @@ def test_a_loss_that_is_not_a_scalar_is_refused_with_its_shape() -> None:
 # ---- gradients that are not finite
 
 
-def _bring_a_nan_on_rank_1(rank: int, world: int, stage: int, policy: str) -> tuple[Exception | None, Weights, int, Weights]:
+def _bring_a_nan_on_rank_1(
+    rank: int, world: int, stage: int, policy: str
+) -> tuple[Exception | None, Weights, int, Weights]:
     engine = engine_over_terms({**at_stage(stage), "zerort": {"on_nonfinite": policy}})
     error = caught(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
     return error, weights(engine), engine.skipped_steps, step_with(engine, 2.0, 4.0)

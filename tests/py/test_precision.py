@@ -1,13 +1,13 @@
 """bf16 and fp16 with fp32 masters, the loss scale, and what travels in which dtype."""
 
 import pytest
-import ranks
 import torch
+
+import ranks
 from models import Terms
 from reference import Precision, ReduceAt
 from terms import Weights, engine_over_terms, step_with, weights
 from training import Config, assert_same, at_stage, train, twin_of
-
 from zerort.errors import NonFiniteGradient, StepError
 
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])

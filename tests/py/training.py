@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from cases import CASES
-from reference import MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
 from torch import Tensor
 
 import zerort
+from cases import CASES
+from reference import MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
 
 # Elements per bucket: small, so that the smallest models have several.
 SMALL_BUCKET = 150
