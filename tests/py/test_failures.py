@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+import ranks
 from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
-from torch import Tensor, nn
 from training import at_stage
-
 from zerort.errors import CommError, ConfigError, NonFiniteGradient, PlanError, PlanMismatch, StepError, ZerortError
 
 pytestmark = pytest.mark.timeout(120)
@@ -210,7 +210,9 @@ def test_a_loss_that_is_not_a_scalar_is_refused_with_its_shape() -> None:
 # ---- gradients that are not finite
 
 
-def _bring_a_nan_on_rank_1(rank: int, world: int, stage: int, policy: str) -> tuple[Exception | None, Weights, int, Weights]:
+def _bring_a_nan_on_rank_1(
+    rank: int, world: int, stage: int, policy: str
+) -> tuple[Exception | None, Weights, int, Weights]:
     engine = engine_over_terms({**at_stage(stage), "zerort": {"on_nonfinite": policy}})
     error = caught(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
     return error, weights(engine), engine.skipped_steps, step_with(engine, 2.0, 4.0)
@@ -293,7 +295,7 @@ def test_ranks_that_freeze_different_parameters_stop_before_they_change(stage: i
 
 
 def _die_in_the_second_step(rank: int, world: int, how: str) -> tuple[Exception | None, float]:
-    engine = engine_over_terms({"zerort": {"timeout": 4}})
+    engine = engine_over_terms({"zerort": {"timeout": 3}})
     step_with(engine, 1.0, 1.0)
     start = time.monotonic()
     if rank == 1:
@@ -304,9 +306,9 @@ def _die_in_the_second_step(rank: int, world: int, how: str) -> tuple[Exception 
     return error, time.monotonic() - start
 
 
-@pytest.mark.parametrize(("how", "limit"), [("exception", 3.0), ("kill", 3.0), ("stop", 10.0)])
+@pytest.mark.parametrize(("how", "limit"), [("exception", 3.0), ("kill", 3.0), ("stop", 6.0)])
 def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) -> None:
-    survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, timeout=15)
+    survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, timeout=10)
     assert isinstance(survivor, ranks.Returned), survivor
     error, seconds = survivor.value
     assert_told(error, CommError)
