@@ -10,19 +10,10 @@ use zerort_core::trace::{Arg, Args, Trace};
 const CAPACITY: u32 = 10_000;
 
 fn full_ring() -> Trace {
-    let mut trace = Trace::new(
-        Rank(0),
-        NonZeroUsize::MIN.saturating_add(CAPACITY as usize - 1),
-    );
+    let mut trace = Trace::new(Rank(0), NonZeroUsize::MIN.saturating_add(CAPACITY as usize - 1));
     let row = trace.track("bucket");
     for at in 0..i64::from(CAPACITY) {
-        trace.async_span(
-            row,
-            "bucket 3",
-            at.unsigned_abs(),
-            (at, at + 1000),
-            life_args(),
-        );
+        trace.async_span(row, "bucket 3", at.unsigned_abs(), (at, at + 1000), life_args());
     }
     trace
 }

@@ -104,6 +104,11 @@ fn kinds_do_not_interrupt_each_other() {
 fn empty_parameters_go_wherever_their_neighbours_are() {
     let params = [f32(0), f32(16), f32(0), f32(16), f32(0)];
     assert_eq!(contents(&params, Cap::Elements(16)), [ids(&[4, 3, 2]), ids(&[1, 0])]);
+    assert_eq!(
+        contents(&[f32(0), f32(10)], Cap::Elements(10)),
+        [ids(&[1, 0])],
+        "even where the next start is behind the cap"
+    );
 }
 
 #[test]

@@ -26,13 +26,7 @@ fn events(trace: &Trace) -> Vec<Value> {
 }
 
 fn phases(trace: &Trace) -> Vec<String> {
-    let word = |line: &Value| {
-        format!(
-            "{} {}",
-            line["ph"].as_str().unwrap(),
-            line["name"].as_str().unwrap()
-        )
-    };
+    let word = |line: &Value| format!("{} {}", line["ph"].as_str().unwrap(), line["name"].as_str().unwrap());
     events(trace).iter().map(word).collect()
 }
 
@@ -103,10 +97,7 @@ fn a_full_ring_forgets_the_oldest_event_and_counts_it() {
 
 #[test]
 fn an_empty_ring_is_a_complete_file() {
-    let lines = document(&ring(0, 1))["traceEvents"]
-        .as_array()
-        .unwrap()
-        .len();
+    let lines = document(&ring(0, 1))["traceEvents"].as_array().unwrap().len();
     assert_eq!(lines, 2, "the process is named even if nothing happened");
 }
 
@@ -119,16 +110,7 @@ fn spans_recorded_when_they_ended_are_written_in_the_order_in_which_they_nest() 
     for (name, span) in [("flying", (5, 9)), ("filling", (0, 5)), ("life", (0, 9))] {
         trace.async_span(row, name, 1, span, Args::new());
     }
-    let nested = [
-        "b life",
-        "b filling",
-        "e filling",
-        "b flying",
-        "e flying",
-        "e life",
-        "X outer",
-        "X inner",
-    ];
+    let nested = ["b life", "b filling", "e filling", "b flying", "e flying", "e life", "X outer", "X inner"];
     assert_eq!(phases(&trace), nested);
 }
 
@@ -138,10 +120,7 @@ fn spans_of_equal_times_nest_in_the_order_of_recording() {
     let row = trace.track("bucket");
     trace.async_span(row, "life", 1, (0, 5), Args::new());
     trace.async_span(row, "filling", 1, (0, 5), Args::new());
-    assert_eq!(
-        phases(&trace),
-        ["b life", "b filling", "e filling", "e life"]
-    );
+    assert_eq!(phases(&trace), ["b life", "b filling", "e filling", "e life"]);
 }
 
 #[test]
@@ -158,12 +137,7 @@ fn an_end_before_its_start_is_no_duration() {
 fn what_json_has_no_number_for_is_a_word_or_left_out() {
     let mut trace = ring(0, 16);
     let row = trace.track("main");
-    trace.instant(
-        row,
-        "norm",
-        0,
-        vec![("value".into(), Arg::Float(f64::INFINITY))],
-    );
+    trace.instant(row, "norm", 0, vec![("value".into(), Arg::Float(f64::INFINITY))]);
     trace.counter("loss", 1, f64::NAN);
     assert_eq!(phases(&trace), ["i norm"]);
     assert_eq!(events(&trace)[0]["args"]["value"], "inf");
@@ -196,10 +170,7 @@ fn an_error_of_the_writer_reaches_the_caller() {
             Ok(())
         }
     }
-    assert_eq!(
-        ring(0, 1).write(Full).unwrap_err().kind(),
-        io::ErrorKind::StorageFull
-    );
+    assert_eq!(ring(0, 1).write(Full).unwrap_err().kind(), io::ErrorKind::StorageFull);
 }
 
 proptest! {

@@ -5,8 +5,24 @@ from typing import Any, Literal, final
 
 __version__: str
 
-Dtype = Literal["f32", "f16", "bf16", "f64"]
-CommandKind = Literal["launch", "retire"]
+__all__ = [
+    "Bucket",
+    "Buffer",
+    "Finished",
+    "Fragment",
+    "LossScale",
+    "Plan",
+    "Reducer",
+    "Trace",
+    "__version__",
+    "first_nonfinite",
+    "reduce",
+    "reshard",
+    "squared_norm",
+]
+
+_Dtype = Literal["f32", "f16", "bf16", "f64"]
+_CommandKind = Literal["launch", "retire"]
 
 @final
 class Bucket:
@@ -15,7 +31,7 @@ class Bucket:
     @property
     def id(self) -> int: ...
     @property
-    def dtype(self) -> Dtype: ...
+    def dtype(self) -> _Dtype: ...
     @property
     def group(self) -> int:
         """Optimizer parameter group the bucket belongs to."""
@@ -57,7 +73,7 @@ class Plan:
 
     def __new__(
         cls,
-        params: Sequence[tuple[int, Dtype, int]],
+        params: Sequence[tuple[int, _Dtype, int]],
         *,
         world: int,
         stage: int,
@@ -83,7 +99,7 @@ class Plan:
     @property
     def buckets(self) -> list[Bucket]: ...
     @property
-    def schedule(self) -> list[tuple[CommandKind, int]]:
+    def schedule(self) -> list[tuple[_CommandKind, int]]:
         """The static list: `("launch" | "retire", bucket id)`."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
     def reordered(self, observed: Sequence[int]) -> Plan:
@@ -135,7 +151,7 @@ class Reducer:
     @property
     def observed(self) -> list[int]:
         """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""
-    def explain(self) -> tuple[int, CommandKind, int, list[int]] | None:
+    def explain(self) -> tuple[int, _CommandKind, int, list[int]] | None:
         """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None outside a pass."""
     def life(self) -> list[tuple[int, int, int, int]]:
         """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter); `grad_ready_at` only."""

@@ -20,7 +20,7 @@ from zerort.errors import PlanError, StepError
 
 __all__ = ["DTYPES", "FlatBucket", "FlatModel", "Memory", "Planned", "laid_out_like"]
 
-DTYPES: dict[torch.dtype, _core.Dtype] = {
+DTYPES: dict[torch.dtype, _core._Dtype] = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
@@ -36,7 +36,7 @@ class Planned:
     tensor: nn.Parameter
     group: int
 
-    def spec(self) -> tuple[int, _core.Dtype, int]:
+    def spec(self) -> tuple[int, _core._Dtype, int]:
         """What the core needs to know of it."""
         return self.tensor.numel(), DTYPES[self.tensor.dtype], self.group
 

@@ -107,20 +107,12 @@ impl Partition {
         // The last parameter that starts at or before the shard is the first that can reach into it.
         let first = self.offsets.partition_point(|&start| start <= lo).saturating_sub(1);
         let extents = bucket.params.iter().zip(self.offsets.iter().zip(&self.numels)).skip(first);
-        extents.map_while(move |(&param, (&start, &numel))| (start < hi).then_some((param, start, numel))).filter_map(
-            move |(param, start, numel)| {
-                let from = start.max(lo);
-                let length = (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
-                Some(Fragment {
-                    param,
-                    bucket: bucket.id,
-                    rank,
-                    param_start: from - start,
-                    shard_start: from - lo,
-                    length,
-                })
-            },
-        )
+        extents.take_while(move |&(_, (&start, _))| start < hi).filter_map(move |(&param, (&start, &numel))| {
+            let from = start.max(lo);
+            let length = (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
+            let (param_start, shard_start) = (from - start, from - lo);
+            Some(Fragment { param, bucket: bucket.id, rank, param_start, shard_start, length })
+        })
     }
 }
 

@@ -30,7 +30,8 @@
 //!
 //! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
 
-use std::cmp::Ordering;
+mod state;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -39,6 +40,8 @@ use crate::error::{Phase, StepError};
 use crate::ids::{BucketId, ParamId};
 use crate::life::Life;
 use crate::plan::Plan;
+
+use state::{Slot, State, advance};
 
 /// The cursor for gradients. See the [module](self) for its states and invariants.
 #[derive(Clone, Debug)]
@@ -74,32 +77,7 @@ pub struct Explanation {
     pub lacking: Vec<ParamId>,
 }
 
-/// A parameter in the current pass, and what is known of it from others.
-#[derive(Clone, Copy, Debug)]
-struct Slot {
-    bucket: BucketId,
-    /// Arrivals in this pass; saturates.
-    fired: u32,
-    /// Arrivals waited for in this pass: `fires`, or 0 when inactive.
-    expected: u32,
-    /// How often it fires in a pass, as learnt.
-    fires: u32,
-    /// Place of its last arrival; in an observing pass only.
-    last: u64,
-    active: bool,
-    /// An observing pass has had it active.
-    known: bool,
-    late: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Filling { missing: u32 },
-    Full,
-    InFlight,
-    Reduced,
-}
-
+/// The phase, with what it needs.
 #[derive(Clone, Copy, Debug)]
 enum Pass {
     Idle,
@@ -310,86 +288,6 @@ impl Reducer {
         let have = self.phase();
         if have == want { Ok(()) } else { Err(StepError::OutOfPhase { have, want }) }
     }
-}
-
-impl Slot {
-    fn new(bucket: BucketId) -> Self {
-        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, active: true, known: false, late: false }
-    }
-
-    fn begin(&mut self) {
-        self.fired = 0;
-        self.last = 0;
-        self.late = false;
-        self.expected = if self.active { self.fires } else { 0 };
-    }
-
-    /// One arrival; true when it fills the bucket.
-    fn fire(&mut self, bucket: &mut State) -> bool {
-        self.fired = self.fired.saturating_add(1);
-        match self.fired.cmp(&self.expected) {
-            Ordering::Less => false,
-            Ordering::Equal => bucket.fill(),
-            Ordering::Greater => {
-                self.late |= bucket.has_left();
-                false
-            }
-        }
-    }
-}
-
-impl State {
-    /// One more parameter to wait for, at the start of a pass.
-    fn await_one(&mut self) {
-        *self = match *self {
-            Self::Filling { missing } => Self::Filling { missing: missing + 1 },
-            Self::Full | Self::InFlight | Self::Reduced => Self::Filling { missing: 1 },
-        };
-    }
-
-    /// A parameter is complete; true when it was the last.
-    fn fill(&mut self) -> bool {
-        match *self {
-            Self::Filling { missing } if missing > 1 => {
-                *self = Self::Filling { missing: missing - 1 };
-                false
-            }
-            Self::Filling { .. } => {
-                *self = Self::Full;
-                true
-            }
-            Self::Full | Self::InFlight | Self::Reduced => false,
-        }
-    }
-
-    fn has_left(self) -> bool {
-        match self {
-            Self::Filling { .. } | Self::Full => false,
-            Self::InFlight | Self::Reduced => true,
-        }
-    }
-
-    /// The state behind `command`, or None when the cursor must stop before it.
-    fn after(self, command: Command) -> Option<Self> {
-        match (command, self) {
-            (Command::Launch(_), Self::Full) => Some(Self::InFlight),
-            (Command::Retire(_), Self::InFlight) => Some(Self::Reduced),
-            (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
-            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
-        }
-    }
-}
-
-/// Moves the cursor as far as the buckets allow; the new position when it moved.
-fn advance(commands: &[Command], buckets: &mut [State], cursor: &mut usize) -> Option<usize> {
-    let start = *cursor;
-    for &command in commands.iter().skip(start) {
-        let bucket = &mut buckets[command.bucket().index()];
-        let Some(next) = bucket.after(command) else { break };
-        *bucket = next;
-        *cursor += 1;
-    }
-    (*cursor > start).then_some(*cursor)
 }
 
 /// As one would say it: `command 14 = Launch b3; b3 lacks 7, 8`.

@@ -63,21 +63,10 @@ pub type Args = Vec<(Box<str>, Arg)>;
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    Span {
-        track: TrackId,
-        end_ns: i64,
-    },
-    AsyncSpan {
-        track: TrackId,
-        key: u64,
-        end_ns: i64,
-    },
-    Instant {
-        track: TrackId,
-    },
-    Counter {
-        value: f64,
-    },
+    Span { track: TrackId, end_ns: i64 },
+    AsyncSpan { track: TrackId, key: u64, end_ns: i64 },
+    Instant { track: TrackId },
+    Counter { value: f64 },
 }
 
 #[derive(Debug)]
@@ -101,13 +90,7 @@ pub struct Trace {
 impl Trace {
     /// An empty ring. It grows as it fills, up to `capacity` events.
     pub fn new(rank: Rank, capacity: NonZeroUsize) -> Self {
-        Self {
-            rank,
-            capacity: capacity.get(),
-            tracks: Vec::new(),
-            ring: VecDeque::new(),
-            dropped: 0,
-        }
+        Self { rank, capacity: capacity.get(), tracks: Vec::new(), ring: VecDeque::new(), dropped: 0 }
     }
 
     /// The row called `name`; the same name gives the same row. Rows are shown in the order in which they were named.
@@ -133,14 +116,7 @@ impl Trace {
 
     /// Something that lasted and may overlap others of its track. Those with the same `key` (below 2^40) must nest: they
     /// are shown inside one another. One without duration is given a nanosecond, so that it begins before it ends.
-    pub fn async_span(
-        &mut self,
-        track: TrackId,
-        name: &str,
-        key: u64,
-        (start_ns, end_ns): (i64, i64),
-        args: Args,
-    ) {
+    pub fn async_span(&mut self, track: TrackId, name: &str, key: u64, (start_ns, end_ns): (i64, i64), args: Args) {
         let end_ns = end_ns.max(start_ns.saturating_add(1));
         let kind = Kind::AsyncSpan { track, key, end_ns };
         self.push(name, start_ns, kind, args);
@@ -198,23 +174,13 @@ impl Trace {
             self.ring.pop_front();
             self.dropped += 1;
         }
-        self.ring.push_back(Event {
-            name: name.into(),
-            at_ns,
-            kind,
-            args,
-        });
+        self.ring.push_back(Event { name: name.into(), at_ns, kind, args });
     }
 
     /// Metadata: what the process and its threads are called, and in which order they are shown.
     fn names(&self) -> impl Iterator<Item = Line<'_>> {
         let pid = self.rank.0;
-        let about = move |name, tid, label| Line {
-            name,
-            pid,
-            tid,
-            shape: Shape::Metadata(label),
-        };
+        let about = move |name, tid, label| Line { name, pid, tid, shape: Shape::Metadata(label) };
         let process = [
             about("process_name", 0, Label::Name(format!("rank {pid}"))),
             about("process_sort_index", 0, Label::Order(pid)),
@@ -230,58 +196,30 @@ impl Trace {
     }
 
     fn lines(&self) -> impl Iterator<Item = Line<'_>> {
-        let mut edges: Vec<Edge> = self
-            .ring
-            .iter()
-            .zip(0..)
-            .flat_map(|(event, seq)| event.edges(seq))
-            .collect();
+        let mut edges: Vec<Edge> = self.ring.iter().zip(0..).flat_map(|(event, seq)| event.edges(seq)).collect();
         edges.sort_unstable();
-        edges
-            .into_iter()
-            .map(|edge| self.line(&self.ring[edge.seq()], edge.1 == Side::End))
+        edges.into_iter().map(|edge| self.line(&self.ring[edge.seq()], edge.1 == Side::End))
     }
 
     fn line<'a>(&'a self, event: &'a Event, is_end: bool) -> Line<'a> {
         let at = event.at_ns;
         let args = &event.args;
         let (tid, shape) = match event.kind {
-            Kind::Span { track, end_ns } => (
-                track.tid(),
-                Shape::Complete {
-                    at,
-                    end: end_ns,
-                    args,
-                },
-            ),
+            Kind::Span { track, end_ns } => (track.tid(), Shape::Complete { at, end: end_ns, args }),
             Kind::AsyncSpan { track, key, end_ns } => {
                 let id = format!("0x{:x}{key:010x}", self.rank.0);
                 let category = &*self.tracks[track.0 as usize];
                 let shape = if is_end {
-                    Shape::AsyncEnd {
-                        at: end_ns,
-                        category,
-                        id,
-                    }
+                    Shape::AsyncEnd { at: end_ns, category, id }
                 } else {
-                    Shape::AsyncBegin {
-                        at,
-                        category,
-                        id,
-                        args,
-                    }
+                    Shape::AsyncBegin { at, category, id, args }
                 };
                 (track.tid(), shape)
             }
             Kind::Instant { track } => (track.tid(), Shape::Instant { at, args }),
             Kind::Counter { value } => (0, Shape::Counter { at, value }),
         };
-        Line {
-            name: &event.name,
-            pid: self.rank.0,
-            tid,
-            shape,
-        }
+        Line { name: &event.name, pid: self.rank.0, tid, shape }
     }
 }
 
@@ -306,10 +244,7 @@ impl Event {
     fn edges(&self, seq: i64) -> impl Iterator<Item = Edge> {
         let (until, end) = match self.kind {
             Kind::Span { end_ns, .. } => (end_ns, None),
-            Kind::AsyncSpan { end_ns, .. } => (
-                end_ns,
-                Some(Edge(end_ns, Side::End, Reverse(self.at_ns), -seq)),
-            ),
+            Kind::AsyncSpan { end_ns, .. } => (end_ns, Some(Edge(end_ns, Side::End, Reverse(self.at_ns), -seq))),
             Kind::Instant { .. } | Kind::Counter { .. } => (self.at_ns, None),
         };
         std::iter::once(Edge(self.at_ns, Side::Begin, Reverse(until), seq)).chain(end)
@@ -327,30 +262,11 @@ struct Line<'a> {
 /// The phases, each with the fields that the format asks of it.
 enum Shape<'a> {
     Metadata(Label),
-    Complete {
-        at: i64,
-        end: i64,
-        args: &'a Args,
-    },
-    Instant {
-        at: i64,
-        args: &'a Args,
-    },
-    Counter {
-        at: i64,
-        value: f64,
-    },
-    AsyncBegin {
-        at: i64,
-        category: &'a str,
-        id: String,
-        args: &'a Args,
-    },
-    AsyncEnd {
-        at: i64,
-        category: &'a str,
-        id: String,
-    },
+    Complete { at: i64, end: i64, args: &'a Args },
+    Instant { at: i64, args: &'a Args },
+    Counter { at: i64, value: f64 },
+    AsyncBegin { at: i64, category: &'a str, id: String, args: &'a Args },
+    AsyncEnd { at: i64, category: &'a str, id: String },
 }
 
 enum Label {
@@ -396,12 +312,7 @@ impl Shape<'_> {
                 timed(map, "C", *at)?;
                 map.serialize_entry("args", &Value(*value))
             }
-            Self::AsyncBegin {
-                at,
-                category,
-                id,
-                args,
-            } => {
+            Self::AsyncBegin { at, category, id, args } => {
                 timed(map, "b", *at)?;
                 map.serialize_entry("cat", category)?;
                 map.serialize_entry("id", id)?;

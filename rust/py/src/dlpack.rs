@@ -334,22 +334,24 @@ fn request<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
         let kind = source.get_type().name()?;
         return Err(LayoutError::new_err(format!("a buffer is made from an object with __dlpack__; got a {kind}")));
     }
-    let ask = || {
-        let (device, _): (i32, i32) = source.call_method0("__dlpack_device__")?.extract()?;
-        let options = PyDict::new(source.py());
-        if device == Device::CUDA {
-            options.set_item("stream", -1)?;
+    ask(source).map_err(|error| refusal(source.py(), error))
+}
+
+fn ask<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
+    let (device, _): (i32, i32) = source.call_method0("__dlpack_device__")?.extract()?;
+    let options = PyDict::new(source.py());
+    if device == Device::CUDA {
+        options.set_item("stream", -1)?;
+    }
+    options.set_item("max_version", (1, 0))?;
+    let answer = match source.call_method("__dlpack__", (), Some(&options)) {
+        Err(error) if error.is_instance_of::<PyTypeError>(source.py()) => {
+            options.del_item("max_version")?; // a producer from before version 1
+            source.call_method("__dlpack__", (), Some(&options))?
         }
-        options.set_item("max_version", (1, 0))?;
-        match source.call_method("__dlpack__", (), Some(&options)) {
-            Err(error) if error.is_instance_of::<PyTypeError>(source.py()) => {
-                options.del_item("max_version")?; // a producer from before version 1
-                source.call_method("__dlpack__", (), Some(&options))
-            }
-            answer => answer,
-        }
+        answer => answer?,
     };
-    Ok(ask().map_err(|error| refusal(source.py(), error))?.cast_into::<PyCapsule>()?)
+    Ok(answer.cast_into()?)
 }
 
 /// A producer's own refusal (a tensor that requires grad, say) as a `LayoutError` that quotes it.

@@ -48,13 +48,7 @@ impl PyTrace {
     }
 
     #[pyo3(signature = (track, name, at_ns, args=None))]
-    fn instant(
-        &mut self,
-        track: u32,
-        name: &str,
-        at_ns: i64,
-        args: Option<&Bound<'_, PyDict>>,
-    ) -> PyResult<()> {
+    fn instant(&mut self, track: u32, name: &str, at_ns: i64, args: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
         let track = self.known(track)?;
         self.trace.instant(track, name, at_ns, taken(args)?);
         Ok(())
@@ -76,8 +70,7 @@ impl PyTrace {
         args: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
         let track = self.known(track)?;
-        self.trace
-            .async_span(track, name, key, (start_ns, end_ns), taken(args)?);
+        self.trace.async_span(track, name, key, (start_ns, end_ns), taken(args)?);
         Ok(())
     }
 
@@ -93,15 +86,10 @@ impl PyTrace {
 
     /// Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises `OSError`.
     // The GIL is kept: another thread that recorded meanwhile would find the ring borrowed, and fail.
-    #[allow(
-        clippy::needless_pass_by_value,
-        reason = "Python's path becomes a value"
-    )]
+    #[allow(clippy::needless_pass_by_value, reason = "Python's path becomes a value")]
     fn write(&self, path: PathBuf) -> PyResult<()> {
         let partial = partial(&path);
-        let written = self
-            .fill(&partial)
-            .and_then(|()| fs::rename(&partial, &path));
+        let written = self.fill(&partial).and_then(|()| fs::rename(&partial, &path));
         if written.is_err() {
             // Nothing more can be done about a file that cannot be removed either; the first error is the one to tell.
             let _ = fs::remove_file(&partial);
@@ -112,9 +100,9 @@ impl PyTrace {
 
 impl PyTrace {
     fn known(&self, track: u32) -> PyResult<TrackId> {
-        self.trace.track_numbered(track).ok_or_else(|| {
-            PyValueError::new_err(format!("track {track}: not one that `track` gave"))
-        })
+        self.trace
+            .track_numbered(track)
+            .ok_or_else(|| PyValueError::new_err(format!("track {track}: not one that `track` gave")))
     }
 
     fn fill(&self, path: &Path) -> std::io::Result<()> {
@@ -135,9 +123,7 @@ fn taken(args: Option<&Bound<'_, PyDict>>) -> PyResult<Args> {
     let Some(args) = args else {
         return Ok(Args::new());
     };
-    args.iter()
-        .map(|(name, value)| Ok((name.extract::<&str>()?.into(), arg(&value)?)))
-        .collect()
+    args.iter().map(|(name, value)| Ok((name.extract::<&str>()?.into(), arg(&value)?))).collect()
 }
 
 fn arg(value: &Bound<'_, PyAny>) -> PyResult<Arg> {

@@ -2,10 +2,7 @@
 
 use std::ops::{Add, Mul};
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-
-use super::BLOCK;
 
 /// A number in which sums are taken: `f32` or `f64`.
 pub trait Real: Element<Sum = Self> + Add<Output = Self> + Mul<Output = Self> {
@@ -21,7 +18,7 @@ pub trait Real: Element<Sum = Self> + Add<Output = Self> + Mul<Output = Self> {
 
 /// A number as it lies in a buffer or on the wire.
 ///
-/// The provided methods are loops over [`Element::widen`]; a type whose conversion does not vectorise replaces them.
+/// Conversions are written so that the loops of the provided methods vectorise.
 pub trait Element: Copy + Send + Sync + 'static {
     /// What the type is summed in.
     type Sum: Real;
@@ -32,14 +29,14 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
 
-    /// `sum[i] = values[i]`. Slices of equal length, at most [`BLOCK`].
+    /// `sum[i] = values[i]`.
     fn load(values: &[Self], sum: &mut [Self::Sum]) {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum = value.widen();
         }
     }
 
-    /// `sum[i] += values[i]`. Slices of equal length, at most [`BLOCK`].
+    /// `sum[i] += values[i]`.
     fn accumulate(values: &[Self], sum: &mut [Self::Sum]) {
         for (sum, value) in sum.iter_mut().zip(values) {
             *sum = *sum + value.widen();
@@ -111,23 +108,27 @@ impl Element for bf16 {
 impl Element for f16 {
     type Sum = f32;
 
+    // Branches become selects, so that the loop over a slice is vectorised on any CPU. Subnormals are found by subtracting
+    // two normal numbers: multiplying an fp32 subnormal up would give zero in a thread that flushes them.
     fn widen(self) -> f32 {
-        self.to_f32()
+        const INFINITY: u32 = 0x7c00 << 13;
+        const SMALLEST_NORMAL: u32 = 0x0400 << 13;
+        const REBIAS: u32 = (127 - 15) << 23;
+        let half = u32::from(self.to_bits());
+        let magnitude = (half & 0x7fff) << 13;
+        let normal = magnitude + REBIAS;
+        let subnormal = f32::from_bits(normal + (1 << 23)) - f32::from_bits(REBIAS + (1 << 23));
+        let widened = if magnitude >= INFINITY {
+            magnitude | f32::INFINITY.to_bits()
+        } else if magnitude < SMALLEST_NORMAL {
+            subnormal.to_bits()
+        } else {
+            normal
+        };
+        f32::from_bits(widened | (half & 0x8000) << 16)
     }
 
     fn is_finite(self) -> bool {
         f16::is_finite(self)
-    }
-
-    // Whole slices, because `half` asks once per slice, not once per element, whether the CPU converts by itself.
-    fn load(values: &[Self], sum: &mut [f32]) {
-        values.convert_to_f32_slice(sum);
-    }
-
-    fn accumulate(values: &[Self], sum: &mut [f32]) {
-        let mut widened = [0.0; BLOCK];
-        let widened = &mut widened[..values.len()];
-        values.convert_to_f32_slice(widened);
-        f32::accumulate(widened, sum);
     }
 }

@@ -17,16 +17,12 @@ impl SquaredNorm {
     /// Takes the next block; only the last one may have fewer than [`BLOCK`] elements.
     pub(super) fn add<R: Real>(&mut self, values: &[R]) {
         let (rows, rest) = values.as_chunks::<LANES>();
+        let mut lanes = self.0; // a copy can stay in registers
         for row in rows {
-            for (lane, value) in self.0.iter_mut().zip(row) {
-                let value = value.to_f64();
-                *lane += value * value;
-            }
+            add_squares(&mut lanes, row);
         }
-        for (lane, value) in self.0.iter_mut().zip(rest) {
-            let value = value.to_f64();
-            *lane += value * value;
-        }
+        add_squares(&mut lanes, rest);
+        self.0 = lanes;
     }
 
     /// The sum of what `values` (all that was added) came to.
@@ -36,6 +32,13 @@ impl SquaredNorm {
     pub(super) fn total<E: Element>(self, values: &[E]) -> f64 {
         let total: f64 = self.0.iter().sum();
         if total.is_finite() || first_nonfinite(values).is_some() { total } else { f64::MAX }
+    }
+}
+
+fn add_squares<R: Real>(lanes: &mut [f64; LANES], row: &[R]) {
+    for (lane, value) in lanes.iter_mut().zip(row) {
+        let value = value.to_f64();
+        *lane += value * value;
     }
 }
 

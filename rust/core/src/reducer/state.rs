@@ -1,0 +1,113 @@
+//! What a pass keeps: a slot for each parameter, a state for each bucket, and the rule by which the cursor moves.
+
+use std::cmp::Ordering;
+
+use crate::command::Command;
+use crate::ids::BucketId;
+
+/// A parameter in the current pass, and what is known of it from others.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) bucket: BucketId,
+    /// Arrivals in this pass; saturates.
+    pub(super) fired: u32,
+    /// Arrivals waited for in this pass: `fires`, or 0 when inactive.
+    pub(super) expected: u32,
+    /// How often it fires in a pass, as learnt.
+    pub(super) fires: u32,
+    /// Place of its last arrival; in an observing pass only.
+    pub(super) last: u64,
+    pub(super) active: bool,
+    /// An observing pass has had it active.
+    pub(super) known: bool,
+    pub(super) late: bool,
+}
+
+impl Slot {
+    pub(super) fn new(bucket: BucketId) -> Self {
+        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, active: true, known: false, late: false }
+    }
+
+    pub(super) fn begin(&mut self) {
+        self.fired = 0;
+        self.last = 0;
+        self.late = false;
+        self.expected = if self.active { self.fires } else { 0 };
+    }
+
+    /// One arrival; true when it fills the bucket.
+    pub(super) fn fire(&mut self, bucket: &mut State) -> bool {
+        self.fired = self.fired.saturating_add(1);
+        match self.fired.cmp(&self.expected) {
+            Ordering::Less => false,
+            Ordering::Equal => bucket.fill(),
+            Ordering::Greater => {
+                self.late |= bucket.has_left();
+                false
+            }
+        }
+    }
+}
+
+/// A bucket in the current pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Filling { missing: u32 },
+    Full,
+    InFlight,
+    Reduced,
+}
+
+impl State {
+    /// One more parameter to wait for, at the start of a pass.
+    pub(super) fn await_one(&mut self) {
+        *self = match *self {
+            Self::Filling { missing } => Self::Filling { missing: missing + 1 },
+            Self::Full | Self::InFlight | Self::Reduced => Self::Filling { missing: 1 },
+        };
+    }
+
+    /// A parameter is complete; true when it was the last.
+    pub(super) fn fill(&mut self) -> bool {
+        match *self {
+            Self::Filling { missing } if missing > 1 => {
+                *self = Self::Filling { missing: missing - 1 };
+                false
+            }
+            Self::Filling { .. } => {
+                *self = Self::Full;
+                true
+            }
+            Self::Full | Self::InFlight | Self::Reduced => false,
+        }
+    }
+
+    pub(super) fn has_left(self) -> bool {
+        match self {
+            Self::Filling { .. } | Self::Full => false,
+            Self::InFlight | Self::Reduced => true,
+        }
+    }
+
+    /// The state behind `command`, or None when the cursor must stop before it.
+    pub(super) fn after(self, command: Command) -> Option<Self> {
+        match (command, self) {
+            (Command::Launch(_), Self::Full) => Some(Self::InFlight),
+            (Command::Retire(_), Self::InFlight) => Some(Self::Reduced),
+            (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
+            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
+        }
+    }
+}
+
+/// Moves the cursor as far as the buckets allow; the new position when it moved.
+pub(super) fn advance(commands: &[Command], buckets: &mut [State], cursor: &mut usize) -> Option<usize> {
+    let start = *cursor;
+    for &command in commands.iter().skip(start) {
+        let bucket = &mut buckets[command.bucket().index()];
+        let Some(next) = bucket.after(command) else { break };
+        *bucket = next;
+        *cursor += 1;
+    }
+    (*cursor > start).then_some(*cursor)
+}

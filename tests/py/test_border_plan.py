@@ -1,0 +1,271 @@
+"""Plans and the reducer through the border: Python gets what the core says, and refusals are of our classes."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from zerort import _core
+from zerort.errors import PlanError, StepError
+
+PARAMS = [(1000, "f32", 0), (7, "f32", 0), (0, "f32", 0), (300, "bf16", 0), (1, "f32", 1), (5000, "f32", 0)]
+
+
+def plan(**changes: Any) -> _core.Plan:
+    options: dict[str, Any] = {"params": PARAMS, "world": 2, "stage": 2, "cap_bytes": 8192} | changes
+    return _core.Plan(options.pop("params"), **options)
+
+
+class TestPlan:
+    def test_every_parameter_lies_in_one_bucket_of_its_dtype_and_group(self) -> None:
+        seen = []
+        for position, bucket in enumerate(plan().buckets):
+            assert bucket.id == position
+            assert bucket.numel == 2 * bucket.shard_numel
+            assert bucket.numel % (2 * 128) == 0
+            for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
+                assert (numel, bucket.dtype, bucket.group) == PARAMS[param]
+                assert offset * {"f32": 4, "bf16": 2}[bucket.dtype] % 64 == 0
+                assert offset + numel <= bucket.numel
+                seen.append(param)
+        assert sorted(seen) == list(range(len(PARAMS)))
+
+    def test_fragments_tile_every_parameter(self) -> None:
+        covered: dict[int, int] = dict.fromkeys(range(len(PARAMS)), 0)
+        for bucket, rank in itertools.product(plan(world=3).buckets, range(3)):
+            for fragment in plan(world=3).fragments(bucket.id, rank):
+                offset = bucket.offsets[bucket.params.index(fragment.param)]
+                start = offset + fragment.param_start - rank * bucket.shard_numel
+                assert start == fragment.shard_start
+                assert fragment.shard_start + fragment.length <= bucket.shard_numel
+                covered[fragment.param] += fragment.length
+        assert covered == {param: numel for param, (numel, _, _) in enumerate(PARAMS)}
+
+    @pytest.mark.parametrize(
+        ("stage", "placements"),
+        [(0, (False, False, False)), (1, (True, False, False)), (2, (True, True, False)), (3, (True, True, True))],
+    )
+    def test_a_stage_is_three_placements(self, stage: int, placements: tuple[bool, bool, bool]) -> None:
+        made = plan(stage=stage)
+        assert (made.shards_optimizer, made.shards_gradient, made.shards_parameter) == placements
+
+    def test_the_schedule_is_a_list_of_commands(self) -> None:
+        made = plan(window=1)
+        order = [bucket.id for bucket in made.buckets]
+        assert made.schedule == [(kind, bucket) for bucket in order for kind in ("launch", "retire")]
+        assert (made.world, made.window, made.num_params) == (2, 1, len(PARAMS))
+        assert plan().window == len(order)
+
+    def test_equal_plans_have_equal_digests_and_others_do_not(self) -> None:
+        others = [plan(stage=1), plan(world=3), plan(window=1), plan(cap_bytes=1024), plan(params=PARAMS[:-1])]
+        digests = {plan().digest, *(other.digest for other in others)}
+        assert plan().digest == plan().digest
+        assert len(digests) == 1 + len(others)
+        assert all(0 <= digest < 2**64 for digest in digests)
+
+    def test_an_observed_order_moves_launches_and_nothing_else(self) -> None:
+        made = plan()
+        moved = made.reordered(list(range(len(PARAMS))))
+        launched = [bucket for kind, bucket in moved.schedule if kind == "launch"]
+        assert launched == [bucket.id for bucket in sorted(made.buckets, key=lambda bucket: max(bucket.params))]
+        assert [bucket.offsets for bucket in moved.buckets] == [bucket.offsets for bucket in made.buckets]
+        assert moved.digest != made.digest
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"params": []}, "at least one parameter"),
+            ({"world": 0}, "at least one rank"),
+            ({"world": -1}, "unknown world -1"),
+            ({"stage": 4}, "stage 4 does not exist"),
+            ({"stage": -1}, "stage -1 does not exist"),
+            ({"stage": 300}, "stage 300 does not exist"),
+            ({"cap_bytes": 0}, "cap of a bucket must be positive"),
+            ({"cap_bytes": None}, "needs a cap"),
+            ({"cap_elements": 5}, "one cap"),
+            ({"window": 0}, "window"),
+            ({"params": [(1, "f32", 0), (-5, "f32", 0)]}, "parameter 1 can not have -5 elements"),
+            (
+                {"params": [(1, "f32", 0), (5, "int8", 0)]},
+                'parameter 1 has dtype "int8": expected f32, f16, bf16 or f64',
+            ),
+            ({"params": [(2**62, "f64", 0)]}, "parameter 0 makes its bucket longer"),
+        ],
+    )
+    def test_what_can_not_be_planned_is_refused_with_the_reason(self, changes: dict[str, Any], why: str) -> None:
+        with pytest.raises(PlanError, match=why):
+            plan(**changes)
+
+    @pytest.mark.parametrize(
+        ("ask", "why"),
+        [
+            (lambda made: made.fragments(99, 0), "unknown bucket 99"),
+            (lambda made: made.fragments(-1, 0), "unknown bucket -1"),
+            (lambda made: made.fragments(0, 2), "unknown rank 2"),
+            (lambda made: made.reordered([6]), "unknown parameter 6"),
+            (lambda made: made.reordered([-1]), "unknown parameter -1"),
+        ],
+    )
+    def test_what_a_plan_does_not_have_is_refused(self, ask: Callable[[_core.Plan], object], why: str) -> None:
+        with pytest.raises(PlanError, match=why):
+            ask(plan())
+
+
+class TestReducer:
+    @pytest.fixture
+    def learnt(self) -> _core.Reducer:
+        """A reducer whose first pass, the one that only observes, is over."""
+        reducer = _core.Reducer(plan())
+        reducer.begin()
+        for param in reversed(range(len(PARAMS))):
+            assert reducer.grad_ready(param) is None
+        finished = reducer.finish()
+        assert (finished.hi, finished.absent, finished.late) == (len(plan().schedule), [], [])
+        return reducer
+
+    def test_the_first_pass_observes_the_order_of_arrival(self, learnt: _core.Reducer) -> None:
+        assert learnt.observed == [5, 4, 3, 2, 1, 0]
+        learnt.reorder(plan().reordered(learnt.observed))
+        assert not learnt.in_pass
+
+    def test_a_pass_hands_out_the_list_in_consecutive_ranges(self, learnt: _core.Reducer) -> None:
+        learnt.begin()
+        assert learnt.in_pass
+        ends = [learnt.grad_ready(param) for param in (5, 4, 3, 2, 1, 0)]
+        ranges = [end for end in ends if end is not None]
+        assert ranges == sorted(set(ranges))
+        assert len(ranges) > 1
+        assert ranges[-1] == learnt.finish().hi == len(plan().schedule)
+
+    def test_what_never_came_is_named_and_what_came_late_too(self, learnt: _core.Reducer) -> None:
+        first = plan().buckets[0].params
+        learnt.begin()
+        assert [learnt.grad_ready(param) for param in first][-1] is not None
+        learnt.grad_ready(first[-1])
+        finished = learnt.finish()
+        assert finished.absent == [param for param in range(len(PARAMS)) if param not in first]
+        assert finished.late == [first[-1]]
+
+    def test_a_stuck_pass_explains_itself(self, learnt: _core.Reducer) -> None:
+        assert learnt.explain() is None
+        learnt.begin()
+        index, kind, bucket, lacking = learnt.explain() or pytest.fail("in a pass there is something to explain")
+        assert (index, kind) == (0, "launch")
+        assert lacking == sorted(plan().buckets[bucket].params)
+
+    def test_inactive_parameters_are_not_waited_for(self, learnt: _core.Reducer) -> None:
+        learnt.set_active([param == 5 for param in range(len(PARAMS))])
+        learnt.begin()
+        assert learnt.grad_ready(5) == len(plan().schedule)
+        assert learnt.finish().absent == []
+
+    def test_a_gradient_outside_a_pass_is_counted(self, learnt: _core.Reducer) -> None:
+        assert [learnt.grad_ready(0), learnt.grad_ready(1)] == [None, None]
+        assert learnt.stray == 2
+        learnt.clear_stray()
+        assert learnt.stray == 0
+
+    def test_the_life_of_a_bucket_has_its_times_and_its_last_parameter(self, learnt: _core.Reducer) -> None:
+        assert learnt.life() == []
+        learnt.begin()
+        for now, param in enumerate((5, 4, 3, 2, 1, 0)):
+            learnt.grad_ready_at(param, 100 + now)
+        learnt.finish()
+        assert sorted(learnt.life()) == [
+            (bucket.id, 105 - max(bucket.params), 105 - min(bucket.params), min(bucket.params))
+            for bucket in plan().buckets
+        ]
+
+    @pytest.mark.parametrize(
+        ("call", "why"),
+        [
+            (lambda reducer: reducer.finish(), "called between passes, but only allowed during a pass"),
+            (
+                lambda reducer: (reducer.begin(), reducer.begin()),
+                "called during a pass, but only allowed between",
+            ),
+            (lambda reducer: (reducer.begin(), reducer.set_active([True] * 6)), "only allowed between passes"),
+            (lambda reducer: (reducer.begin(), reducer.reorder(plan())), "only allowed between passes"),
+            (lambda reducer: reducer.set_active([True]), "each of 6 parameters, got 1"),
+            (lambda reducer: reducer.reorder(plan(world=3)), "another layout"),
+            (lambda reducer: reducer.grad_ready(6), "unknown parameter 6: the plan has 6"),
+            (lambda reducer: reducer.grad_ready(-1), "unknown parameter -1"),
+            (lambda reducer: reducer.grad_ready_at(2**40, 0), "unknown parameter 1099511627776"),
+        ],
+    )
+    def test_a_call_that_does_not_fit_is_a_step_error(self, call: Callable[[_core.Reducer], object], why: str) -> None:
+        with pytest.raises(StepError, match=why):
+            call(_core.Reducer(plan()))
+
+
+class TestReshard:
+    def test_shards_of_two_ranks_become_shards_of_three(self) -> None:
+        """Moves the data: every parameter arrives whole, and padding stays zero."""
+        source, target = plan(world=2), plan(world=3, cap_bytes=1024, params=PARAMS[::-1])
+        came_from = list(reversed(range(len(PARAMS))))
+        full = [torch.randn(numel) for numel, _, _ in PARAMS]
+        held = {(b.id, rank): torch.zeros(b.shard_numel) for b in source.buckets for rank in range(2)}
+        for (bucket, rank), shard in held.items():
+            for part in source.fragments(bucket, rank):
+                values = full[part.param][part.param_start : part.param_start + part.length]
+                shard[part.shard_start : part.shard_start + part.length] = values
+        for bucket, rank in itertools.product(target.buckets, range(3)):
+            filled = torch.zeros(bucket.shard_numel)
+            for start, from_rank, from_bucket, at, length in _core.reshard(
+                source, target, bucket=bucket.id, rank=rank, came_from=came_from
+            ):
+                filled[start : start + length] = held[from_bucket, from_rank][at : at + length]
+            expected = torch.zeros(bucket.shard_numel)
+            for part in target.fragments(bucket.id, rank):
+                values = full[came_from[part.param]][part.param_start : part.param_start + part.length]
+                expected[part.shard_start : part.shard_start + part.length] = values
+            assert torch.equal(filled, expected)
+
+    def test_what_the_source_does_not_have_is_not_listed(self) -> None:
+        made = plan()
+        for bucket in made.buckets:
+            assert _core.reshard(made, made, bucket=bucket.id, rank=0, came_from=[-1] * len(PARAMS)) == []
+
+    @pytest.mark.parametrize(
+        ("came_from", "why"),
+        [
+            ([5, 1, 2, 3, 4, 0], "elements, its source has"),
+            ([0], "each of 6 parameters, got 1"),
+            ([9] * 6, "unknown parameter 9"),
+            ([-2] * 6, "unknown parameter -2"),
+        ],
+    )
+    def test_plans_that_disagree_are_refused(self, came_from: list[int], why: str) -> None:
+        with pytest.raises(PlanError, match=why):
+            for bucket in plan().buckets:
+                _core.reshard(plan(), plan(), bucket=bucket.id, rank=0, came_from=came_from)
+
+
+class Endless(Sequence[tuple[int, str, int]]):
+    """Says that it is longer than any list can be."""
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        return (1, "f32", 0)
+
+
+def test_a_panic_is_a_python_exception_and_the_process_goes_on() -> None:
+    with pytest.raises(BaseException) as raised:
+        _core.Plan(Endless(), world=1, stage=0, cap_bytes=1)
+    assert type(raised.value).__name__ == "PanicException"
+    assert "capacity overflow" in str(raised.value)
+    assert plan().num_params == len(PARAMS)
+
+
+def test_classes_are_read_only_and_final() -> None:
+    with pytest.raises(TypeError):
+        type("Mine", (_core.Plan,), {})
+    with pytest.raises(AttributeError):
+        plan().world = 3  # type: ignore[misc]
