@@ -22,7 +22,7 @@ from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
 from zerort.executor import Transport
 from zerort.flat import FlatModel, Planned, plannable
 from zerort.gradients import Stolen, Summed
-from zerort.optim import ShardOptimizer
+from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
@@ -127,7 +127,7 @@ def _choose_optimizer(
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
     else:
         raise ConfigError("no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}")
-    if chosen.state:
+    if has_stepped(chosen):
         raise PlanError(
             "the optimizer has state already, and its tensors are about to become shards: make it anew, and load state "
             "with engine.load_checkpoint"

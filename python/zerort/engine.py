@@ -161,21 +161,31 @@ class Engine(nn.Module):
 
     def _recover(self) -> None:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
+        self._parts.reduction.disarm()
         if self._micro.running:
             self._settle("a direct loss.backward() raised")
             self._micro.failed = False
 
     def _reached(self) -> None:
-        """A backward has come to the module's outputs. Unless it is ours, it is the user's own."""
-        if self._micro.running:
-            return
+        """A backward has come to the module's outputs; if it is not ours, it may be one that accumulates or not."""
+        if not self._micro.running:
+            self._parts.reduction.arm(self._announced)
+            after_backward(self._ended)
+
+    def _announced(self) -> None:
+        """A gradient has come in a backward of the user's own."""
         if not self._micro.prepared and self._parts.precision.loss_scale.scale != 1.0:
             raise StepError(
                 "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
         self._open(direct=not self._micro.prepared)
-        after_backward(self._close)
+
+    def _ended(self) -> None:
+        """A backward or autograd.grad of the user's own is over."""
+        self._parts.reduction.disarm()
+        if self._micro.running:
+            self._close()
 
     def _open(self, *, direct: bool) -> None:
         """A backward begins."""

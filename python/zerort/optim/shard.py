@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from zerort.flat import FlatBucket, FlatModel, laid_out_like
 
-__all__ = ["Segment", "ShardOptimizer"]
+__all__ = ["Segment", "ShardOptimizer", "has_stepped"]
 
 
 @dataclass
@@ -72,7 +72,14 @@ class ShardOptimizer:
         self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
             group.get("fused") for group in optimizer.param_groups
         )
+        initial = _initial_state(optimizer)
+        optimizer.state.clear()
         self._regroup()
+        for segment in self.segments if initial else ():
+            optimizer.state[segment.tensor] = {
+                key: torch.full_like(segment.tensor, value) if isinstance(value, float) else value.clone()
+                for key, value in initial[segment.bucket.spec.group].items()
+            }
 
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
@@ -126,6 +133,29 @@ class ShardOptimizer:
                 else copy.deepcopy(value)
                 for key, value in state.items()
             }
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's state holds more than its constructor put there (Adagrad's does, most leave it empty)."""
+    return any(
+        bool((value != value.reshape(-1)[0]).any()) if value.shape == parameter.shape else bool(value.any())
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.numel()
+    )
+
+
+def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """By group, what the constructor gave its first parameter: a number for what has its shape, else a tensor."""
+    initial = {}
+    for index, group in enumerate(optimizer.param_groups):
+        parameter = next((p for p in group["params"] if p.numel() and optimizer.state.get(p)), None)
+        if parameter is not None:
+            initial[index] = {
+                key: float(value.reshape(-1)[0]) if value.shape == parameter.shape else value
+                for key, value in optimizer.state[parameter].items()
+            }
+    return initial
 
 
 def _regions(bucket: FlatBucket) -> Iterator[tuple[int, int, nn.Parameter]]:
