@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from zerort import _core, optim, schedules
+from zerort import _core, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
@@ -64,10 +64,10 @@ def initialize(
             raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
     if model is None:
         raise ConfigError("initialize needs model=: a torch.nn.Module")
-    settings = load(config, args, config_params)
-    comm = connect(timedelta(seconds=settings.zerort.timeout), _device_of(model))
+    settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
-    flat = FlatModel(plan, planned, comm.rank)
+    _compare(comm, planned, plan)
+    flat = FlatModel(model, plan, planned, comm.rank)
     _broadcast(comm, model, flat)
     engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler)
     _tell(settings, comm, model, flat)
@@ -83,6 +83,37 @@ def initialize(
     return engine, chosen, loader, engine.lr_scheduler
 
 
+T = TypeVar("T")
+
+
+def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple[Config, Comm]:
+    """The configuration, and a communicator with its time-out; until it is read, the default has to do."""
+    default = timedelta(minutes=5)
+    comm = connect(default, device)
+    settings = _agreed(comm, read)
+    wanted = timedelta(seconds=settings.zerort.timeout)
+    if wanted != default:
+        comm.close()
+        comm = connect(wanted, device)
+    return settings, comm
+
+
+def _agreed(comm: Comm, attempt: Callable[[], T]) -> T:
+    """Runs `attempt` on all ranks, and raises on all if it failed on one: its error there, its reason elsewhere."""
+    result, failure = None, None
+    try:
+        result = attempt()
+    except (ZerortError, TypeError, ValueError, RuntimeError) as error:
+        failure = error
+    reasons = comm.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise PlanError(f"rank {rank} cannot start, so no rank does. {reason}")
+    return cast(T, result)
+
+
 def _device_of(model: nn.Module) -> torch.device | None:
     """The GPU the model is on already, if it is on one."""
     return next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
@@ -94,6 +125,7 @@ def _plan(
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
     settings.resolve_batch(comm.world)
     precision = Precision.of(settings)
+    sparse.settle(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
     chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
@@ -135,49 +167,27 @@ def _choose_optimizer(
     return chosen
 
 
-def _agreed(
-    comm: Comm, attempt: Callable[[], tuple[Optimizer, list[Planned], _core.Plan]]
-) -> tuple[Optimizer, list[Planned], _core.Plan]:
-    """Runs `attempt` on all ranks and raises on all if it failed on one, or if they planned different things."""
-    mine, failure = None, None
-    try:
-        mine = attempt()
-    except (ZerortError, TypeError, ValueError, RuntimeError) as error:
-        failure = error
-    told = comm.gather_objects(
-        (f"{type(failure).__name__}: {failure}", []) if mine is None else (None, [m.signature() for m in mine[1]])
-    )
-    if failure is not None:
-        raise failure
-    assert mine is not None
-    for rank, (reason, _) in enumerate(told):
-        if reason is not None:
-            raise PlanError(f"rank {rank} cannot start, so no rank does. {reason}")
-    for rank, (_, signatures) in enumerate(told):
-        _compare(told[0][1], signatures, rank)
-    digests = comm.gather_objects(mine[2].digest)
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
+def _compare(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
+    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first difference."""
+    views = comm.gather_objects(([member.signature() for member in planned], plan.digest))
+    ours, digest = views[0]
+    for rank, (theirs, other) in enumerate(views):
+        for a, b in zip(ours, theirs, strict=False):
+            if a != b:
+                raise PlanMismatch(
+                    f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
+                )
+        if len(ours) != len(theirs):
+            longer, more = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
+            raise PlanMismatch(
+                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} {len(theirs)}; the "
+                f"first that only rank {longer} has is {_told(more[min(len(ours), len(theirs))])}"
+            )
+        if other != digest:
             raise PlanMismatch(
                 f"rank {rank} has rank 0's parameters but another plan: give all ranks the same zero_optimization and "
                 "zerort sections"
             )
-    return mine
-
-
-def _compare(ours: Sequence[Any], theirs: Sequence[Any], rank: int) -> None:
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            raise PlanMismatch(
-                f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
-            )
-    if len(ours) != len(theirs):
-        longer, name = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
-        extra = name[min(len(ours), len(theirs))]
-        raise PlanMismatch(
-            f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} {len(theirs)}; the first "
-            f"that only rank {longer} has is {_told(extra)}"
-        )
 
 
 def _told(signature: tuple[str, tuple[int, ...], str, int]) -> str:
@@ -251,7 +261,7 @@ def _open_sink(settings: Config, comm: Comm) -> TraceSink:
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
     if given is not None:
-        return given if hasattr(given, "step") else given(optimizer)
+        return given(optimizer) if isinstance(given, type) or not hasattr(given, "step") else given
     if settings.scheduler is None:
         return None
     return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)

@@ -8,7 +8,7 @@ What it does not do: no communication, no arithmetic, no knowledge of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,28 +163,28 @@ class FlatBucket:
 class FlatModel:
     """All buckets of a model. Construction moves every planned parameter into its bucket."""
 
-    def __init__(self, plan: _core.Plan, planned: Sequence[Planned], rank: int) -> None:
+    def __init__(self, module: nn.Module, plan: _core.Plan, planned: Sequence[Planned], rank: int) -> None:
         self.names = [member.name for member in planned]
         self.params = [member.tensor for member in planned]
         self.buckets = [
             FlatBucket(plan, spec, [planned[index] for index in spec.params], rank) for spec in plan.buckets
         ]
         self._pointers = [parameter.data_ptr() for parameter in self.params]
+        self._places = list(_places(module, self.params))
 
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
         return [parameter.requires_grad for parameter in self.params]
 
     def check(self) -> None:
-        """Raises `StepError` naming the first parameter that has left its buffer."""
-        if [parameter.data_ptr() for parameter in self.params] == self._pointers:
-            return
-        moved = next(i for i, p in enumerate(self.params) if p.data_ptr() != self._pointers[i])
-        raise StepError(
-            f"parameter {self.names[moved]} has left its flat buffer since initialize: .to(), .half(), .double(), "
-            "load_state_dict(assign=True) or `.data = ` gave it other memory; do that before zerort.initialize, and "
-            "load values with load_state_dict(assign=False)"
-        )
+        """Raises `StepError` naming the first parameter that has left its buffer, or its module."""
+        if [parameter.data_ptr() for parameter in self.params] != self._pointers:
+            moved = next(i for i, p in enumerate(self.params) if p.data_ptr() != self._pointers[i])
+            raise StepError(f"parameter {self.names[moved]} has left its flat buffer since initialize: {_LEAVING}")
+        if not all(registered.get(key) is parameter for registered, key, parameter in self._places):
+            gone = next(p for registered, key, p in self._places if registered.get(key) is not p)
+            name = next(name for name, p in zip(self.names, self.params, strict=True) if p is gone)
+            raise StepError(f"parameter {name} has been replaced by another since initialize: {_LEAVING}")
 
     def zero_grad(self) -> None:
         """Drops what autograd has accumulated and no pass has taken."""
@@ -194,6 +194,23 @@ class FlatModel:
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
         torch.autograd.graph.increment_version(self.params)
+
+
+_LEAVING = (
+    ".to(), .half(), .double(), load_state_dict(assign=True), a parametrization or an assignment gave the module other "
+    "memory; do that before zerort.initialize, and load values with load_state_dict(assign=False)"
+)
+
+Place = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
+
+
+def _places(module: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[Place]:
+    """Where each parameter is registered: the dictionary of its module, its key there, and itself."""
+    planned = {id(parameter) for parameter in params}
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) in planned:
+                yield part._parameters, key, parameter
 
 
 def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int]) -> list[Planned]:
