@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from models import (
     WIDTH,
     Branches,
     Checkpointed,
+    DrawnBranches,
     MixedDtypes,
     OddShapes,
     Reused,
@@ -129,6 +131,15 @@ def evaluate_in_between(engine: Any, at: Moment) -> None:
     engine.train()
 
 
+def use_drawn_branches(engine: Any, at: Moment) -> None:
+    """Another selection in another order for every rank, step and micro-batch; the first branch always trains."""
+    draw = random.Random(f"{at}")
+    others = range(1, len(engine.module.branches))
+    order = [0, *draw.sample(others, draw.randint(0, len(others)))]
+    draw.shuffle(order)
+    engine.backward(loss_of(engine, at, order))
+
+
 # ---- what happens between steps
 
 
@@ -219,3 +230,9 @@ CASES: dict[str, Case] = {
     "clip_not_reached": replace(plain, clip=1e3),
     "scheduled": Case(mlp, regress, optimizer=momentum, scheduler=halving),
 }
+
+DRAWN: dict[str, Case] = {
+    f"drawn_{seed}": Case(partial(DrawnBranches, seed), use_drawn_branches, optimizer=momentum, clip=0.5)
+    for seed in range(12)
+}
+"""Models and uses at random, the same ones each time."""
