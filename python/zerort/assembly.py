@@ -19,14 +19,15 @@ from zerort.config import Config, load
 from zerort.data import TrainingLoader
 from zerort.engine import Engine, Parts
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
-from zerort.executor import Transport
-from zerort.flat import FlatModel, Planned, plannable
+from zerort.executor import Transport, record_event
+from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
+from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched
 
 __all__ = ["initialize"]
@@ -67,7 +68,7 @@ def initialize(
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
     _compare(comm, planned, plan)
-    flat = FlatModel(model, plan, planned, comm.rank)
+    flat = FlatModel(model, planned, Place(plan, comm.rank, Precision.of(settings).sums))
     _broadcast(comm, model, flat)
     engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler)
     _tell(settings, comm, model, flat)
@@ -142,7 +143,7 @@ def _plan(
         stage=settings.zero_optimization.stage,
         cap_bytes=settings.cap_bytes,
         cap_elements=settings.cap_elements,
-        window=window if isinstance(window, int) else None,
+        window=comm.window if window is None else None if window == "all" else window,
     )
     return chosen, planned, plan
 
@@ -235,6 +236,7 @@ def _assemble(
         Transport(
             Summed(bucket) if sums and bucket.has_master else Stolen(bucket),
             precision.wire_for(bucket.params[0].dtype),
+            precision.predivide,
         )
         for bucket in flat.buckets
     ]
@@ -256,9 +258,12 @@ def _assemble(
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     wanted = settings.zerort.trace
-    return open_sink(
+    sink = open_sink(
         wanted.path if wanted.enabled else None, rank=comm.rank, world=comm.world, capacity=wanted.capacity
     )
+    if sink.enabled and comm.device.type == "cuda":
+        sink.on_device(record_event)
+    return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
@@ -273,6 +278,8 @@ def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> No
     """Nothing is ignored in silence."""
     if comm.rank != 0:
         return
+    if settings.dump_state:
+        _log.warning("configuration: %s", settings.model_dump_json(indent=2))
     if settings.ignored:
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:
