@@ -141,6 +141,21 @@ def test_scaling_and_dtypes_of_the_wire_leave_the_answer(changes: Config, expect
     assert ranks.run(2, _train_with, {**changes, **at_stage(stage)}) == [expected] * 2
 
 
+def _add_a_little_to_one(rank: int, world: int, dtype: str) -> Weights:
+    config = {"data_types": {"grad_accum_dtype": dtype}, **at_stage(2)}
+    engine = engine_over_terms(config, accumulation=2)
+    for coefficient in (1.0, 2.0**-9):
+        engine.backward(engine(coefficient, 1.0), scale_wrt_gas=False)
+        engine.step()
+    return weights(engine)
+
+
+@pytest.mark.parametrize(("dtype", "a"), [("fp32", -(1 + 2.0**-9)), ("bf16", -1.0), ("fp16", -(1 + 2.0**-9))])
+def test_passes_are_added_up_in_the_configured_dtype(dtype: str, a: float) -> None:
+    """1 + 2^-9 is an fp16 number and no bf16 number."""
+    assert ranks.run(2, _add_a_little_to_one, dtype) == [(a, -2.0)] * 2
+
+
 def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dtype]:
     config = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     engine = engine_over_terms(config, model=torch.nn.Linear(4, 4))
