@@ -10,13 +10,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zerort import _core, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
-from zerort.data import training_loader
+from zerort.data import TrainingLoader
 from zerort.engine import Engine, Parts
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
 from zerort.executor import Transport
@@ -48,7 +48,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, Optimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, Optimizer, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
     `optimizer` is an instance or a callable over parameters, and wins over the configuration's; `lr_scheduler` is an
@@ -73,12 +73,12 @@ def initialize(
     _tell(settings, comm, model, flat)
     loader = None
     if training_data is not None:
-        loader = training_loader(
+        loader = TrainingLoader(
             training_data,
             engine.train_micro_batch_size_per_gpu(),
             comm,
             drop_last=settings.dataloader_drop_last,
-            collate=collate_fn,
+            collate_fn=collate_fn,
         )
     return engine, chosen, loader, engine.lr_scheduler
 
@@ -227,6 +227,8 @@ def _assemble(
             "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
+    # A closure: a bound method would carry the buffers into every copy of the model.
+    model.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zerort import peers
 from zerort.errors import CommError, ConfigError
 
 __all__ = ["Comm", "GlooComm", "LocalComm", "NcclComm", "Work", "connect", "init_distributed"]
@@ -128,6 +129,7 @@ class _TorchComm:
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
+        self._peers: list[peers.Peer] = self.gather_objects(peers.myself())
 
     def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.new_group(backend=self.backend, timeout=timeout)
@@ -172,7 +174,7 @@ class _TorchComm:
                 f"rank {self.rank}: {what} failed because torch.distributed's process group was destroyed: "
                 "call engine.destroy() first, and the process group after it"
             )
-        return CommError(f"rank {self.rank}: {what} failed, a peer has gone or timed out: {error}")
+        return CommError(f"rank {self.rank}: {what} failed: {peers.told(self._peers)}. The cause as reported: {error}")
 
 
 class GlooComm(_TorchComm):

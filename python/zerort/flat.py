@@ -150,9 +150,13 @@ class FlatBucket:
             self.owned.tensor.copy_(self.master)
 
     def refresh_master(self) -> None:
-        """Takes the masters anew from the parameters, after something outside a step has written them."""
+        """Takes over what something outside a step has written into the parameters, such as load_state_dict."""
         if self.has_master:
-            self.master.copy_(self.owned.tensor)
+            values = self.owned.tensor
+            # Where the cast of a master still is the parameter, nothing was written, and the master knows more.
+            torch.where(
+                self.master.to(values.dtype) == values, self.master, values.to(self.master.dtype), out=self.master
+            )
 
     def slots(self, send: Tensor) -> list[Tensor]:
         """Views of a send buffer (numel,), one per parameter, in the layout of its gradient."""
@@ -190,6 +194,11 @@ class FlatModel:
         """Drops what autograd has accumulated and no pass has taken."""
         for parameter in self.params:
             parameter.grad = None
+
+    def refresh_masters(self) -> None:
+        """Takes over parameter values that were written outside a step."""
+        for bucket in self.buckets:
+            bucket.refresh_master()
 
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
