@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from corpus import Corpus
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -18,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 import zerort
+from corpus import Corpus
 from zerort.trace.reader import read
 from zerort.trace.summary import account
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
-from gpt import GPT, Shape, next_token_loss
-from progress import Progress
 from torch import Tensor
 
 import zerort
+from corpus import Corpus
+from gpt import GPT, Shape, next_token_loss
+from progress import Progress
 
 VALIDATION_WINDOWS = 48
 PROMPT = b"def "

@@ -20,9 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from workloads import Batch, Workload
 
 import zerort
+from workloads import Batch, Workload
 
 Step = Callable[[Batch], Tensor]
 Build = Callable[[Workload, torch.device], Step]

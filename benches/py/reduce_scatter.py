@@ -16,14 +16,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import ranks
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from rounds import Spread
 from torch import Tensor
 
+import ranks
+from rounds import Spread
 from zerort.comm import connect
 from zerort.flat import Memory
 from zerort.wire import FORMATS

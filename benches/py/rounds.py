@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+
 from contenders import Step
 from workloads import Workload
 

@@ -18,13 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ranks
 import torch
 import torch.distributed as dist
-from contenders import BASELINE, CONTENDERS, INCOMPARABLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+import ranks
+from contenders import BASELINE, CONTENDERS, INCOMPARABLE
 from rounds import Race, Runs, Spread
 from workloads import WORKLOADS, Workload
 

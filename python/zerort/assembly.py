@@ -10,23 +10,24 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zerort import _core, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
-from zerort.data import training_loader
+from zerort.data import TrainingLoader
 from zerort.engine import Engine, Parts
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
-from zerort.executor import Transport
-from zerort.flat import FlatModel, Planned, plannable
+from zerort.executor import Transport, record_event
+from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
+from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched
 
 __all__ = ["initialize"]
@@ -48,7 +49,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, Optimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, Optimizer, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
     `optimizer` is an instance or a callable over parameters, and wins over the configuration's; `lr_scheduler` is an
@@ -67,18 +68,18 @@ def initialize(
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
     _compare(comm, planned, plan)
-    flat = FlatModel(model, plan, planned, comm.rank)
+    flat = FlatModel(model, planned, Place(plan, comm.rank, Precision.of(settings).sums))
     _broadcast(comm, model, flat)
     engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler)
     _tell(settings, comm, model, flat)
     loader = None
     if training_data is not None:
-        loader = training_loader(
+        loader = TrainingLoader(
             training_data,
             engine.train_micro_batch_size_per_gpu(),
             comm,
             drop_last=settings.dataloader_drop_last,
-            collate=collate_fn,
+            collate_fn=collate_fn,
         )
     return engine, chosen, loader, engine.lr_scheduler
 
@@ -142,7 +143,7 @@ def _plan(
         stage=settings.zero_optimization.stage,
         cap_bytes=settings.cap_bytes,
         cap_elements=settings.cap_elements,
-        window=window if isinstance(window, int) else None,
+        window=comm.window if window is None else None if window == "all" else window,
     )
     return chosen, planned, plan
 
@@ -227,12 +228,15 @@ def _assemble(
             "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
+    # A closure: a bound method would carry the buffers into every copy of the model.
+    model.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [
         Transport(
             Summed(bucket) if sums and bucket.has_master else Stolen(bucket),
             precision.wire_for(bucket.params[0].dtype),
+            precision.predivide,
         )
         for bucket in flat.buckets
     ]
@@ -254,9 +258,12 @@ def _assemble(
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     wanted = settings.zerort.trace
-    return open_sink(
+    sink = open_sink(
         wanted.path if wanted.enabled else None, rank=comm.rank, world=comm.world, capacity=wanted.capacity
     )
+    if sink.enabled and comm.device.type == "cuda":
+        sink.on_device(record_event)
+    return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
@@ -271,6 +278,8 @@ def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> No
     """Nothing is ignored in silence."""
     if comm.rank != 0:
         return
+    if settings.dump_state:
+        _log.warning("configuration: %s", settings.model_dump_json(indent=2))
     if settings.ignored:
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:

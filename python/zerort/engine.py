@@ -223,6 +223,12 @@ class Engine(nn.Module):
         elif parts.scheduler is not None:
             parts.scheduler.step(**lr_kwargs)
         parts.reduction.learn()
+        every = parts.config.steps_per_print
+        if every and self.counters.global_steps % every == 0 and parts.comm.rank == 0:
+            _log.warning(
+                "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
+                *(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.get_global_grad_norm()),
+            )
         parts.sink.step(self.counters.global_steps)
 
     def _advance(self) -> None:

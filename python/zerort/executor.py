@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -42,6 +42,8 @@ class Transport:
 
     source: Source
     wire: WireFormat
+    predivide: float = 1.0
+    """What gradients are divided by before the sum over ranks, and multiplied by after it."""
 
 
 class Inflight:
@@ -65,6 +67,8 @@ class Inflight:
         if self.shared:
             self.send.zero_()  # the lane's last bucket had its padding elsewhere
         absent = self.transport.source.pack(self.transport.wire, self.send, self.slots)
+        if self.transport.predivide != 1.0:
+            self.send.div_(self.transport.predivide)
         return [self.bucket.names[i] for i in absent if self.bucket.params[i].requires_grad]
 
 
@@ -152,6 +156,13 @@ class CudaStreams:
         torch.cuda.current_stream(self._device).wait_stream(self._side)
 
 
+def record_event() -> Any:
+    """A moment on the current stream, for the trace: a `torch.cuda.Event` with timing."""
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
 def streams_for(device: torch.device) -> Streams:
     """The streams of a device."""
     return CudaStreams(device) if device.type == "cuda" else HostStreams()
@@ -178,6 +189,7 @@ class Executor:
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a step."""
+        self._program = []  # its memory goes before the new is asked for
         verbs = {"launch": self._launch, "retire": self._retire}
         lanes = _lanes(plan, self._flat, self._transports, self._comm)
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
@@ -256,9 +268,8 @@ class Executor:
             if flight.work is not None:
                 self._complete(flight.work, f"reduce_scatter of {_contents(bucket)}")
             flight.work = None
-            bucket.squares = flight.transport.wire.decode(
-                flight.recv, bucket.landing, scale=self._fold.scale, add=self._fold.add
-            )
+            scale = self._fold.scale * flight.transport.predivide
+            bucket.squares = flight.transport.wire.decode(flight.recv, bucket.landing, scale=scale, add=self._fold.add)
             if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
             if self._sums_are_gathered:

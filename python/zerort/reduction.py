@@ -122,7 +122,7 @@ class Reduction:
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
         self._executor.drain()
-        if self.passes:
+        if self.passes and self._watch.enabled:
             self._watch.passed(self._reducer.life())
 
     def collect(self) -> None:

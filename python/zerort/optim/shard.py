@@ -43,7 +43,9 @@ class Segment:
 
     def load_gradient(self) -> None:
         """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
-        self.tensor.grad = self._of(self.bucket.accum.tensor) if self.active else None
+        gradient = self._of(self.bucket.accum.tensor) if self.active else None
+        # torch wants gradients in their parameter's dtype; sums in less than that are widened here.
+        self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
 
     def cut(self, runs: Sequence[tuple[int, int, bool]]) -> list[Segment]:
         """The parts of this segment along `runs` (start, end, active) of the bucket's owned part."""
