@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from zerort import _core
 from zerort.errors import PlanError, StepError
 
-__all__ = ["DTYPES", "FlatBucket", "FlatModel", "Memory", "Planned", "laid_out_like"]
+__all__ = ["DTYPES", "FlatBucket", "FlatModel", "MastersFollow", "Memory", "Planned", "laid_out_like"]
 
 DTYPES: dict[torch.dtype, _core._Dtype] = {
     torch.float32: "f32",
@@ -216,6 +218,24 @@ class FlatModel:
         torch.autograd.graph.increment_version(self.params)
 
 
+class MastersFollow:
+    """A module's post-hook of `load_state_dict`: what was loaded reaches the masters.
+
+    Copies and pickles of the module carry one that does nothing: they have left the engine.
+    """
+
+    def __init__(self, flat: FlatModel | None = None) -> None:
+        self._flat = flat
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        """Called by torch with the names that were missing or unexpected, which are none of its business."""
+        if self._flat is not None:
+            self._flat.refresh_masters()
+
+    def __reduce__(self) -> tuple[type[MastersFollow], tuple[()]]:
+        return MastersFollow, ()
+
+
 _LEAVING = (
     ".to(), .half(), .double(), load_state_dict(assign=True), a parametrization or an assignment gave the module other "
     "memory; do that before zerort.initialize, and load values with load_state_dict(assign=False)"
@@ -239,20 +259,30 @@ def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int])
     Raises `PlanError` naming the parameter that cannot be planned.
     """
     planned = [Planned(name, p, groups[id(p)]) for name, p in named if id(p) in groups]
-    owner: dict[int, str] = {}
     for member in planned:
         dtype, name = member.tensor.dtype, member.name
         if dtype not in DTYPES:
             advice = "store it as torch.view_as_real(...)" if dtype.is_complex else "cast it before initialize"
             raise PlanError(f"parameter {name} has dtype {dtype}, which cannot be reduced: {advice}")
-        if not member.tensor.numel():
-            continue
-        twin = owner.setdefault(member.tensor.data_ptr(), name)
-        if twin != name:
-            raise PlanError(
-                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by "
-                f"assigning the same Parameter (module.{name} = module.{twin}), or give each its own memory"
-            )
+    _refuse_overlap(planned)
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")
     return planned
+
+
+def _refuse_overlap(planned: Sequence[Planned]) -> None:
+    """Raises `PlanError` naming two parameters one of which lies over the other: in buckets they would part."""
+    spans = sorted((*_span(member.tensor), index) for index, member in enumerate(planned) if member.tensor.numel())
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            first, second = (planned[index].name for index in sorted((one, other)))
+            raise PlanError(
+                f"parameters {first} and {second} are two Parameter objects over the same memory: tie weights by "
+                f"assigning the same Parameter (module.{second} = module.{first}), or give each its own memory"
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address and the one behind the last, gaps between strides included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
