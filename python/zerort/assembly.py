@@ -20,7 +20,7 @@ from zerort.data import TrainingLoader
 from zerort.engine import Engine, Parts
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
 from zerort.executor import Transport, record_event
-from zerort.flat import FlatModel, MastersFollow, Place, Planned, plannable
+from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_not_elementwise
@@ -228,7 +228,6 @@ def _assemble(
             "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
-    model.register_load_state_dict_post_hook(MastersFollow(flat))  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from zerort import _core
 from zerort.errors import PlanError, StepError
 
-__all__ = ["DTYPES", "FlatBucket", "FlatModel", "MastersFollow", "Memory", "Planned", "laid_out_like"]
+__all__ = ["DTYPES", "FlatBucket", "FlatModel", "Memory", "Planned", "laid_out_like"]
 
 DTYPES: dict[torch.dtype, _core._Dtype] = {
     torch.float32: "f32",
@@ -188,6 +187,8 @@ class FlatModel:
         ]
         self._pointers = [parameter.data_ptr() for parameter in self.params]
         self._registrations = list(_registrations(module, self.params))
+        self._mastered = any(bucket.has_master for bucket in self.buckets)
+        self._versions = self._current()
 
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
@@ -208,32 +209,25 @@ class FlatModel:
         for parameter in self.params:
             parameter.grad = None
 
-    def refresh_masters(self) -> None:
-        """Takes over parameter values that were written outside a step."""
-        for bucket in self.buckets:
-            bucket.refresh_master()
+    def take_writes(self) -> None:
+        """Brings to the masters what something outside a step has written into parameters, such as load_state_dict.
+
+        Autograd's version counters tell whether anything has; writes through `.data` are invisible to them, and are
+        undone by the masters.
+        """
+        if self._versions and self._versions != self._current():
+            for bucket in self.buckets:
+                bucket.refresh_master()
+            self._versions = self._current()
 
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
         torch.autograd.graph.increment_version(self.params)
+        self._versions = self._current()
 
-
-class MastersFollow:
-    """A module's post-hook of `load_state_dict`: what was loaded reaches the masters.
-
-    Copies and pickles of the module carry one that does nothing: they have left the engine.
-    """
-
-    def __init__(self, flat: FlatModel | None = None) -> None:
-        self._flat = flat
-
-    def __call__(self, module: nn.Module, keys: Any) -> None:
-        """Called by torch with the names that were missing or unexpected, which are none of its business."""
-        if self._flat is not None:
-            self._flat.refresh_masters()
-
-    def __reduce__(self) -> tuple[type[MastersFollow], tuple[()]]:
-        return MastersFollow, ()
+    def _current(self) -> list[int]:
+        """Version counters, where there are masters that could differ from parameters."""
+        return [parameter._version for parameter in self.params] if self._mastered else []
 
 
 _LEAVING = (
