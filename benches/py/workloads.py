@@ -53,6 +53,8 @@ class Workload:
 # 20.5 million parameters.
 SHAPE = Shape(vocabulary=1536, context=128, width=512, depth=6, heads=8)
 
+TINY = Shape(vocabulary=1536, context=128, width=64, depth=2, heads=2)
+
 
 def _tokens(generator: torch.Generator) -> Batch:
     # Skewed like words are, so that there is something to learn: a step left out shows in the next loss.
@@ -102,5 +104,7 @@ WORKLOADS = {
         GPT_FP32,
         SMALL,
         replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=5e-3),
+        # CPUs multiply fp16 matrices about a hundred times slower than fp32 ones: a model to match.
+        replace(GPT_FP32, name="gpt-fp16", build=lambda: GPT(TINY), dtype=torch.float16, tolerance=5e-3),
     )
 }
