@@ -83,7 +83,7 @@ class Plan:
     ) -> Plan: ...
     @staticmethod
     def restore(
-        params: Sequence[tuple[int, Dtype, int]],
+        params: Sequence[tuple[int, _Dtype, int]],
         buckets: Sequence[tuple[Sequence[int], Sequence[int], int]],
         *,
         world: int,

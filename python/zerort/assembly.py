@@ -69,17 +69,14 @@ def initialize(
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
     flat = FlatModel(plan, planned, comm.rank)
     _broadcast(comm, model, flat)
-    engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler)
-    _tell(settings, comm, model, flat)
     loader = None
     if training_data is not None:
+        micro = settings.resolve_batch(comm.world).micro
         loader = training_loader(
-            training_data,
-            engine.train_micro_batch_size_per_gpu(),
-            comm,
-            drop_last=settings.dataloader_drop_last,
-            collate=collate_fn,
+            training_data, micro, comm, drop_last=settings.dataloader_drop_last, collate=collate_fn
         )
+    engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler, loader)
+    _tell(settings, comm, model, flat)
     return engine, chosen, loader, engine.lr_scheduler
 
 
@@ -208,6 +205,7 @@ def _assemble(
     flat: FlatModel,
     chosen: Optimizer,
     lr_scheduler: Any,
+    loader: DataLoader[Any] | None,
 ) -> Engine:
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     reason = why_not_elementwise(chosen)
@@ -239,7 +237,7 @@ def _assemble(
         sink,
     )
     scheduler = _scheduler(settings, chosen, lr_scheduler)
-    return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink))
+    return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink, loader))
 
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
