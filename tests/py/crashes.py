@@ -1,8 +1,8 @@
 """File systems that fail, and what a crash may leave: every prefix of the operations, and legal reorderings of them.
 
-POSIX promises little. The data of a file is on disk after `sync` of the file and may be there in any part before; a name
-is on disk after `sync_folder` of its folder, and before that each operation on the folder may have arrived or not,
-whatever the order in which they were called. `states` plays this through on a tree in memory.
+POSIX promises little. The data of a file is on disk after `sync` of the file and may be there in any part before; a
+name is on disk after `sync_folder` of its folder, and before that each operation on the folder may have arrived or
+not, whatever the order in which they were called. `states` plays this through on a tree in memory.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def states(before: dict[str, bytes | None], operations: list[Operation], seed: i
         for lost in _losses(done, chance):
             for tear in ("all", "none", "torn"):
                 nodes = _state(before, done, lost, tear)
-                key = hash(tuple(sorted((path, hash(data)) for path, data in nodes.items())) + (after,))
+                key = hash((after, *sorted((path, hash(data)) for path, data in nodes.items())))
                 if key not in seen:
                     seen.add(key)
                     yield CrashState(after, nodes)

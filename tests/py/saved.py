@@ -75,7 +75,8 @@ def train(engine: Any, rank: int, world: int, steps: range) -> None:
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+    state = engine.module.state_dict().items()
+    return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
-from crashes import CrashState, Failing, Operation, Recorder, snapshot, states
-from saved import config_of, engine_of
 from torch import nn
 
+import ranks
+from crashes import CrashState, Failing, Operation, Recorder, snapshot, states
+from saved import config_of, engine_of
 from zerort.checkpoint import problems
 from zerort.errors import CheckpointError
 from zerort.optim import Lion

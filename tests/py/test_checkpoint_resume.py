@@ -6,10 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
-from saved import GLOBAL_BATCH, WIDTH, Net, Refactored, assert_equal, config_of, contents, engine_of, manifest_of, train, weights
 from torch import nn
+
+import ranks
+from saved import (
+    GLOBAL_BATCH,
+    WIDTH,
+    Net,
+    Refactored,
+    assert_equal,
+    config_of,
+    contents,
+    engine_of,
+    manifest_of,
+    train,
+    weights,
+)
 
 BLOCK = 1 << 20
 WORLDS = (1, 2, 3, 4)

@@ -163,6 +163,11 @@ class BlockReader:
             raise CheckpointError(f"{path}: the blocks are right and the hash of the whole is not: another manifest's")
         return bytes(first)
 
+    def check_size(self, path: Path, hashes: Hashes) -> None:
+        """Raises `CheckpointError` when the file has not the length it was written with."""
+        with self._opened(path, hashes):
+            pass
+
     @contextmanager
     def _opened(self, path: Path, hashes: Hashes) -> Iterator[int]:
         try:

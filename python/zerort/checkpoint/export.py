@@ -42,6 +42,7 @@ def get_fp32_state_dict(
     manifest = parse(read_manifest(disk, folder, found))
     reader = Reader(disk, folder / found, manifest)
     reader.check_names()
+    reader.check_sizes()
     return state_dict_of(reader, exclude_frozen=exclude_frozen_parameters)
 
 
@@ -67,7 +68,7 @@ def state_dict_of(reader: Reader, *, as_saved: bool = False, exclude_frozen: boo
         flats.append(flat)
     for entry in manifest.tensors:
         kind, _, name = entry.name.partition(".")
-        if kind in ("param", "buffer") and not (exclude_frozen and kind == "param"):
+        if kind in ("param", "buffer") and not (exclude_frozen and name in manifest.frozen):
             found[name] = reader.whole(rank_file(0), entry.name)
     reader.fill()
     for bucket, flat in zip(plan.buckets, flats, strict=True):

@@ -26,7 +26,7 @@ from zerort.checkpoint.match import Choice, Match, match
 from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.restore import Staged, apply, stage
 from zerort.checkpoint.state import EngineState
-from zerort.checkpoint.tags import LATEST, latest, read_manifest
+from zerort.checkpoint.tags import LATEST, check_tag, latest, read_manifest
 from zerort.checkpoint.together import on_first, vote
 from zerort.checkpoint.verify import newest_good
 from zerort.errors import CheckpointError
@@ -57,9 +57,11 @@ class Load:
 
         Raises `CheckpointError` on all ranks alike; no value of the engine has changed then.
         """
-        found: str | None = tag
+        found: str | None = None
+        if tag is not None:
+            found = on_first(self.state.comm, "cannot load", lambda: check_tag(tag))
         try:
-            found = tag if tag is not None else self._latest()
+            found = found if found is not None else self._latest()
             return None if found is None else (found, self._load(found))
         except Damaged as error:
             other = newest_good(self.state.comm, self.disk, self.folder, found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any
@@ -170,8 +171,8 @@ class Manifest(_Entry):
     params: tuple[ParamEntry, ...]
     aliases: dict[str, str]
     """Further names of parameters and buffers, and the first name of each."""
-    excluded: tuple[str, ...]
-    """Tensors `param.NAME` that were left out because they are frozen."""
+    frozen: tuple[str, ...]
+    """Names of the frozen parameters that the optimizer does not hold: `param.NAME`, unless they were left out."""
     buckets: tuple[BucketEntry, ...]
     optimizer: OptimizerEntry
     scheduler: JsonValue
@@ -284,6 +285,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "a name stands twice"
     yield from _misplaced_tensors(manifest)
     yield from _misfitting_runs(manifest)
+    yield from _misfilled_buckets(manifest)
 
 
 def _misplaced_tensors(manifest: Manifest) -> Iterator[str]:
@@ -316,3 +318,21 @@ def _misfitting_runs(manifest: Manifest) -> Iterator[str]:
         total = sum(length for _, length in entry.runs)
         if end > manifest.buckets[int(match[1])].shard_numel or entry.shape != (total,):
             yield f"the runs of tensor {entry.name} do not fit its shard or its shape"
+
+
+def _misfilled_buckets(manifest: Manifest) -> Iterator[str]:
+    held = Counter[str]()
+    for entry in manifest.tensors:
+        if entry.runs is not None:
+            held[entry.name] += sum(length for _, length in entry.runs)
+    for index, bucket in enumerate(manifest.buckets):
+        if bucket.numel != manifest.world * bucket.shard_numel or len(bucket.params) != len(bucket.offsets):
+            yield f"bucket {index} is no layout: {bucket.numel} elements in shards of {bucket.shard_numel}"
+        elif any(param >= len(manifest.params) for param in bucket.params):
+            yield f"bucket {index} is no layout: it holds a parameter that is not there"
+        # What is promised must be there before anybody makes room for it.
+        elif (
+            sum(manifest.params[p].numel for p in bucket.params if manifest.params[p].stored)
+            > (held[f"bucket.{index}.master"])
+        ):
+            yield f"the parameters of bucket {index} are longer than what is stored of them"

@@ -70,7 +70,9 @@ def _check_names(manifest: Manifest, state: EngineState, known: Sequence[int]) -
     extra = {name for name, _ in extra_states(state.module)}
     missing = [name for name, param in zip(state.flat.names, known, strict=True) if param < 0]
     stored = {entry.name for entry in manifest.tensors if entry.name.startswith(("param.", "buffer."))}
-    missing += sorted(loose_names - stored - set(manifest.excluded)) + sorted(extra - manifest.extra_state.keys())
+    missing += sorted(loose_names - stored - {f"param.{name}" for name in manifest.frozen}) + sorted(
+        extra - manifest.extra_state.keys()
+    )
     taken = set(known)
     unexpected = [entry.name for param, entry in enumerate(manifest.params) if param not in taken]
     unexpected += sorted(stored - loose_names) + sorted(manifest.extra_state.keys() - extra)

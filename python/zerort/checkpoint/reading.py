@@ -44,6 +44,11 @@ class Reader:
         if told:
             raise CheckpointError(f"{self.folder}: {'; '.join(told[:8])}")
 
+    def check_sizes(self) -> None:
+        """Raises `CheckpointError` for a file that has another length than when it was written."""
+        for entry in self.manifest.files:
+            self.blocks.check_size(self.folder / entry.name, entry.hashes)
+
     def want(self, entry: TensorEntry, start: int, into: Tensor) -> None:
         """Asks for the elements from `start` on, as many as `into` (1-D, contiguous, on CPU) holds, in its dtype."""
         dtype = DTYPES[entry.dtype]

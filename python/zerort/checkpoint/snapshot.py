@@ -53,8 +53,8 @@ def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen:
     snapshot.own.update(_own(state, beside))
     if state.comm.rank == 0:
         snapshot.shared.update(_shared(state, client_state, beside, exclude_frozen=exclude_frozen))
-        excluded = snapshot.shared["excluded"]
-        kept = ((name, tensor) for name, tensor in loose(state.module, state.flat) if name not in excluded)
+        left_out = {f"param.{name}" for name in snapshot.shared["frozen"]} if exclude_frozen else set()
+        kept = ((name, tensor) for name, tensor in loose(state.module, state.flat) if name not in left_out)
         snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in kept)
     snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in beside.items())
     return snapshot
@@ -172,10 +172,10 @@ def _shared(
         "counters": vars(state.counters).copy(),
         "params": _params(state, exclude_frozen=exclude_frozen),
         "aliases": aliases(state.module),
-        "excluded": tuple(
-            name
+        "frozen": tuple(
+            name.removeprefix("param.")
             for name, tensor in loose(state.module, state.flat)
-            if exclude_frozen and name.startswith("param.") and not tensor.requires_grad
+            if name.startswith("param.") and not tensor.requires_grad
         ),
         "buckets": tuple(
             {

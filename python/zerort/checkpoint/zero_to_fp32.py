@@ -116,7 +116,7 @@ def read_weights(folder: Path, manifest: dict[str, Any], *, exclude_frozen: bool
         }
         for entry in manifest["tensors"]:
             kind, _, name = entry["name"].partition(".")
-            if kind == "buffer" or (kind == "param" and not exclude_frozen):
+            if kind in ("buffer", "param") and not (exclude_frozen and name in manifest["frozen"]):
                 tensor = files[entry["file"]].get_tensor(entry["name"])
                 weights[name] = tensor.float() if tensor.is_floating_point() else tensor
         for number, bucket in enumerate(manifest["buckets"]):
