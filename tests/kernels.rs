@@ -1,5 +1,7 @@
 //! Kernels against slow twins that do one element at a time and know no blocks.
 
+#![allow(clippy::float_cmp)] // what a kernel promises is bits
+
 use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -41,9 +43,9 @@ fn shapes() -> impl Strategy<Value = (usize, usize)> {
 }
 
 /// Chunks and an old accumulator of a random shape, made from random bits: every kind of number is among them.
-fn inputs<E: Element>(of_bits: fn(u64) -> E) -> impl Strategy<Value = (usize, Vec<E>, Vec<E::Sum>)>
+fn inputs<E>(of_bits: fn(u64) -> E) -> impl Strategy<Value = (usize, Vec<E>, Vec<E::Sum>)>
 where
-    E: std::fmt::Debug,
+    E: Element + std::fmt::Debug,
     E::Sum: std::fmt::Debug,
 {
     let numbers = move |length| vec(any::<u64>().prop_map(of_bits), length);

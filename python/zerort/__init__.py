@@ -8,6 +8,7 @@ for batch in loader:
 """
 
 from zerort._core import __version__
+from zerort.arguments import add_config_arguments
 from zerort.assembly import initialize
 from zerort.comm import init_distributed
 from zerort.engine import Engine
@@ -35,6 +36,7 @@ __all__ = [
     "StepError",
     "ZerortError",
     "__version__",
+    "add_config_arguments",
     "init_distributed",
     "initialize",
 ]

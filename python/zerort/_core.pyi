@@ -147,7 +147,7 @@ class Reducer:
     def grad_ready(self, param: int) -> int | None:
         """One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
 
-        Outside a pass the arrival is counted in `stray` and nothing is handed out.
+        Outside a pass nothing is handed out; after `arm` the answer is 0 once: begin a pass and tell again.
         """
     def grad_ready_at(self, param: int, now_ns: int) -> int | None:
         """`grad_ready`, with the time kept for the trace."""
@@ -157,10 +157,9 @@ class Reducer:
         """Takes a plan of the same layout with another launch order. Only between passes."""
     @property
     def in_pass(self) -> bool: ...
-    @property
-    def stray(self) -> int:
-        """Gradients that arrived since the last `clear_stray` and that no pass took."""
-    def clear_stray(self) -> None: ...
+    def arm(self) -> None:
+        """The next gradient that arrives outside a pass is answered with 0."""
+    def disarm(self) -> None: ...
     @property
     def observed(self) -> list[int]:
         """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""

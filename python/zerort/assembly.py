@@ -5,28 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from zerort import _core, optim, schedules
+from zerort import _core, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
-from zerort.data import training_loader
+from zerort.data import TrainingLoader
 from zerort.engine import Engine, Parts
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
-from zerort.executor import Transport
-from zerort.flat import FlatModel, Planned, plannable
+from zerort.executor import Transport, record_event
+from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
-from zerort.optim import ShardOptimizer
+from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
+from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched
 
 __all__ = ["initialize"]
@@ -48,7 +49,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, Optimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, Optimizer, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
     `optimizer` is an instance or a callable over parameters, and wins over the configuration's; `lr_scheduler` is an
@@ -64,20 +65,54 @@ def initialize(
             raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
     if model is None:
         raise ConfigError("initialize needs model=: a torch.nn.Module")
-    settings = load(config, args, config_params)
-    comm = connect(timedelta(seconds=settings.zerort.timeout), _device_of(model))
+    settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
-    flat = FlatModel(plan, planned, comm.rank)
+    _compare(comm, planned, plan)
+    flat = FlatModel(model, planned, Place(plan, comm.rank, Precision.of(settings).sums))
     _broadcast(comm, model, flat)
     loader = None
     if training_data is not None:
-        micro = settings.resolve_batch(comm.world).micro
-        loader = training_loader(
-            training_data, micro, comm, drop_last=settings.dataloader_drop_last, collate=collate_fn
+        loader = TrainingLoader(
+            training_data,
+            settings.resolve_batch(comm.world).micro,
+            comm,
+            drop_last=settings.dataloader_drop_last,
+            collate_fn=collate_fn,
         )
     engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler, loader)
     _tell(settings, comm, model, flat)
     return engine, chosen, loader, engine.lr_scheduler
+
+
+T = TypeVar("T")
+
+
+def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple[Config, Comm]:
+    """The configuration, and a communicator with its time-out; until it is read, the default has to do."""
+    default = timedelta(minutes=5)
+    comm = connect(default, device)
+    settings = _agreed(comm, read)
+    wanted = timedelta(seconds=settings.zerort.timeout)
+    if wanted != default:
+        comm.close()
+        comm = connect(wanted, device)
+    return settings, comm
+
+
+def _agreed(comm: Comm, attempt: Callable[[], T]) -> T:
+    """Runs `attempt` on all ranks, and raises on all if it failed on one: its error there, its reason elsewhere."""
+    result, failure = None, None
+    try:
+        result = attempt()
+    except (ZerortError, TypeError, ValueError, RuntimeError) as error:
+        failure = error
+    reasons = comm.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise PlanError(f"rank {rank} cannot start, so no rank does. {reason}")
+    return cast(T, result)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
@@ -91,6 +126,7 @@ def _plan(
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
     settings.resolve_batch(comm.world)
     precision = Precision.of(settings)
+    sparse.settle(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
     chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
@@ -107,7 +143,7 @@ def _plan(
         stage=settings.zero_optimization.stage,
         cap_bytes=settings.cap_bytes,
         cap_elements=settings.cap_elements,
-        window=window if isinstance(window, int) else None,
+        window=comm.window if window is None else None if window == "all" else window,
     )
     return chosen, planned, plan
 
@@ -124,7 +160,7 @@ def _choose_optimizer(
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
     else:
         raise ConfigError("no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}")
-    if chosen.state:
+    if has_stepped(chosen):
         raise PlanError(
             "the optimizer has state already, and its tensors are about to become shards: make it anew, and load state "
             "with engine.load_checkpoint"
@@ -132,49 +168,27 @@ def _choose_optimizer(
     return chosen
 
 
-def _agreed(
-    comm: Comm, attempt: Callable[[], tuple[Optimizer, list[Planned], _core.Plan]]
-) -> tuple[Optimizer, list[Planned], _core.Plan]:
-    """Runs `attempt` on all ranks and raises on all if it failed on one, or if they planned different things."""
-    mine, failure = None, None
-    try:
-        mine = attempt()
-    except (ZerortError, TypeError, ValueError, RuntimeError) as error:
-        failure = error
-    told = comm.gather_objects(
-        (f"{type(failure).__name__}: {failure}", []) if mine is None else (None, [m.signature() for m in mine[1]])
-    )
-    if failure is not None:
-        raise failure
-    assert mine is not None
-    for rank, (reason, _) in enumerate(told):
-        if reason is not None:
-            raise PlanError(f"rank {rank} cannot start, so no rank does. {reason}")
-    for rank, (_, signatures) in enumerate(told):
-        _compare(told[0][1], signatures, rank)
-    digests = comm.gather_objects(mine[2].digest)
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
+def _compare(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
+    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first difference."""
+    views = comm.gather_objects(([member.signature() for member in planned], plan.digest))
+    ours, digest = views[0]
+    for rank, (theirs, other) in enumerate(views):
+        for a, b in zip(ours, theirs, strict=False):
+            if a != b:
+                raise PlanMismatch(
+                    f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
+                )
+        if len(ours) != len(theirs):
+            longer, more = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
+            raise PlanMismatch(
+                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} {len(theirs)}; the "
+                f"first that only rank {longer} has is {_told(more[min(len(ours), len(theirs))])}"
+            )
+        if other != digest:
             raise PlanMismatch(
                 f"rank {rank} has rank 0's parameters but another plan: give all ranks the same zero_optimization and "
                 "zerort sections"
             )
-    return mine
-
-
-def _compare(ours: Sequence[Any], theirs: Sequence[Any], rank: int) -> None:
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            raise PlanMismatch(
-                f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
-            )
-    if len(ours) != len(theirs):
-        longer, name = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
-        extra = name[min(len(ours), len(theirs))]
-        raise PlanMismatch(
-            f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} {len(theirs)}; the first "
-            f"that only rank {longer} has is {_told(extra)}"
-        )
 
 
 def _told(signature: tuple[str, tuple[int, ...], str, int]) -> str:
@@ -205,7 +219,7 @@ def _assemble(
     flat: FlatModel,
     chosen: Optimizer,
     lr_scheduler: Any,
-    loader: DataLoader[Any] | None,
+    loader: TrainingLoader | None,
 ) -> Engine:
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     reason = why_not_elementwise(chosen)
@@ -215,16 +229,19 @@ def _assemble(
             "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
+    # A closure: a bound method would carry the buffers into every copy of the model.
+    model.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [
         Transport(
             Summed(bucket) if sums and bucket.has_master else Stolen(bucket),
             precision.wire_for(bucket.params[0].dtype),
+            precision.predivide,
         )
         for bucket in flat.buckets
     ]
-    sink = _open_sink(settings, comm)
+    sink = _agreed(comm, lambda: _open_sink(settings, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
     reduction = Reduction(plan, flat, comm, transports, watch)
     boundary = Boundary(
@@ -242,14 +259,17 @@ def _assemble(
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     wanted = settings.zerort.trace
-    return open_sink(
+    sink = open_sink(
         wanted.path if wanted.enabled else None, rank=comm.rank, world=comm.world, capacity=wanted.capacity
     )
+    if sink.enabled and comm.device.type == "cuda":
+        sink.on_device(record_event)
+    return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
     if given is not None:
-        return given if hasattr(given, "step") else given(optimizer)
+        return given(optimizer) if isinstance(given, type) or not hasattr(given, "step") else given
     if settings.scheduler is None:
         return None
     return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)
@@ -259,6 +279,8 @@ def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> No
     """Nothing is ignored in silence."""
     if comm.rank != 0:
         return
+    if settings.dump_state:
+        _log.warning("configuration: %s", settings.model_dump_json(indent=2))
     if settings.ignored:
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zerort import peers
 from zerort.errors import CommError, ConfigError
 
 __all__ = ["Comm", "GlooComm", "LocalComm", "NcclComm", "Work", "connect", "init_distributed"]
@@ -63,6 +64,8 @@ class Comm(Protocol):
     world: int
     device: torch.device
     chunks: int
+    window: int | None
+    """Buckets in flight unless the configuration says otherwise; None means all."""
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Starts moving `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard. Asynchronous."""
@@ -90,6 +93,7 @@ class LocalComm:
     """One process: the null communicator, which satisfies the same contract."""
 
     rank, world, chunks = 0, 1, 1
+    window: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -124,10 +128,13 @@ class _TorchComm:
     """Three groups of the engine's own: gradients, parameters and control never queue behind one another."""
 
     backend: ClassVar[str]
+    window: int | None
+    chunks: int
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
+        self._peers: list[peers.Peer] = self.gather_objects(peers.myself())
 
     def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.new_group(backend=self.backend, timeout=timeout)
@@ -172,13 +179,14 @@ class _TorchComm:
                 f"rank {self.rank}: {what} failed because torch.distributed's process group was destroyed: "
                 "call engine.destroy() first, and the process group after it"
             )
-        return CommError(f"rank {self.rank}: {what} failed, a peer has gone or timed out: {error}")
+        return CommError(f"rank {self.rank}: {what} failed: {peers.told(self._peers)}. The cause as reported: {error}")
 
 
 class GlooComm(_TorchComm):
     """CPU tensors over gloo: all-to-all for reduce-scatter, one in-place broadcast per rank for all-gather."""
 
     backend = "gloo"
+    window: int | None = None
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         super().__init__(device, timeout)
@@ -207,6 +215,7 @@ class NcclComm(_TorchComm):
 
     backend = "nccl"
     chunks = 1
+    window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Summed on the way; `recv` may be this rank's slice of `send`."""
@@ -252,7 +261,7 @@ def connect(timeout: timedelta, device: torch.device | None = None) -> Comm:
     place = device or _default_device(grouped)
     if not grouped or dist.get_world_size() == 1:
         return LocalComm(place)
-    kind = NcclComm if place.type == "cuda" else GlooComm
+    kind: type[NcclComm] | type[GlooComm] = NcclComm if place.type == "cuda" else GlooComm
     try:
         return kind(place, timeout)
     except (RuntimeError, ValueError) as error:

@@ -62,8 +62,10 @@ class MicroBatch:
     """A backward is under way, or a direct one has raised and nothing has told so yet."""
     prepared: bool = False
     """`scale` was called for a `loss.backward()` of the user's own."""
+    travelled: bool = False
+    """The latest backward's gradients are on their way."""
     failed: bool = False
-    """Its backward raised and has settled with the peers: the `step` that belongs to it has nothing left to do."""
+    """The one before raised in `backward` and has settled with the peers: a `step` that still belongs to it is void."""
 
 
 class Engine(nn.Module):
@@ -112,7 +114,7 @@ class Engine(nn.Module):
         is no scalar or has no graph, and whatever the backward raises; the other ranks raise at their boundary.
         """
         self._recover()
-        with self._transaction(), self._parts.sink.range("backward"):
+        with self._transaction(step_follows=True), self._parts.sink.range("backward"):
             self._check(loss)
             self._open(direct=False)
             self._scaled(loss, scale_wrt_gas).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
@@ -129,8 +131,9 @@ class Engine(nn.Module):
         if self._micro.failed:
             self._micro = MicroBatch()
             return
-        self._recover()
-        with self._transaction():
+        with self._transaction(step_follows=False):
+            if self._micro.running:
+                raise StepError("a direct loss.backward() raised in this micro-batch; its gradients are dropped")
             if not self._micro.backwards:
                 raise StepError("step() without backward() in this micro-batch: call engine.backward(loss) first")
         try:
@@ -143,20 +146,22 @@ class Engine(nn.Module):
     # The transaction.
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._micro.failed = False
+    def _transaction(self, *, step_follows: bool) -> Iterator[None]:
+        self._micro.failed = self._micro.travelled = False
         try:
             yield
         except CommError:
             raise  # there is nobody left to keep in step with
         except BaseException as error:
             self._settle(f"{type(error).__name__}: {error}")
+            self._micro.failed = step_follows
             raise
 
     def _settle(self, failure: str) -> None:
         """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary also in the vote."""
         self._failure = self._failure or failure
-        self._parts.reduction.abort(self._fold(), travels=self._accumulation.travels)
+        travels = self._accumulation.travels and not self._micro.travelled
+        self._parts.reduction.abort(self._fold(), travels=travels)
         try:
             if self._accumulation.boundary:
                 self._parts.boundary.cross(self._fold(), self._failure)
@@ -164,25 +169,34 @@ class Engine(nn.Module):
             pass  # the verdict on our own failure, which the caller sees at first hand
         finally:
             self._advance()
-            self._micro.failed = True
 
     def _recover(self) -> None:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
+        self._parts.reduction.disarm()
         if self._micro.running:
             self._settle("a direct loss.backward() raised")
-            self._micro.failed = False
 
     def _reached(self) -> None:
-        """A backward has come to the module's outputs. Unless it is ours, it is the user's own."""
-        if self._micro.running:
-            return
+        """A backward has come to the module's outputs; if it is not ours, it may be one that accumulates or not."""
+        if not self._micro.running:
+            self._parts.reduction.arm(self._announced)
+            after_backward(self._ended)
+
+    def _announced(self) -> None:
+        """A gradient has come in a backward of the user's own."""
         if not self._micro.prepared and self._parts.precision.loss_scale.scale != 1.0:
+            self._micro.running = True  # what has come is unscaled, and dropped when the failure is settled
             raise StepError(
                 "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
                 "engine.scale(loss).backward()"
             )
         self._open(direct=not self._micro.prepared)
-        after_backward(self._close)
+
+    def _ended(self) -> None:
+        """A backward or autograd.grad of the user's own is over."""
+        self._parts.reduction.disarm()
+        if self._micro.running:
+            self._close()
 
     def _open(self, *, direct: bool) -> None:
         """A backward begins."""
@@ -197,7 +211,9 @@ class Engine(nn.Module):
         """A backward is over."""
         reduction = self._parts.reduction
         if reduction.in_pass:
-            self._name_absent(reduction.finish())
+            absent = reduction.finish()
+            self._micro.travelled = True
+            self._name_absent(absent)
         else:
             reduction.collect()
         self._micro.running = self._micro.prepared = False
@@ -214,6 +230,14 @@ class Engine(nn.Module):
         elif parts.scheduler is not None:
             parts.scheduler.step(**lr_kwargs)
         parts.reduction.learn()
+        every = parts.config.steps_per_print
+        if every and self.counters.global_steps % every == 0 and parts.comm.rank == 0:
+            _log.warning(
+                "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
+                *(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.get_global_grad_norm()),
+            )
+        if parts.sink.enabled and self.loss_scale != 1.0:
+            parts.sink.counter("loss scale", parts.sink.now(), self.loss_scale)
         parts.sink.step(self.counters.global_steps)
 
     def _advance(self) -> None:

@@ -8,7 +8,7 @@ What it does not do: no communication, no arithmetic, no knowledge of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,15 @@ def laid_out_like(flat: Tensor, parameter: Tensor) -> Tensor:
     return flat.as_strided(parameter.shape, strides)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What decides where memory lies: the plan, this rank, and the dtype that reduced gradients are added up in."""
+
+    plan: _core.Plan
+    rank: int
+    sums: torch.dtype = torch.float32
+
+
 class FlatBucket:
     """One bucket's memory on this rank.
 
@@ -110,7 +119,8 @@ class FlatBucket:
         "views",
     )
 
-    def __init__(self, plan: _core.Plan, spec: _core.Bucket, members: Sequence[Planned], rank: int) -> None:
+    def __init__(self, place: Place, spec: _core.Bucket, members: Sequence[Planned]) -> None:
+        plan, rank = place.plan, place.rank
         first = members[0].tensor
         self.spec = spec
         self.names = [member.name for member in members]
@@ -126,11 +136,12 @@ class FlatBucket:
         self.start = 0 if whole else rank * spec.shard_numel
         self.owned = self.values if whole else self.values.shard(rank)
         self.master = self.owned.tensor if first.dtype == precise else self.owned.tensor.to(precise)
+        sums = place.sums if precise == torch.float32 else precise
         if whole:
-            self.accum = Memory.of_bucket(plan, spec, precise, first.device)
+            self.accum = Memory.of_bucket(plan, spec, sums, first.device)
             self.landing = self.accum.shard(rank)
         else:
-            self.accum = self.landing = Memory.zeros(spec.shard_numel, precise, first.device)
+            self.accum = self.landing = Memory.zeros(spec.shard_numel, sums, first.device)
         self.squares: float | Tensor = 0.0
 
     def _move_in(self) -> None:
@@ -150,9 +161,13 @@ class FlatBucket:
             self.owned.tensor.copy_(self.master)
 
     def refresh_master(self) -> None:
-        """Takes the masters anew from the parameters, after something outside a step has written them."""
+        """Takes over what something outside a step has written into the parameters, such as load_state_dict."""
         if self.has_master:
-            self.master.copy_(self.owned.tensor)
+            values = self.owned.tensor
+            # Where the cast of a master still is the parameter, nothing was written, and the master knows more.
+            torch.where(
+                self.master.to(values.dtype) == values, self.master, values.to(self.master.dtype), out=self.master
+            )
 
     def slots(self, send: Tensor) -> list[Tensor]:
         """Views of a send buffer (numel,), one per parameter, in the layout of its gradient."""
@@ -163,37 +178,59 @@ class FlatBucket:
 class FlatModel:
     """All buckets of a model. Construction moves every planned parameter into its bucket."""
 
-    def __init__(self, plan: _core.Plan, planned: Sequence[Planned], rank: int) -> None:
+    def __init__(self, module: nn.Module, planned: Sequence[Planned], place: Place) -> None:
         self.names = [member.name for member in planned]
         self.params = [member.tensor for member in planned]
         self.buckets = [
-            FlatBucket(plan, spec, [planned[index] for index in spec.params], rank) for spec in plan.buckets
+            FlatBucket(place, spec, [planned[index] for index in spec.params]) for spec in place.plan.buckets
         ]
         self._pointers = [parameter.data_ptr() for parameter in self.params]
+        self._registrations = list(_registrations(module, self.params))
 
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
         return [parameter.requires_grad for parameter in self.params]
 
     def check(self) -> None:
-        """Raises `StepError` naming the first parameter that has left its buffer."""
-        if [parameter.data_ptr() for parameter in self.params] == self._pointers:
-            return
-        moved = next(i for i, p in enumerate(self.params) if p.data_ptr() != self._pointers[i])
-        raise StepError(
-            f"parameter {self.names[moved]} has left its flat buffer since initialize: .to(), .half(), .double(), "
-            "load_state_dict(assign=True) or `.data = ` gave it other memory; do that before zerort.initialize, and "
-            "load values with load_state_dict(assign=False)"
-        )
+        """Raises `StepError` naming the first parameter that has left its buffer, or its module."""
+        if [parameter.data_ptr() for parameter in self.params] != self._pointers:
+            moved = next(i for i, p in enumerate(self.params) if p.data_ptr() != self._pointers[i])
+            raise StepError(f"parameter {self.names[moved]} has left its flat buffer since initialize: {_LEAVING}")
+        if not all(registered.get(key) is parameter for registered, key, parameter in self._registrations):
+            gone = next(p for registered, key, p in self._registrations if registered.get(key) is not p)
+            name = next(name for name, p in zip(self.names, self.params, strict=True) if p is gone)
+            raise StepError(f"parameter {name} has been replaced by another since initialize: {_LEAVING}")
 
     def zero_grad(self) -> None:
         """Drops what autograd has accumulated and no pass has taken."""
         for parameter in self.params:
             parameter.grad = None
 
+    def refresh_masters(self) -> None:
+        """Takes over parameter values that were written outside a step."""
+        for bucket in self.buckets:
+            bucket.refresh_master()
+
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
         torch.autograd.graph.increment_version(self.params)
+
+
+_LEAVING = (
+    ".to(), .half(), .double(), load_state_dict(assign=True), a parametrization or an assignment gave the module other "
+    "memory; do that before zerort.initialize, and load values with load_state_dict(assign=False)"
+)
+
+Registration = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]
+
+
+def _registrations(module: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[Registration]:
+    """Where each parameter is registered: the dictionary of its module, its key there, and itself."""
+    planned = {id(parameter) for parameter in params}
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) in planned:
+                yield part._parameters, key, parameter
 
 
 def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int]) -> list[Planned]:

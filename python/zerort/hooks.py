@@ -20,24 +20,27 @@ from zerort.executor import Executor
 __all__ = ["ParameterHooks", "when_backward_reaches"]
 
 Hook = Callable[[Tensor], None]
+Go = Callable[[int, int], None]
+"""Told a parameter and the `hi` that its gradient brought."""
 
 
 class ParameterHooks:
     """One post-accumulate hook per parameter that requires grad."""
 
-    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go) -> None:
         on_cuda = any(parameter.device.type == "cuda" for parameter in params)
         self._params = params
         self._make = _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else _plain_hook
         self._reducer = reducer
         self._executor = executor
+        self._go = go
         self._handles: dict[int, Any] = {}
 
     def attach(self, active: Sequence[bool]) -> None:
         """Hooks parameters that require grad and have no hook yet; torch refuses to hook a frozen one."""
         for index, wanted in enumerate(active):
             if wanted and index not in self._handles:
-                hook = self._make(index, self._reducer, self._executor)
+                hook = self._make(index, self._reducer, self._executor, self._go)
                 self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -47,37 +50,37 @@ class ParameterHooks:
         self._handles.clear()
 
 
-def _plain_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
-    ready, run = reducer.grad_ready, executor.run
+def _plain_hook(index: int, reducer: _core.Reducer, _: Executor, go: Go) -> Hook:
+    ready = reducer.grad_ready
 
     def hook(_: Tensor) -> None:
         hi = ready(index)
         if hi is not None:
-            run(hi)
+            go(index, hi)
 
     return hook
 
 
-def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
-    ready, run, produced = reducer.grad_ready, executor.run, executor.streams.produced
+def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor, go: Go) -> Hook:
+    ready, produced = reducer.grad_ready, executor.streams.produced
 
     def hook(_: Tensor) -> None:
         produced()
         hi = ready(index)
         if hi is not None:
-            run(hi)
+            go(index, hi)
 
     return hook
 
 
-def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor) -> Hook:
-    ready, run, produced, now = reducer.grad_ready_at, executor.run, executor.streams.produced, time.perf_counter_ns
+def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor, go: Go) -> Hook:
+    ready, produced, now = reducer.grad_ready_at, executor.streams.produced, time.perf_counter_ns
 
     def hook(_: Tensor) -> None:
         produced()
         hi = ready(index, now())
         if hi is not None:
-            run(hi)
+            go(index, hi)
 
     return hook
 

@@ -52,6 +52,9 @@ class Precision:
     autocast: torch.dtype | None
     casts_inputs: bool
     wire: str | None
+    sums: torch.dtype
+    predivide: float
+    """By how much gradients are divided before the sum over ranks; it is undone after it."""
 
     @classmethod
     def of(cls, config: Config) -> Precision:
@@ -67,6 +70,8 @@ class Precision:
             autocast=autocast,
             casts_inputs=config.fp16.enabled and config.fp16.auto_cast,
             wire=wire,
+            sums=DTYPES[config.data_types.grad_accum_dtype or "fp32"],
+            predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
         )
 
     def cast(self, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ that no pass took stays in `.grad`, and `leftover` counts it, so that the vote a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,9 +41,10 @@ class Reduction:
         self._reducer = _core.Reducer(plan)
         self._executor = Executor(flat, comm, transports, watch)
         self._executor.load(plan)
-        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._go)
         self._active: list[bool] = []
         self._learnt = False
+        self._announce: Callable[[], None] = lambda: None
         self.follow()
 
     @property
@@ -77,12 +78,28 @@ class Reduction:
         self._executor.begin(Fold(scale, add=self.passes > 0))
         self.passes += 1
 
+    def arm(self, announce: Callable[[], None]) -> None:
+        """Calls `announce` when the next gradient arrives; it may begin a pass, to which the gradient then belongs."""
+        self._announce = announce
+        self._reducer.arm()
+
+    def disarm(self) -> None:
+        """No gradient is awaited any more."""
+        self._reducer.disarm()
+
+    def _go(self, index: int, hi: int) -> None:
+        if hi == 0:
+            self._announce()
+            hi = self._reducer.grad_ready(index) or 0
+        self._executor.run(hi)
+
     def finish(self) -> list[str]:
         """The backward is over: launches what is left.
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
-        self._executor.run(self._reducer.finish().hi)
+        self._reducer.finish()
+        self._executor.launch_all()
         return self._executor.absent
 
     def abort(self, scale: float, *, travels: bool) -> None:
@@ -106,7 +123,7 @@ class Reduction:
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
         self._executor.drain()
-        if self.passes:
+        if self.passes and self._watch.enabled:
             self._watch.passed(self._reducer.life())
 
     def collect(self) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from models import (
     VOCABULARY,
     WIDTH,
     Branches,
     Checkpointed,
+    DrawnBranches,
     MixedDtypes,
     OddShapes,
     Reused,
@@ -23,7 +27,6 @@ from models import (
     partly_frozen,
 )
 from reference import MICRO_BATCH, Case, Moment
-from torch import Tensor, nn
 
 # ---- micro-batches: forward and backward, on an engine or on the twin
 
@@ -128,6 +131,15 @@ def evaluate_in_between(engine: Any, at: Moment) -> None:
     engine.train()
 
 
+def use_drawn_branches(engine: Any, at: Moment) -> None:
+    """Another selection in another order for every rank, step and micro-batch; the first branch always trains."""
+    draw = random.Random(f"{at}")
+    others = range(1, len(engine.module.branches))
+    order = [0, *draw.sample(others, draw.randint(0, len(others)))]
+    draw.shuffle(order)
+    engine.backward(loss_of(engine, at, order))
+
+
 # ---- what happens between steps
 
 
@@ -218,3 +230,9 @@ CASES: dict[str, Case] = {
     "clip_not_reached": replace(plain, clip=1e3),
     "scheduled": Case(mlp, regress, optimizer=momentum, scheduler=halving),
 }
+
+DRAWN: dict[str, Case] = {
+    f"drawn_{seed}": Case(partial(DrawnBranches, seed), use_drawn_branches, optimizer=momentum, clip=0.5)
+    for seed in range(12)
+}
+"""Models and uses at random, the same ones each time."""

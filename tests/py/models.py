@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,22 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, order: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
         return sum((torch.tanh(self.branches[i](x)) for i in order), start=torch.zeros_like(x))
+
+
+class DrawnBranches(Branches):
+    """Up to eight branches of random widths, some frozen, two of which may share their first layer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        widths = [draw.choice([1, 3, 8, 16, 33]) for _ in range(draw.randint(2, 8))]
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH)) for width in widths
+        )
+        if widths[0] == widths[-1]:
+            self.branches[-1][0] = self.branches[0][0]
+        for branch in self.branches[1:]:
+            branch.requires_grad_(draw.random() < 0.8)
 
 
 class OddShapes(nn.Module):
@@ -210,7 +227,7 @@ class WithCollective(nn.Module):
 
 
 class Terms(nn.Module):
-    """A loss that is linear in two vectors of zeros: after one step of SGD at rate 1 the weights are minus the gradient.
+    """A loss that is linear in two vectors of zeros: SGD at rate 1 takes the weights to minus the gradient.
 
     `forward(a, b)` is `a * sum(self.a) + b * sum(self.b)`; a coefficient of None leaves its vector out of the graph.
     """

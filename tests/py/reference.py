@@ -102,15 +102,18 @@ class Precision:
     loss_scale: float = 1.0
 
 
+AS_IT_IS = Precision()
+
+
 class Twin:
-    """All ranks in one process. `train` runs a case to its end; `micro` and `step` are for tests with loops of their own."""
+    """All ranks in one process. `train` runs a case to its end; `micro` and `step` are the parts of its loop."""
 
     def __init__(
         self,
         case: Case,
         world: int,
         accumulation: int,
-        precision: Precision = Precision(),  # noqa: B008 (frozen)
+        precision: Precision = AS_IT_IS,
         reduce_at: ReduceAt = "micro_batch",
     ) -> None:
         self.case, self.world, self.accumulation = case, world, accumulation

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from models import Terms
 
 import zerort
+from models import Terms
 
 Weights = tuple[float, float]
 

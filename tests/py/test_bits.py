@@ -6,6 +6,7 @@ All variants of a case are trained one after another in one group; every variant
 from functools import cache
 
 import pytest
+
 import ranks
 from training import Config, train_all
 

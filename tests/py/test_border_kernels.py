@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -119,25 +120,23 @@ def test_a_refused_kernel_holds_nothing_afterwards() -> None:
 
 def test_kernels_run_without_the_gil_and_never_write_the_same_memory_at_once() -> None:
     chunks, accum = _core.Buffer(torch.ones(1 << 22)), _core.Buffer(torch.zeros(1 << 22))
-    stop = threading.Event()
+    met = threading.Event()
+    deadline = time.monotonic() + 60
+
+    def until_two_meet(kernel: Callable[[], object]) -> None:
+        # With the GIL held through a kernel, none could ever meet another, and the deadline ends the loop.
+        while not met.is_set() and time.monotonic() < deadline:
+            try:
+                kernel()
+            except LayoutError:
+                met.set()
 
     def write() -> None:
-        while not stop.is_set():
-            _core.reduce(chunks, accum, world=1, scale=1.0, add=False)
+        until_two_meet(lambda: _core.reduce(chunks, accum, world=1, scale=1.0, add=False))
 
-    refused = 0
-    deadline = time.monotonic() + 60
     thread = threading.Thread(target=write)
     thread.start()
-    try:
-        # With the GIL held through a kernel, none could ever meet another.
-        while not refused and time.monotonic() < deadline:
-            try:
-                _core.squared_norm(accum)
-            except LayoutError:
-                refused += 1
-    finally:
-        stop.set()
-        thread.join()
-    assert refused
-    assert _core.squared_norm(accum) == float(1 << 22)
+    until_two_meet(lambda: _core.squared_norm(accum))
+    thread.join()
+    assert met.is_set()
+    assert _core.reduce(chunks, accum, world=1, scale=1.0, add=False) == float(1 << 22)

@@ -164,11 +164,13 @@ class TestReducer:
         assert learnt.grad_ready(5) == len(plan().schedule)
         assert learnt.finish().absent == []
 
-    def test_a_gradient_outside_a_pass_is_counted(self, learnt: _core.Reducer) -> None:
+    def test_a_gradient_outside_a_pass_is_told_of_when_armed(self, learnt: _core.Reducer) -> None:
         assert [learnt.grad_ready(0), learnt.grad_ready(1)] == [None, None]
-        assert learnt.stray == 2
-        learnt.clear_stray()
-        assert learnt.stray == 0
+        learnt.arm()
+        assert [learnt.grad_ready(0), learnt.grad_ready(1)] == [0, None]
+        learnt.arm()
+        learnt.disarm()
+        assert learnt.grad_ready(0) is None
 
     def test_the_life_of_a_bucket_has_its_times_and_its_last_parameter(self, learnt: _core.Reducer) -> None:
         assert learnt.life() == []

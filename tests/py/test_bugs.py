@@ -7,11 +7,12 @@ docstring says what an engine with the bug ends with.
 from typing import Any
 
 import pytest
-import ranks
 import torch
+from torch import Tensor, nn
+
+import ranks
 from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
-from torch import Tensor, nn
 from training import at_stage
 
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])

@@ -310,6 +310,7 @@ OPTIMIZERS = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
     "Adadelta": torch.optim.Adadelta,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.5),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 
@@ -412,26 +413,17 @@ def test_a_custom_function_may_load_the_weights(engine: Any, tmp_path: Path) -> 
     assert other.global_steps == 2
 
 
-class Loader:
-    """A loader that knows its position."""
+def test_the_data_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    def made() -> Any:
+        data = [torch.full((10,), float(i)) for i in range(8)]
+        return zerort.initialize(model=Net(), optimizer=adamw, training_data=data, config=config_of(1))
 
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-def test_the_position_in_the_data_comes_back_where_the_loader_knows_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("zerort.assembly.training_loader", lambda *args, **kw: Loader())
-    made = [zerort.initialize(model=Net(), optimizer=adamw, training_data=[1], config=config_of(1)) for _ in range(2)]
-    (one, _, loader, _), (other, _, fresh_loader, _) = made
-    loader.position = 17
+    (one, _, loader, _), (other, _, resumed, _) = made(), made()
+    batches = iter(loader)
+    seen = [float(next(batches)[0, 0]) for _ in range(3)]
     one.save_checkpoint(tmp_path)
     other.load_checkpoint(tmp_path)
-    assert fresh_loader.position == 17
+    rest = [float(batch[0, 0]) for batch in batches]
+    assert sorted(seen + rest) == list(range(8))
+    assert [float(batch[0, 0]) for batch in resumed] == rest
+    assert [float(batch[0, 0]) for batch in resumed] == [float(batch[0, 0]) for batch in loader]

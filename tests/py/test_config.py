@@ -223,7 +223,6 @@ def test_auto_is_refused_wherever_it_is_left_and_says_who_fills_it_in() -> None:
         ("zero_optimization.stage", 3, "stage 3 is not built yet; stages 0, 1 and 2 are"),
         ("checkpoint.tag_validation", "loud", "expected 'WARN', 'IGNORE' or 'FAIL', got \"loud\""),
         ("torch_autocast.dtype", "float32", "expected 'fp16' or 'bf16', got \"float32\""),
-        ("torch_autocast.lower_precision_safe_modules", "Linear", 'expected a list, got "Linear"'),
         ("scheduler", {"params": {}}, "required, but left out"),
         ("zerort.window", "some", "expected an integer or 'all', got \"some\""),
         ("zerort.timeout", 0, "expected a number above 0.0, got 0"),

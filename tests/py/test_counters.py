@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ranks
 import torch
+
+import ranks
 from models import Terms
 from terms import engine_over_terms, step_with, weights
-
 from zerort.errors import StepError
 
 NAN = float("nan")

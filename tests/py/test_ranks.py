@@ -6,9 +6,10 @@ import signal
 import time
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
+
+import ranks
 
 
 def _sum_of_ranks(rank: int, world: int, start: float) -> torch.Tensor:

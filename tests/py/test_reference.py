@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from cases import CASES, loss_of, momentum, plain
 from reference import Case, Moment, Precision, RankTwin, Twin
 from training import assert_near

@@ -1,11 +1,19 @@
 """Every case of the table, trained by the engine and by the naive twin: the weights after every step are the same."""
 
 import pytest
+
 import ranks
 from cases import CASES
 from training import assert_same, at_stage, train, twin_of
 
-FEW = ["gpt_clipped", "groups_with_adamw", "odd_shapes", "unused_everywhere", "other_order_on_one_rank", "retained_graph"]
+FEW = [
+    "gpt_clipped",
+    "groups_with_adamw",
+    "odd_shapes",
+    "unused_everywhere",
+    "other_order_on_one_rank",
+    "retained_graph",
+]
 STAGES = [0, 1, 2]
 
 

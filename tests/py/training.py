@@ -8,17 +8,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from cases import CASES
-from reference import MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
 from torch import Tensor
 
 import zerort
+from cases import CASES, DRAWN
+from reference import AS_IT_IS, MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
 
 # Elements per bucket: small, so that the smallest models have several.
 SMALL_BUCKET = 150
 TOLERANCE = 1e-6  # norm-relative, per tensor, in fp32
 
 Config = dict[str, Any]
+
+TABLE = {**CASES, **DRAWN}
 
 
 def config_of(case: Case, accumulation: int, changes: Mapping[str, Any] | None = None) -> Config:
@@ -54,7 +56,7 @@ def engine_for(case: Case, config: Config) -> Any:
 
 def train(rank: int, world: int, name: str, accumulation: int, changes: Mapping[str, Any]) -> History:
     """Runs a case of the table to its end on this rank."""
-    case = CASES[name]
+    case = TABLE[name]
     engine = engine_for(case, config_of(case, accumulation, changes))
     history = History()
     for step in range(case.steps):
@@ -84,11 +86,11 @@ def twin_of(
     name: str,
     world: int,
     accumulation: int,
-    precision: Precision = Precision(),  # noqa: B008 (frozen)
+    precision: Precision = AS_IT_IS,
     reduce_at: ReduceAt = "micro_batch",
 ) -> History:
     """What the case should give."""
-    return Twin(CASES[name], world, accumulation, precision, reduce_at).train()
+    return Twin(TABLE[name], world, accumulation, precision, reduce_at).train()
 
 
 def digest(history: History) -> str:

@@ -92,7 +92,7 @@ _ROWS = (
     _ignored("graph_harvesting", "a step is not captured in a CUDA graph; results are the same"),
     # precision
     _same("data_types", "element types beside the parameters'"),
-    _same("data_types.grad_accum_dtype", "what micro-batches are added in; fp32 when left out"),
+    _same("data_types.grad_accum_dtype", "what reduced gradients are added up in; fp32 when left out"),
     _refused("data_types.param_dtype", "parameters take their dtype from fp16, bf16 or the model"),
     _refused("data_types.buffer_dtype", "buffers keep the dtype they have in the model"),
     _same("fp16", "half precision with a loss scale, at every stage"),
@@ -116,7 +116,9 @@ _ROWS = (
     _same("torch_autocast", "forward runs under torch.autocast"),
     _same("torch_autocast.enabled", "turns it on"),
     _same("torch_autocast.dtype", "bf16 or fp16; with fp16 the loss is scaled"),
-    _same("torch_autocast.lower_precision_safe_modules", "classes whose parameters travel in that dtype"),
+    _ignored(
+        "torch_autocast.lower_precision_safe_modules", "gradients travel whole; communication_data_type sends less"
+    ),
     _refused("amp", "Apex-style mixed precision is not built yet; fp16, bf16 and torch_autocast are", _disabled),
     # optimizer and scheduler
     _same("optimizer", "the optimizer, unless initialize is given one"),
@@ -185,9 +187,9 @@ _ROWS = (
     _refused("nebula", "the Nebula checkpoint service is not supported", _disabled),
     _refused("datastates_ckpt", "the DataStates checkpoint engine is not supported", _off),
     # what is printed and recorded
-    _same("steps_per_print", "a line of progress every so many steps; none when left out"),
-    _same("wall_clock_breakdown", "times of forward, backward and step are printed"),
-    _same("dump_state", "the engine prints its configuration at the start"),
+    _same("steps_per_print", "a line in the log every so many steps; none when left out"),
+    _same("wall_clock_breakdown", "a line in the log at each step: times of forward, backward, optimizer, publish"),
+    _same("dump_state", "the configuration, with all defaults, in the log at the start"),
     _ignored("memory_breakdown", "memory use is not printed"),
     _ignored("log_level", "the level of Python's logger named zerort decides"),
     _ignored("timers", "times come from the trace"),

@@ -54,10 +54,6 @@ def _dtype(value: Any) -> Any:
     return _DTYPE_SPELLINGS.get(name, name) if isinstance(name, str) else name
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _built(stage: int) -> int:
     if stage == 3:
         raise ValueError("stage 3 is not built yet; stages 0, 1 and 2 are")
@@ -123,8 +119,6 @@ class Autocast(_Section):
 
     enabled: bool = False
     dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
-    lower_precision_safe_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
-    """Class names with their package; None means linear and convolution layers."""
 
 
 class DataTypes(_Section):

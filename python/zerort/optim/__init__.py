@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from zerort.errors import ConfigError
 from zerort.optim.lion import Lion
-from zerort.optim.shard import ShardOptimizer
+from zerort.optim.shard import ShardOptimizer, has_stepped
 
-__all__ = ["NAMED", "Lion", "ShardOptimizer", "build"]
+__all__ = ["NAMED", "Lion", "ShardOptimizer", "build", "has_stepped"]
 
 Params = Iterable[Any]
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from zerort.flat import FlatBucket, FlatModel, laid_out_like
 
-__all__ = ["Region", "Segment", "ShardOptimizer", "regions"]
+__all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Segment:
 
     def load_gradient(self) -> None:
         """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
-        self.tensor.grad = self.of(self.bucket.accum.tensor) if self.active else None
+        gradient = self.of(self.bucket.accum.tensor) if self.active else None
+        # torch wants gradients in their parameter's dtype; sums in less than that are widened here.
+        self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
 
     def cut(self, runs: Sequence[tuple[int, int, bool]]) -> list[Segment]:
         """The parts of this segment along `runs` (start, end, active) of the bucket's owned part."""
@@ -78,20 +80,31 @@ class ShardOptimizer:
         self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
             group.get("fused") for group in optimizer.param_groups
         )
+        self._initial = _initial_state(optimizer)
+        optimizer.state.clear()
         self._regroup()
+        self._give_initial_state()
 
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
         self._cut(lambda _: None)
 
     def restart(self, label: Callable[[int], Hashable]) -> None:
-        """Drops all state and all cuts, then cuts where `requires_grad` or the `label` of a parameter's id changes.
+        """Goes back to the initial state without cuts, then cuts where `requires_grad` or an id's `label` changes.
 
-        Segments of a run of equal labels can be given one state, since all its parameters have the same step count.
+        The parameters of a segment have one label then, so that one state can be given to them all.
         """
         self.optimizer.state.clear()
         self.segments = self._uncut()
+        self._give_initial_state()
         self._cut(label)
+
+    def _give_initial_state(self) -> None:
+        for segment in self.segments if self._initial else ():
+            self.optimizer.state[segment.tensor] = {
+                key: torch.full_like(segment.tensor, value) if isinstance(value, float) else value.clone()
+                for key, value in self._initial[segment.bucket.spec.group].items()
+            }
 
     def _uncut(self) -> list[Segment]:
         return [
@@ -151,6 +164,29 @@ class ShardOptimizer:
                 else copy.deepcopy(value)
                 for key, value in state.items()
             }
+
+
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's state holds more than its constructor put there (Adagrad's does, most leave it empty)."""
+    return any(
+        bool((value != value.reshape(-1)[0]).any()) if value.shape == parameter.shape else bool(value.any())
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.numel()
+    )
+
+
+def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """By group, what the constructor gave its first parameter: a number for what has its shape, else a tensor."""
+    initial = {}
+    for index, group in enumerate(optimizer.param_groups):
+        parameter = next((p for p in group["params"] if p.numel() and optimizer.state.get(p)), None)
+        if parameter is not None:
+            initial[index] = {
+                key: float(value.reshape(-1)[0]) if value.shape == parameter.shape else value
+                for key, value in optimizer.state[parameter].items()
+            }
+    return initial
 
 
 @dataclass(frozen=True)

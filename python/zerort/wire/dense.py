@@ -30,17 +30,24 @@ class Dense:
 
 
 def _fold_in_core(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
-    return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
+    if accum.tensor.dtype in (torch.float32, torch.float64):
+        return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
+    # Sums are taken in fp32 all the same; only what is kept between passes is narrower.
+    exact = Memory.zeros(accum.tensor.numel(), torch.float32, accum.tensor.device)
+    _core.reduce(chunks.buffer, exact.buffer, world=world, scale=scale, add=False)
+    accum.tensor.copy_(exact.tensor + accum.tensor if add else exact.tensor)
+    return _core.squared_norm(accum.buffer)
 
 
 def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
-    total, *rest = (piece.to(accum.tensor.dtype) for piece in chunks.tensor.chunk(world))
+    precise = torch.promote_types(accum.tensor.dtype, torch.float32)
+    total, *rest = (piece.to(precise) for piece in chunks.tensor.chunk(world))
     for piece in rest:
         total = total + piece
     if add:
         accum.tensor.add_(total, alpha=scale)
     else:
-        torch.mul(total, scale, out=accum.tensor)
+        accum.tensor.copy_(total * scale)
     norm: Tensor = torch.linalg.vector_norm(accum.tensor, dtype=torch.float64)
     return norm.square()
 

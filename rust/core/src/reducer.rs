@@ -6,6 +6,7 @@
 //! ```text
 //! phase    Idle ── begin ──> Observing ── finish ──> Idle       a pass with a parameter that is new: it learns
 //!          Idle ── begin ──> Backward  ── finish ──> Idle       every other pass
+//!          Idle ── arm ──> Armed ── first gradient ──> Idle      somebody else's backward has come; begin or disarm
 //!
 //! bucket   Filling{missing} ─ last gradient ─> Full ─ cursor passes Launch ─> InFlight ─ cursor passes Retire ─> Reduced
 //!              ^                                                                                                   │
@@ -50,7 +51,6 @@ pub struct Reducer {
     slots: Vec<Slot>,
     buckets: Vec<State>,
     pass: Pass,
-    stray: u64,
     observed: Vec<ParamId>,
     life: Vec<Option<Life>>,
 }
@@ -81,6 +81,7 @@ pub struct Explanation {
 #[derive(Clone, Copy, Debug)]
 enum Pass {
     Idle,
+    Armed,
     Observing { arrivals: u64 },
     Backward { cursor: usize },
 }
@@ -96,7 +97,7 @@ impl Reducer {
         }
         let buckets = vec![State::Reduced; plan.buckets().len()];
         let life = vec![None; buckets.len()];
-        Self { plan, slots, buckets, pass: Pass::Idle, stray: 0, observed: Vec::new(), life }
+        Self { plan, slots, buckets, pass: Pass::Idle, observed: Vec::new(), life }
     }
 
     /// Says which parameters require grad; the others are not waited for.
@@ -149,9 +150,31 @@ impl Reducer {
         Ok(())
     }
 
+    /// Asks to be told of the next gradient that arrives outside a pass.
+    ///
+    /// A backward that nobody has announced begins so: autograd does not say beforehand whether it accumulates gradients or
+    /// only computes some.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass.
+    pub fn arm(&mut self) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        self.pass = Pass::Armed;
+        Ok(())
+    }
+
+    /// Takes back [`Reducer::arm`]; nothing if no gradient is awaited.
+    pub fn disarm(&mut self) {
+        match self.pass {
+            Pass::Armed => self.pass = Pass::Idle,
+            Pass::Idle | Pass::Observing { .. } | Pass::Backward { .. } => {}
+        }
+    }
+
     /// One gradient has been accumulated. Returns `hi` when commands became free: every one below `hi` may run now.
     ///
-    /// Outside a pass the arrival is counted in [`Reducer::stray`] and nothing is handed out.
+    /// Outside a pass nothing is handed out and nothing is kept: autograd has the gradient in `.grad`, where a later pass
+    /// finds it. Armed, the answer is 0, once: begin a pass, and tell of this gradient again.
     ///
     /// # Errors
     /// [`StepError::UnknownParam`].
@@ -160,7 +183,11 @@ impl Reducer {
         let params = self.slots.len();
         let slot = self.slots.get_mut(param.index()).ok_or(StepError::UnknownParam { param, params })?;
         match &mut self.pass {
-            Pass::Idle => self.stray += 1,
+            Pass::Idle => {}
+            Pass::Armed => {
+                self.pass = Pass::Idle;
+                return Ok(Some(0));
+            }
             Pass::Observing { arrivals } => {
                 *arrivals += 1;
                 slot.last = *arrivals;
@@ -199,7 +226,7 @@ impl Reducer {
         self.demand(Phase::Backward)?;
         match self.pass {
             Pass::Observing { arrivals: 1.. } => self.learn(),
-            Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle => {}
+            Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle | Pass::Armed => {}
         }
         self.buckets.fill(State::Reduced);
         self.pass = Pass::Idle;
@@ -215,7 +242,7 @@ impl Reducer {
     /// In an observing pass the cursor stands at the first command until the end, even if its bucket lacks nothing.
     pub fn explain(&self) -> Option<Explanation> {
         let index = match self.pass {
-            Pass::Idle => return None,
+            Pass::Idle | Pass::Armed => return None,
             Pass::Observing { .. } => 0,
             Pass::Backward { cursor } => cursor,
         };
@@ -232,16 +259,6 @@ impl Reducer {
     /// Whether a pass has begun and not finished.
     pub fn in_pass(&self) -> bool {
         self.phase() == Phase::Backward
-    }
-
-    /// Gradients that arrived outside a pass since the last [`Reducer::clear_stray`].
-    pub fn stray(&self) -> u64 {
-        self.stray
-    }
-
-    /// Forgets the stray gradients: they have been dropped, or a pass has taken them.
-    pub fn clear_stray(&mut self) {
-        self.stray = 0;
     }
 
     /// Parameters in the order in which the last observing pass stopped waiting for them: those that were not active, then
@@ -279,7 +296,7 @@ impl Reducer {
 
     fn phase(&self) -> Phase {
         match self.pass {
-            Pass::Idle => Phase::Idle,
+            Pass::Idle | Pass::Armed => Phase::Idle,
             Pass::Observing { .. } | Pass::Backward { .. } => Phase::Backward,
         }
     }

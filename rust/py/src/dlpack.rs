@@ -1,4 +1,4 @@
-//! Memory shared with torch by DLPack: the only file of this project with `unsafe`.
+//! Memory shared with torch by DLPack: the only file of this project with `unsafe` code.
 //!
 //! A [`Memory`] is a flat run of elements that some other library owns. [`Memory::import`] takes it out of a capsule, and
 //! [`Memory::export`] hands it, or a [`Memory::part`] of it, on. Nothing is copied either way.
@@ -25,7 +25,6 @@
 //!   stream order and an export has none to add: whoever wrote last must be ordered before whoever reads next, exactly
 //!   as if the tensor had been passed directly.
 
-use std::ffi::{CStr, c_void};
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::Arc;
@@ -36,108 +35,10 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 
+use crate::abi::{DlTensor, Managed, Unversioned, Versioned};
 use crate::borrow::{Access, Hold};
 use crate::descriptor::{Descriptor, Device, ElementType, Region};
 use crate::errors::LayoutError;
-
-/// `DLTensor` of dlpack.h, with its device and dtype written out.
-#[repr(C)]
-struct DlTensor {
-    data: *mut c_void,
-    device_type: i32,
-    device_id: i32,
-    ndim: i32,
-    code: u8,
-    bits: u8,
-    lanes: u16,
-    shape: *mut i64,
-    strides: *mut i64,
-    byte_offset: u64,
-}
-
-/// `DLManagedTensor`: what a capsule named `dltensor` holds.
-#[repr(C)]
-struct Unversioned {
-    tensor: DlTensor,
-    context: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut Self)>,
-}
-
-/// `DLManagedTensorVersioned`: what a capsule named `dltensor_versioned` holds. Up to `flags` every version is alike.
-#[repr(C)]
-struct Versioned {
-    major: u32,
-    minor: u32,
-    context: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut Self)>,
-    flags: u64,
-    tensor: DlTensor,
-}
-
-const READ_ONLY: u64 = 1;
-
-/// What the two structures have in common.
-trait Managed: Sized + 'static {
-    /// Name of a capsule that still owns its structure.
-    const NAME: &'static CStr;
-    /// Name of a capsule whose structure has been taken.
-    const USED: &'static CStr;
-
-    fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self;
-    fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)>;
-    /// The tensor, if this code understands the structure and may write to the memory.
-    fn admitted(&self) -> PyResult<&DlTensor>;
-    fn tensor_mut(&mut self) -> &mut DlTensor;
-}
-
-impl Managed for Unversioned {
-    const NAME: &'static CStr = c"dltensor";
-    const USED: &'static CStr = c"used_dltensor";
-
-    fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self {
-        Self { tensor, context: ptr::null_mut(), deleter: Some(deleter) }
-    }
-
-    fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)> {
-        self.deleter
-    }
-
-    fn admitted(&self) -> PyResult<&DlTensor> {
-        Ok(&self.tensor)
-    }
-
-    fn tensor_mut(&mut self) -> &mut DlTensor {
-        &mut self.tensor
-    }
-}
-
-impl Managed for Versioned {
-    const NAME: &'static CStr = c"dltensor_versioned";
-    const USED: &'static CStr = c"used_dltensor_versioned";
-
-    fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self {
-        Self { major: 1, minor: 0, context: ptr::null_mut(), deleter: Some(deleter), flags: 0, tensor }
-    }
-
-    fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)> {
-        self.deleter
-    }
-
-    fn admitted(&self) -> PyResult<&DlTensor> {
-        if self.major != 1 {
-            let version = format!("{}.{}", self.major, self.minor);
-            return Err(LayoutError::new_err(format!("the capsule must be of DLPack version 1; got {version}")));
-        }
-        if self.flags & READ_ONLY != 0 {
-            return Err(LayoutError::new_err("the memory is read-only, and a buffer is written to"));
-        }
-        Ok(&self.tensor)
-    }
-
-    fn tensor_mut(&mut self) -> &mut DlTensor {
-        &mut self.tensor
-    }
-}
 
 impl DlTensor {
     /// The fields in Rust's terms.

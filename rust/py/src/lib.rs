@@ -8,6 +8,7 @@
 
 use pyo3::prelude::*;
 
+mod abi;
 mod borrow;
 mod buffer;
 mod descriptor;

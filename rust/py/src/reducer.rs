@@ -80,14 +80,14 @@ impl Reducer {
         self.lock().in_pass()
     }
 
-    /// Gradients that arrived since the last `clear_stray` and that no pass took.
-    #[getter]
-    fn stray(&self) -> u64 {
-        self.lock().stray()
+    /// The next gradient that arrives outside a pass is answered with 0.
+    fn arm(&self) -> PyResult<()> {
+        self.lock().arm().map_err(refused)
     }
 
-    fn clear_stray(&self) {
-        self.lock().clear_stray();
+    /// Takes back `arm`.
+    fn disarm(&self) {
+        self.lock().disarm();
     }
 
     /// Parameters in the order in which their last gradient arrived in the first pass; empty before it.

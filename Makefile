@@ -1,0 +1,62 @@
+# Everything is built inside the clone: .venv holds Python's side, target Rust's, dist the wheel. `make help` lists the targets.
+
+PYTHON ?= python3
+RANKS  ?= 2
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+TOOLS := $(VENV)/.tools
+WHEEL := $(VENV)/.wheel
+
+# What a wheel is made of; a change in any of it makes the next target rebuild and reinstall the wheel.
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md \
+           $(shell find rust python -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.py' -o -name '*.pyi' -o -name 'py.typed' \))
+
+# maturin sets this for the wheel; clippy needs it too, so that nothing links against libpython.
+export PYO3_BUILD_EXTENSION_MODULE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint all help clean
+
+demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py
+
+test: lint  ## lint, the Rust tests, then pytest against the installed wheel
+	cargo test --locked
+	$(BIN)/python -m pytest
+
+bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundancyOptimizer and FSDP2
+	cargo bench --locked
+	$(BIN)/python benches/py/reduce_scatter.py
+	$(BIN)/python benches/py/step_time.py
+
+lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the built module
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest zerort._core
+
+all: test bench  ## test and bench
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+clean:  ## remove the virtual environment, the wheel and everything compiled
+	rm -rf $(VENV) dist target .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(TOOLS):
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "zerort needs Python 3.10 or newer: make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install 'maturin>=1.9.4,<2'
+	touch $@
+
+# Two installs: the first replaces a wheel of the same version, the second brings what pyproject.toml asks for.
+$(WHEEL): $(TOOLS) $(SOURCES)
+	rm -f dist/zerort-*.whl
+	$(BIN)/maturin build --locked --release --interpreter $(BIN)/python --out dist
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/zerort-*.whl
+	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[dev]"
+	touch $@

@@ -1,0 +1,162 @@
+"""Who takes part: each contender is a function from a workload to a step.
+
+A step takes a batch, does forward, backward, clipping and one AdamW update with torch's fused kernel, leaves no
+gradient behind, and returns this rank's loss, detached. In bf16 DDP computes under autocast over fp32 weights, and the
+others keep fp32 shards or masters (FSDP2, DeepSpeed, zerort): every one of them updates in fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+import zerort
+from workloads import Batch, Workload
+
+Step = Callable[[Batch], Tensor]
+Build = Callable[[Workload, torch.device], Step]
+
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def _alone(workload: Workload, device: torch.device) -> Step:
+    model = workload.model(device)
+    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+
+
+def _ddp(workload: Workload, device: torch.device) -> Step:
+    model = DistributedDataParallel(workload.model(device))
+    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+
+
+def _ddp_views(workload: Workload, device: torch.device) -> Step:
+    model = DistributedDataParallel(workload.model(device), gradient_as_bucket_view=True)
+    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+
+
+def _ddp_zero(workload: Workload, device: torch.device) -> Step:
+    model = DistributedDataParallel(workload.model(device), gradient_as_bucket_view=True)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(),
+        optimizer_class=AdamW,
+        parameters_as_bucket_view=True,
+        lr=workload.lr,
+        fused=True,
+        **ADAMW,
+    )
+    return _plain(workload, device, model, optimizer)
+
+
+def _fsdp2(workload: Workload, device: torch.device) -> Step:
+    model = workload.model(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    low = workload.dtype if workload.dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    for block in workload.blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = _adamw(workload, model.parameters())
+
+    def step(batch: Batch) -> Tensor:
+        loss = workload.loss(model(batch[0]), batch[1])
+        loss.backward()
+        return _update(workload, model, optimizer, loss)
+
+    return step
+
+
+def _zerort(stage: int) -> Build:
+    def build(workload: Workload, device: torch.device) -> Step:
+        engine, *_ = zerort.initialize(model=workload.model(device), config=_config(workload, stage))
+        return _engine_step(workload, engine)
+
+    return build
+
+
+def _deepspeed(stage: int) -> Build:
+    def build(workload: Workload, device: torch.device) -> Step:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        import deepspeed
+
+        model = workload.model(device)
+        config = _config(workload, stage) | {"zero_allow_untested_optimizer": True}
+        del config["optimizer"]  # its own would compile a kernel; torch's fused one is what all others run
+        optimizer = _adamw(workload, model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return _engine_step(workload, engine)
+
+    return build
+
+
+CONTENDERS: dict[str, Build] = {
+    "DDP": _ddp,
+    "no communication": _alone,
+    "DDP, bucket views": _ddp_views,
+    "DDP + ZeroRedundancy": _ddp_zero,
+    "FSDP2": _fsdp2,
+    "zerort stage 0": _zerort(0),
+    "zerort stage 1": _zerort(1),
+    "zerort stage 2": _zerort(2),
+}
+if importlib.util.find_spec("deepspeed"):
+    CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}
+
+BASELINE = "DDP"
+INCOMPARABLE = {"no communication"}
+"""Whose losses are not DDP's by design."""
+
+
+def _adamw(workload: Workload, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return AdamW(parameters, lr=workload.lr, fused=True, **ADAMW)
+
+
+def _plain(workload: Workload, device: torch.device, model: nn.Module, optimizer: Optimizer) -> Step:
+    lowered = workload.dtype != torch.float32
+
+    def step(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, workload.dtype, enabled=lowered):
+            loss = workload.loss(model(batch[0]), batch[1])
+        loss.backward()
+        return _update(workload, model, optimizer, loss)
+
+    return step
+
+
+def _update(workload: Workload, model: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), workload.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _config(workload: Workload, stage: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": workload.size,
+        "gradient_clipping": workload.clip,
+        "optimizer": {"type": "AdamW", "params": {"lr": workload.lr, **ADAMW}},
+        "zero_optimization": {"stage": stage},
+    }
+    if workload.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def _engine_step(workload: Workload, engine: Any) -> Step:
+    def step(batch: Batch) -> Tensor:
+        loss = workload.loss(engine(batch[0]), batch[1])
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step

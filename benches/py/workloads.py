@@ -1,0 +1,106 @@
+"""What is trained in a bench: a model, its batches and its loss, the same for every contender.
+
+Weights come from one seed and batches are a function of step and rank, so that all contenders solve the same problem
+and their losses can be compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from gpt import GPT, Shape, next_token_loss
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training problem. `draw(generator)` makes the inputs and targets of one micro-batch of `size` samples."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    draw: Callable[[torch.Generator], Batch]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    blocks: Callable[[nn.Module], Iterable[nn.Module]]
+    """What FSDP2 shards as units of their own, as its users do with a transformer's blocks."""
+    size: int
+    lr: float
+    tolerance: float
+    """By how much a loss may differ from DDP's, relative: the order of sums differs, and in bf16 what is rounded."""
+    dtype: torch.dtype = torch.float32
+    clip: float = 1.0
+
+    def model(self, device: torch.device) -> nn.Module:
+        """The same weights on every call and every rank."""
+        torch.manual_seed(0)
+        return self.build().to(device)
+
+    def batch(self, step: int, rank: int, device: torch.device) -> Batch:
+        """The data of one rank's step."""
+        inputs, targets = self.draw(torch.Generator().manual_seed(1_000_003 * step + rank))
+        return inputs.to(device), targets.to(device)
+
+
+# 20.5 million parameters.
+SHAPE = Shape(vocabulary=1536, context=128, width=512, depth=6, heads=8)
+
+
+def _tokens(generator: torch.Generator) -> Batch:
+    # Skewed like words are, so that there is something to learn: a step left out shows in the next loss.
+    draws = torch.rand(4, SHAPE.context + 1, generator=generator)
+    rows = (draws**3 * SHAPE.vocabulary).long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _row_of_layers() -> nn.Module:
+    layers = [nn.Linear(32, 32) for _ in range(1000)]
+    for layer in layers:
+        # Keeps lengths through a thousand layers; the default would let gradients shrink into denormal numbers.
+        nn.init.orthogonal_(layer.weight)
+    return nn.Sequential(*layers)
+
+
+def _vectors(generator: torch.Generator) -> Batch:
+    inputs = torch.randn(8, 32, generator=generator)
+    return inputs, inputs.roll(1, dims=-1)
+
+
+GPT_FP32 = Workload(
+    name="gpt",
+    build=lambda: GPT(SHAPE),
+    draw=_tokens,
+    loss=next_token_loss,
+    blocks=lambda model: model.blocks,
+    size=4,
+    lr=3e-4,
+    tolerance=1e-4,
+)
+
+SMALL = Workload(
+    name="small",
+    build=_row_of_layers,
+    draw=_vectors,
+    loss=F.mse_loss,
+    blocks=lambda model: (),
+    size=8,
+    lr=1e-5,
+    tolerance=1e-4,
+)
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        GPT_FP32,
+        SMALL,
+        replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=5e-3),
+    )
+}

@@ -1,0 +1,127 @@
+"""Draws one step of a trace as an SVG: what the training loop did, and below it the life of every bucket.
+
+    python docs/draw_step.py runs/train_text/trace-0.json --step 10 --out docs/step.svg
+
+A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has not come), and is
+in flight (launched, not yet retired). Bars over the upper row's backward are communication that costs no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from zerort.trace.reader import Event, read
+from zerort.trace.sink import BUCKETS, STEP
+
+WIDTH, LEFT, ROW, BAR = 960, 90, 26, 18
+THINNEST = 0.3
+
+COLOURS = {
+    "forward": "#4c78a8",
+    "backward": "#72b7b2",
+    "wait": "#e45756",
+    "optimizer": "#54a24b",
+    "publish": "#b279a2",
+    "filling": "#d5dbe3",
+    "queued": "#f2cf5b",
+    "in flight": "#f58518",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A coloured stretch of a row; microseconds."""
+
+    row: str
+    name: str
+    start: float
+    end: float
+
+
+def bars(events: list[Event], number: int) -> list[Bar]:
+    """Everything that step `number` is drawn of. Raises `ValueError` for a step without a whole step before it."""
+    ends = {event["args"]["step"]: event["ts"] for event in events if event["name"] == STEP and event["ph"] == "i"}
+    if number not in ends or number - 1 not in ends:
+        raise ValueError(f"step {number} is not whole in this trace: it has boundaries {min(ends)} to {max(ends)}")
+    since, until = ends[number - 1], ends[number]
+    spans = [
+        Bar("loop", event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event["ph"] == "X" and event["name"] in COLOURS
+    ]
+    drawn = [bar for bar in (*spans, *phases(events)) if since <= bar.start and bar.end <= until]
+    return sorted(drawn, key=lambda bar: bar.row != "loop")
+
+
+def phases(events: Iterable[Event]) -> list[Bar]:
+    """The phases of all buckets' lives, from async begin and end events that share an id."""
+    rows: dict[str, str] = {}
+    open_since: dict[tuple[str, str], float] = {}
+    found = []
+    for event in (event for event in events if event.get("cat") == BUCKETS):
+        key = event["id"], event["name"]
+        if event["name"] not in COLOURS:
+            rows[event["id"]] = event["name"]
+        elif event["ph"] == "b":
+            open_since[key] = event["ts"]
+        else:
+            found.append(Bar(rows[event["id"]], event["name"], open_since.pop(key), event["ts"]))
+    return found
+
+
+def svg(drawn: list[Bar]) -> str:
+    """The picture: a row for the loop, a row for each bucket in the order of launch, a time axis, a legend."""
+    start, end = min(bar.start for bar in drawn), max(bar.end for bar in drawn)
+    scale = (WIDTH - LEFT - 10) / (end - start)
+    tops: dict[str, int] = defaultdict(lambda: len(tops) * ROW + 10)
+    shapes = []
+    for bar in sorted(drawn, key=lambda bar: (bar.row != "loop", bar.start, bar.name == "wait")):
+        x, width = LEFT + (bar.start - start) * scale, (bar.end - bar.start) * scale
+        if width < THINNEST:
+            continue
+        told = f"{bar.name}, {(bar.end - bar.start) / 1000:.2f} ms"
+        shapes.append(
+            f'<rect x="{x:.1f}" y="{tops[bar.row]}" width="{width:.1f}" height="{BAR}" fill="{COLOURS[bar.name]}">'
+            f"<title>{escape(told)}</title></rect>"
+        )
+    labels = [text(LEFT - 8, top + 13, row, "end") for row, top in tops.items()]
+    foot = len(tops) * ROW + 24
+    axis = [text(LEFT, foot, "0 ms"), text(WIDTH - 10, foot, f"{(end - start) / 1000:.0f} ms", "end")]
+    body = "\n".join([*shapes, *labels, *axis, *legend(foot + 12)])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {foot + 40}" '
+        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def legend(top: int) -> list[str]:
+    """What each colour means."""
+    parts = []
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        x = LEFT + index * 106
+        parts += [f'<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/>', text(x + 17, top + 11, name)]
+    return parts
+
+
+def text(x: float, y: float, content: str, anchor: str = "start") -> str:
+    """A line of text."""
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Draw one step of a trace as an SVG.")
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--step", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("step.svg"))
+    args = parser.parse_args()
+    args.out.write_text(svg(bars(read(args.trace).events, args.step)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What rank 0 shows: a live progress bar while training, and the report at the end. Other ranks show nothing.
+
+Where the output is not a terminal, a line is printed every tenth of the run instead of a bar.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+from torch import Tensor
+
+import zerort
+from corpus import Corpus
+from zerort.trace.reader import read
+from zerort.trace.summary import account
+
+FIELDS = "loss {loss:.3f}  {speed:,.0f} tokens/s  grad norm {norm:.2f}  exposed comm {exposed:.1f} %"
+
+
+class Progress:
+    """A bar over `total` optimizer steps, entered around training."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.console = Console(quiet=not shown)
+        self._total = total
+        self._bar = Bar(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._last = 0.0
+
+    def introduce(self, engine: zerort.Engine, corpus: Corpus) -> None:
+        """One line on what is about to be trained on what."""
+        parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+        self.console.print(
+            f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage {engine.config.zero_optimization.stage}, "
+            f"{len(corpus.train) / 1e6:.1f} MB of text, {len(corpus.validation) / 1e6:.1f} MB held out"
+        )
+
+    def advance(self, engine: zerort.Engine, loss: Tensor, tokens: int) -> None:
+        """One optimizer step over `tokens` tokens of all ranks is done; `loss` is this rank's last, in nats."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        line = FIELDS.format(
+            loss=float(loss.detach()),
+            speed=tokens / seconds,
+            norm=engine.get_global_grad_norm(),
+            exposed=100 * engine.exposed_communication / seconds,
+        )
+        self._bar.update(self._task, completed=engine.global_steps, description=line)
+        if not self.console.is_terminal and engine.global_steps % max(1, self._total // 10) == 0:
+            self.console.print(f"step {engine.global_steps}/{self._total}  {line}", highlight=False)
+
+    def report(self, before: float, after: float, text: str, trace: Path | None) -> None:
+        """Bits per byte before and after training, a sample, and what a step's time went to by rank 0's trace."""
+        if self.console.quiet:
+            return
+        self.console.print(Panel(Text(text), title="a sample", title_align="left"))
+        self.console.print(f"validation: {before:.3f} bits per byte before, {after:.3f} after")
+        if trace and trace.exists():
+            recorded = read(trace)
+            self.console.print(f"trace: {trace} (open it at https://ui.perfetto.dev); the median step of rank 0:")
+            self.console.print(str(account(recorded.events, dropped=recorded.dropped)), highlight=False)
+
+    def __enter__(self) -> Progress:
+        self._last = time.perf_counter()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

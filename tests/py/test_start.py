@@ -1,0 +1,151 @@
+"""What cannot start: one clear error that names it, on every rank, within a time limit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ranks
+from catching import assert_told, caught
+from models import Terms
+from terms import engine_over_terms
+from training import at_stage
+from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
+
+LIMIT = 30.0  # seconds a scenario may take, start included
+
+
+class _Wider(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(6))
+
+
+class _Longer(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.zeros(4))
+
+
+def _start_with_another_model(rank: int, world: int, odd: type[Terms]) -> Exception | None:
+    return caught(lambda: engine_over_terms(model=odd() if rank == 1 else Terms()))
+
+
+@pytest.mark.parametrize(("odd", "words"), [(_Wider, ["b [4]", "b [6]", "rank 1"]), (_Longer, ["rank 1", "extra"])])
+def test_ranks_with_different_models_name_the_first_difference(odd: type[Terms], words: list[str]) -> None:
+    for error in ranks.run(2, _start_with_another_model, odd, timeout=LIMIT):
+        assert_told(error, PlanMismatch, *words)
+
+
+def _start_with_other_buckets(rank: int, world: int) -> Exception | None:
+    return caught(lambda: engine_over_terms({"zero_optimization": {"reduce_bucket_size": 1 if rank == 0 else 100}}))
+
+
+def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
+    for error in ranks.run(2, _start_with_other_buckets, timeout=LIMIT):
+        assert_told(error, PlanMismatch, "rank 1")
+
+
+def _start_with_a_mistake_on_rank_1(rank: int, world: int) -> Exception | None:
+    return caught(lambda: engine_over_terms({"gradient_cliping": 1.0} if rank == 1 else {}))
+
+
+def test_a_configuration_mistake_on_one_rank_stops_all() -> None:
+    innocent, culprit = ranks.run(2, _start_with_a_mistake_on_rank_1, timeout=LIMIT)
+    assert_told(culprit, ConfigError, "gradient_cliping", "gradient_clipping")
+    assert_told(innocent, ZerortError, "rank 1", "gradient_cliping")
+
+
+class _Shared(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(self.a.detach())
+
+
+class _Complex(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+
+
+def all_frozen() -> nn.Module:
+    return Terms().requires_grad_(False)
+
+
+def used_optimizer() -> dict[str, Any]:
+    model = Terms()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(1.0, 1.0).backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+def foreign_parameter() -> dict[str, Any]:
+    model = Terms()
+    return {"model": model, "optimizer": torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0)}
+
+
+class _LayerWise(torch.optim.SGD):
+    """Looks at whole tensors: the step has the length of the weights."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data -= p.grad * p.data.norm() * group["lr"]
+
+
+def with_optimizer(kind: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    model = Terms()
+    return {"model": model, "optimizer": kind(model.parameters(), **options)}
+
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str]]] = {
+    "nothing_to_train": (lambda: {"model": all_frozen()}, PlanError, ["train"]),
+    "shared_storage": (lambda: {"model": _Shared()}, PlanError, ["a", "b"]),
+    "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
+    "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
+    "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),
+    "layer_wise_optimizer": (lambda: with_optimizer(_LayerWise, lr=1.0), ConfigError, ["_LayerWise", "stage 0"]),
+    "adafactor": (lambda: with_optimizer(torch.optim.Adafactor), ConfigError, ["Adafactor", "stage 0"]),
+    "closure_optimizer": (lambda: with_optimizer(torch.optim.LBFGS), ConfigError, ["LBFGS"]),
+}
+
+
+def _start(rank: int, world: int, name: str) -> Exception | None:
+    arguments, _, _ = REFUSED[name]
+    return caught(lambda: engine_over_terms(at_stage(1), **arguments()))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> None:
+    _, kind, words = REFUSED[name]
+    for error in ranks.run(world, _start, name, timeout=LIMIT):
+        assert_told(error, kind, *words)
+
+
+def _start_with_environment(rank: int, world: int, environment: dict[str, str]) -> Exception | None:
+    os.environ.update(environment)
+    return caught(engine_over_terms)
+
+
+def test_a_rank_without_a_master_address_is_told_what_is_missing() -> None:
+    (error,) = ranks.run(1, _start_with_environment, {"RANK": "1", "WORLD_SIZE": "2"}, timeout=LIMIT)
+    assert_told(error, ZerortError, "MASTER_ADDR")
+
+
+def _start_with_trace(rank: int, world: int, path: str) -> Exception | None:
+    return caught(lambda: engine_over_terms({"zerort": {"trace": {"path": path}}}))
+
+
+def test_a_trace_that_cannot_be_written_is_refused_at_the_start(tmp_path: Any) -> None:
+    path = str(tmp_path / "missing" / "trace.json")
+    (tmp_path / "missing").write_text("a file where a folder should be")
+    for error in ranks.run(2, _start_with_trace, path, timeout=LIMIT):
+        assert_told(error, ZerortError, "missing")
