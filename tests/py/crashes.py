@@ -11,7 +11,7 @@ import errno
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ MUTATING = (
     "remove_file",
     "remove_folder",
 )
+Tear = Callable[[bytes], bytes]
 NAMES = ("make_folder", "create", "rename", "exchange", "replace", "remove_file", "remove_folder")
 
 
@@ -168,19 +169,43 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
     return found
 
 
-def states(before: dict[str, bytes | None], operations: list[Operation], seed: int = 0) -> Iterator[CrashState]:
-    """Distinct states that a crash may leave, at every moment between the operations."""
-    seen: set[int] = set()
+def states(
+    before: dict[str, bytes | None], operations: list[Operation], seen: set[int], seed: int
+) -> Iterator[CrashState]:
+    """States that a crash may leave, at every moment between the operations; contents that are in `seen` are left out.
+
+    The states after the last operation come in any case, since more is promised of them.
+    """
     chance = random.Random(seed)
     for after in range(len(operations) + 1):
         done = operations[:after]
         for lost in _losses(done, chance):
-            for tear in ("all", "none", "torn"):
+            for tear in (_whole, _lost, *[_torn(chance)] * 4):
                 nodes = _state(before, done, lost, tear)
-                key = hash((after, *sorted((path, hash(data)) for path, data in nodes.items())))
-                if key not in seen:
+                key = hash(tuple(sorted((path, hash(data)) for path, data in nodes.items())))
+                if key not in seen or after == len(operations):
                     seen.add(key)
                     yield CrashState(after, nodes)
+
+
+# What becomes of bytes that were written and not synced.
+
+
+def _whole(data: bytes) -> bytes:
+    return data
+
+
+def _lost(data: bytes) -> bytes:
+    return b""
+
+
+def _torn(chance: random.Random) -> Tear:
+    def tear(data: bytes) -> bytes:
+        at = chance.randrange(len(data) + 1)
+        # The file ends there, or its length has arrived before its data.
+        return data[:at] + (b"" if chance.random() < 0.5 else bytes(len(data) - at))
+
+    return tear
 
 
 def _losses(done: list[Operation], chance: random.Random) -> Iterator[frozenset[int]]:
@@ -196,35 +221,29 @@ def _losses(done: list[Operation], chance: random.Random) -> Iterator[frozenset[
     for index in pending:
         yield frozenset({index})
         yield frozenset(pending) - {index}
-    for _ in range(4):
+    for _ in range(8):
         yield frozenset(index for index in pending if chance.random() < 0.5)
 
 
 def _state(
-    before: dict[str, bytes | None], done: list[Operation], lost: frozenset[int], tear: str
+    before: dict[str, bytes | None], done: list[Operation], lost: frozenset[int], tear: Tear
 ) -> dict[str, bytes | None]:
     tree = Tree({path: None if data is None else path for path, data in before.items()})
     for index, operation in enumerate(done):
         if operation.name in NAMES and index not in lost:
             tree.apply(operation)
     contents = {path: data for path, data in before.items() if data is not None}
-    for path in {operation.paths[0] for operation in done if operation.name == "create"}:
+    for path in sorted({operation.paths[0] for operation in done if operation.name == "create"}):
         contents[f"new:{path}"] = _content(path, done, tear)
     return {path: None if node is None else contents[node] for path, node in tree.nodes.items()}
 
 
-def _content(path: str, done: list[Operation], tear: str) -> bytes:
-    """The data of a file: all that was synced, and of the rest what `tear` says."""
+def _content(path: str, done: list[Operation], tear: Tear) -> bytes:
+    """The data of a file: all that was synced, and of the rest what `tear` leaves."""
     data, synced = b"", 0
     for operation in done:
         if operation.name == "write" and operation.paths[0] == path:
             data += operation.data
         if operation.name == "sync" and operation.paths[0] == path:
             synced = len(data)
-    if tear == "all":
-        return data
-    if tear == "none":
-        return data[:synced]
-    # The length arrives before the data, and half of that does not: zeros.
-    middle = synced + (len(data) - synced) // 2
-    return data[:middle] + bytes(len(data) - middle)
+    return data[:synced] + tear(data[synced:])

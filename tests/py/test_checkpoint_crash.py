@@ -12,7 +12,7 @@ from torch import nn
 
 import ranks
 from crashes import CrashState, Failing, Operation, Recorder, snapshot, states
-from saved import config_of, engine_of
+from saved import config_of, engine_of, weights
 from zerort.checkpoint import problems
 from zerort.errors import CheckpointError
 from zerort.optim import Lion
@@ -49,26 +49,34 @@ def record(rank: int, world: int, folder: str, tag: str, options: dict[str, Any]
     return disk.operations
 
 
-def interleaved(of_rank_0: list[Operation], of_rank_1: list[Operation]) -> list[Operation]:
-    """Rank 1 writes at some time between the first operation of the protocol and the manifest."""
-    middle = next(i for i, operation in enumerate(of_rank_0) if operation.paths[0].endswith("zero_to_fp32.py"))
-    return [*of_rank_0[: middle // 2], *of_rank_1, *of_rank_0[middle // 2 :]]
+def interleaved(of_rank_0: list[Operation], of_rank_1: list[Operation], at: int) -> list[Operation]:
+    """Rank 1 writes at some time between the temporary folder and the manifest: behind operation `at` of rank 0."""
+    script = next(i for i, operation in enumerate(of_rank_0) if operation.paths[0].endswith("zero_to_fp32.py"))
+    assert 0 < at <= script
+    return [*of_rank_0[:at], *of_rank_1, *of_rank_0[at:]]
 
 
-def check(state: CrashState, folder: Path, engine: Any) -> int:
+def weights_after() -> dict[int, dict[str, torch.Tensor]]:
+    """The right weights, by the number of steps."""
+    engine, found = tiny_engine(), {}
+    for count in (1, 2):
+        step(engine)
+        found[count] = weights(engine)
+    engine.destroy()
+    return found
+
+
+def check(state: CrashState, folder: Path, engine: Any, expected: dict[int, dict[str, torch.Tensor]]) -> int:
     """Verifies and loads what `latest` names; returns its step, 1 for the old checkpoint and 2 for the new."""
     folder.mkdir()
     state.write(folder)
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, f"after operation {state.after}: `latest` is gone"
     assert problems(folder, Path(path).name) == []
-    expected = tiny_engine()
-    for _ in range(engine.global_steps):
-        step(expected)
-    for name, value in expected.module.state_dict().items():
-        assert torch.equal(engine.module.state_dict()[name], value), f"after operation {state.after}: {name} is mixed"
-    expected.destroy()
-    return int(engine.global_steps)
+    count = int(engine.global_steps)
+    for name, value in weights(engine).items():
+        assert torch.equal(value, expected[count][name]), f"after operation {state.after}: {name} is mixed"
+    return count
 
 
 CASES = {
@@ -85,16 +93,18 @@ def test_every_crash_leaves_the_old_checkpoint_or_the_new_one(case: str, tmp_pat
     folder.mkdir()
     ranks.run(2, save_old, str(folder), old)
     before = snapshot(folder)
-    operations = interleaved(*ranks.run(2, record, str(folder), new, options))
-    engine = tiny_engine()
-    found: list[tuple[int, int]] = []
-    for number, state in enumerate(states(before, operations)):
-        found.append((state.after, check(state, tmp_path / str(number), engine)))
+    recorded = ranks.run(2, record, str(folder), new, options)
+    engine, expected = tiny_engine(), weights_after()
+    seen: set[int] = set()
+    for at in (1, 6):
+        operations = interleaved(*recorded, at)
+        found = []
+        for state in states(before, operations, seen, seed=at):
+            found.append((state.after, check(state, tmp_path / f"{at}-{len(found)}", engine, expected)))
+        assert {count for _, count in found} == {1, 2}
+        assert all(count == 2 for after, count in found if after == len(operations)), "a save that returned was lost"
     engine.destroy()
-    assert len(found) >= 200, f"{len(found)} states; the three cases should have 500 together"
-    assert {step for _, step in found} == {1, 2}
-    last_sync = max(i for i, operation in enumerate(operations) if operation.name == "sync_folder")
-    assert all(step == 2 for after, step in found if after > last_sync), "a save that returned was lost"
+    assert len(seen) >= 600, f"only {len(seen)} states"
 
 
 def count_operations(rank: int, world: int, folder: str) -> list[str]:
