@@ -19,8 +19,8 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 .DELETE_ON_ERROR:
 .PHONY: demo test bench lint all help clean
 
-demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py
+demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py $(if $(RESUME),--resume)
 
 test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked
@@ -31,6 +31,7 @@ bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundan
 	$(BIN)/python benches/py/border.py
 	$(BIN)/python benches/py/reduce_scatter.py
 	$(BIN)/python benches/py/step_time.py
+	$(BIN)/python benches/py/checkpoint.py
 
 lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the built module
 	cargo fmt --all --check

@@ -47,6 +47,7 @@ class Progress:
         self.console.print(
             f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage {engine.config.zero_optimization.stage}, "
             f"{len(corpus.train) / 1e6:.1f} MB of text, {len(corpus.validation) / 1e6:.1f} MB held out"
+            + (f", resumed at step {engine.global_steps}" if engine.global_steps else "")
         )
 
     def advance(self, engine: zerort.Engine, loss: Tensor, tokens: int) -> None:

@@ -5,7 +5,8 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d \\
              --rdzv_endpoint=HOST:29400 examples/train_text.py                many machines, the same file
 
-Nothing is downloaded. How it is trained stands in train_text.json beside this file; bits per byte start at 8.
+Nothing is downloaded. How it is trained stands in train_text.json beside this file; bits per byte start at 8. With
+--resume a run that was interrupted, however rudely, goes on from its last checkpoint, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".json"), help="DeepSpeed JSON")
     parser.add_argument("--text", type=Path, help="a text file, or a folder of *.py (default: the standard library)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--checkpoints", type=Path, default=Path("runs/train_text/checkpoints"), help="their folder")
+    parser.add_argument(
+        "--save_every", type=int, default=50, help="steps between checkpoints; 0 for none (default: 50)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
@@ -66,11 +72,11 @@ def trace_of_rank_0(config: dict[str, Any]) -> Path | None:
     return path
 
 
-def train(engine: zerort.Engine, corpus: Corpus, steps: int, progress: Progress) -> None:
-    """Runs until `engine.global_steps` is `steps`."""
+def train(engine: zerort.Engine, corpus: Corpus, args: argparse.Namespace, progress: Progress) -> None:
+    """Runs until `engine.global_steps` is `args.steps`, and saves on the way."""
     size, parts = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     rank, world = ranks()
-    while engine.global_steps < steps:
+    while engine.global_steps < args.steps:
         first = engine.global_steps * parts
         for index in range(first, first + parts):
             batch = corpus.batch(index, rank, world, size=size, context=engine.module.shape.context)
@@ -79,6 +85,8 @@ def train(engine: zerort.Engine, corpus: Corpus, steps: int, progress: Progress)
             engine.backward(loss)
             engine.step()
         progress.advance(engine, loss, tokens=parts * world * inputs.numel())
+        if args.save_every and engine.global_steps % args.save_every == 0:
+            engine.save_checkpoint(args.checkpoints)
 
 
 @torch.no_grad()
@@ -120,12 +128,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = GPT(Shape())
     engine, *_ = zerort.initialize(model=model, config=config)
+    if args.resume:
+        engine.load_checkpoint(args.checkpoints)
 
     progress = Progress(total=args.steps, shown=ranks()[0] == 0)
     progress.introduce(engine, corpus)
     before = bits_per_byte(engine, corpus)
     with progress:
-        train(engine, corpus, args.steps, progress)
+        train(engine, corpus, args, progress)
     after = bits_per_byte(engine, corpus)
     text = sample(engine)
     engine.destroy()

@@ -6,7 +6,8 @@ use arbitrary::{ids, plan, spec, uniform};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
-    BucketId, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan, PlanError, PlanSpec, Rank, Rules, Stage,
+    Bucket, BucketId, BucketLayout, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan, PlanError, PlanSpec,
+    Rank, Rules, Stage,
 };
 
 fn sample() -> PlanSpec {
@@ -150,4 +151,60 @@ proptest! {
         launched.sort_unstable();
         prop_assert_eq!(launched, (0..plan.buckets().len() as u32).collect::<Vec<_>>());
     }
+}
+
+/// The layout of `plan`, as a file would hold it.
+fn written(plan: &Plan) -> Vec<BucketLayout> {
+    let layout = |bucket: &Bucket| {
+        let partition = plan.partition(bucket.id).unwrap();
+        let params = bucket.params.iter().copied().zip(partition.offsets().iter().copied()).collect();
+        BucketLayout { params, numel: partition.numel() }
+    };
+    plan.buckets().iter().map(layout).collect()
+}
+
+fn restored(change: impl FnOnce(&mut Vec<BucketLayout>)) -> Result<Plan, PlanError> {
+    let mut layouts = written(&Plan::new(sample()).unwrap());
+    change(&mut layouts);
+    Plan::restore(sample().params, layouts, 2, sample().rules)
+}
+
+proptest! {
+    #[test]
+    fn a_layout_that_was_written_down_is_restored_as_it_was(plan in plan()) {
+        let again = Plan::restore(plan.params().to_vec(), written(&plan), plan.world(), plan.rules()).unwrap();
+        prop_assert_eq!(again.layout_digest(), plan.layout_digest());
+        for bucket in plan.buckets() {
+            prop_assert_eq!(again.partition(bucket.id).unwrap(), plan.partition(bucket.id).unwrap());
+            prop_assert_eq!(again.bucket(bucket.id).unwrap(), bucket);
+        }
+    }
+}
+
+#[test]
+fn par_1_a_written_layout_that_does_not_tile_is_refused() {
+    let error = |change: fn(&mut Vec<BucketLayout>)| restored(change).unwrap_err();
+    // The sample's buckets: {4, 2} of bf16, {3, 1} and {0} of fp32.
+    let (zero, one) = (BucketId(0), BucketId(1));
+    assert_eq!(error(|all| all[2].params.clear()), PlanError::NotOnce { param: ParamId(0) });
+    assert_eq!(error(|all| all[0].params[0].0 = ParamId(2)), PlanError::NotOnce { param: ParamId(2) });
+    let unknown = PlanError::UnknownParam { param: ParamId(9), params: 5 };
+    assert_eq!(error(|all| all[0].params[0].0 = ParamId(9)), unknown);
+    let overlap = PlanError::Overlap { bucket: zero, param: ParamId(2) };
+    assert_eq!(error(|all| all[0].params[1].1 = 63), overlap);
+    assert_eq!(error(|all| all[0].params[1].1 = u64::MAX), overlap);
+    assert_eq!(error(|all| all[0].params[1].1 = all[0].numel), overlap);
+    let uneven = |numel| PlanError::UnevenBucket { bucket: zero, numel, world: 2 };
+    assert_eq!(error(|all| all[0].numel = 0), uneven(0));
+    assert_eq!(error(|all| all[0].numel += 1), uneven(257));
+    assert_eq!(error(|all| all[0].numel = u64::MAX - 1), uneven(u64::MAX - 1));
+    assert_eq!(
+        error(|all| all.push(BucketLayout { params: vec![], numel: 2 })),
+        PlanError::EmptyBucket { bucket: BucketId(3) }
+    );
+    let moved = error(|all| {
+        let stray = all[0].params.pop().unwrap();
+        all[1].params.push((stray.0, 400));
+    });
+    assert_eq!(moved, PlanError::MixedBucket { bucket: one, param: ParamId(2) });
 }

@@ -81,6 +81,19 @@ class Plan:
         cap_elements: int | None = None,
         window: int | None = None,
     ) -> Plan: ...
+    @staticmethod
+    def restore(
+        params: Sequence[tuple[int, _Dtype, int]],
+        buckets: Sequence[tuple[Sequence[int], Sequence[int], int]],
+        *,
+        world: int,
+        stage: int,
+    ) -> Plan:
+        """The plan whose layout was written down, by this planner or another.
+
+        A bucket is `(parameter ids in buffer order, where each starts, padded length)`. Raises `PlanError` when the
+        buckets do not tile the parameters, or the ranks a bucket.
+        """
     @property
     def world(self) -> int: ...
     @property

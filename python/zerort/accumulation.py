@@ -78,6 +78,11 @@ class Accumulation:
         """What the reduction still has to divide by."""
         return self.steps if self.direct else 1
 
+    def realign(self) -> None:
+        """Begins a window anew: what a window had gathered before a checkpoint is not in it."""
+        self.scaled = self.direct = False
+        self.counters.micro_steps -= self.counters.micro_steps % self.steps
+
     def advance(self) -> None:
         """The micro-batch is over."""
         if self.boundary:

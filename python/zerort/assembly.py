@@ -70,17 +70,17 @@ def initialize(
     _compare(comm, planned, plan)
     flat = FlatModel(model, planned, Place(plan, comm.rank, Precision.of(settings).sums))
     _broadcast(comm, model, flat)
-    engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler)
-    _tell(settings, comm, model, flat)
     loader = None
     if training_data is not None:
         loader = TrainingLoader(
             training_data,
-            engine.train_micro_batch_size_per_gpu(),
+            settings.resolve_batch(comm.world).micro,
             comm,
             drop_last=settings.dataloader_drop_last,
             collate_fn=collate_fn,
         )
+    engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler, loader)
+    _tell(settings, comm, model, flat)
     return engine, chosen, loader, engine.lr_scheduler
 
 
@@ -219,6 +219,7 @@ def _assemble(
     flat: FlatModel,
     chosen: Optimizer,
     lr_scheduler: Any,
+    loader: TrainingLoader | None,
 ) -> Engine:
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     reason = why_not_elementwise(chosen)
@@ -251,7 +252,7 @@ def _assemble(
         sink,
     )
     scheduler = _scheduler(settings, chosen, lr_scheduler)
-    return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink))
+    return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink, loader))
 
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zerort.checkpoint import report
 from zerort.config import describe
 from zerort.errors import ZerortError
 from zerort.trace.summary import summarise
@@ -47,7 +49,9 @@ def _config(args: argparse.Namespace, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="zerort", description="Looks into configurations and traces of zerort.")
+    top = argparse.ArgumentParser(
+        prog="zerort", description="Looks into configurations, traces and checkpoints of zerort."
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     trace = commands.add_parser("trace", help="trace files").add_subparsers(required=True, metavar="COMMAND")
@@ -61,7 +65,30 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="what each key of a configuration does")
     config.add_argument("file", metavar="FILE", help="a configuration in JSON")
     config.set_defaults(run=_config)
+
+    _add_checkpoints(commands.add_parser("ckpt", help="checkpoints").add_subparsers(required=True, metavar="COMMAND"))
     return top
+
+
+def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verify = commands.add_parser("verify", help="compares every byte with its hash; status 1 for a damaged checkpoint")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
+    verify.add_argument("tag", nargs="?", metavar="TAG", help="one of them (default: all)")
+    verify.set_defaults(run=lambda args, console: report.verify(args.folder, args.tag, console))
+
+    ls = commands.add_parser("ls", help="the checkpoints of a folder, the newest first")
+    ls.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
+    ls.set_defaults(run=lambda args, console: report.ls(args.folder, console))
+
+    show = commands.add_parser("show", help="where a checkpoint comes from, and its tensors")
+    show.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
+    show.add_argument("tag", nargs="?", metavar="TAG", help="one of them (default: the one that `latest` names)")
+    show.set_defaults(run=lambda args, console: report.show(args.folder, args.tag, console))
+
+    diff = commands.add_parser("diff", help="compares the weights of two checkpoints; status 1 where they differ")
+    diff.add_argument("one", type=Path, metavar="DIR/TAG", help="a checkpoint")
+    diff.add_argument("other", type=Path, metavar="DIR/TAG", help="another")
+    diff.set_defaults(run=lambda args, console: report.diff(args.one, args.other, console))
 
 
 def _count(text: str) -> int:

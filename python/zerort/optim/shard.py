@@ -9,7 +9,7 @@ values, its moments and its step count stay as they were.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from zerort.flat import FlatBucket, FlatModel, laid_out_like
 
-__all__ = ["Segment", "ShardOptimizer", "has_stepped"]
+__all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
 
 
 @dataclass
@@ -35,15 +35,24 @@ class Segment:
     tensor: nn.Parameter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tensor = nn.Parameter(self._of(self.bucket.master), requires_grad=False)
+        self.tensor = nn.Parameter(self.of(self.bucket.master), requires_grad=False)
 
-    def _of(self, flat: Tensor) -> Tensor:
+    def of(self, flat: Tensor) -> Tensor:
+        """This segment's part of a tensor that lies as the bucket's owned part does, in the segment's shape."""
         piece = flat.narrow(0, self.start, self.length)
         return piece if self.like is None else laid_out_like(piece, self.like)
 
+    def flattened(self, value: Tensor) -> Tensor:
+        """The inverse of `of`: a tensor in the segment's shape as the (length,) elements of the owned part."""
+        if self.like is None:
+            return value
+        flat = torch.empty(self.length, dtype=value.dtype, device=value.device)
+        laid_out_like(flat, self.like).copy_(value)
+        return flat
+
     def load_gradient(self) -> None:
         """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
-        gradient = self._of(self.bucket.accum.tensor) if self.active else None
+        gradient = self.of(self.bucket.accum.tensor) if self.active else None
         # torch wants gradients in their parameter's dtype; sums in less than that are widened here.
         self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
 
@@ -66,26 +75,46 @@ class ShardOptimizer:
 
     def __init__(self, optimizer: Optimizer, flat: FlatModel, *, whole_tensors: bool) -> None:
         self.optimizer = optimizer
-        self.segments = [
-            segment
-            for bucket in flat.buckets
-            for segment in (_shaped(bucket) if whole_tensors else [Segment(bucket, 0, bucket.master.numel())])
-        ]
+        self._buckets, self._whole_tensors = flat.buckets, whole_tensors
+        self.segments = self._uncut()
         self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
             group.get("fused") for group in optimizer.param_groups
         )
-        initial = _initial_state(optimizer)
+        self._initial = _initial_state(optimizer)
         optimizer.state.clear()
         self._regroup()
-        for segment in self.segments if initial else ():
-            optimizer.state[segment.tensor] = {
-                key: torch.full_like(segment.tensor, value) if isinstance(value, float) else value.clone()
-                for key, value in initial[segment.bucket.spec.group].items()
-            }
+        self._give_initial_state()
 
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
-        runs = {id(bucket): list(_runs(bucket)) for bucket in dict.fromkeys(s.bucket for s in self.segments)}
+        self._cut(lambda _: None)
+
+    def restart(self, label: Callable[[int], Hashable]) -> None:
+        """Goes back to the initial state without cuts, then cuts where `requires_grad` or an id's `label` changes.
+
+        The parameters of a segment have one label then, so that one state can be given to them all.
+        """
+        self.optimizer.state.clear()
+        self.segments = self._uncut()
+        self._give_initial_state()
+        self._cut(label)
+
+    def _give_initial_state(self) -> None:
+        for segment in self.segments if self._initial else ():
+            self.optimizer.state[segment.tensor] = {
+                key: torch.full_like(segment.tensor, value) if isinstance(value, float) else value.clone()
+                for key, value in self._initial[segment.bucket.spec.group].items()
+            }
+
+    def _uncut(self) -> list[Segment]:
+        return [
+            segment
+            for bucket in self._buckets
+            for segment in (_shaped(bucket) if self._whole_tensors else [Segment(bucket, 0, bucket.master.numel())])
+        ]
+
+    def _cut(self, label: Callable[[int], Hashable]) -> None:
+        runs = {id(bucket): list(_runs(bucket, label)) for bucket in self._buckets}
         segments: list[Segment] = []
         for segment in self.segments:
             parts = segment.cut(runs[id(segment.bucket)])
@@ -160,20 +189,35 @@ def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     return initial
 
 
-def _regions(bucket: FlatBucket) -> Iterator[tuple[int, int, nn.Parameter]]:
-    """Each parameter's elements of the owned part with the padding behind them: start, end, parameter."""
+@dataclass(frozen=True)
+class Region:
+    """A parameter's elements of a bucket's owned part, with the padding behind them; start and end count from there."""
+
+    start: int
+    end: int
+    param: int
+    """Id of the parameter."""
+    parameter: nn.Parameter
+
+
+def regions(bucket: FlatBucket) -> Iterator[Region]:
+    """What tiles the bucket's owned part. Empty parameters have no region."""
     end_of_owned = bucket.start + bucket.master.numel()
     ends = [*bucket.spec.offsets[1:], bucket.spec.numel]
-    for start, end, parameter in zip(bucket.spec.offsets, ends, bucket.params, strict=True):
+    members = zip(bucket.spec.offsets, ends, bucket.spec.params, bucket.params, strict=True)
+    for start, end, param, parameter in members:
         lo, hi = max(start, bucket.start), min(end, end_of_owned)
         if lo < hi:
-            yield lo - bucket.start, hi - bucket.start, parameter
+            yield Region(lo - bucket.start, hi - bucket.start, param, parameter)
 
 
-def _runs(bucket: FlatBucket) -> Iterator[tuple[int, int, bool]]:
-    for active, regions in groupby(_regions(bucket), key=lambda region: region[2].requires_grad):
-        members = list(regions)
-        yield members[0][0], members[-1][1], active
+def _runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> Iterator[tuple[int, int, bool]]:
+    def key(region: Region) -> tuple[bool, Hashable]:
+        return region.parameter.requires_grad, label(region.param)
+
+    for (active, _), group in groupby(regions(bucket), key=key):
+        members = list(group)
+        yield members[0].start, members[-1].end, active
 
 
 def _shaped(bucket: FlatBucket) -> list[Segment]:

@@ -70,6 +70,44 @@ pub enum PlanError {
         /// How many entries were given.
         got: usize,
     },
+    /// A written-down layout leaves a parameter out or has it twice.
+    #[error("parameter {} does not lie in exactly one bucket", .param.0)]
+    NotOnce {
+        /// The parameter.
+        param: ParamId,
+    },
+    /// A written-down bucket without a parameter.
+    #[error("bucket {} holds no parameter", .bucket.0)]
+    EmptyBucket {
+        /// The bucket.
+        bucket: BucketId,
+    },
+    /// A written-down bucket of several dtypes or optimizer groups.
+    #[error("parameter {} has another dtype or group than the first of bucket {}", .param.0, .bucket.0)]
+    MixedBucket {
+        /// The bucket.
+        bucket: BucketId,
+        /// The parameter that differs.
+        param: ParamId,
+    },
+    /// A written-down parameter that reaches into its neighbour or out of its bucket.
+    #[error("parameter {} starts before its predecessor's end or ends behind bucket {}", .param.0, .bucket.0)]
+    Overlap {
+        /// The bucket.
+        bucket: BucketId,
+        /// The parameter.
+        param: ParamId,
+    },
+    /// A written-down bucket that is not one equal, addressable shard for each rank.
+    #[error("bucket {} of {numel} elements is not {world} equal shards", .bucket.0)]
+    UnevenBucket {
+        /// The bucket.
+        bucket: BucketId,
+        /// Its padded length.
+        numel: u64,
+        /// How many ranks share it.
+        world: u32,
+    },
     /// Two plans disagree about a parameter's length.
     #[error("parameter {} has {expected} elements, its source has {got}", .param.0)]
     Mismatch {

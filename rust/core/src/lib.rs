@@ -81,7 +81,7 @@ pub use command::{Command, Op};
 pub use error::{Phase, PlanError, StepError};
 pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank};
 pub use life::Life;
-pub use partition::{Fragment, Partition};
+pub use partition::{BucketLayout, Fragment, Partition};
 pub use plan::{Plan, PlanSpec};
 pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};

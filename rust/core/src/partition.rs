@@ -47,7 +47,53 @@ pub struct Fragment {
     pub length: u64,
 }
 
+/// A bucket's layout as it was written down, to be restored by [`crate::Plan::restore`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BucketLayout {
+    /// The parameters in the order in which they lie in the buffer, each with where it starts there.
+    pub params: Vec<(ParamId, u64)>,
+    /// Padded length of the bucket.
+    pub numel: u64,
+}
+
+impl BucketLayout {
+    /// The bucket that is laid out so; its dtype and group are those of its parameters, which must agree.
+    pub(crate) fn bucket(&self, id: BucketId, params: &[Param]) -> Result<Bucket, PlanError> {
+        let &(first, _) = self.params.first().ok_or(PlanError::EmptyBucket { bucket: id })?;
+        let Param { dtype, group, .. } = params[first.index()];
+        let stranger = self.params.iter().find(|(param, _)| {
+            let other = params[param.index()];
+            (other.dtype, other.group) != (dtype, group)
+        });
+        if let Some(&(param, _)) = stranger {
+            return Err(PlanError::MixedBucket { bucket: id, param });
+        }
+        Ok(Bucket { id, dtype, group, params: self.params.iter().map(|&(param, _)| param).collect() })
+    }
+}
+
 impl Partition {
+    /// Takes `layout` as it is, after checking that its parameters follow one another and that `world` shards tile it.
+    pub(crate) fn restore(
+        bucket: &Bucket,
+        params: &[Param],
+        layout: BucketLayout,
+        world: u32,
+    ) -> Result<Self, PlanError> {
+        let BucketLayout { params: placed, numel } = layout;
+        if numel == 0 || numel % u64::from(world) != 0 || numel > i64::MAX as u64 / bucket.dtype.size() {
+            return Err(PlanError::UnevenBucket { bucket: bucket.id, numel, world });
+        }
+        let mut end = 0;
+        for &(param, start) in &placed {
+            let past = start.checked_add(params[param.index()].numel).filter(|&past| start >= end && past <= numel);
+            end = past.ok_or(PlanError::Overlap { bucket: bucket.id, param })?;
+        }
+        let numels = placed.iter().map(|&(param, _)| params[param.index()].numel).collect();
+        let offsets = placed.into_iter().map(|(_, start)| start).collect();
+        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(world) })
+    }
+
     /// Lays `bucket` out for `world` ranks. `params` are all parameters, by id.
     ///
     /// # Errors

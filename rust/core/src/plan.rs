@@ -17,7 +17,7 @@ use crate::bucket::{Bucket, Cap, Param, assign};
 use crate::command::Command;
 use crate::error::PlanError;
 use crate::ids::{BucketId, Dtype, ParamId, Rank};
-use crate::partition::{Fragment, Partition};
+use crate::partition::{BucketLayout, Fragment, Partition};
 use crate::schedule::Schedule;
 use crate::stage::{Placement, Rules};
 
@@ -67,6 +67,37 @@ impl Plan {
         let buckets = assign(&spec.params, spec.cap);
         let partition = |bucket| Partition::new(bucket, &spec.params, spec.world);
         let partitions = buckets.iter().map(partition).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self::laid_out(spec, buckets, partitions))
+    }
+
+    /// The plan whose layout was written down as `layouts`, by this planner or another; launches follow layout order.
+    ///
+    /// Nothing is assigned anew, so a layout outlives the planner that made it. It may break PAR-2's alignments, which
+    /// concern kernels, but nothing that moving data relies on.
+    ///
+    /// # Errors
+    /// What [`Plan::new`] refuses; [`PlanError::NotOnce`], [`PlanError::EmptyBucket`], [`PlanError::MixedBucket`],
+    /// [`PlanError::Overlap`] and [`PlanError::UnevenBucket`] for buckets that the parameters and ranks do not tile.
+    pub fn restore(
+        params: Vec<Param>,
+        layouts: Vec<BucketLayout>,
+        world: u32,
+        rules: Rules,
+    ) -> Result<Self, PlanError> {
+        let spec = PlanSpec { params, world, rules, cap: Cap::Bytes(u64::MAX), window: None };
+        check(&spec)?;
+        check_once(&layouts, spec.params.len())?;
+        let mut buckets = Vec::with_capacity(layouts.len());
+        let mut partitions = Vec::with_capacity(layouts.len());
+        for (index, layout) in layouts.into_iter().enumerate() {
+            let bucket = layout.bucket(BucketId(index as u32), &spec.params)?;
+            partitions.push(Partition::restore(&bucket, &spec.params, layout, world)?);
+            buckets.push(bucket);
+        }
+        Ok(Self::laid_out(spec, buckets, partitions))
+    }
+
+    fn laid_out(spec: PlanSpec, buckets: Vec<Bucket>, partitions: Vec<Partition>) -> Self {
         let homes = homes(&buckets, spec.params.len());
         let all = buckets.len() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
@@ -74,7 +105,7 @@ impl Plan {
         let mut layout = Layout { params, world, rules, window, buckets, partitions, homes, digest: 0 };
         layout.digest = layout.hash();
         let order: Vec<BucketId> = layout.buckets.iter().map(|bucket| bucket.id).collect();
-        Ok(Self::with_order(Arc::new(layout), &order))
+        Self::with_order(Arc::new(layout), &order)
     }
 
     /// The same layout, launched in the order in which `observed`, parameters by arrival, fills the buckets.
@@ -204,6 +235,21 @@ fn check(spec: &PlanSpec) -> Result<(), PlanError> {
         return Err(PlanError::BadWindow);
     }
     Ok(())
+}
+
+/// Whether every parameter lies in exactly one bucket.
+fn check_once(layouts: &[BucketLayout], params: usize) -> Result<(), PlanError> {
+    let mut seen = vec![false; params];
+    for &(param, _) in layouts.iter().flat_map(|layout| &layout.params) {
+        let slot = seen.get_mut(param.index()).ok_or(PlanError::UnknownParam { param, params })?;
+        if std::mem::replace(slot, true) {
+            return Err(PlanError::NotOnce { param });
+        }
+    }
+    match seen.iter().position(|seen| !seen) {
+        Some(index) => Err(PlanError::NotOnce { param: ParamId(index as u32) }),
+        None => Ok(()),
+    }
 }
 
 /// Inverts the assignment, which covers every parameter exactly once.

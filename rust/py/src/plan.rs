@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    BucketId, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Stage,
+    BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Rules,
+    Stage,
 };
 
 use crate::errors::PlanError;
@@ -44,10 +45,7 @@ impl Plan {
         cap_elements: Option<u64>,
         window: Option<i64>,
     ) -> PyResult<Self> {
-        let rules = u8::try_from(stage)
-            .map_err(|_| PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3")))
-            .and_then(|stage| Stage::new(stage).map_err(refused))?
-            .rules();
+        let rules = rules(stage)?;
         let cap = match (cap_bytes, cap_elements) {
             (Some(bytes), None) => Cap::Bytes(bytes),
             (None, Some(elements)) => Cap::Elements(elements),
@@ -64,6 +62,21 @@ impl Plan {
             window: window.map(|window| number("window", window)).transpose().map_err(PlanError::new_err)?,
         };
         zerort_core::Plan::new(spec).map(Self::wrap).map_err(refused)
+    }
+
+    /// The plan whose layout was written down: per bucket its parameters, their starts, and its padded length.
+    #[staticmethod]
+    #[pyo3(signature = (params, buckets, *, world, stage))]
+    fn restore(
+        params: Vec<(i64, String, i64)>,
+        buckets: Vec<(Vec<i64>, Vec<u64>, u64)>,
+        world: i64,
+        stage: i64,
+    ) -> PyResult<Self> {
+        let params = params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?;
+        let layouts = buckets.into_iter().map(layout).collect::<PyResult<_>>()?;
+        let world = number("world", world).map_err(PlanError::new_err)?;
+        zerort_core::Plan::restore(params, layouts, world, rules(stage)?).map(Self::wrap).map_err(refused)
     }
 
     #[getter]
@@ -125,6 +138,24 @@ impl Plan {
         let observed = observed.collect::<Result<Vec<_>, _>>().map_err(PlanError::new_err)?;
         self.inner.reordered(&observed).map(Self::wrap).map_err(refused)
     }
+}
+
+fn rules(stage: i64) -> PyResult<Rules> {
+    u8::try_from(stage)
+        .map_err(|_| PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3")))
+        .and_then(|stage| Stage::new(stage).map_err(refused))
+        .map(Stage::rules)
+}
+
+/// One bucket of a layout: its parameters, their starts, its padded length.
+fn layout((params, offsets, numel): (Vec<i64>, Vec<u64>, u64)) -> PyResult<BucketLayout> {
+    if params.len() != offsets.len() {
+        let (params, offsets) = (params.len(), offsets.len());
+        return Err(PlanError::new_err(format!("a bucket of {params} parameters has {offsets} offsets")));
+    }
+    let place = |(param, start)| number("parameter", param).map(|id| (ParamId(id), start));
+    let params = params.into_iter().zip(offsets).map(place).collect::<Result<_, _>>().map_err(PlanError::new_err)?;
+    Ok(BucketLayout { params, numel })
 }
 
 /// One parameter of a specification: its id, and what Python says of it.

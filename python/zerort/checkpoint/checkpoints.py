@@ -1,0 +1,94 @@
+"""The engine's checkpoints: what `save_checkpoint` and `load_checkpoint` do, behind the engine's thin methods."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zerort.checkpoint.export import save_weights
+from zerort.checkpoint.files import Disk
+from zerort.checkpoint.load import Load
+from zerort.checkpoint.match import Choice
+from zerort.checkpoint.save import Save, Wishes, agreed_tag
+from zerort.checkpoint.snapshot import collect
+from zerort.checkpoint.state import EngineState
+from zerort.checkpoint.together import on_first, vote
+from zerort.config import Config
+
+__all__ = ["Checkpoints"]
+
+_log = logging.getLogger("zerort")
+
+
+class Checkpoints:
+    """Saves and loads one engine, and remembers which tag it came from, so that no pruning deletes that one."""
+
+    def __init__(self, state: EngineState, config: Config) -> None:
+        self.state = state
+        self.disk = Disk()
+        self.bytes_read = 0
+        """By this rank in the last load."""
+        self._config = config
+        self._loaded: dict[Path, str] = {}
+
+    def save(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None,
+        client_state: dict[str, Any],
+        *,
+        save_latest: bool,
+        exclude_frozen: bool,
+        overwrite: bool | None,
+        keep_last: int | None,
+    ) -> bool:
+        """All ranks. See `Engine.save_checkpoint`."""
+        comm, policy = self.state.comm, self._config.zerort.checkpoint
+        folder = Path(save_dir)
+        wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
+        name = agreed_tag(comm, wanted, self._config.checkpoint.tag_validation)
+        wishes = Wishes(
+            save_latest,
+            policy.overwrite if overwrite is None else overwrite,
+            policy.keep_last if keep_last is None else keep_last,
+            frozenset(loaded for where, loaded in self._loaded.items() if where == folder.resolve()),
+        )
+        what = f"checkpoint {folder / name} was not saved"
+        snapshot = vote(comm, what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen))
+        Save(comm, self.disk, folder, name, wishes).run(snapshot)
+        return True
+
+    def load(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None,
+        choice: Choice,
+        custom: Callable[..., Any] | None,
+        *,
+        fallback: bool,
+    ) -> tuple[str | None, Any]:
+        """All ranks. See `Engine.load_checkpoint`."""
+        folder = Path(load_dir)
+        loading = Load(self.state, self.disk, folder, choice, custom)
+        loaded = loading.run(tag, fallback=fallback)
+        self.bytes_read = loading.bytes_read
+        if loaded is None:
+            if self.state.comm.rank == 0:
+                _log.warning("%s holds no file `latest`: nothing was loaded; give a tag to load one", folder)
+            return None, {}
+        name, client_state = loaded
+        self._loaded[folder.resolve()] = name
+        return str(folder / name), client_state
+
+    def save_weights(self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool) -> bool:
+        """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
+        path = Path(save_dir) / name
+        on_first(
+            self.state.comm,
+            f"{path} was not saved",
+            lambda: save_weights(self.state.module, path, self.disk, exclude_frozen=exclude_frozen),
+        )
+        return True

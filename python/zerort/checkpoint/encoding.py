@@ -1,0 +1,119 @@
+"""Python values as JSON, with typed tags for what JSON lacks: tuples, integer keys, infinities, counters, tensors.
+
+`decode(encode(value)) == value`, type for type; what cannot be kept so is refused with its path, never approximated.
+Nothing is pickled, so reading a checkpoint runs no code. A tag is an object with one key that begins with `$`:
+
+    {"$tuple": [...]}   {"$dict": [[key, value], ...]}   {"$counter": [[key, count], ...]}   {"$float": "inf"}
+    {"$scalar": ["F32", [], 5.0]}   a tensor of one element: dtype, shape, value
+    {"$tensor": "client_state.0"}   a tensor in the file of rank 0 (or of the rank whose value it is)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerort.checkpoint.tensors import CODES, DTYPES
+from zerort.errors import CheckpointError
+
+__all__ = ["Json", "decode", "encode"]
+
+Json = Any
+"""None, a bool, an integer, a finite float, a string, a list of these, or a dict of these with strings as keys."""
+
+_DEPTH = 64
+
+
+def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Json:
+    """`value` as JSON. Tensors of more than one element are put into `tensors`, under names that begin with `where`.
+
+    Raises `CheckpointError` with the path to what cannot be kept.
+    """
+    return _Encoder(where, tensors).encode(value, where, 0)
+
+
+class _Encoder:
+    def __init__(self, prefix: str, tensors: dict[str, Tensor]) -> None:
+        self.prefix, self.tensors = prefix, tensors
+
+    def encode(self, value: Any, path: str, depth: int) -> Json:
+        if depth > _DEPTH:
+            raise CheckpointError(f"{path} is nested more than {_DEPTH} deep")
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, Tensor):
+            return self._tensor(value, path)
+        if kind in (list, tuple):
+            items = [self.encode(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+            return items if kind is list else {"$tuple": items}
+        if isinstance(value, dict):
+            return self._mapping(value, path, depth)
+        raise CheckpointError(
+            f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: JSON values, tuples, "
+            "dicts with string or integer keys, and tensors can be kept; convert it"
+        )
+
+    def _mapping(self, value: dict[Any, Any], path: str, depth: int) -> Json:
+        if isinstance(value, Counter):
+            return {"$counter": self._pairs(value, path, depth)}
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {"$dict": self._pairs(value, path, depth)}
+
+    def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[Json]:
+        for key in value:
+            if type(key) not in (str, int):
+                raise CheckpointError(f"{path} has the key {key!r}: keys that can be kept are strings and integers")
+        return [[key, self.encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()]
+
+    def _tensor(self, value: Tensor, path: str) -> Json:
+        if value.layout != torch.strided or value.dtype not in CODES:
+            raise CheckpointError(f"{path} is a {value.layout} tensor of {value.dtype}, which a checkpoint cannot hold")
+        if value.numel() == 1 and not value.is_complex():
+            return {"$scalar": [CODES[value.dtype], list(value.shape), self.encode(value.item(), path, _DEPTH)]}
+        name = f"{self.prefix}.{len(self.tensors)}"
+        self.tensors[name] = value.detach()
+        return {"$tensor": name}
+
+
+def decode(value: Json, tensor: Callable[[str], Tensor]) -> Any:
+    """The value that was encoded; `tensor` finds one by its name. Raises `CheckpointError` for an unknown tag."""
+    if isinstance(value, list):
+        return [decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next((key for key in value if key.startswith("$")), None)
+    if tag is None:
+        return {key: decode(item, tensor) for key, item in value.items()}
+    try:
+        (content,) = value.values()
+        return _untagged(tag, content, tensor)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the manifest holds a value that does not read: {str(value)[:80]}") from error
+
+
+def _untagged(tag: str, content: Json, tensor: Callable[[str], Tensor]) -> Any:
+    if tag == "$tuple":
+        return tuple(decode(item, tensor) for item in content)
+    if tag == "$dict":
+        return {key: decode(item, tensor) for key, item in content}
+    if tag == "$counter":
+        return Counter({key: decode(item, tensor) for key, item in content})
+    if tag == "$float":
+        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
+    if tag == "$scalar":
+        code, shape, item = content
+        if math.prod(shape) != 1:
+            raise ValueError("a scalar has one element")
+        return torch.tensor(decode(item, tensor), dtype=DTYPES[code]).reshape(shape)
+    if tag == "$tensor":
+        return tensor(content)
+    raise ValueError(f"unknown tag {tag}")

@@ -1,0 +1,172 @@
+"""The file system, one operation a method: the only place of this package that touches it.
+
+What it guarantees: a file is created, never reopened for writing; nothing is followed through a symbolic link; nothing
+is replaced unless the method's name says so. What it does not do: it knows no protocol. The order of operations, which
+is what makes a save safe, stands in `save`; tests put another `Disk` below, which records them or fails at one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from zerort.errors import CheckpointError
+
+__all__ = ["Disk"]
+
+_NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
+_NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Disk:
+    """The operations of POSIX that a checkpoint needs. Descriptors are plain integers; all errors are `OSError`."""
+
+    def make_folder(self, path: Path) -> None:
+        """A new folder; an existing one is an error."""
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """A new file, open for writing; an existing one is an error."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def write(self, file: int, data: memoryview) -> None:
+        """All of `data`, at the end."""
+        while data:
+            data = data[os.write(file, data) :]
+
+    def sync(self, file: int) -> None:
+        """What was written survives a power loss from here on."""
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        """Gives the descriptor back."""
+        os.close(file)
+
+    def sync_folder(self, path: Path) -> None:
+        """The names in the folder, as they are now, survive a power loss from here on."""
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Moves a folder to a name that must be free."""
+        try:
+            _renameat2(source, target, _NOREPLACE)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            source.rename(target)
+
+    def exchange(self, first: Path, second: Path) -> None:
+        """Two names change places in one instant. Raises `CheckpointError` where the file system has no such call."""
+        try:
+            _renameat2(first, second, _EXCHANGE)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            raise CheckpointError(
+                f"the file system of {second.parent} cannot exchange two folders in one instant, so {second.name} "
+                "cannot be overwritten safely: save under another tag"
+            ) from error
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Moves a file over another, in one instant."""
+        source.replace(target)
+
+    def remove_file(self, path: Path) -> None:
+        """Removes a file or a symbolic link."""
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """Removes an empty folder."""
+        path.rmdir()
+
+    def lock(self, path: Path) -> int | None:
+        """Takes the lock file at `path` until `close`; None where the file system has no locks.
+
+        Raises `BlockingIOError` while another process holds it; a process that dies lets go of it.
+        """
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+        return file
+
+    def names(self, path: Path) -> list[str]:
+        """What is in a folder, sorted."""
+        return sorted(os.listdir(path))
+
+    def exists(self, path: Path) -> bool:
+        """Whether the name is taken, by anything."""
+        return os.path.lexists(path)
+
+    def open(self, path: Path) -> int:
+        """A regular file, for reading. Raises `CheckpointError` for anything else, symbolic links included."""
+        try:
+            # O_NONBLOCK: a pipe in the place of a file must not make the reader wait for a writer.
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise CheckpointError(f"{path} is a symbolic link: a checkpoint holds plain files only") from error
+            raise
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise CheckpointError(f"{path} is no plain file")
+        return file
+
+    def size(self, file: int) -> int:
+        """Bytes of an open file."""
+        return os.fstat(file).st_size
+
+    def read(self, file: int, start: int, into: memoryview) -> None:
+        """Fills `into` from byte `start` on. Raises `CheckpointError` at the end of the file."""
+        while into:
+            count = os.preadv(file, [into], start)
+            if not count:
+                raise CheckpointError(f"the file ends at byte {start}")
+            start, into = start + count, into[count:]
+
+    def read_whole(self, path: Path, limit: int) -> bytes:
+        """A small file. Raises `CheckpointError` when it is longer than `limit` bytes."""
+        file = self.open(path)
+        try:
+            size = self.size(file)
+            if size > limit:
+                raise CheckpointError(f"{path} has {size} bytes, more than the {limit} allowed")
+            data = bytearray(size)
+            self.read(file, 0, memoryview(data))
+            return bytes(data)
+        finally:
+            self.close(file)
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a folder of files, or of such folders, or a file."""
+        if path.is_dir() and not path.is_symlink():
+            for name in self.names(path):
+                self.remove_tree(path / name)
+            self.remove_folder(path)
+        else:
+            self.remove_file(path)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    call = getattr(_libc, "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source))
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(source), None, str(target))

@@ -1,0 +1,237 @@
+"""The save protocol: a checkpoint is complete on every rank and survives a power loss, or it is not listed.
+
+    rank 0   lock DIR, sweep what dead saves left, refuse an occupied tag, create DIR/.tmp-TAG-NONCE/     `open`
+    all      write rank_R.safetensors there, hash on the way, sync; vote                                  `write`
+    rank 0   write the script, manifest.json and the next `latest`, sync them and the folder              `seal`
+    rank 0   rename the folder to DIR/TAG, or exchange the two; vote                                      `commit`
+    rank 0   sync DIR, rename the next `latest` over the old one, sync DIR                                `point`
+    rank 0   delete what `keep_last` lets go; vote; unlock                                                `prune`
+
+What needs space happens before the rename, so a full disk leaves nothing half done behind it. Whatever fails, all ranks
+raise the same `CheckpointError`, and `DIR/TAG` and `latest` are as they were, or, after the rename, `DIR/TAG` is
+complete. The steps use one `Save` and no global state, so that they can run on a thread of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from zerort.checkpoint.blocks import HashedFile, Hashes
+from zerort.checkpoint.files import Disk
+from zerort.checkpoint.manifest import MANIFEST, SCRIPT, FileEntry, Manifest, ParamState, TensorEntry, dump, rank_file
+from zerort.checkpoint.snapshot import Snapshot, merged_states
+from zerort.checkpoint.tags import LATEST, LOCK, TEMPORARY, check_tag, latest, listed
+from zerort.checkpoint.tensors import as_bytes, place
+from zerort.checkpoint.together import on_first, together
+from zerort.comm import Comm
+from zerort.errors import CheckpointError
+
+__all__ = ["Save", "Wishes", "Written", "agreed_tag"]
+
+_log = logging.getLogger("zerort")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a call of `save_checkpoint` asks for."""
+
+    save_latest: bool = True
+    overwrite: bool = False
+    keep_last: int | None = None
+    keep: frozenset[str] = frozenset()
+    """Tags that are never deleted."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rank's file, the tensors in it, and what the rank knows for the manifest."""
+
+    file: FileEntry
+    tensors: tuple[TensorEntry, ...]
+    states: dict[int, ParamState]
+    own: dict[str, object]
+
+
+def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL"]) -> str:
+    """Rank 0's tag, checked. Raises `CheckpointError` on all ranks when they differ and `validation` is FAIL."""
+    tags = together(comm, "cannot save", lambda: check_tag(tag))
+    if len(set(tags)) > 1 and validation != "IGNORE":
+        told = f"ranks name different tags: {', '.join(f'{rank}: {name}' for rank, name in enumerate(tags[:8]))}"
+        if validation == "FAIL":
+            raise CheckpointError(f"{told}; checkpoint.tag_validation is FAIL")
+        if comm.rank == 0:
+            _log.warning("%s; rank 0's is taken", told)
+    return tags[0]
+
+
+@dataclass
+class Save:
+    """One save under way. `run` goes through its steps."""
+
+    comm: Comm
+    disk: Disk
+    folder: Path
+    tag: str
+    wishes: Wishes
+    temporary: Path = field(init=False)
+    next_latest: Path = field(init=False)
+    _lock: int | None = field(default=None, init=False)
+
+    @property
+    def target(self) -> Path:
+        """Where the checkpoint will be."""
+        return self.folder / self.tag
+
+    def run(self, snapshot: Snapshot) -> None:
+        """The whole protocol. Raises the same `CheckpointError` on all ranks, or `CommError` when a rank has gone."""
+        not_saved = f"checkpoint {self.target} was not saved, and what was there before is untouched"
+        not_named = f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power loss"
+        try:
+            self._name(on_first(self.comm, not_saved, self.open))
+            written = together(self.comm, not_saved, lambda: self.write(snapshot))
+            on_first(self.comm, not_saved, lambda: self.commit(written, snapshot))
+            on_first(self.comm, not_named, self.point)
+        finally:
+            if self.comm.rank == 0:
+                self._release()
+
+    # The steps.
+
+    def open(self) -> str:
+        """Prepares the folder; returns the nonce of the temporary names."""
+        self._make_folders(self.folder)
+        self._take_lock()
+        if not self.wishes.overwrite and self.disk.exists(self.target):
+            raise CheckpointError(
+                "the tag exists already: save under another, or with overwrite=True (configuration key "
+                "zerort.checkpoint.overwrite), which exchanges the two in one instant"
+            )
+        nonce = secrets.token_hex(8)
+        self._name(nonce)
+        self.disk.make_folder(self.temporary)
+        return nonce
+
+    def write(self, snapshot: Snapshot) -> Written:
+        """This rank's file."""
+        name = rank_file(self.comm.rank)
+        head, placed = place(snapshot.tensors)
+        with HashedFile(self.disk, self.temporary / name) as file:
+            file.write(head)
+            for stored, _ in placed:
+                for piece in stored.pieces:
+                    file.write(as_bytes(piece))
+            hashes = file.finish()
+        tensors = tuple(
+            TensorEntry(
+                name=at.name, file=name, dtype=at.code, shape=at.shape, start=at.start, end=at.end, runs=stored.runs
+            )
+            for stored, at in placed
+        )
+        return Written(_entry(name, hashes), tensors, snapshot.states, snapshot.own)
+
+    def seal(self, written: list[Written], snapshot: Snapshot) -> None:
+        """Writes what describes the checkpoint, and all that will be renamed later."""
+        script = self._write(self.temporary / SCRIPT, files(__package__).joinpath(SCRIPT).read_bytes())
+        params = snapshot.shared["params"]
+        states = merged_states((rank.states for rank in written), [entry["name"] for entry in params])
+        manifest = Manifest.model_validate(
+            {
+                **snapshot.shared,
+                "params": tuple({**entry, "state": states.get(param)} for param, entry in enumerate(params)),
+                "ranks": tuple(rank.own for rank in written),
+                "files": (*(rank.file for rank in written), script),
+                "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
+            }
+        )
+        self._write(self.temporary / MANIFEST, dump(manifest))
+        self.disk.sync_folder(self.temporary)
+        if self.wishes.save_latest:
+            self._write(self.next_latest, f"{self.tag}\n".encode())
+
+    def commit(self, written: list[Written], snapshot: Snapshot) -> None:
+        """Seals the folder and gives it its name: the instant in which the checkpoint comes to be."""
+        self.seal(written, snapshot)
+        try:
+            self.disk.rename(self.temporary, self.target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.wishes.overwrite:
+                raise
+            # What was there now has the temporary name, and is deleted under it.
+            self.disk.exchange(self.temporary, self.target)
+
+    def point(self) -> None:
+        """The name survives a power loss, and then `latest` names it, and then old checkpoints may go."""
+        self.disk.sync_folder(self.folder)
+        if self.wishes.save_latest:
+            self.disk.replace(self.next_latest, self.folder / LATEST)
+            self.disk.sync_folder(self.folder)
+        self.prune()
+
+    def prune(self) -> None:
+        """Deletes what `keep_last` lets go. What cannot be deleted is told and stays."""
+        if self.wishes.keep_last is None:
+            return
+        try:
+            keep = {self.tag, latest(self.disk, self.folder), *self.wishes.keep}
+            good = [entry.tag for entry in listed(self.disk, self.folder) if entry.manifest is not None]
+            for tag in good[self.wishes.keep_last :]:
+                if tag not in keep:
+                    # Under a temporary name it is no checkpoint any more, however far the deletion comes.
+                    gone = self.folder / f"{TEMPORARY}{tag}-{secrets.token_hex(8)}"
+                    self.disk.rename(self.folder / tag, gone)
+                    self.disk.remove_tree(gone)
+        except OSError as error:
+            _log.warning("checkpoint %s is saved, but old ones could not be deleted: %s", self.target, error)
+
+    # What the steps need.
+
+    def _name(self, nonce: str) -> None:
+        self.temporary = self.folder / f"{TEMPORARY}{self.tag}-{nonce}"
+        self.next_latest = self.folder / f"{TEMPORARY}{LATEST}-{nonce}"
+
+    def _make_folders(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._make_folders(folder.parent)
+        with suppress(FileExistsError):  # another job's, a moment ago; the next operation tells if it is no folder
+            self.disk.make_folder(folder)
+        self.disk.sync_folder(folder.parent)
+
+    def _take_lock(self) -> None:
+        """Raises `CheckpointError` while another job saves here; with the lock, deletes what dead saves have left."""
+        try:
+            self._lock = self.disk.lock(self.folder / LOCK)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another job is saving into {self.folder} at this moment") from error
+        if self._lock is not None:
+            for name in self.disk.names(self.folder):
+                if name.startswith(TEMPORARY):
+                    self.disk.remove_tree(self.folder / name)
+
+    def _write(self, path: Path, data: bytes) -> FileEntry:
+        with HashedFile(self.disk, path) as file:
+            file.write(data)
+            return _entry(path.name, file.finish())
+
+    def _release(self) -> None:
+        """Removes what is temporary, as far as that can be done, and lets go of the lock."""
+        if hasattr(self, "temporary"):
+            for path in (self.temporary, self.next_latest):
+                with suppress(OSError):
+                    if self.disk.exists(path):
+                        self.disk.remove_tree(path)
+        if self._lock is not None:
+            lock, self._lock = self._lock, None
+            with suppress(OSError):
+                self.disk.close(lock)
+
+
+def _entry(name: str, hashes: Hashes) -> FileEntry:
+    return FileEntry(name=name, bytes=hashes.bytes, xxh3_128=hashes.xxh3_128, blocks=hashes.blocks)

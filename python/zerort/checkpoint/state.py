@@ -1,0 +1,86 @@
+"""What an engine's state is, for saving and loading alike: the parts that hold it, and how they are found.
+
+Three kinds. *Planned*: masters and optimizer state, in shards, cut along the plan. *Loose*: buffers, and parameters
+that the optimizer does not hold; every rank has them whole, and rank 0's are the ones that count. *Small*: counters,
+schedules, options, a rank's own random numbers; values rather than tensors, encoded into the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zerort import _core
+from zerort.accumulation import Counters
+from zerort.comm import Comm
+from zerort.flat import FlatModel
+from zerort.optim import ShardOptimizer
+from zerort.precision import LossScale
+from zerort.reduction import Reduction
+
+__all__ = ["EngineState", "aliases", "extra_states", "loose", "strides_of"]
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """The parts of an engine that a checkpoint holds. `loader` is the training loader, or None."""
+
+    module: nn.Module
+    comm: Comm
+    flat: FlatModel
+    reduction: Reduction
+    optimizer: ShardOptimizer
+    loss_scale: LossScale
+    scheduler: Any
+    counters: Counters
+    stage: int
+    loader: Any = None
+
+    @property
+    def plan(self) -> _core.Plan:
+        """The layout; its launch order may change with time."""
+        return self.reduction.plan
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Strides as the tensor lies in its bucket; 0 for dimensions of one element, whose stride means nothing."""
+    dense = torch.empty_like(tensor, device="meta").stride()
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, dense, strict=True))
+
+
+def loose(module: nn.Module, flat: FlatModel) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the module's state that no bucket holds: `buffer.NAME` and `param.NAME`, each once."""
+    planned = {id(parameter) for parameter in flat.params}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in planned:
+            yield f"param.{name}", parameter
+    passing = {
+        f"{prefix}{'.' if prefix else ''}{name}"
+        for prefix, child in module.named_modules()
+        for name in child._non_persistent_buffers_set
+    }
+    for name, buffer in module.named_buffers():
+        if name not in passing:
+            yield f"buffer.{name}", buffer
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Further names of parameters and buffers that have several, and the first name of each."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if first.setdefault(id(tensor), name) != name:
+                found[name] = first[id(tensor)]
+    return found
+
+
+def extra_states(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a `get_extra_state` of their own, by name."""
+    for name, child in module.named_modules():
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            yield name, child

@@ -1,0 +1,287 @@
+"""Damage: whatever has changed in a checkpoint is found before a value reaches the model, and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+import ranks
+from saved import config_of, engine_of, manifest_of, train, weights
+from zerort.checkpoint import get_fp32_state_dict, problems
+from zerort.errors import CheckpointError
+
+FLIPS = 660
+
+
+def save_two(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(config_of(2))
+    for count in (1, 2):
+        train(engine, rank, world, range(count - 1, count))
+        engine.save_checkpoint(folder, f"step{count}")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    ranks.run(2, save_two, str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original, tmp_path / "c")
+    return tmp_path / "c"
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    engine = engine_of(config_of(2))
+    train(engine, 0, 1, range(1))
+    yield engine
+    engine.destroy()
+
+
+def refuses(engine: Any, folder: Path, *names: str, tag: str = "step2") -> str:
+    """Asserts that a load raises, naming all of `names`, and has changed nothing; returns the message."""
+    before, moments, steps = weights(engine), state_of(engine), engine.global_steps
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(folder, tag)
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    assert all(torch.equal(one, other) for one, other in zip(state_of(engine), moments, strict=True))
+    assert engine.global_steps == steps
+    for name in names:
+        assert name in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def state_of(engine: Any) -> list[torch.Tensor]:
+    return [value.clone() for held in engine.optimizer.state.values() for value in held.values()]
+
+
+def test_every_flipped_bit_is_found_by_verify_and_by_load(folder: Path, engine: Any) -> None:
+    chance = random.Random(0)
+    shutil.rmtree(folder / "step1")
+    names = ("rank_0.safetensors", "rank_1.safetensors", "manifest.json")
+    for flip in range(FLIPS):
+        path = folder / "step2" / names[flip % 3]
+        data = bytearray(path.read_bytes())
+        # A third each in the first bytes, where lengths and headers are, and the rest anywhere.
+        at = chance.randrange(min(len(data), 300) if flip % 9 < 3 else len(data))
+        bit = 1 << chance.randrange(8)
+        data[at] ^= bit
+        path.write_bytes(data)
+        refuses(engine, folder, path.name)
+        assert any(path.name in problem for problem in problems(folder, "step2")), (path.name, at, bit)
+        data[at] ^= bit
+        path.write_bytes(data)
+    assert engine.load_checkpoint(folder, "step2")[0] is not None
+
+
+def test_a_flipped_bit_names_the_tensor_and_the_checkpoint_that_verifies(folder: Path, engine: Any) -> None:
+    path = folder / "step2" / "rank_1.safetensors"
+    entry = next(t for t in manifest_of(folder / "step2")["tensors"] if t["file"] == path.name and "runs" in t)
+    data = bytearray(path.read_bytes())
+    data[entry["start"]] ^= 1
+    path.write_bytes(data)
+    refuses(engine, folder, path.name, "tensor", "step1", "fallback=True")
+    loaded, _ = engine.load_checkpoint(folder, fallback=True)
+    assert loaded == str(folder / "step1") and engine.global_steps == 1
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def swap(one: Path, other: Path) -> None:
+    one.rename(one.parent / ".swap")
+    other.rename(one)
+    (one.parent / ".swap").rename(other)
+
+
+def link(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut by a byte": (lambda c: cut(c / "step2/rank_1.safetensors", -1 + size(c)), "rank_1.safetensors"),
+    "cut in the header": (lambda c: cut(c / "step2/rank_1.safetensors", 20), "rank_1.safetensors"),
+    "empty": (lambda c: cut(c / "step2/rank_0.safetensors", 0), "rank_0.safetensors"),
+    "a byte more": (lambda c: cut(c / "step2/rank_0.safetensors", 1 + size(c, 0)), "rank_0.safetensors"),
+    "no manifest": (lambda c: (c / "step2/manifest.json").unlink(), "manifest"),
+    "half a manifest": (lambda c: cut(c / "step2/manifest.json", 3000), "manifest.json"),
+    "swapped shards": (lambda c: swap(c / "step2/rank_0.safetensors", c / "step2/rank_1.safetensors"), "rank_0"),
+    "another step's shard": (
+        lambda c: shutil.copy(c / "step1/rank_1.safetensors", c / "step2/rank_1.safetensors"),
+        "rank_1",
+    ),
+    "another step's manifest": (lambda c: shutil.copy(c / "step1/manifest.json", c / "step2/manifest.json"), "rank_"),
+    "a missing shard": (lambda c: (c / "step2/rank_1.safetensors").unlink(), "rank_1.safetensors is missing"),
+    "an extra shard": (
+        lambda c: shutil.copy(c / "step2/rank_1.safetensors", c / "step2/rank_2.safetensors"),
+        "rank_2.safetensors does not belong",
+    ),
+    "a symbolic link": (
+        lambda c: link(c / "step2/rank_1.safetensors", c / "step1/rank_1.safetensors"),
+        "symbolic link",
+    ),
+    "a pipe": (lambda c: pipe(c / "step2/rank_0.safetensors"), "no plain file"),
+}
+
+
+def size(folder: Path, rank: int = 1) -> int:
+    return (folder / f"step2/rank_{rank}.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(damage: str, folder: Path, engine: Any) -> None:
+    inflict, name = DAMAGE[damage]
+    inflict(folder)
+    refuses(engine, folder, name)
+    assert any(name in problem for problem in problems(folder, "step2"))
+    with pytest.raises(CheckpointError, match=name):
+        get_fp32_state_dict(folder, "step2")
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A manifest with a right hash and wrong contents."""
+    manifest = manifest_of(folder)
+    change(manifest)
+    forge_body(folder, json.dumps(manifest).encode())
+
+
+def forge_body(folder: Path, body: bytes, number: int = 1) -> None:
+    head = f'{{"format": {number}, "xxh3_128": "{xxhash.xxh3_128_hexdigest(body)}", "manifest":\n'.encode()
+    (folder / "manifest.json").write_bytes(head + body + b"\n}\n")
+
+
+def set_tensor(index: int, **values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda manifest: manifest["tensors"][index].update(values)
+
+
+def set_bucket(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda manifest: manifest["buckets"][0].update(values)
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a huge tensor": (set_tensor(0, shape=[1 << 60]), "bytes"),
+    "a product that overflows": (set_tensor(0, shape=[1 << 40, 1 << 40]), "bytes"),
+    "overlapping tensors": (
+        lambda m: m["tensors"][1].update(start=m["tensors"][0]["start"], end=m["tensors"][0]["end"]),
+        "tensor",
+    ),
+    "a tensor beyond its file": (lambda m: m["tensors"][0].update(start=1 << 40, end=(1 << 40) + 512), "tensor"),
+    "a tensor in the header": (lambda m: m["tensors"][0].update(start=0), "tensor"),
+    "an unknown dtype": (set_tensor(0, dtype="F128"), "dtype"),
+    "a negative size": (set_tensor(0, start=-1), "start"),
+    "a fraction for a size": (set_tensor(0, start=1.5), "start"),
+    "a file outside": (lambda m: m["files"][0].update(name="../step1/rank_0.safetensors"), "files"),
+    "a huge file": (lambda m: m["files"][0].update(bytes=1 << 60), "blocks"),
+    "a huge world": (lambda m: m.update(world=1 << 19), "files"),
+    "runs that overlap": (set_tensor(0, runs=[[0, 1 << 50]]), "runs"),
+    "runs beyond the shard": (lambda m: m["tensors"][0].update(runs=[[1 << 30, m["tensors"][0]["shape"][0]]]), "runs"),
+    "a bucket of nothing": (set_bucket(params=[], offsets=[]), "layout"),
+    "a bucket twice": (lambda m: m["buckets"].append(m["buckets"][0]), "bucket"),
+    "a parameter that is not there": (set_bucket(params=[99]), "layout"),
+    "parameters on top of each other": (
+        lambda m: m["buckets"][0].update(offsets=[0] * len(m["buckets"][0]["params"])),
+        "layout",
+    ),
+    "a bucket beyond memory": (set_bucket(numel=(1 << 61) - 256), "layout"),
+    "a parameter longer than its data": (lambda m: m["params"][0].update(shape=[1 << 50]), "longer"),
+    "an unknown key": (lambda m: m.update(surprise=1), "surprise"),
+    "a string for a number": (lambda m: m["counters"].update(global_steps="1"), "global_steps"),
+    "an unknown tag": (lambda m: m.update(client_state={"$code": "print()"}), "does not read"),
+    "a tensor that is not there": (lambda m: m.update(client_state={"$tensor": "x"}), "does not read|no tensor"),
+    "a scalar of many": (lambda m: m.update(client_state={"$scalar": ["F32", [1 << 40], 1.0]}), "does not read"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_manifest_is_refused(attack: str, folder: Path, engine: Any) -> None:
+    change, name = HOSTILE[attack]
+    forge(folder / "step2", change)
+    message = refuses(engine, folder)
+    assert any(part in message for part in name.split("|")), message
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b"[" * (8 << 20), "recursion|deep|Invalid JSON"),
+        (b'{"client_state":' * 100_000, "recursion|deep|Invalid JSON"),
+        (b'{"world": 1e999}', "manifest.json"),
+        (b"1" * 100_000, "manifest.json"),
+        (b"null", "manifest.json"),
+        (b"\xff\xfe", "manifest.json"),
+    ],
+    ids=["brackets", "objects", "infinity", "a long number", "null", "no UTF-8"],
+)
+def test_a_manifest_that_is_no_manifest_is_refused(body: bytes, name: str, folder: Path, engine: Any) -> None:
+    forge_body(folder / "step2", body)
+    message = refuses(engine, folder)
+    assert any(part in message for part in name.split("|")), message
+
+
+def test_a_manifest_of_a_later_format_says_so(folder: Path, engine: Any) -> None:
+    forge_body(folder / "step2", b"{}", number=2)
+    refuses(engine, folder, "format 2", "format 1")
+
+
+def test_a_manifest_beyond_the_limit_is_not_read(folder: Path, engine: Any) -> None:
+    cut(folder / "step2" / "manifest.json", 10 << 30)  # a sparse file
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuses(engine, folder, "more than")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        (1 << 62).to_bytes(8, "little"),
+        (100_000_001).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"{]",
+        (4).to_bytes(8, "little") + b"[[[[",
+        (2).to_bytes(8, "little") + b"{}",
+    ],
+    ids=["huge", "above the limit", "no JSON", "open brackets", "no tensors"],
+)
+def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(head: bytes, folder: Path) -> None:
+    path = folder / "step2" / "rank_1.safetensors"
+    data = head + path.read_bytes()[len(head) :]
+    path.write_bytes(data)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    forge(folder / "step2", lambda m: m["files"][1].update(xxh3_128=digest, blocks=digest))
+    found = problems(folder, "step2")
+    assert len(found) == 1 and ("header" in found[0] or "tensors end" in found[0]), found
+
+
+def test_a_tensor_renamed_in_the_header_is_refused_even_if_the_hashes_are_right(folder: Path) -> None:
+    path = folder / "step2" / "rank_1.safetensors"
+    data = path.read_bytes().replace(b'"bucket.0.master"', b'"bucket.9.master"')
+    path.write_bytes(data)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    forge(folder / "step2", lambda m: m["files"][1].update(xxh3_128=digest, blocks=digest))
+    assert any("bucket.9.master" in problem for problem in problems(folder, "step2"))
+
+
+def test_latest_that_names_nothing_is_refused_and_falls_back(folder: Path, engine: Any) -> None:
+    (folder / "latest").write_text("../../etc\n")
+    with pytest.raises(CheckpointError, match=r"latest is damaged.*step2"):
+        engine.load_checkpoint(folder)
+    assert engine.load_checkpoint(folder, fallback=True)[0] == str(folder / "step2")

@@ -1,0 +1,79 @@
+"""The example is killed in the middle and resumed: its loss curve is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text.py"
+STEPS = 8
+
+
+class Job:
+    """The example on two ranks, on a text of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        files = [f"--text={folder / 'text'}", f"--config={folder / 'config.json'}", f"--checkpoints={folder / 'saved'}"]
+        command = [sys.executable, str(EXAMPLE), f"--steps={STEPS}", "--save_every=2", *files, *options]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.ranks = [
+            subprocess.Popen(
+                command,
+                env={
+                    **os.environ,
+                    **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                    **{"OMP_NUM_THREADS": "1", "COLUMNS": "200", "ZERORT_TRACE": str(folder / "trace-{rank}.json")},
+                },
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    def losses(self) -> Iterator[tuple[int, str]]:
+        """(step, loss) of the lines that rank 0 prints, as they come."""
+        assert self.ranks[0].stdout is not None
+        for line in self.ranks[0].stdout:
+            found = re.match(rf"step (\d+)/{STEPS}  loss ([\d.]+)", line)
+            if found:
+                yield int(found[1]), found[2]
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_a_run_that_was_killed_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
+    config = json.loads(EXAMPLE.with_suffix(".json").read_text())
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_bytes(b"def f(x):\n    return x + 1\n" * 4000)
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": 1}))
+
+    with Job(tmp_path / "whole") as whole:
+        expected = dict(whole.losses())
+        assert len(expected) == STEPS
+    with Job(tmp_path / "killed") as killed:
+        for step, loss in killed.losses():
+            assert loss == expected[step]
+            if step == 5:
+                break
+    with Job(tmp_path / "killed", "--resume") as resumed:
+        rest = dict(resumed.losses())
+        assert [process.wait(60) for process in resumed.ranks] == [0, 0]
+    # Step 5 was in no checkpoint, unless the killed run came to save once more.
+    assert min(rest) in (5, 7) and max(rest) == STEPS
+    assert rest == {step: expected[step] for step in rest}

@@ -1,0 +1,172 @@
+"""Resuming: any world, stage, bucket size and order of parameters gives the same bits back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ranks
+from saved import (
+    GLOBAL_BATCH,
+    WIDTH,
+    Net,
+    Refactored,
+    assert_equal,
+    config_of,
+    contents,
+    engine_of,
+    manifest_of,
+    train,
+    weights,
+)
+from zerort.optim import Lion
+
+BLOCK = 1 << 20
+WORLDS = (1, 2, 3, 4)
+STAGES = (0, 1, 2)
+DTYPES = ("fp32", "bf16")
+SAVED_AT, END = 3, 5
+
+
+def name_of(world: int, stage: int, dtype: str) -> str:
+    return f"w{world}-s{stage}-{dtype}"
+
+
+def save_all(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Trains at every stage and dtype, saves on the way, and returns the weights at the end of training."""
+    ends = {}
+    for stage in STAGES:
+        for dtype in DTYPES:
+            engine = engine_of(config_of(stage, dtype))
+            train(engine, rank, world, range(SAVED_AT))
+            engine.save_checkpoint(folder, name_of(world, stage, dtype))
+            train(engine, rank, world, range(SAVED_AT, END))
+            ends[name_of(world, stage, dtype)] = weights(engine)
+            engine.destroy()
+    return ends
+
+
+def load_all(rank: int, world: int, folder: str, again: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Resumes from every checkpoint at every stage, saves at once, and goes on to the end of training."""
+    ends = {}
+    for dtype in DTYPES:
+        for stage in STAGES:
+            for source in (name_of(w, s, dtype) for w in WORLDS for s in STAGES):
+                engine = engine_of(config_of(stage, dtype))
+                engine.load_checkpoint(folder, source)
+                engine.module.norm.requires_grad_(False)  # as it was
+                resumed = f"{source}-at-{name_of(world, stage, dtype)}"
+                engine.save_checkpoint(again, resumed)
+                train(engine, rank, world, range(engine.global_steps, END))
+                ends[resumed] = weights(engine)
+                engine.destroy()
+    return ends
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("saved")
+    ends: dict[str, dict[str, torch.Tensor]] = {}
+    for world in WORLDS:
+        ends |= ranks.run(world, save_all, str(folder))[0]
+    return folder, ends
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, saved: Any, tmp_path: Path) -> None:
+    folder, ends = saved
+    results = ranks.run(world, load_all, str(folder), str(tmp_path), timeout=150)
+    assert len(results[0]) == 3 * 12 * 2
+    for resumed, end in results[0].items():
+        source, _, target = resumed.partition("-at-")
+        assert_equal(contents(tmp_path / resumed), contents(folder / source))
+        uninterrupted = ends[source]
+        for name, value in end.items():
+            if source == target:
+                assert torch.equal(value, uninterrupted[name]), (resumed, name)
+            elif target.endswith("fp32"):
+                distance = (value - uninterrupted[name]).norm() / uninterrupted[name].norm()
+                assert distance <= 2e-6, (resumed, name, float(distance))
+    for other in results[1:]:
+        for resumed, end in other.items():
+            assert all(torch.equal(value, results[0][resumed][name]) for name, value in end.items()), resumed
+
+
+def test_plain_torch_goes_on_from_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    engine = engine_of(config_of(2))
+    train(engine, 0, 1, range(3))
+    engine.save_checkpoint(tmp_path, "t")
+    train(engine, 0, 1, range(3, 4))
+    twin, found = Net(), contents(tmp_path / "t")
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=1e-3)
+    for name, parameter in twin.named_parameters():
+        steps = 1.0 if "norm" in name else 3.0
+        assert found[f"{name} values"] == {"step": {"$scalar": ["F32", [], steps]}}
+        flat = {key: found[f"{name} state.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {
+            "step": torch.tensor(steps),
+            **{key: value.reshape(parameter.shape) for key, value in flat.items()},
+        }
+        parameter.data.copy_(found[f"{name} master"].reshape(parameter.shape))
+    x = torch.randn(GLOBAL_BATCH, WIDTH, generator=torch.Generator().manual_seed(3))
+    twin(x).pow(2).mean().backward()
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    optimizer.step()
+    for name, value in weights(engine).items():
+        assert torch.allclose(twin.state_dict()[name], value, rtol=1e-5, atol=1e-7), name
+
+
+def save_one(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(config_of(2, bucket=300))
+    train(engine, rank, world, range(3))
+    engine.save_checkpoint(folder, "t")
+
+
+def load_refactored(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(config_of(1, bucket=1000), Refactored())
+    engine.load_checkpoint(folder, "t")
+    engine.save_checkpoint(folder, "again")
+
+
+def test_another_order_of_parameters_and_another_bucket_size_change_no_bit(tmp_path: Path) -> None:
+    ranks.run(3, save_one, str(tmp_path))
+    ranks.run(2, load_refactored, str(tmp_path))
+    one, other = manifest_of(tmp_path / "t"), manifest_of(tmp_path / "again")
+    assert [p["name"] for p in one["params"]] != [p["name"] for p in other["params"]]
+    assert len(one["buckets"]) != len(other["buckets"])
+    assert_equal(contents(tmp_path / "again"), contents(tmp_path / "t"))
+
+
+def big_engine(stage: int) -> Any:
+    """One bucket of 24 MB, and as much of the optimizer's state."""
+    model = nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(6)))
+    return engine_of(config_of(stage, bucket=10**8), model, lambda params: Lion(params, lr=0.1))
+
+
+def save_big(rank: int, world: int, folder: str) -> None:
+    engine = big_engine(1)
+    engine.backward(engine(torch.ones(1, 1000)).mean())
+    engine.step()
+    engine.save_checkpoint(folder, "t")
+
+
+def load_big(rank: int, world: int, folder: str, stage: int) -> int:
+    engine = big_engine(stage)
+    engine.load_checkpoint(folder, "t")
+    return engine._checkpoints.bytes_read
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_rank_reads_its_share_and_the_rest_of_its_blocks(stage: int, tmp_path: Path) -> None:
+    ranks.run(2, save_big, str(tmp_path))
+    manifest = manifest_of(tmp_path / "t")
+    assert len(manifest["buckets"]) == 1
+    read = ranks.run(4, load_big, str(tmp_path), stage)
+    shards = sum(entry["end"] - entry["start"] for entry in manifest["tensors"] if "runs" in entry)
+    slices = 2  # masters and one kind of state, each of which begins and ends within a block
+    assert shards > 48_000_000 and sum(read) >= shards
+    assert all(share <= shards / 4 + slices * 2 * BLOCK for share in read)
