@@ -48,6 +48,7 @@ class Snapshot:
 def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen: bool) -> Snapshot:
     """This rank's snapshot. Raises `CheckpointError` for a value that a checkpoint cannot hold, with its path."""
     snapshot, beside = Snapshot(), dict[str, Tensor]()
+    state.flat.take_writes()
     for bucket in state.flat.buckets:
         _collect_bucket(state, bucket, snapshot, exclude_frozen=exclude_frozen)
     snapshot.own.update(_own(state, beside))
