@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from zerort import _core, optim, schedules, sparse
+from zerort import _core, compiled, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
@@ -23,7 +23,7 @@ from zerort.executor import Transport, record_event
 from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
-from zerort.optim.elementwise import why_not_elementwise
+from zerort.optim.elementwise import why_never, why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
@@ -160,6 +160,9 @@ def _choose_optimizer(
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
     else:
         raise ConfigError("no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}")
+    reason = why_never(chosen)
+    if reason is not None:
+        raise ConfigError(f"optimizer {type(chosen).__name__} is refused at every stage: {reason}")
     if has_stepped(chosen):
         raise PlanError(
             "the optimizer has state already, and its tensors are about to become shards: make it anew, and load state "
@@ -229,7 +232,9 @@ def _assemble(
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
     # A closure: a bound method would carry the buffers into every copy of the model.
-    model.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
+    # On the module inside torch.compile's wrapper: both the wrapper's load and the module's own come through there.
+    inside = compiled.unwrapped(model)
+    inside.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [
@@ -284,6 +289,8 @@ def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> No
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:
         _log.warning("gradient_clipping is not given: gradients are clipped to norm %g", settings.gradient_clipping)
+    if compiled.is_whole(model):
+        _log.warning(compiled.ADVICE)
     planned = {id(parameter) for parameter in flat.params}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned]
     if left:
