@@ -63,8 +63,7 @@ def initialize(
     for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
         if value is not None:
             raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
-    if model is None:
-        raise ConfigError("initialize needs model=: a torch.nn.Module")
+    model = _checked(model)
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
     _compare(comm, planned, plan)
@@ -82,6 +81,17 @@ def initialize(
             collate_fn=collate_fn,
         )
     return engine, chosen, loader, engine.lr_scheduler
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"initialize needs model=: a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges gradients itself: give the "
+            "module inside, model.module"
+        )
+    return model
 
 
 T = TypeVar("T")
@@ -131,11 +141,14 @@ def _plan(
     model.to(comm.device)
     chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
     groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
+    own = {id(parameter) for parameter in model.parameters()}
+    strange = [tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in own]
+    if strange:
+        raise PlanError(
+            f"the optimizer holds parameters that are not the model's, {len(strange)} of {len(groups)}, of shapes "
+            f"{strange[:3]}: make it from the parameters of the very model that is given to initialize"
+        )
     planned = plannable(model.named_parameters(), groups)
-    if len(planned) < len(groups):
-        known = {id(member.tensor) for member in planned}
-        strange = [tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in known]
-        raise PlanError(f"the optimizer holds {len(strange)} parameters that are not the model's, shapes {strange[:3]}")
     window = settings.zerort.window
     plan = _core.Plan(
         [member.spec() for member in planned],

@@ -267,7 +267,8 @@ class Engine(nn.Module):
         told = f"{', '.join(new[:8])}{f' and {len(new) - 8} more' if len(new) > 8 else ''}"
         if self._parts.config.unused_parameters == "raise":
             raise StepError(
-                f"no gradient came for {told}: the forward does not use them (unused parameters are an error)"
+                f"no gradient came for {told}: the forward did not use them. Use or freeze them, or let them count as "
+                'zero with "zerort": {"unused_parameters": "zero"}'
             )
         self._named.update(new)
         _log.warning(
@@ -430,4 +431,10 @@ class Engine(nn.Module):
         except AttributeError:
             if name == "module":
                 raise
+        try:
             return getattr(self.module, name)
+        except AttributeError as error:
+            kind = type(self.module).__name__
+            raise AttributeError(
+                f"neither the engine nor its module {kind} has {name!r}: {error}", name=name, obj=self
+            ) from error
