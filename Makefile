@@ -28,6 +28,7 @@ test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 
 bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundancyOptimizer and FSDP2
 	cargo bench --locked
+	$(BIN)/python benches/py/border.py
 	$(BIN)/python benches/py/reduce_scatter.py
 	$(BIN)/python benches/py/step_time.py
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Every twentieth piece of this many bytes is held out for validation.
-PIECE = 1 << 16
+PIECE = 1 << 12
 HOLD_OUT = 20
 
 # Folders of the standard library that are somebody else's code, or tests of it.
@@ -30,15 +30,19 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path | None) -> Corpus:
-        """The text of a file, of every `*.py` under a folder, or of this Python's standard library."""
-        files = source_files(path or Path(sysconfig.get_paths()["stdlib"]))
-        return cls.split(b"\n".join(file.read_bytes() for file in files))
+        """The text of a file, of every `*.py` under a folder, or of this Python's standard library.
+
+        Raises `ValueError` when that is less text than can be split, and `OSError` for what cannot be read.
+        """
+        place = path or Path(sysconfig.get_paths()["stdlib"])
+        text = b"\n".join(file.read_bytes() for file in source_files(place))
+        if len(text) < HOLD_OUT * PIECE:
+            raise ValueError(f"{place}: {len(text)} bytes of text are too few, at least {HOLD_OUT * PIECE} are needed")
+        return cls.split(text)
 
     @classmethod
     def split(cls, text: bytes) -> Corpus:
-        """Holds out every twentieth piece. Raises `ValueError` for a text with less than one piece to hold out."""
-        if len(text) < HOLD_OUT * PIECE:
-            raise ValueError(f"{len(text)} bytes of text are too few: at least {HOLD_OUT * PIECE} are needed")
+        """Holds out every twentieth piece."""
         pieces = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(PIECE)
         held_out = pieces[HOLD_OUT - 1 :: HOLD_OUT]
         kept = [piece for index, piece in enumerate(pieces) if index % HOLD_OUT != HOLD_OUT - 1]

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         args.steps = schedule.get("total_num_steps", 800)
     elif "total_num_steps" in schedule:
         schedule["total_num_steps"] = args.steps
-        schedule["warmup_num_steps"] = min(schedule.get("warmup_num_steps", 0), args.steps // 10)
+        schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1), args.steps // 10))
     return config
 
 
@@ -110,9 +111,12 @@ def ranks() -> tuple[int, int]:
 
 def main() -> None:
     args = arguments()
-    config = configuration(args)
-    trace = trace_of_rank_0(config)
-    corpus = Corpus.load(args.text)
+    try:
+        config = configuration(args)
+        trace = trace_of_rank_0(config)
+        corpus = Corpus.load(args.text)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_text: {error}")
     torch.manual_seed(args.seed)
     model = GPT(Shape())
     engine, *_ = zerort.initialize(model=model, config=config)

@@ -258,7 +258,7 @@ def _assemble(
         )
         for bucket in flat.buckets
     ]
-    sink = _open_sink(settings, comm)
+    sink = _agreed(comm, lambda: _open_sink(settings, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
     reduction = Reduction(plan, flat, comm, transports, watch)
     boundary = Boundary(

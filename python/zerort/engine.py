@@ -230,6 +230,8 @@ class Engine(nn.Module):
                 "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
                 *(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.get_global_grad_norm()),
             )
+        if parts.sink.enabled and self.loss_scale != 1.0:
+            parts.sink.counter("loss scale", parts.sink.now(), self.loss_scale)
         parts.sink.step(self.counters.global_steps)
 
     def _advance(self) -> None:

@@ -168,6 +168,17 @@ def streams_for(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else HostStreams()
 
 
+@dataclass(frozen=True)
+class Program:
+    """A plan's schedule with verbs and memory in place of kinds and numbers."""
+
+    commands: Sequence[tuple[Callable[[Inflight], None], Inflight]] = ()
+    launches_end: int = 0
+    """One past the last Launch."""
+    gathers_sums: bool = False
+    """Each sum is brought to all ranks, because every rank has the whole optimizer."""
+
+
 class Executor:
     """A second cursor into the schedule: what has run, behind what is allowed to."""
 
@@ -181,15 +192,14 @@ class Executor:
         self._transports = transports
         self.watch = watch
         self._lock = threading.Lock()
-        self._program: list[tuple[Callable[[Inflight], None], Inflight]] = []
+        self._program = Program()
         self._cursor = self._allowed = 0
         self._fold = Fold(1.0, add=False)
         self._gathers: list[Work] = []
-        self._sums_are_gathered = False
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a step."""
-        self._program = []  # its memory goes before the new is asked for
+        self._program = Program()  # its memory goes before the new is asked for
         verbs = {"launch": self._launch, "retire": self._retire}
         lanes = _lanes(plan, self._flat, self._transports, self._comm)
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
@@ -197,9 +207,12 @@ class Executor:
             b: Inflight(self._flat.buckets[b], self._transports[b], lanes[position % len(lanes)], self._comm)
             for position, b in enumerate(order)
         }
-        self._program = [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule]
+        self._program = Program(
+            [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
+            launches_end=1 + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
+            gathers_sums=not plan.shards_optimizer,
+        )
         self._cursor = self._allowed = 0
-        self._sums_are_gathered = not plan.shards_optimizer
 
     def begin(self, fold: Fold) -> None:
         """Starts at the head of the list."""
@@ -212,12 +225,19 @@ class Executor:
         """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any thread."""
         with self._lock:
             self._allowed = max(self._allowed, hi)
-            self._advance(wait=False)
+            self._advance(self._allowed, wait=False)
+
+    def launch_all(self) -> None:
+        """Runs the list as far as its last Launch; waits only where the window has no room for it."""
+        with self._lock:
+            self._allowed = len(self._program.commands)
+            self._advance(self._program.launches_end, wait=True)
+            self._advance(self._allowed, wait=False)
 
     def drain(self) -> None:
         """Runs all that is allowed, waiting where it must; afterwards the accumulators may be read."""
         with self._lock:
-            self._advance(wait=True)
+            self._advance(self._allowed, wait=True)
         for work in self._gathers:
             self._complete(work, "all_gather of the summed gradients")
         self._gathers.clear()
@@ -225,7 +245,7 @@ class Executor:
 
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
-        if not self._sums_are_gathered:
+        if not self._program.gathers_sums:
             works = [(bucket, self._gather(bucket, bucket.values)) for bucket in self._flat.buckets]
             for bucket, work in works:
                 self._complete(work, f"all_gather of {_contents(bucket)}")
@@ -246,9 +266,9 @@ class Executor:
             self.waited += perf_counter() - start
             self.watch.waited(mark, what)
 
-    def _advance(self, *, wait: bool) -> None:
-        while self._cursor < self._allowed:
-            verb, flight = self._program[self._cursor]
+    def _advance(self, end: int, *, wait: bool) -> None:
+        while self._cursor < end:
+            verb, flight = self._program.commands[self._cursor]
             if not wait and flight.work is not None and not flight.work.is_completed():
                 return
             verb(flight)
@@ -272,7 +292,7 @@ class Executor:
             bucket.squares = flight.transport.wire.decode(flight.recv, bucket.landing, scale=scale, add=self._fold.add)
             if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
-            if self._sums_are_gathered:
+            if self._program.gathers_sums:
                 self._gathers.append(self._gather(bucket, bucket.accum))
         self.watch.retired(bucket.spec)
 

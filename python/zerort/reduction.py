@@ -98,7 +98,8 @@ class Reduction:
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
-        self._executor.run(self._reducer.finish().hi)
+        self._reducer.finish()
+        self._executor.launch_all()
         return self._executor.absent
 
     def abort(self, scale: float, *, travels: bool) -> None:

@@ -1,5 +1,8 @@
 """bf16 and fp16 with fp32 masters, the loss scale, and what travels in which dtype."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,10 +30,12 @@ def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage:
 
 
 @every_stage
+@pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
-def test_fp16_trains_like_the_twin_under_a_static_loss_scale(name: str, stage: int) -> None:
-    histories = ranks.run(2, train, name, 1, {**STATIC_FP16, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, 1, Precision(torch.float16, 256.0)))
+def test_fp16_trains_like_the_twin_under_a_static_loss_scale(name: str, gas: int, stage: int) -> None:
+    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    histories = ranks.run(2, train, name, gas, {**STATIC_FP16, **at_stage(stage)})
+    assert_same(histories, twin_of(name, 2, gas, Precision(torch.float16, 256.0), when))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -154,6 +159,23 @@ def _add_a_little_to_one(rank: int, world: int, dtype: str) -> Weights:
 def test_passes_are_added_up_in_the_configured_dtype(dtype: str, a: float) -> None:
     """1 + 2^-9 is an fp16 number and no bf16 number."""
     assert ranks.run(2, _add_a_little_to_one, dtype) == [(a, -2.0)] * 2
+
+
+def _scale_under_autocast(rank: int, world: int, path: str) -> list[float]:
+    config = {"torch_autocast": {"enabled": True, "dtype": "float16"}, "zerort": {"trace": {"path": path}}}
+    engine = engine_over_terms(config)
+    scales = []
+    for _ in range(2):  # the first overflow only uses up the hysteresis
+        step_with(engine, 1e35 if rank == 1 else 1.0, 1.0)
+        scales.append(engine.loss_scale)
+    engine.destroy()
+    return scales
+
+
+def test_autocast_in_fp16_has_a_loss_scale_and_the_trace_shows_it(tmp_path: Path) -> None:
+    assert ranks.run(2, _scale_under_autocast, str(tmp_path / "{rank}.json")) == [[65536.0, 32768.0]] * 2
+    events = json.loads((tmp_path / "0.json").read_text())["traceEvents"]
+    assert [event["args"]["value"] for event in events if event["name"] == "loss scale"] == [65536.0, 32768.0]
 
 
 def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dtype]:

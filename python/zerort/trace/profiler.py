@@ -11,32 +11,17 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch.autograd import profiler
 
-from zerort.trace.sink import TraceSink
+from zerort.trace.sink import SinkAround
 
 __all__ = ["ProfilerSink"]
 
 
-class ProfilerSink:
-    """`inner`, whose ranges are `torch.profiler.record_function` blocks as well. The rest is `inner`'s own."""
-
-    def __init__(self, inner: TraceSink) -> None:
-        self._inner = inner
-        self.enabled = inner.enabled
-        self.path = inner.path
-        self.now = inner.now
-        self.mark = inner.mark
-        self.on_device = inner.on_device
-        self.span = inner.span
-        self.wait = inner.wait
-        self.life = inner.life
-        self.counter = inner.counter
-        self.step = inner.step
-        self.flush = inner.flush
-        self.close = inner.close
+class ProfilerSink(SinkAround):
+    """Makes `inner`'s ranges `torch.profiler.record_function` blocks as well."""
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """A range of `inner`, seen by the profiler if it runs when the range is entered."""
-        shown = self._inner.range(name)
+        shown = super().range(name)
         return _recorded(name, shown) if profiler._is_profiler_enabled else shown
 
 
