@@ -20,6 +20,7 @@ from zerort.trace.reader import TraceError
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MIGRATION = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 CLASSES = [*(kind for kind in vars(zerort.errors).values() if isinstance(kind, type)), TraceError]
 LAST = "Not an error, but said"
@@ -137,3 +138,45 @@ def test_a_call_is_the_same_or_differs_or_is_refused_and_what_is_refused_is_not_
     for name, (_, fate) in calls(section).items():
         assert fate in ("same", "differs", "absent"), name
         assert fate != "absent" or name not in there, f"{name} is there: say so"
+
+
+# ---- docs/architecture.md
+
+
+def layers() -> dict[str, int]:
+    """Module -> the line of the picture it stands on."""
+    text = ARCHITECTURE.split("<!-- import order -->")[1].split("<!-- end of import order -->")[0]
+    lines = text.strip().strip("`").split("\n")
+    return {name: number for number, line in enumerate(lines) for name in line.split()}
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(module, what it imports) among zerort's own, packages as one."""
+    package = ROOT / "python" / "zerort"
+    for path in sorted(package.rglob("*.py")):
+        module = path.relative_to(package).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "zerort":
+                names = (node.module or "").split(".")[1:2] or [alias.name for alias in node.names]
+                yield from ((module, name) for name in names if name != module)
+
+
+def test_imports_go_one_way_as_the_picture_shows() -> None:
+    line = layers()
+    wrong = [(a, b) for a, b in imports() if a != "__init__" and not line.get(b, 99) < line.get(a, -1)]
+    assert wrong == []
+
+
+def test_the_picture_of_imports_has_every_file() -> None:
+    package = ROOT / "python" / "zerort"
+    files = {path.stem for path in package.iterdir() if path.suffix in (".py", ".pyi")}
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert files | packages == layers().keys() | {"__init__"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]), ids=lambda page: page.name
+)
+def test_files_that_a_page_links_to_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
