@@ -3,7 +3,8 @@
     python docs/draw_step.py runs/train_text/trace-0.json --step 10 --out docs/step.svg
 
 A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has not come), and is
-in flight (launched, not yet retired). Bars over the upper row's backward are communication that costs no time.
+in flight (launched, not yet retired). The strong bars within are its collectives, from start to completion: below the
+upper row's backward they cost no time.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ COLOURS = {
     "publish": "#b279a2",
     "filling": "#d5dbe3",
     "queued": "#f2cf5b",
-    "in flight": "#f58518",
+    "in flight": "#fde3c8",
+    "reduce_scatter": "#f58518",
+    "all_gather": "#9d755d",
 }
+
+ROUND = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+ON_TOP = {"wait", "reduce_scatter", "all_gather"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def bars(events: list[Event], number: int) -> list[Bar]:
         for event in events
         if event["ph"] == "X" and event["name"] in COLOURS
     ]
-    drawn = [bar for bar in (*spans, *phases(events)) if since <= bar.start and bar.end <= until]
+    drawn = [bar for bar in (*spans, *phases(events), *collectives(events)) if since <= bar.start and bar.end <= until]
     return sorted(drawn, key=lambda bar: bar.row != "loop")
 
 
@@ -74,13 +80,23 @@ def phases(events: Iterable[Event]) -> list[Bar]:
     return found
 
 
+def collectives(events: Iterable[Event]) -> list[Bar]:
+    """What was on the wire, in the row of its bucket: spans are named `reduce_scatter b3`."""
+    found = []
+    for event in (event for event in events if event["ph"] == "X"):
+        operation, _, bucket = event["name"].partition(" b")
+        if operation in COLOURS and bucket:
+            found.append(Bar(f"bucket {bucket}", operation, event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
 def svg(drawn: list[Bar]) -> str:
     """The picture: a row for the loop, a row for each bucket in the order of launch, a time axis, a legend."""
     start, end = min(bar.start for bar in drawn), max(bar.end for bar in drawn)
     scale = (WIDTH - LEFT - 10) / (end - start)
     tops: dict[str, int] = defaultdict(lambda: len(tops) * ROW + 10)
     shapes = []
-    for bar in sorted(drawn, key=lambda bar: (bar.row != "loop", bar.start, bar.name == "wait")):
+    for bar in sorted(drawn, key=lambda bar: (bar.row != "loop", bar.start, bar.name in ON_TOP)):
         x, width = LEFT + (bar.start - start) * scale, (bar.end - bar.start) * scale
         if width < THINNEST:
             continue
@@ -91,20 +107,31 @@ def svg(drawn: list[Bar]) -> str:
         )
     labels = [text(LEFT - 8, top + 13, row, "end") for row, top in tops.items()]
     foot = len(tops) * ROW + 24
-    axis = [text(LEFT, foot, "0 ms"), text(WIDTH - 10, foot, f"{(end - start) / 1000:.0f} ms", "end")]
-    body = "\n".join([*shapes, *labels, *axis, *legend(foot + 12)])
+    body = "\n".join([*axis((end - start) / 1000, foot), *shapes, *labels, *legend(foot + 14)])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {foot + 40}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
+def axis(milliseconds: float, foot: int) -> list[str]:
+    """About ten lines from top to foot, at a round distance, with their times."""
+    distance = next(step for step in ROUND if step * 12 >= milliseconds or step == ROUND[-1])
+    lines = []
+    for time in range(0, int(milliseconds) + 1, distance):
+        x = LEFT + time / milliseconds * (WIDTH - LEFT - 10)
+        lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{foot - 14}" stroke="#e8e8e8"/>')
+        lines.append(text(x, foot, f"{time} ms" if time == 0 else str(time), "middle"))
+    return lines
+
+
 def legend(top: int) -> list[str]:
     """What each colour means."""
     parts = []
-    for index, (name, colour) in enumerate(COLOURS.items()):
-        x = LEFT + index * 106
+    x = LEFT
+    for name, colour in COLOURS.items():
         parts += [f'<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/>', text(x + 17, top + 11, name)]
+        x += 40 + 6 * len(name)
     return parts
 
 

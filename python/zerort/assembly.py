@@ -244,10 +244,6 @@ def _assemble(
             "which keeps the optimizer whole"
         )
     shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
-    # A closure: a bound method would carry the buffers into every copy of the model.
-    # On the module inside torch.compile's wrapper: both the wrapper's load and the module's own come through there.
-    inside = compiled.unwrapped(model)
-    inside.register_load_state_dict_post_hook(lambda module, keys: flat.refresh_masters())  # type: ignore[no-untyped-call]
     shards.split()
     sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [

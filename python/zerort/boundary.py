@@ -144,6 +144,7 @@ class Boundary:
 
     def _apply(self, factor: float) -> None:
         with self.sink.range("optimizer"):
+            self.flat.take_writes()
             self.optimizer.step(factor)
             for bucket in self.flat.buckets:
                 bucket.write_back()

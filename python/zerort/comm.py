@@ -12,6 +12,8 @@ does, and lets us sum in rank order); NCCL sums on its way and delivers one.
 from __future__ import annotations
 
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -135,6 +137,7 @@ class _TorchComm:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
         self._peers: list[peers.Peer] = self.gather_objects(peers.myself())
+        weakref.finalize(self, _let_workers_go, [self._gradients, self._parameters, self._control])
 
     def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.new_group(backend=self.backend, timeout=timeout)
@@ -227,6 +230,16 @@ class NcclComm(_TorchComm):
         own = buffer.chunk(self.world)[self.rank]
         with self._named("all_gather"):
             return Work([_all_gather(buffer, own, group=self._parameters, async_op=True)])
+
+
+def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:
+    """Drops `groups` a moment after their last use, when an engine is collected or the interpreter ends.
+
+    A worker of gloo's that still holds a tensor of the last collective needs the interpreter to let go of it, and the
+    group's destructor waits for the worker while it holds the interpreter: seen to hang for ever with torch 2.6.
+    """
+    time.sleep(0.02)
+    groups.clear()
 
 
 def init_distributed(dist_backend: str | None = None, *, timeout: timedelta = timedelta(minutes=5)) -> bool:

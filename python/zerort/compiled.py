@@ -1,4 +1,4 @@
-"""Modules under torch.compile: which are compiled whole, and what a wrapper hides.
+"""Modules under torch.compile: which are compiled whole, and what that costs.
 
 A module compiled whole has one graph for its backward, and a graph hands its gradients over when it is done: they all
 come at the end, so no bucket can leave while backward still runs. The result is the same to the bit; only the overlap
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["ADVICE", "is_whole", "unwrapped"]
+__all__ = ["ADVICE", "is_whole"]
 
 ADVICE = (
     "the module is compiled whole, so all its gradients come at the end of the backward and no communication overlaps "
@@ -24,8 +24,3 @@ _WRAPPED = "_orig_mod"  # by its name: importing torch._dynamo for its class wou
 def is_whole(module: nn.Module) -> bool:
     """Whether `module` itself went through torch.compile(module) or module.compile(); its parts do not count."""
     return _WRAPPED in module._modules or module._compiled_call_impl is not None
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that torch.compile(module) has wrapped, which its owner may go on using; else `module`."""
-    return module._modules.get(_WRAPPED) or module

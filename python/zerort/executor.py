@@ -20,7 +20,7 @@ import torch
 
 from zerort import _core, nonfinite
 from zerort.comm import Comm, Work
-from zerort.flat import FlatBucket, FlatModel, Memory
+from zerort.flat import DTYPES, FlatBucket, FlatModel, Memory
 from zerort.gradients import Source
 from zerort.trace.watch import Watch
 from zerort.wire import WireFormat
@@ -279,7 +279,7 @@ class Executor:
         self.absent += flight.pack()
         flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
         spec = flight.bucket.spec
-        self.watch.launched(spec)
+        self.watch.launched(spec, flight.send.nbytes, DTYPES[flight.send.dtype])
         self.watch.started(f"reduce_scatter b{spec.id}", flight.send.nbytes, flight.work)
 
     def _retire(self, flight: Inflight) -> None:

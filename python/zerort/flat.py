@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,8 @@ class FlatModel:
         ]
         self._pointers = [parameter.data_ptr() for parameter in self.params]
         self._registrations = list(_registrations(module, self.params))
+        self._mastered = any(bucket.has_master for bucket in self.buckets)
+        self._versions = self._current()
 
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
@@ -206,14 +209,25 @@ class FlatModel:
         for parameter in self.params:
             parameter.grad = None
 
-    def refresh_masters(self) -> None:
-        """Takes over parameter values that were written outside a step."""
-        for bucket in self.buckets:
-            bucket.refresh_master()
+    def take_writes(self) -> None:
+        """Brings to the masters what something outside a step has written into parameters, such as load_state_dict.
+
+        Autograd's version counters tell whether anything has; writes through `.data` are invisible to them, and are
+        undone by the masters.
+        """
+        if self._versions and self._versions != self._current():
+            for bucket in self.buckets:
+                bucket.refresh_master()
+            self._versions = self._current()
 
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it cannot see."""
         torch.autograd.graph.increment_version(self.params)
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        """Version counters, where there are masters that could differ from parameters."""
+        return [parameter._version for parameter in self.params] if self._mastered else []
 
 
 _LEAVING = (
@@ -239,20 +253,30 @@ def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int])
     Raises `PlanError` naming the parameter that cannot be planned.
     """
     planned = [Planned(name, p, groups[id(p)]) for name, p in named if id(p) in groups]
-    owner: dict[int, str] = {}
     for member in planned:
         dtype, name = member.tensor.dtype, member.name
         if dtype not in DTYPES:
             advice = "store it as torch.view_as_real(...)" if dtype.is_complex else "cast it before initialize"
             raise PlanError(f"parameter {name} has dtype {dtype}, which cannot be reduced: {advice}")
-        if not member.tensor.numel():
-            continue
-        twin = owner.setdefault(member.tensor.data_ptr(), name)
-        if twin != name:
-            raise PlanError(
-                f"parameters {twin} and {name} are two Parameter objects over the same memory: tie weights by "
-                f"assigning the same Parameter (module.{name} = module.{twin}), or give each its own memory"
-            )
+    _refuse_overlap(planned)
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")
     return planned
+
+
+def _refuse_overlap(planned: Sequence[Planned]) -> None:
+    """Raises `PlanError` naming two parameters one of which lies over the other: in buckets they would part."""
+    spans = sorted((*_span(member.tensor), index) for index, member in enumerate(planned) if member.tensor.numel())
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            first, second = (planned[index].name for index in sorted((one, other)))
+            raise PlanError(
+                f"parameters {first} and {second} are two Parameter objects over the same memory: tie weights by "
+                f"assigning the same Parameter (module.{second} = module.{first}), or give each its own memory"
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address and the one behind the last, gaps between strides included."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize

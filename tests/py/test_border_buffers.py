@@ -113,7 +113,10 @@ def test_a_capsule_that_nobody_takes_frees_itself(max_version: tuple[int, int] |
 @pytest.mark.parametrize("max_version", [None, (1, 0)])
 def test_versioned_and_unversioned_capsules_are_taken(max_version: tuple[int, int] | None) -> None:
     tensor = torch.arange(4.0)
-    capsule = tensor.__dlpack__(max_version=max_version)
+    try:
+        capsule = tensor.__dlpack__(max_version=max_version)
+    except TypeError:
+        pytest.skip(f"torch {torch.__version__} exports unversioned capsules only, and takes no max_version")
     buffer = _core.Buffer(capsule)
     assert capsules.name(capsule).startswith("used_dltensor")
     assert torch.from_dlpack(buffer.__dlpack__(max_version=max_version)).data_ptr() == tensor.data_ptr()

@@ -53,6 +53,20 @@ def a_loaded_state_dict_reaches_the_masters(rank: int, world: int) -> None:
     assert step_with(engine, 1.0, 1.0) == (2.0, 4.0)
 
 
+def a_write_in_place_reaches_the_masters_and_costs_no_other_its_bits(rank: int, world: int) -> None:
+    model = Terms()
+    engine = engine_over_terms(BF16, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=2.0**-12))
+    with torch.no_grad():
+        model.b.fill_(1.0)
+    for _ in range(8):
+        step_with(engine, 1.0, 1.0)  # 1 - 8 * 2^-12 is no bf16 number: only the master has moved
+    with torch.no_grad():
+        model.a.fill_(3.0)
+    for _ in range(8):
+        step_with(engine, 1.0, 1.0)
+    assert weights(engine) == (3.0, 1.0 - 16 * 2.0**-12)
+
+
 def a_parameter_written_in_place_is_trained_from(rank: int, world: int) -> None:
     engine = engine_over_terms()
     step_with(engine, 1.0, 1.0)
@@ -148,6 +162,7 @@ SCENARIOS: list[Callable[[int, int], Any]] = [
     a_saved_model_has_the_size_of_its_tensors,
     a_loaded_state_dict_is_trained_from,
     a_loaded_state_dict_reaches_the_masters,
+    a_write_in_place_reaches_the_masters_and_costs_no_other_its_bits,
     a_parameter_written_in_place_is_trained_from,
     a_step_of_the_optimizers_own_that_was_left_in_the_loop_changes_nothing,
     a_deepcopied_module_trains_alone,

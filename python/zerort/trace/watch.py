@@ -5,8 +5,9 @@ A `Watch` is called a few times per bucket, never per parameter. It never change
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from zerort import _core
 from zerort.trace.sink import BucketLife, Mark, TraceSink
@@ -30,8 +31,8 @@ class Watch(Protocol):
     def mark(self) -> Mark:
         """This moment."""
 
-    def launched(self, bucket: _core.Bucket) -> None:
-        """The bucket's gradients are on their way."""
+    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
+        """The bucket's gradients are on their way: `size` bytes of elements of `dtype`."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
         """A collective over `size` bytes has started; `work` may tell when it is complete."""
@@ -55,7 +56,7 @@ class Unwatched:
         """No clock is read."""
         return 0
 
-    def launched(self, bucket: _core.Bucket) -> None:
+    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
         """Ignored."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
@@ -71,6 +72,14 @@ class Unwatched:
         """Ignored."""
 
 
+class _Launch(NamedTuple):
+    """When a bucket left, and what of it travels: bytes, element type."""
+
+    at: Mark
+    size: int
+    dtype: str
+
+
 class BucketWatch:
     """Tells a sink each bucket's life, each collective's span and each wait."""
 
@@ -79,18 +88,19 @@ class BucketWatch:
     def __init__(self, sink: TraceSink, names: Sequence[str]) -> None:
         self._sink = sink
         self._names = names
-        self._launched: dict[int, Mark] = {}
+        self._launched: dict[int, _Launch] = {}
         self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
         self._lanes: list[bool] = []
         self._bytes = 0
+        self._counting = threading.Lock()
 
     def mark(self) -> Mark:
         """The sink's clock, or an event on the current stream."""
         return self._sink.mark()
 
-    def launched(self, bucket: _core.Bucket) -> None:
-        """Keeps the moment for the bucket's life."""
-        self._launched[bucket.id] = self._sink.mark()
+    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
+        """Keeps moment and load for the bucket's life."""
+        self._launched[bucket.id] = _Launch(self._sink.mark(), size, dtype)
 
     def started(self, name: str, size: int, work: Collective) -> None:
         """A span on the first lane that is free, so that spans of one track never cross."""
@@ -121,27 +131,15 @@ class BucketWatch:
         """Tells the lives of the pass, now that all four moments are known."""
         arrivals = {bucket: rest for bucket, *rest in lives}
         for index, (bucket, retired) in self._retired.items():
-            launched = self._launched[index]
-            first, full, last = arrivals.get(index, (launched, launched, -1))
-            moments = BucketLife(first, full, launched, retired)
-            self._sink.life(index, moments, **self._facts(bucket, last))
+            launch = self._launched[index]
+            first, full, last = arrivals.get(index, (launch.at, launch.at, -1))
+            moments = BucketLife(first, full, launch.at, retired)
+            named = {"last": self._names[last]} if last >= 0 else {}
+            self._sink.life(index, moments, bytes=launch.size, dtype=launch.dtype, params=len(bucket.params), **named)
         self._retired.clear()
 
-    def _facts(self, bucket: _core.Bucket, last: int) -> dict[str, str | int | float]:
-        facts: dict[str, str | int | float] = {
-            "bytes": _wire_bytes(bucket),
-            "dtype": bucket.dtype,
-            "params": len(bucket.params),
-        }
-        return facts | ({"last": self._names[last]} if last >= 0 else {})
-
     def _count(self, difference: int) -> None:
-        self._bytes += difference
-        self._sink.counter("bytes in flight", self._sink.now(), self._bytes)
-
-
-_SIZES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8}
-
-
-def _wire_bytes(bucket: _core.Bucket) -> int:
-    return bucket.numel * _SIZES[bucket.dtype]
+        # Collectives complete on several threads; the sums must reach the sink in the order in which they were true.
+        with self._counting:
+            self._bytes += difference
+            self._sink.counter("bytes in flight", self._sink.now(), self._bytes)

@@ -1,0 +1,175 @@
+"""Memory of a rank, by counting the bytes under every tensor that is alive: the formulas, and buckets in flight.
+
+P stands for the elements of all parameters, N for the ranks. Counted at rest, between one `step` and the next
+`backward`, and in the middle of an accumulation window; activations are none of the engine's business.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ranks
+import zerort
+from tap import tapped
+
+WIDTH, LAYERS = 128, 16
+BUCKET = WIDTH * WIDTH
+TOTAL = WIDTH * WIDTH * LAYERS
+WIRE = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    stage: int
+    dtype: str
+    window: int | str = "all"
+    gas: int = 1
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one rank."""
+
+    in_flight: int
+    """Under what collectives send from and receive into."""
+    at_rest: int
+    """Under all other tensors, after a step."""
+    in_window: int
+    """The same after the first micro-batch of a window."""
+
+
+def covered(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory under these tensors, each byte once, whatever looks at it."""
+    spans = sorted((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
+    total = end = 0
+    for start, size in spans:
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
+
+
+def alive() -> list[Tensor]:
+    """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a parameter holds."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
+        found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.device.type == "cpu"]
+    return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+
+
+def weigh(rank: int, world: int, variants: list[Variant]) -> list[Bytes]:
+    gc.freeze()  # what the imports made is neither ours nor worth searching again and again
+    return [_weigh_one(variant) for variant in variants]
+
+
+def _weigh_one(variant: Variant) -> Bytes:
+    before = covered(alive())
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": variant.gas,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": variant.dtype == "bf16"},
+        "zero_optimization": {"stage": variant.stage, "reduce_bucket_size": BUCKET},
+        "zerort": {"window": variant.window},
+    }
+    engine, *_ = zerort.initialize(model=model, config=config)
+    with tapped() as calls:
+        _window(engine, variant.gas)
+    flights = [tensor for call in calls if call.op == "all_to_all_single" for tensor in call.tensors]
+    in_flight = covered(flights)
+    calls.clear()
+    del flights
+    at_rest = covered(alive()) - in_flight - before
+    _micro_batch(engine)
+    in_window = covered(alive()) - in_flight - before
+    engine.destroy()
+    return Bytes(in_flight, at_rest, in_window)
+
+
+def _window(engine: Any, gas: int) -> None:
+    for _ in range(gas):
+        _micro_batch(engine)
+
+
+def _micro_batch(engine: Any) -> None:
+    dtype = engine.module[0].weight.dtype
+    engine.backward(engine(torch.ones(1, WIDTH, dtype=dtype)).float().mean())
+    engine.step()
+
+
+PLACEMENTS = [Variant(stage, dtype) for stage in (0, 1, 2) for dtype in WIRE]
+WINDOWS = [Variant(stage, dtype, window) for stage in (0, 2) for dtype in WIRE for window in (1, 3)]
+ACCUMULATING = [Variant(stage, dtype, gas=2) for stage in (0, 1, 2) for dtype in WIRE]
+VARIANTS = PLACEMENTS + WINDOWS + ACCUMULATING
+
+
+@cache
+def weighed(world: int) -> list[list[Bytes]]:
+    return ranks.run(world, weigh, VARIANTS)
+
+
+def of_every_rank(world: int, variant: Variant) -> list[Bytes]:
+    return [rows[VARIANTS.index(variant)] for rows in weighed(world)]
+
+
+def parts(variant: Variant, world: int) -> int:
+    """Parameters; and of this rank's part: moments, accumulator, and an fp32 master where they are not fp32."""
+    owned = TOTAL if variant.stage == 0 else TOTAL // world
+    master = 4 if variant.dtype == "bf16" else 0
+    return TOTAL * WIRE[variant.dtype] + owned * (8 + 4 + master)
+
+
+FORMULAS = {
+    (0, "fp32"): lambda n: 16,
+    (1, "fp32"): lambda n: 8 + 8 / n,
+    (2, "fp32"): lambda n: 4 + 12 / n,
+    (0, "bf16"): lambda n: 18,
+    (1, "bf16"): lambda n: 6 + 12 / n,
+    (2, "bf16"): lambda n: 2 + 16 / n,
+}
+"""Bytes per parameter: Adam, fp32 masters, fp32 gradients."""
+
+every_world = pytest.mark.parametrize("world", [2, 4])
+SMALL = 4096  # bytes of step counts, ballots, scalars
+
+
+@pytest.mark.parametrize("variant", PLACEMENTS, ids=str)
+@every_world
+def test_a_rank_keeps_no_more_than_the_formula(world: int, variant: Variant) -> None:
+    for found in of_every_rank(world, variant):
+        assert found.at_rest <= 1.02 * TOTAL * FORMULAS[variant.stage, variant.dtype](world)
+
+
+@pytest.mark.parametrize("variant", PLACEMENTS + WINDOWS, ids=str)
+@every_world
+def test_a_rank_keeps_parameters_moments_masters_and_accumulators_and_nothing_else(
+    world: int, variant: Variant
+) -> None:
+    for found in of_every_rank(world, variant):
+        assert 0 <= found.at_rest - parts(variant, world) < SMALL
+
+
+@pytest.mark.parametrize("variant", PLACEMENTS + WINDOWS, ids=str)
+@every_world
+def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(world: int, variant: Variant) -> None:
+    window = LAYERS if variant.window == "all" else variant.window
+    for found in of_every_rank(world, variant):
+        assert found.in_flight == window * 2 * BUCKET * WIRE[variant.dtype]
+
+
+@pytest.mark.parametrize("variant", ACCUMULATING, ids=str)
+@every_world
+def test_between_micro_batches_only_stages_0_and_1_hold_gradients(world: int, variant: Variant) -> None:
+    held = 0 if variant.stage == 2 else 4  # bf16 micro-batches are summed in fp32
+    for found in of_every_rank(world, variant):
+        assert 0 <= found.in_window - parts(variant, world) - held * TOTAL < SMALL
