@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from zerort import _core, optim, schedules, sparse
+from zerort import _core, compiled, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
@@ -23,7 +23,7 @@ from zerort.executor import Transport, record_event
 from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
-from zerort.optim.elementwise import why_not_elementwise
+from zerort.optim.elementwise import why_never, why_not_elementwise
 from zerort.precision import Precision
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
@@ -63,8 +63,7 @@ def initialize(
     for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
         if value is not None:
             raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
-    if model is None:
-        raise ConfigError("initialize needs model=: a torch.nn.Module")
+    model = _checked(model)
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
     _compare(comm, planned, plan)
@@ -82,6 +81,17 @@ def initialize(
     engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler, loader)
     _tell(settings, comm, model, flat)
     return engine, chosen, loader, engine.lr_scheduler
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"initialize needs model=: a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges gradients itself: give the "
+            "module inside, model.module"
+        )
+    return model
 
 
 T = TypeVar("T")
@@ -131,11 +141,14 @@ def _plan(
     model.to(comm.device)
     chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
     groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
+    own = {id(parameter) for parameter in model.parameters()}
+    strange = [tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in own]
+    if strange:
+        raise PlanError(
+            f"the optimizer holds parameters that are not the model's, {len(strange)} of {len(groups)}, of shapes "
+            f"{strange[:3]}: make it from the parameters of the very model that is given to initialize"
+        )
     planned = plannable(model.named_parameters(), groups)
-    if len(planned) < len(groups):
-        known = {id(member.tensor) for member in planned}
-        strange = [tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in known]
-        raise PlanError(f"the optimizer holds {len(strange)} parameters that are not the model's, shapes {strange[:3]}")
     window = settings.zerort.window
     plan = _core.Plan(
         [member.spec() for member in planned],
@@ -160,6 +173,9 @@ def _choose_optimizer(
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
     else:
         raise ConfigError("no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}")
+    reason = why_never(chosen)
+    if reason is not None:
+        raise ConfigError(f"optimizer {type(chosen).__name__} is refused at every stage: {reason}")
     if has_stepped(chosen):
         raise PlanError(
             "the optimizer has state already, and its tensors are about to become shards: make it anew, and load state "
@@ -283,6 +299,8 @@ def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> No
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:
         _log.warning("gradient_clipping is not given: gradients are clipped to norm %g", settings.gradient_clipping)
+    if compiled.is_whole(model):
+        _log.warning(compiled.ADVICE)
     planned = {id(parameter) for parameter in flat.params}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned]
     if left:

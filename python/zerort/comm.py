@@ -242,10 +242,11 @@ def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:
     groups.clear()
 
 
-def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(minutes=5)) -> bool:
+def init_distributed(dist_backend: str | None = None, *, timeout: timedelta = timedelta(minutes=5)) -> bool:
     """Initialises torch.distributed from torchrun's environment, unless that was done or there is none.
 
-    Returns whether a process group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not.
+    `dist_backend` is "nccl" or "gloo", by default what suits the device. Returns whether a process group exists
+    afterwards. Raises `ConfigError` when RANK is set and the rest is not.
     Mirrors deepspeed.init_distributed.
     """
     if dist.is_initialized():
@@ -260,7 +261,7 @@ def init_distributed(backend: str | None = None, timeout: timedelta = timedelta(
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    chosen = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(chosen, timeout=timeout)
     return True
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerort import compiled
 from zerort.accumulation import Accumulation, Counters
 from zerort.boundary import Boundary, Outcome
 from zerort.checkpoint.checkpoints import Checkpoints
@@ -26,7 +27,7 @@ from zerort.checkpoint.match import Choice
 from zerort.checkpoint.state import EngineState
 from zerort.comm import Comm
 from zerort.config import Batch, Config
-from zerort.errors import CommError, StepError
+from zerort.errors import CommError, ConfigError, StepError
 from zerort.hooks import after_backward, when_backward_reaches
 from zerort.precision import Precision
 from zerort.reduction import Reduction
@@ -275,7 +276,8 @@ class Engine(nn.Module):
         told = f"{', '.join(new[:8])}{f' and {len(new) - 8} more' if len(new) > 8 else ''}"
         if self._parts.config.unused_parameters == "raise":
             raise StepError(
-                f"no gradient came for {told}: the forward does not use them (unused parameters are an error)"
+                f"no gradient came for {told}: the forward did not use them. Use or freeze them, or let them count as "
+                'zero with "zerort": {"unused_parameters": "zero"}'
             )
         self._named.update(new)
         _log.warning(
@@ -412,9 +414,35 @@ class Engine(nn.Module):
             parts.loader,
         )
 
-    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-        """Compiles the module in place. Compiled whole, all gradients come at the end and nothing overlaps."""
-        self.module.compile(backend=backend, **(compile_kwargs or {}), **options)
+    def compile(
+        self,
+        backend: Any = "inductor",
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compiles the module in place, once; `compile_kwargs` are torch.compile's, and `backend` wins over theirs.
+
+        Compiled whole, all gradients come at the end and nothing overlaps: compile the module's blocks where that
+        matters. Raises `ConfigError` for a `schedule` (DeepCompile's) and for compiled autograd, which are not built.
+        """
+        if schedule is not None:
+            raise ConfigError("compile(schedule=...) is refused: it orders DeepCompile's passes, which are not built")
+        if compiled_autograd_enabled:
+            raise ConfigError(
+                "compile(compiled_autograd_enabled=True) is refused: it would trace the hook of every single gradient; "
+                "leave it out, a compiled module's backward is compiled anyway"
+            )
+        if self.is_compiled:
+            return
+        self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
+        if self._parts.comm.rank == 0:
+            _log.warning(compiled.ADVICE)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the module is compiled whole, here or before `initialize`."""
+        return compiled.is_whole(self.module)
 
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back."""
@@ -510,4 +538,10 @@ class Engine(nn.Module):
         except AttributeError:
             if name == "module":
                 raise
+        try:
             return getattr(self.module, name)
+        except AttributeError as error:
+            kind = type(self.module).__name__
+            raise AttributeError(
+                f"neither the engine nor its module {kind} has {name!r}: {error}", name=name, obj=self
+            ) from error

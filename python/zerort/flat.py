@@ -231,8 +231,8 @@ class FlatModel:
 
 
 _LEAVING = (
-    ".to(), .half(), .double(), load_state_dict(assign=True), a parametrization or an assignment gave the module other "
-    "memory; do that before zerort.initialize, and load values with load_state_dict(assign=False)"
+    ".to(), .half(), .double(), load_state_dict(assign=True), a parametrization, an assignment or a second initialize "
+    "gave the module other memory; do that before zerort.initialize, and load values with load_state_dict(assign=False)"
 )
 
 Registration = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]

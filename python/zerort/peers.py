@@ -18,6 +18,11 @@ __all__ = ["Peer", "told"]
 Peer = tuple[str, int]
 """Host name and process id."""
 
+_ALL_ARE_THERE = (
+    "every rank is running, so one of them has not come to this point: it makes fewer steps, waits for something else, "
+    "or needs longer than zerort.timeout"
+)
+
 PATIENCE = 1.0
 """Seconds: a connection closes a little before its process is gone."""
 
@@ -35,7 +40,7 @@ def told(peers: Sequence[Peer]) -> str:
     while not (found := {rank: fate for rank, pid in local.items() if (fate := _fate(pid))}):
         if time.monotonic() > deadline:
             others = sorted({host for host, _ in peers} - {here})
-            return f"no rank of this host has gone; look at {', '.join(others)}" if others else "every rank is running"
+            return f"no rank of this host has gone; look at {', '.join(others)}" if others else _ALL_ARE_THERE
         time.sleep(0.02)
     return "; ".join(f"rank {rank} (process {local[rank]}) {fate}" for rank, fate in found.items())
 

@@ -80,7 +80,9 @@ def test_two_configurations_are_an_error_that_names_both() -> None:
 
 def test_a_missing_file_is_named() -> None:
     message = refusal("no/such/ds.json")
-    assert message == 'configuration file "no/such/ds.json" cannot be read: No such file or directory'
+    assert message == (
+        f'configuration file "no/such/ds.json" cannot be read: No such file or directory (looked for in {Path.cwd()})'
+    )
 
 
 def test_text_that_is_no_json_is_placed(tmp_path: Path) -> None:

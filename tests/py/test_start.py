@@ -90,6 +90,10 @@ def foreign_parameter() -> dict[str, Any]:
     return {"model": model, "optimizer": torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0)}
 
 
+def optimizer_of_another_model() -> dict[str, Any]:
+    return {"model": Terms(), "optimizer": torch.optim.SGD(Terms().parameters(), lr=1.0)}
+
+
 class _LayerWise(torch.optim.SGD):
     """Looks at whole tensors: the step has the length of the weights."""
 
@@ -113,7 +117,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
     "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),
     "layer_wise_optimizer": (lambda: with_optimizer(_LayerWise, lr=1.0), ConfigError, ["_LayerWise", "stage 0"]),
     "adafactor": (lambda: with_optimizer(torch.optim.Adafactor), ConfigError, ["Adafactor", "stage 0"]),
-    "closure_optimizer": (lambda: with_optimizer(torch.optim.LBFGS), ConfigError, ["LBFGS"]),
+    "closure_optimizer": (lambda: with_optimizer(torch.optim.LBFGS), ConfigError, ["LBFGS", "every stage", "closure"]),
+    "optimizer_of_another_model": (optimizer_of_another_model, PlanError, ["not the model's, 2 of 2"]),
+    "no_module": (lambda: {"model": "gpt2", "optimizer": None}, ConfigError, ["torch.nn.Module", "str"]),
+    "data_parallel": (lambda: {"model": nn.DataParallel(Terms())}, ConfigError, ["DataParallel", "model.module"]),
 }
 
 
@@ -128,6 +135,34 @@ def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> Non
     _, kind, words = REFUSED[name]
     for error in ranks.run(world, _start, name, timeout=LIMIT):
         assert_told(error, kind, *words)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_optimizers_that_no_stage_can_run_are_refused_at_stage_0(kind: Callable[..., Any]) -> None:
+    error = caught(lambda: engine_over_terms(at_stage(0), **with_optimizer(kind)))
+    assert_told(error, ConfigError, kind.__name__, "every stage")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"learning_rate": 1.0}, "unexpected keyword argument 'learning_rate'; it takes lr, betas, eps"),
+        ({"lr": -1.0}, "AdamW cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_says_what_it_takes(params: dict[str, Any], message: str) -> None:
+    error = caught(lambda: engine_over_terms({"optimizer": {"type": "AdamW", "params": params}}))
+    assert_told(error, ConfigError, message)
+
+
+def test_a_refused_option_of_adam_is_told_without_a_second_complaint() -> None:
+    error = caught(lambda: engine_over_terms({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}))
+    assert str(error).startswith("optimizer.params.bias_correction: expected true")
+
+
+def test_a_name_that_neither_engine_nor_module_has_names_both() -> None:
+    with pytest.raises(AttributeError, match="neither the engine nor its module Terms has 'save_chekpoint'"):
+        engine_over_terms().save_chekpoint("folder")
 
 
 def _start_with_environment(rank: int, world: int, environment: dict[str, str]) -> Exception | None:

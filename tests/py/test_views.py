@@ -75,6 +75,15 @@ def a_parameter_written_in_place_is_trained_from(rank: int, world: int) -> None:
     assert step_with(engine, 1.0, 1.0) == (9.0, -2.0)
 
 
+def a_step_of_the_optimizers_own_that_was_left_in_the_loop_changes_nothing(rank: int, world: int) -> None:
+    engine = engine_over_terms()
+    step_with(engine, 1.0, 1.0)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    assert weights(engine) == (-1.0, -1.0)
+    assert step_with(engine, 1.0, 1.0) == (-2.0, -2.0)
+
+
 def a_deepcopied_module_trains_alone(rank: int, world: int) -> None:
     engine = engine_over_terms()
     step_with(engine, 1.0, 1.0)
@@ -155,6 +164,7 @@ SCENARIOS: list[Callable[[int, int], Any]] = [
     a_loaded_state_dict_reaches_the_masters,
     a_write_in_place_reaches_the_masters_and_costs_no_other_its_bits,
     a_parameter_written_in_place_is_trained_from,
+    a_step_of_the_optimizers_own_that_was_left_in_the_loop_changes_nothing,
     a_deepcopied_module_trains_alone,
     a_graph_kept_over_a_step_is_refused_by_autograd,
     gradients_are_gone_after_the_backward,

@@ -121,13 +121,20 @@ def _read(config: ConfigLike) -> _Source:
     except (OSError, ValueError) as error:
         decoded = _from_base64(config) if isinstance(config, str) else None
         if decoded is None:
-            raise ConfigError(f"configuration file {shown(str(path))} cannot be read: {_reason(error)}") from error
+            raise ConfigError(
+                f"configuration file {shown(str(path))} cannot be read: {_reason(error)}{_sought(path)}"
+            ) from error
         return _parse("configuration in base64", decoded)
     return _parse(str(path), text)
 
 
 def _reason(error: OSError | ValueError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _sought(path: Path) -> str:
+    """Where a relative path was looked for: jobs seldom start in the folder one thinks of."""
+    return "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
 
 
 def _from_base64(text: str) -> str | None:

@@ -5,6 +5,8 @@ A configured name is looked up in `NAMED`, then among torch.optim's classes. To 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -29,6 +31,7 @@ def _adam(params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, 
 
 
 def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    @functools.wraps(kind, updated=())  # so that the signature, which messages show, is the class's
     def construct(params: Params, **options: Any) -> Optimizer:
         if not {"fused", "foreach", "differentiable"} & options.keys():
             options["fused"] = True
@@ -60,5 +63,9 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
         raise ConfigError(f"optimizer.type: {name!r} is no optimizer known here or in torch.optim{hint}")
     try:
         return construct(params, **options)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer.params: {name} cannot be built with {options}: {error}") from error
+        takes = [key for key in inspect.signature(construct).parameters if key not in ("params", "options")]
+        hint = f"; it takes {', '.join(takes)}" if isinstance(error, TypeError) else ""
+        raise ConfigError(f"optimizer.params: {name} cannot be built with {options}: {error}{hint}") from error

@@ -1,8 +1,13 @@
-"""Whether an optimizer treats each element alone. One that does not (Muon, LAMB, Adafactor) is wrong on a shard."""
+"""Where an optimizer may run: on shards, on whole parameters only, or nowhere.
+
+One that does not treat each element alone (Muon, LAMB, Adafactor) is wrong on a shard. One whose step runs forward and
+backward by itself (LBFGS) cannot follow a gradient that has been summed over ranks already.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,7 +17,7 @@ from torch.optim import Optimizer
 
 from zerort.optim.lion import Lion
 
-__all__ = ["why_not_elementwise"]
+__all__ = ["why_never", "why_not_elementwise"]
 
 _KNOWN = (
     torch.optim.Adadelta,
@@ -28,6 +33,19 @@ _KNOWN = (
     torch.optim.SGD,
     Lion,
 )
+
+
+def why_never(optimizer: Optimizer) -> str | None:
+    """None when the optimizer may run at some stage, else the reason it may at none."""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        return "it takes sparse gradients only, and gradients travel dense; use Adam"
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return (
+            "its step needs a closure that repeats forward and backward, and engine.step() applies gradients that have "
+            "been summed over ranks already; use an optimizer whose step() needs no closure, such as AdamW"
+        )
+    return None
 
 
 def why_not_elementwise(optimizer: Optimizer) -> str | None:

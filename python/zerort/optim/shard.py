@@ -131,6 +131,14 @@ class ShardOptimizer:
         """One update with the reduced gradients times `factor`."""
         for segment in self.segments:
             segment.load_gradient()
+        try:
+            self._step(factor)
+        finally:
+            # A loop that still calls the optimizer's own step() must not apply this gradient once more.
+            for segment in self.segments:
+                segment.tensor.grad = None
+
+    def _step(self, factor: float) -> None:
         gradients = [segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None]
         if factor == 1.0:
             self.optimizer.step()
