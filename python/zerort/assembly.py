@@ -17,7 +17,7 @@ from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Config, load
 from zerort.data import TrainingLoader
-from zerort.engine import Engine, Parts
+from zerort.engine import Engine
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
 from zerort.executor import Transport, record_event
 from zerort.flat import FlatModel, Place, Planned, plannable
@@ -25,6 +25,7 @@ from zerort.gradients import Stolen, Summed
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_never, why_not_elementwise
 from zerort.precision import Precision
+from zerort.readings import Parts
 from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink

@@ -15,43 +15,22 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from zerort import compiled
-from zerort.accumulation import Accumulation, Counters
-from zerort.boundary import Boundary, Outcome
+from zerort.accumulation import Accumulation
+from zerort.boundary import Outcome
 from zerort.checkpoint.checkpoints import Checkpoints
 from zerort.checkpoint.match import Choice
 from zerort.checkpoint.state import EngineState
-from zerort.comm import Comm
-from zerort.config import Batch, Config
+from zerort.config import Batch
 from zerort.errors import CommError, ConfigError, StepError
 from zerort.hooks import after_backward, when_backward_reaches
-from zerort.precision import Precision
-from zerort.reduction import Reduction
-from zerort.trace import TraceSink
+from zerort.readings import Parts, Readings
 
-__all__ = ["Engine", "Parts"]
+__all__ = ["Engine"]
 
 _log = logging.getLogger("zerort")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What an engine is assembled from."""
-
-    config: Config
-    comm: Comm
-    batch: Batch
-    precision: Precision
-    reduction: Reduction
-    boundary: Boundary
-    scheduler: Any
-    sink: TraceSink
-    loader: Any = None
-    """The training loader that `initialize` made, or None."""
 
 
 @dataclass
@@ -69,25 +48,17 @@ class MicroBatch:
     """The one before raised in `backward` and has settled with the peers: a `step` that still belongs to it is void."""
 
 
-class Engine(nn.Module):
-    """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys `module.*`.
-
-    Unknown attributes are looked up on the module.
-    """
+class Engine(Readings):
+    """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys `module.*`."""
 
     def __init__(self, module: nn.Module, parts: Parts) -> None:
-        super().__init__()
-        self.module = module
-        self.counters = Counters()
-        self._parts = parts
-        self._batch = parts.batch
+        super().__init__(module, parts)
         self._accumulation = Accumulation(
             parts.batch.accumulation, parts.config.reduce_every_micro_batch, self.counters
         )
         self._micro = MicroBatch()
         self._checkpoints = Checkpoints(self._state(), parts.config)
         self._failure: str | None = None
-        self._applied = False
         self._named: set[str] = set()
 
     # One step, in the order of a training loop.
@@ -449,99 +420,3 @@ class Engine(nn.Module):
         self._parts.reduction.close()
         self._parts.sink.close()
         self._parts.comm.close()
-
-    # What there is to read.
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer, over this rank's shards."""
-        return self._parts.boundary.optimizer.optimizer
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """The learning rate scheduler, or None."""
-        return self._parts.scheduler
-
-    @property
-    def config(self) -> Config:
-        """The configuration, typed."""
-        return self._parts.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module lives."""
-        return self._parts.comm.device
-
-    @property
-    def loss_scale(self) -> float:
-        """What the loss is multiplied by; 1 where there is no loss scale."""
-        return self._parts.precision.loss_scale.scale
-
-    @property
-    def global_steps(self) -> int:
-        """Boundaries passed, skipped ones included."""
-        return self.counters.global_steps
-
-    @property
-    def global_samples(self) -> int:
-        """Samples of these boundaries, over all ranks."""
-        return self.counters.global_samples
-
-    @property
-    def micro_steps(self) -> int:
-        """Micro-batches ended by `step`."""
-        return self.counters.micro_steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """Boundaries at which a gradient was not finite."""
-        return self.counters.skipped_steps
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step` changed the parameters."""
-        return self._applied
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None before the first."""
-        return self._parts.boundary.norm
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of each parameter group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def get_mom(self) -> list[Any]:
-        """Momentum, or betas, of each parameter group."""
-        return [
-            group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups
-        ]
-
-    @property
-    def exposed_communication(self) -> float:
-        """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
-        return self._parts.boundary.exposed
-
-    def train_batch_size(self) -> int:
-        """Samples of one step, over all ranks."""
-        return self._batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of one backward on one rank."""
-        return self._batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of one step."""
-        return self._batch.accumulation
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-        try:
-            return getattr(self.module, name)
-        except AttributeError as error:
-            kind = type(self.module).__name__
-            raise AttributeError(
-                f"neither the engine nor its module {kind} has {name!r}: {error}", name=name, obj=self
-            ) from error

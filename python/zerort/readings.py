@@ -1,0 +1,142 @@
+"""What there is to read of an engine, under DeepSpeed's names. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from zerort.accumulation import Counters
+from zerort.boundary import Boundary
+from zerort.comm import Comm
+from zerort.config import Batch, Config
+from zerort.precision import Precision
+from zerort.reduction import Reduction
+from zerort.trace import TraceSink
+
+__all__ = ["Parts", "Readings"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is assembled from."""
+
+    config: Config
+    comm: Comm
+    batch: Batch
+    precision: Precision
+    reduction: Reduction
+    boundary: Boundary
+    scheduler: Any
+    sink: TraceSink
+    loader: Any = None
+    """The training loader that `initialize` made, or None."""
+
+
+class Readings(nn.Module):
+    """A module around `module` that tells where training stands. Unknown attributes are looked up on `module`."""
+
+    def __init__(self, module: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        self.module = module
+        self.counters = Counters()
+        self._parts = parts
+        self._batch = parts.batch
+        self._applied = False
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer, over this rank's shards."""
+        return self._parts.boundary.optimizer.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The learning rate scheduler, or None."""
+        return self._parts.scheduler
+
+    @property
+    def config(self) -> Config:
+        """The configuration, typed."""
+        return self._parts.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lives."""
+        return self._parts.comm.device
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by; 1 where there is no loss scale."""
+        return self._parts.precision.loss_scale.scale
+
+    @property
+    def global_steps(self) -> int:
+        """Boundaries passed, skipped ones included."""
+        return self.counters.global_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of these boundaries, over all ranks."""
+        return self.counters.global_samples
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches ended by `step`."""
+        return self.counters.micro_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries at which a gradient was not finite."""
+        return self.counters.skipped_steps
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the parameters."""
+        return self._applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None before the first."""
+        return self._parts.boundary.norm
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """Momentum, or betas, of each parameter group."""
+        return [
+            group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups
+        ]
+
+    @property
+    def exposed_communication(self) -> float:
+        """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
+        return self._parts.boundary.exposed
+
+    def train_batch_size(self) -> int:
+        """Samples of one step, over all ranks."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of one backward on one rank."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of one step."""
+        return self._batch.accumulation
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+        try:
+            return getattr(self.module, name)
+        except AttributeError as error:
+            kind = type(self.module).__name__
+            raise AttributeError(
+                f"neither the engine nor its module {kind} has {name!r}: {error}", name=name, obj=self
+            ) from error
