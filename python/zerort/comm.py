@@ -260,7 +260,8 @@ def init_distributed(dist_backend: str | None = None, *, timeout: timedelta = ti
             f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset RANK to run one process"
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     chosen = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     dist.init_process_group(chosen, timeout=timeout)
     return True
