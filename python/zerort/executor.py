@@ -60,6 +60,8 @@ class Inflight:
         # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
         self.recv = lane.recv.typed(dtype, 0, numel) if lane.recv else lane.send.typed(dtype, comm.rank * shard, shard)
         self.slots = bucket.slots(self.send)
+        if not lane.shared:
+            transport.source.rest_in(self.slots)
         self.work: Work | None = None
 
     def pack(self) -> list[str]:

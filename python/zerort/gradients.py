@@ -23,6 +23,9 @@ __all__ = ["Source", "Stolen", "Summed"]
 class Source(Protocol):
     """One bucket's gradient on this rank, before it travels."""
 
+    def rest_in(self, slots: list[Tensor]) -> None:
+        """Offers the bucket's own send buffer, as one view per parameter, to keep gradients in until it is packed."""
+
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
 
@@ -37,24 +40,41 @@ class Source(Protocol):
 
 
 class Stolen:
-    """Straight from `.grad`."""
+    """Straight from `.grad`.
+
+    After a micro-batch that is not reduced `.grad` rests in the send buffer, where it fits: autograd goes on adding
+    there in place, and at the boundary there is nothing left to copy and no second copy to keep.
+    """
 
     def __init__(self, bucket: FlatBucket) -> None:
         self._params = bucket.params
+        self._slots: list[Tensor] = []
+
+    def rest_in(self, slots: list[Tensor]) -> None:
+        """Fits when it is of the gradients' dtype."""
+        self._slots = slots if all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=True)) else []
 
     def collect(self) -> None:
-        """Autograd goes on adding into `.grad`."""
+        """Moves what is not there yet into the send buffer, in one batch."""
+        moving = [
+            (parameter, slot)
+            for parameter, slot in zip(self._params, self._slots, strict=False)
+            if parameter.grad is not None and parameter.grad is not slot
+        ]
+        if moving:
+            torch._foreach_copy_([slot for _, slot in moving], [p.grad for p, _ in moving if p.grad is not None])
+        for parameter, slot in moving:
+            parameter.grad = slot
 
     def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
-        """One batched copy of all gradients."""
+        """One batched copy of all gradients that are not in their slots already."""
         gradients = _take(self._params)
         absent = [i for i, gradient in enumerate(gradients) if gradient is None]
         if absent:
             torch._foreach_zero_([slots[i] for i in absent])
-            slots = [slot for slot, gradient in zip(slots, gradients, strict=True) if gradient is not None]
-        present = [gradient for gradient in gradients if gradient is not None]
-        if present:
-            wire.encode(present, slots)
+        moving = [(g, s) for g, s in zip(gradients, slots, strict=True) if g is not None and g is not s]
+        if moving:
+            wire.encode([gradient for gradient, _ in moving], [slot for _, slot in moving])
         return absent
 
     def drop(self) -> None:
@@ -71,6 +91,9 @@ class Summed:
         pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.params, strict=True)
         self._views = [laid_out_like(self._sum.narrow(0, at, length), p) for at, length, p in pieces]
         self._came = [False] * len(bucket.params)
+
+    def rest_in(self, slots: list[Tensor]) -> None:
+        """Declined: the wire is narrower than the sum."""
 
     def collect(self) -> None:
         """Adds `.grad` into the sum, in one batch."""

@@ -128,6 +128,7 @@ class Reduction:
 
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
+        self.drain()  # a pass of the micro-batch before may still be sending from where gradients are to rest
         for source in self._sources:
             source.collect()
 

@@ -143,6 +143,13 @@ every_world = pytest.mark.parametrize("world", [2, 4])
 SMALL = 4096  # bytes of step counts, ballots, scalars
 
 
+@pytest.mark.parametrize("variant", [v for v in ACCUMULATING if v.dtype == "fp32"], ids=str)
+@every_world
+def test_an_fp32_window_keeps_no_more_than_the_formula(world: int, variant: Variant) -> None:
+    for found in of_every_rank(world, variant):
+        assert found.in_window <= 1.02 * TOTAL * FORMULAS[variant.stage, variant.dtype](world)
+
+
 @pytest.mark.parametrize("variant", PLACEMENTS, ids=str)
 @every_world
 def test_a_rank_keeps_no_more_than_the_formula(world: int, variant: Variant) -> None:
@@ -169,7 +176,7 @@ def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(world: int,
 
 @pytest.mark.parametrize("variant", ACCUMULATING, ids=str)
 @every_world
-def test_between_micro_batches_only_stages_0_and_1_hold_gradients(world: int, variant: Variant) -> None:
-    held = 0 if variant.stage == 2 else 4  # bf16 micro-batches are summed in fp32
+def test_between_micro_batches_fp32_gradients_rest_in_the_send_buffers(world: int, variant: Variant) -> None:
+    held = 4 if variant.dtype == "bf16" and variant.stage < 2 else 0  # bf16 micro-batches are summed in fp32
     for found in of_every_rank(world, variant):
         assert 0 <= found.in_window - parts(variant, world) - held * TOTAL < SMALL
