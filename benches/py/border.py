@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from zerort import _core
+from zerort.hooks import plain_hook
 
 Hook = Callable[[torch.Tensor], None]
 
@@ -34,17 +35,12 @@ def silent(_: int) -> Hook:
 
 
 def asking(reducer: _core.Reducer) -> Callable[[int], Hook]:
-    """What an engine registers: a closure over two integers and a bound method, nearly always answered with None."""
-    ready = reducer.grad_ready
+    """What an engine registers, with nothing to run when the core says so."""
 
-    def of(param: int) -> Hook:
-        def hook(_: torch.Tensor) -> None:
-            if ready(param) is not None:
-                return
+    def go(param: int, hi: int) -> None:
+        return
 
-        return hook
-
-    return of
+    return lambda param: plain_hook(param, reducer, None, go)
 
 
 def reducer_of(params: int) -> _core.Reducer:
