@@ -1,7 +1,7 @@
 """Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic, no tensors kept.
 
-A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy of the model must not
-copy the engine. Hooks return None and never block.
+A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy of the model must
+not copy the engine. Hooks return None and never block.
 """
 
 from __future__ import annotations
