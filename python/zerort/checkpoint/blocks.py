@@ -42,11 +42,18 @@ class Hashes:
 
 
 class HashedFile:
-    """A file that is written once, front to back, and hashed on the way."""
+    """A file that is written once, front to back, and hashed on the way. `size` is how long it will be, if known."""
 
-    def __init__(self, disk: Disk, path: Path) -> None:
+    def __init__(self, disk: Disk, path: Path, size: int = 0) -> None:
         self._disk, self._path = disk, path
         self._file: int | None = disk.create(path)
+        if size:
+            try:
+                with _naming(path):
+                    disk.reserve(self._file, size)
+            except OSError:
+                self.close()
+                raise
         self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_128()
         self._digits: list[str] = []
         self._bytes = 0

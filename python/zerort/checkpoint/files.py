@@ -19,6 +19,7 @@ from zerort.errors import CheckpointError
 __all__ = ["Disk"]
 
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
+_KEEP_SIZE = 1
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -34,6 +35,16 @@ class Disk:
     def create(self, path: Path) -> int:
         """A new file, open for writing; an existing one is an error."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def reserve(self, file: int, size: int) -> None:
+        """Room for `size` bytes, where the file system can promise it; the file stays as long as it is.
+
+        Blocks asked for one write at a time cost more than the writing: saves of 1 GB took three times as long.
+        """
+        if _libc.fallocate(file, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size)) != 0:
+            number = ctypes.get_errno()
+            if number == errno.ENOSPC:
+                raise OSError(number, os.strerror(number))
 
     def write(self, file: int, data: memoryview) -> None:
         """All of `data`, at the end."""

@@ -122,7 +122,8 @@ class Save:
         """This rank's file."""
         name = rank_file(self.comm.rank)
         head, placed = place(snapshot.tensors)
-        with HashedFile(self.disk, self.temporary / name) as file:
+        size = len(head) + sum(at.end - at.start for _, at in placed)
+        with HashedFile(self.disk, self.temporary / name, size) as file:
             file.write(head)
             for stored, _ in placed:
                 for piece in stored.pieces:
