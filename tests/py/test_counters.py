@@ -4,6 +4,7 @@ Every scenario runs on one rank without a group and on two; its name says what m
 summed gradients (see `Terms`).
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 import ranks
 from models import Terms
-from terms import engine_over_terms, step_with, weights
+from terms import Weights, engine_over_terms, step_with, weights
+from training import at_stage
 from zerort.errors import StepError
 
 NAN = float("nan")
@@ -261,3 +263,27 @@ def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_no_sync_works_at_every_stage(stage: int) -> None:
     ranks.run(2, _hold_back_at_stage, stage)
+
+
+class _Long(Terms):
+    """More than a socket's buffers take at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.zeros(1 << 22))
+        self.b = torch.nn.Parameter(torch.zeros(1 << 22))
+
+
+def _hold_while_the_peer_is_slow(rank: int, world: int) -> Weights:
+    engine = engine_over_terms(at_stage(2), model=_Long())
+    step_with(engine, 0.0, 0.0)
+    time.sleep(0.5 * rank)  # rank 0's pass is still under way when its next gradients look for a place to rest
+    engine.backward(engine(1.0, 1.0))
+    with engine.no_sync():
+        engine.backward(engine(8.0, 8.0))
+    engine.step()
+    return weights(engine)
+
+
+def test_held_gradients_do_not_overwrite_what_is_being_sent() -> None:
+    assert ranks.run(2, _hold_while_the_peer_is_slow) == [(-9.0, -9.0)] * 2
