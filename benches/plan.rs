@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, reshard};
+use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard};
 
 const PARAMS: u32 = 100_000;
 
@@ -12,7 +12,7 @@ const PARAMS: u32 = 100_000;
 fn spec(world: u32) -> PlanSpec {
     let param = |index| {
         let (numel, group) = if index % 3 == 0 { (1 << 20, 0) } else { (1 << 10, 1) };
-        Param { numel, dtype: Dtype::BF16, group: GroupId(group) }
+        Param { numel, dtype: Dtype::BF16, group: GroupId(group), wire: WireId(0) }
     };
     let params = (0..PARAMS).map(param).collect();
     PlanSpec { params, world, rules: Stage::Two.rules(), cap: Cap::Bytes(25 << 20), window: Some(4) }

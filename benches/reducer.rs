@@ -5,12 +5,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage};
+use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId};
 
 const PARAMS: u32 = 8000;
 
 fn plan(per_bucket: u64) -> Arc<Plan> {
-    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0) }; PARAMS as usize];
+    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; PARAMS as usize];
     let cap = Cap::Elements(16 * per_bucket);
     Arc::new(Plan::new(PlanSpec { params, world: 8, rules: Stage::Two.rules(), cap, window: Some(4) }).unwrap())
 }

@@ -5,10 +5,10 @@ mod arbitrary;
 use arbitrary::{cap, ids, model};
 use proptest::prelude::*;
 use zerort_core::bucket::assign;
-use zerort_core::{Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId};
+use zerort_core::{Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, WireId};
 
 fn param(numel: u64, dtype: Dtype, group: u32) -> Param {
-    Param { numel, dtype, group: GroupId(group) }
+    Param { numel, dtype, group: GroupId(group), wire: WireId(0) }
 }
 
 fn f32(numel: u64) -> Param {
@@ -36,9 +36,9 @@ proptest! {
     }
 
     #[test]
-    fn a_bucket_holds_one_dtype_and_one_optimizer_group(params in model(), cap in cap()) {
-        for Bucket { dtype, group, params: ids, .. } in assign(&params, cap) {
-            prop_assert!(ids.iter().all(|id| (params[id.index()].dtype, params[id.index()].group) == (dtype, group)));
+    fn a_bucket_holds_one_dtype_one_optimizer_group_and_one_wire_format(params in model(), cap in cap()) {
+        for Bucket { dtype, group, wire, params: ids, .. } in assign(&params, cap) {
+            prop_assert!(ids.iter().all(|id| params[id.index()].kind() == (dtype, group, wire)));
         }
     }
 
@@ -66,7 +66,7 @@ proptest! {
     fn a_bucket_is_closed_only_when_the_next_parameter_does_not_fit(params in model(), cap in cap()) {
         let buckets = assign(&params, cap);
         for (index, bucket) in buckets.iter().enumerate() {
-            let same_kind = |next: &&Bucket| (next.dtype, next.group) == (bucket.dtype, bucket.group);
+            let same_kind = |next: &&Bucket| params[next.params[0].index()].kind() == params[bucket.params[0].index()].kind();
             if let Some(next) = buckets[index + 1..].iter().find(same_kind) {
                 let mut longer = bucket.params.clone();
                 longer.push(next.params[0]);
@@ -96,8 +96,9 @@ fn a_parameter_larger_than_the_cap_has_a_bucket_of_its_own() {
 
 #[test]
 fn kinds_do_not_interrupt_each_other() {
-    let params = [f32(16), param(16, Dtype::F64, 0), f32(16), param(16, Dtype::F32, 1), f32(16)];
-    assert_eq!(contents(&params, Cap::Elements(1000)), [ids(&[3]), ids(&[1]), ids(&[4, 2, 0])]);
+    let low = Param { wire: WireId(1), ..f32(16) };
+    let params = [f32(16), param(16, Dtype::F64, 0), low, f32(16), param(16, Dtype::F32, 1), low, f32(16)];
+    assert_eq!(contents(&params, Cap::Elements(1000)), [ids(&[4]), ids(&[5, 2]), ids(&[1]), ids(&[6, 3, 0])]);
 }
 
 #[test]

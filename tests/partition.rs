@@ -4,7 +4,9 @@ mod arbitrary;
 
 use arbitrary::{ids, plan};
 use proptest::prelude::*;
-use zerort_core::{Bucket, BucketId, Dtype, Fragment, GroupId, Param, ParamId, Partition, Plan, PlanError, Rank};
+use zerort_core::{
+    Bucket, BucketId, Dtype, Fragment, GroupId, Param, ParamId, Partition, Plan, PlanError, Rank, WireId,
+};
 
 fn ranks(plan: &Plan) -> impl Iterator<Item = Rank> {
     (0..plan.world()).map(Rank)
@@ -16,9 +18,10 @@ fn fragments(plan: &Plan, bucket: BucketId, rank: Rank) -> Vec<Fragment> {
 
 /// Lays out one bucket that holds all of `numels`, the first one first.
 fn lay_out(numels: &[u64], dtype: Dtype, world: u32) -> Result<(Bucket, Partition), PlanError> {
-    let params: Vec<Param> = numels.iter().map(|&numel| Param { numel, dtype, group: GroupId(0) }).collect();
+    let params: Vec<Param> =
+        numels.iter().map(|&numel| Param { numel, dtype, group: GroupId(0), wire: WireId(0) }).collect();
     let order = (0..numels.len() as u32).map(ParamId).collect();
-    let bucket = Bucket { id: BucketId(0), dtype, group: GroupId(0), params: order };
+    let bucket = Bucket { id: BucketId(0), dtype, group: GroupId(0), wire: WireId(0), params: order };
     let partition = Partition::new(&bucket, &params, world)?;
     Ok((bucket, partition))
 }

@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
     Bucket, BucketId, BucketLayout, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan, PlanError, PlanSpec,
-    Rank, Rules, Stage,
+    Rank, Rules, Stage, WireId,
 };
 
 fn sample() -> PlanSpec {
-    let param = |numel, dtype, group| Param { numel, dtype, group: GroupId(group) };
+    let param = |numel, dtype, group| Param { numel, dtype, group: GroupId(group), wire: WireId(0) };
     let params = vec![
         param(1000, Dtype::F32, 0),
         param(0, Dtype::F32, 0),
@@ -87,16 +87,17 @@ fn a_digest_is_the_same_on_every_platform_and_in_every_release() {
     let plan = Plan::new(sample()).unwrap();
     assert_eq!((plan.layout_digest(), plan.digest()), (LAYOUT_DIGEST, DIGEST));
 }
-const LAYOUT_DIGEST: u64 = 0xff23_3cc4_ded8_3969;
-const DIGEST: u64 = 0x2274_77a2_a440_0abf;
+const LAYOUT_DIGEST: u64 = 0xf358_fbe8_bab9_b8bb;
+const DIGEST: u64 = 0xbe31_2b27_bf49_bb40;
 
 #[test]
 fn a_digest_covers_everything_that_a_plan_is_made_from() {
-    let changes: [fn(&mut PlanSpec); 9] = [
+    let changes: [fn(&mut PlanSpec); 10] = [
         |_| {},
         |spec| spec.params[3].numel += 1,
         |spec| spec.params[1].dtype = Dtype::F64,
         |spec| spec.params[1].group = GroupId(7),
+        |spec| spec.params[1].wire = WireId(7),
         |spec| spec.params.swap(0, 3),
         |spec| spec.world = 4,
         |spec| spec.rules = Stage::One.rules(),

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use arbitrary::{dtype, model, spec_of};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanError, PlanSpec, Rank, Segment, Stage, reshard,
+    Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanError, PlanSpec, Rank, Segment, Stage, WireId,
+    reshard,
 };
 
 /// All shards of a job. An element is (parameter, position in it), so that a misplaced one is seen; padding is None.
@@ -84,7 +85,8 @@ fn inverse(came_from: &[Option<ParamId>], params: usize) -> Vec<Option<ParamId>>
 }
 
 fn small(numels: &[u64], world: u32) -> Plan {
-    let params = numels.iter().map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0) }).collect();
+    let params =
+        numels.iter().map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }).collect();
     let rules = Stage::Two.rules();
     Plan::new(PlanSpec { params, world, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()
 }

@@ -45,7 +45,7 @@ def asking(reducer: _core.Reducer) -> Callable[[int], Hook]:
 
 def reducer_of(params: int) -> _core.Reducer:
     """A reducer past its first pass, which only observes."""
-    plan = _core.Plan([(1, "f32", 0)] * params, world=2, stage=2, cap_bytes=25_000_000)
+    plan = _core.Plan([(1, "f32", 0, 0)] * params, world=2, stage=2, cap_bytes=25_000_000)
     reducer = _core.Reducer(plan)
     one_pass(reducer, range(params), reducer.grad_ready)
     return reducer

@@ -36,6 +36,9 @@ class Bucket:
     def group(self) -> int:
         """Optimizer parameter group the bucket belongs to."""
     @property
+    def wire(self) -> int:
+        """How its gradients travel: the number of a wire format."""
+    @property
     def params(self) -> list[int]:
         """Parameter ids in the order in which they lie in the buffer."""
     @property
@@ -66,14 +69,14 @@ class Fragment:
 class Plan:
     """The immutable result of planning. Every rank computes the same one; `digest` proves it.
 
-    `params` is `(numel, dtype, optimizer group)` in registration order; the index is the parameter's id. The cap of a
-    bucket is given in bytes or in elements, never both. `window` is how many launched buckets may be unretired; None
-    means all. Raises `PlanError`.
+    `params` is `(numel, dtype, optimizer group, wire format)` in registration order; the index is the parameter's id.
+    The cap of a bucket is given in bytes or in elements, never both. `window` is how many launched buckets may be
+    unretired; None means all. Raises `PlanError`.
     """
 
     def __new__(
         cls,
-        params: Sequence[tuple[int, _Dtype, int]],
+        params: Sequence[tuple[int, _Dtype, int, int]],
         *,
         world: int,
         stage: int,
@@ -83,7 +86,7 @@ class Plan:
     ) -> Plan: ...
     @staticmethod
     def restore(
-        params: Sequence[tuple[int, _Dtype, int]],
+        params: Sequence[tuple[int, _Dtype, int, int]],
         buckets: Sequence[tuple[Sequence[int], Sequence[int], int]],
         *,
         world: int,

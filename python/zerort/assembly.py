@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -15,13 +16,13 @@ from torch.utils.data import Dataset
 from zerort import _core, compiled, optim, schedules, sparse
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
-from zerort.config import Config, load
+from zerort.config import Batch, Config, load
 from zerort.data import TrainingLoader
 from zerort.engine import Engine
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
 from zerort.executor import Transport, record_event
 from zerort.flat import FlatModel, Place, Planned, plannable
-from zerort.gradients import Stolen, Summed
+from zerort.gradients import source_of
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.optim.elementwise import why_never, why_not_elementwise
 from zerort.precision import Precision
@@ -30,6 +31,7 @@ from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched
+from zerort.wire import FORMATS, NAMES
 
 __all__ = ["initialize"]
 
@@ -66,22 +68,42 @@ def initialize(
             raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
     model = _checked(model)
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
-    chosen, planned, plan = _agreed(comm, lambda: _plan(settings, comm, model, optimizer, model_parameters))
-    _compare(comm, planned, plan)
-    flat = FlatModel(model, planned, Place(plan, comm.rank, Precision.of(settings).sums))
+    setup = _agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
+    _compare(setup)
+    flat = FlatModel(model, setup.planned, setup.place)
     _broadcast(comm, model, flat)
     loader = None
     if training_data is not None:
         loader = TrainingLoader(
             training_data,
-            settings.resolve_batch(comm.world).micro,
+            setup.batch.micro,
             comm,
             drop_last=settings.dataloader_drop_last,
             collate_fn=collate_fn,
         )
-    engine = _assemble(settings, comm, model, plan, flat, chosen, lr_scheduler, loader)
-    _tell(settings, comm, model, flat)
-    return engine, chosen, loader, engine.lr_scheduler
+    engine = _assemble(setup, flat, lr_scheduler, loader)
+    _tell(setup, flat)
+    return engine, setup.optimizer, loader, engine.lr_scheduler
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank has decided by itself, before ranks are compared and memory moves."""
+
+    config: Config
+    comm: Comm
+    model: nn.Module
+    batch: Batch
+    precision: Precision
+    optimizer: Optimizer
+    planned: Sequence[Planned]
+    plan: _core.Plan
+
+    @property
+    def place(self) -> Place:
+        """Where the model's memory will lie."""
+        local_sums = self.batch.accumulation > 1 and not self.config.reduce_every_micro_batch
+        return Place(self.plan, self.comm.rank, self.precision.sums, local_sums)
 
 
 def _checked(model: Any) -> nn.Module:
@@ -131,12 +153,11 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
 
 
-def _plan(
+def _set_up(
     settings: Config, comm: Comm, model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None
-) -> tuple[Optimizer, list[Planned], _core.Plan]:
+) -> Setup:
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
-    settings.resolve_batch(comm.world)
-    precision = Precision.of(settings)
+    batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     sparse.settle(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
@@ -149,7 +170,7 @@ def _plan(
             f"the optimizer holds parameters that are not the model's, {len(strange)} of {len(groups)}, of shapes "
             f"{strange[:3]}: make it from the parameters of the very model that is given to initialize"
         )
-    planned = plannable(model.named_parameters(), groups)
+    planned = plannable(model.named_parameters(), groups, precision.wires(model))
     window = settings.zerort.window
     plan = _core.Plan(
         [member.spec() for member in planned],
@@ -159,7 +180,7 @@ def _plan(
         cap_elements=settings.cap_elements,
         window=comm.window if window is None else None if window == "all" else window,
     )
-    return chosen, planned, plan
+    return Setup(settings, comm, model, batch, precision, chosen, planned, plan)
 
 
 def _choose_optimizer(
@@ -185,9 +206,9 @@ def _choose_optimizer(
     return chosen
 
 
-def _compare(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
+def _compare(setup: Setup) -> None:
     """Raises `PlanMismatch` on all ranks if they planned different things, naming the first difference."""
-    views = comm.gather_objects(([member.signature() for member in planned], plan.digest))
+    views = setup.comm.gather_objects(([member.signature() for member in setup.planned], setup.plan.digest))
     ours, digest = views[0]
     for rank, (theirs, other) in enumerate(views):
         for a, b in zip(ours, theirs, strict=False):
@@ -203,8 +224,9 @@ def _compare(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
             )
         if other != digest:
             raise PlanMismatch(
-                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same zero_optimization and "
-                "zerort sections"
+                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same configuration, the "
+                "sections zero_optimization and zerort and what travels (communication_data_type, torch_autocast) "
+                "above all"
             )
 
 
@@ -228,48 +250,28 @@ def _broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
                 data.copy_(piece)
 
 
-def _assemble(
-    settings: Config,
-    comm: Comm,
-    model: nn.Module,
-    plan: _core.Plan,
-    flat: FlatModel,
-    chosen: Optimizer,
-    lr_scheduler: Any,
-    loader: TrainingLoader | None,
-) -> Engine:
-    batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
-    reason = why_not_elementwise(chosen)
-    if reason is not None and plan.shards_optimizer:
+def _assemble(setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: TrainingLoader | None) -> Engine:
+    config, comm, precision = setup.config, setup.comm, setup.precision
+    reason = why_not_elementwise(setup.optimizer)
+    if reason is not None and setup.plan.shards_optimizer:
         raise ConfigError(
-            f"optimizer {type(chosen).__name__} cannot run on shards: {reason}. Use zero_optimization.stage 0, "
-            "which keeps the optimizer whole"
+            f"optimizer {type(setup.optimizer).__name__} cannot run on shards: {reason}. Use "
+            "zero_optimization.stage 0, which keeps the optimizer whole"
         )
-    shards = ShardOptimizer(chosen, flat, whole_tensors=reason is not None)
+    shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=reason is not None)
     shards.split()
-    sums = batch.accumulation > 1 and not settings.reduce_every_micro_batch
     transports = [
-        Transport(
-            Summed(bucket) if sums and bucket.has_master else Stolen(bucket),
-            precision.wire_for(bucket.params[0].dtype),
-            precision.predivide,
-        )
-        for bucket in flat.buckets
+        Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide) for bucket in flat.buckets
     ]
-    sink = _agreed(comm, lambda: _open_sink(settings, comm))
+    sink = _agreed(comm, lambda: _open_sink(config, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
-    reduction = Reduction(plan, flat, comm, transports, watch)
-    boundary = Boundary(
-        comm,
-        flat,
-        reduction,
-        shards,
-        precision.loss_scale,
-        Policy(settings.gradient_clipping, settings.zerort.on_nonfinite),
-        sink,
+    reduction = Reduction(setup.plan, flat, comm, transports, watch)
+    policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
+    boundary = Boundary(comm, flat, reduction, shards, precision.loss_scale, policy, sink)
+    scheduler = _scheduler(config, setup.optimizer, lr_scheduler)
+    return Engine(
+        setup.model, Parts(config, comm, setup.batch, precision, reduction, boundary, scheduler, sink, loader)
     )
-    scheduler = _scheduler(settings, chosen, lr_scheduler)
-    return Engine(model, Parts(settings, comm, batch, precision, reduction, boundary, scheduler, sink, loader))
 
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
@@ -290,9 +292,10 @@ def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
     return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)
 
 
-def _tell(settings: Config, comm: Comm, model: nn.Module, flat: FlatModel) -> None:
+def _tell(setup: Setup, flat: FlatModel) -> None:
     """Nothing is ignored in silence."""
-    if comm.rank != 0:
+    settings, model = setup.config, setup.model
+    if setup.comm.rank != 0:
         return
     if settings.dump_state:
         _log.warning("configuration: %s", settings.model_dump_json(indent=2))

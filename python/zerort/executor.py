@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from zerort import _core, nonfinite
 from zerort.comm import Comm, Work
@@ -47,27 +48,48 @@ class Transport:
 
 
 class Inflight:
-    """A bucket's send and receive memory and the collective that uses them, from Launch to Retire."""
+    """A bucket's send and receive memory and the collective that uses them.
 
-    __slots__ = ("bucket", "recv", "send", "shared", "slots", "transport", "work")
+    From Launch to Retire; where sums are gathered, until they are. `before` is who used the same memory last, this
+    pass or the one before; None where nobody else does.
+    """
+
+    __slots__ = ("before", "bucket", "own", "recv", "send", "slots", "transport", "work")
 
     def __init__(self, bucket: FlatBucket, transport: Transport, lane: _Lane, comm: Comm) -> None:
         numel, shard, dtype = bucket.spec.numel, bucket.spec.shard_numel, transport.wire.dtype
         self.bucket = bucket
         self.transport = transport
-        self.shared = lane.shared
+        self.before: Inflight | None = None
         self.send = lane.send.typed(dtype, 0, numel).tensor
+        self.own = lane.send.typed(dtype, comm.rank * shard, shard)
         # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
-        self.recv = lane.recv.typed(dtype, 0, numel) if lane.recv else lane.send.typed(dtype, comm.rank * shard, shard)
+        self.recv = lane.recv.typed(dtype, 0, numel) if lane.recv else self.own
         self.slots = bucket.slots(self.send)
         if not lane.shared:
             transport.source.rest_in(self.slots)
         self.work: Work | None = None
 
+    @property
+    def narrows(self) -> bool:
+        """Whether the sum is gathered in fewer bytes than it is kept in: from where the gradients were sent."""
+        return self.send.itemsize < self.bucket.accum.tensor.itemsize
+
+    @property
+    def gathered(self) -> Tensor:
+        """Where all ranks' sums come together (numel,)."""
+        return self.send if self.narrows else self.bucket.accum.tensor
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether this flight's collective is under way, or the one before still needs the memory."""
+        works = (self.work, self.before.work if self.before is not None else None)
+        return any(work is not None and not work.is_completed() for work in works)
+
     def pack(self) -> list[str]:
         """Encodes the bucket's gradient; returns the names of parameters that had none."""
-        if self.shared:
-            self.send.zero_()  # the lane's last bucket had its padding elsewhere
+        if self.before is not None:
+            self.send.zero_()  # it had its padding elsewhere
         absent = self.transport.source.pack(self.transport.wire, self.send, self.slots)
         if self.transport.predivide != 1.0:
             self.send.div_(self.transport.predivide)
@@ -197,24 +219,33 @@ class Executor:
         self._program = Program()
         self._cursor = self._allowed = 0
         self._fold = Fold(1.0, add=False)
-        self._gathers: list[Work] = []
+        self._gathering: list[Inflight] = []
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a step."""
-        self._program = Program()  # its memory goes before the new is asked for
+        for _, flight in self._program.commands:
+            flight.before = None  # a ring would keep its memory until the collector comes by
+        self._program = Program()  # whose memory goes before the new is asked for
         verbs = {"launch": self._launch, "retire": self._retire}
-        lanes = _lanes(plan, self._flat, self._transports, self._comm)
-        order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
-        flights = {
-            b: Inflight(self._flat.buckets[b], self._transports[b], lanes[position % len(lanes)], self._comm)
-            for position, b in enumerate(order)
-        }
+        flights = self._flights(plan)
         self._program = Program(
             [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
             launches_end=1 + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
-            gathers_sums=not plan.shards_optimizer,
+            gathers_sums=not plan.shards_optimizer and self._comm.world > 1,
         )
         self._cursor = self._allowed = 0
+
+    def _flights(self, plan: _core.Plan) -> dict[int, Inflight]:
+        """By bucket. The n-th launch uses lane n modulo the window."""
+        order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
+        flights: dict[int, Inflight] = {}
+        for position in range(plan.window):
+            users = order[position :: plan.window]
+            lane = _lane([self._flat.buckets[b] for b in users], [self._transports[b] for b in users], self._comm)
+            flights |= {b: Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm) for b in users}
+            for last, b in zip(users[-1:] + users, users, strict=False):
+                flights[b].before = flights[last] if lane.shared else None
+        return flights
 
     def begin(self, fold: Fold) -> None:
         """Starts at the head of the list."""
@@ -240,15 +271,15 @@ class Executor:
         """Runs all that is allowed, waiting where it must; afterwards the accumulators may be read."""
         with self._lock:
             self._advance(self._allowed, wait=True)
-        for work in self._gathers:
-            self._complete(work, "all_gather of the summed gradients")
-        self._gathers.clear()
         self.streams.join()
+        for flight in self._gathering:
+            self._take_sums(flight)
+        self._gathering.clear()
 
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
         if not self._program.gathers_sums:
-            works = [(bucket, self._gather(bucket, bucket.values)) for bucket in self._flat.buckets]
+            works = [(bucket, self._gather(bucket, bucket.values.tensor)) for bucket in self._flat.buckets]
             for bucket, work in works:
                 self._complete(work, f"all_gather of {_contents(bucket)}")
         self._flat.published()
@@ -271,13 +302,15 @@ class Executor:
     def _advance(self, end: int, *, wait: bool) -> None:
         while self._cursor < end:
             verb, flight = self._program.commands[self._cursor]
-            if not wait and flight.work is not None and not flight.work.is_completed():
+            if not wait and flight.must_wait:
                 return
             verb(flight)
             self._cursor += 1
 
     def _launch(self, flight: Inflight) -> None:
-        self.streams.before_pack(shared=flight.shared)
+        self.streams.before_pack(shared=flight.before is not None)
+        if flight.before is not None:
+            self._take_sums(flight.before)
         self.absent += flight.pack()
         flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
         spec = flight.bucket.spec
@@ -295,16 +328,31 @@ class Executor:
             if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
             if self._program.gathers_sums:
-                self._gathers.append(self._gather(bucket, bucket.accum))
+                self._gather_sums(flight)
         self.watch.retired(bucket.spec)
+
+    def _gather_sums(self, flight: Inflight) -> None:
+        if flight.narrows:
+            # What every rank will step with is the rounded sum, so the norm is that one's.
+            flight.bucket.squares = flight.transport.wire.round(flight.bucket.landing, flight.own)
+        flight.work = self._gather(flight.bucket, flight.gathered)
+        self._gathering.append(flight)
+
+    def _take_sums(self, flight: Inflight) -> None:
+        if flight.work is None:
+            return
+        self._complete(flight.work, f"all_gather of summed gradients, {_contents(flight.bucket)}")
+        flight.work = None
+        if flight.narrows:
+            flight.bucket.accum.tensor.copy_(flight.gathered)
 
     def _complete(self, work: Work, what: str) -> None:
         with self.waiting(what):
             work.wait()
 
-    def _gather(self, bucket: FlatBucket, memory: Memory) -> Work:
-        work = self._comm.all_gather(memory.tensor)
-        self.watch.started(f"all_gather b{bucket.spec.id}", memory.tensor.nbytes, work)
+    def _gather(self, bucket: FlatBucket, buffer: Tensor) -> Work:
+        work = self._comm.all_gather(buffer)
+        self.watch.started(f"all_gather b{bucket.spec.id}", buffer.nbytes, work)
         return work
 
 
@@ -313,15 +361,10 @@ def _contents(bucket: FlatBucket) -> str:
     return f"bucket {bucket.spec.id} ({first if first == last else f'{first} .. {last}'})"
 
 
-def _lanes(plan: _core.Plan, flat: FlatModel, transports: Sequence[Transport], comm: Comm) -> list[_Lane]:
-    """One lane per bucket that may be in flight at once; the n-th launch uses lane n modulo the window."""
-    order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
-    count = min(plan.window, len(order))
-    lanes = []
-    for position in range(count):
-        users = order[position::count]
-        size = max(flat.buckets[b].spec.numel * transports[b].wire.dtype.itemsize for b in users)
-        send = Memory.zeros(size, torch.uint8, comm.device)
-        recv = Memory.zeros(size, torch.uint8, comm.device) if comm.chunks > 1 else None
-        lanes.append(_Lane(send, recv, shared=len(users) > 1))
-    return lanes
+def _lane(users: Sequence[FlatBucket], transports: Sequence[Transport], comm: Comm) -> _Lane:
+    """Memory for the largest of `users`, which are in flight one after the other."""
+    sizes = (b.spec.numel * t.wire.dtype.itemsize for b, t in zip(users, transports, strict=True))
+    size = max(sizes)
+    send = Memory.zeros(size, torch.uint8, comm.device)
+    recv = Memory.zeros(size, torch.uint8, comm.device) if comm.chunks > 1 else None
+    return _Lane(send, recv, shared=len(users) > 1)

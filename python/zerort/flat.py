@@ -8,7 +8,7 @@ What it does not do: no communication, no arithmetic, no knowledge of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,10 +36,12 @@ class Planned:
     name: str
     tensor: nn.Parameter
     group: int
+    wire: int
+    """Number of the format that its gradient travels in."""
 
-    def spec(self) -> tuple[int, _core._Dtype, int]:
+    def spec(self) -> tuple[int, _core._Dtype, int, int]:
         """What the core needs to know of it."""
-        return self.tensor.numel(), DTYPES[self.tensor.dtype], self.group
+        return self.tensor.numel(), DTYPES[self.tensor.dtype], self.group, self.wire
 
     def signature(self) -> tuple[str, tuple[int, ...], str, int]:
         """What every rank must agree on."""
@@ -90,11 +92,14 @@ def laid_out_like(flat: Tensor, parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """What decides where memory lies: the plan, this rank, and the dtype that reduced gradients are added up in."""
+    """What decides where memory lies and how much of it there is."""
 
     plan: _core.Plan
     rank: int
     sums: torch.dtype = torch.float32
+    """What gradients of less than fp32 are added up in."""
+    local_sums: bool = False
+    """Micro-batches are added up on this rank before they travel."""
 
 
 class FlatBucket:
@@ -103,12 +108,15 @@ class FlatBucket:
     `values` holds the parameters, whole, in their own dtype. `owned` is the part of it whose optimizer state this rank
     keeps: its shard, or the whole where the optimizer is replicated. `master` is the optimizer's copy of `owned` in
     fp32, the same memory where the parameters are fp32 themselves. `accum` is the reduced gradient of `owned`, and
-    `landing` the part of it that this rank sums: its shard.
+    `landing` the part of it that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket,
+    summed over micro-batches, where that takes a wider dtype than the parameters'. It has left when the reduced one
+    arrives, so `accum` is a part of the same memory.
     """
 
     __slots__ = (
         "accum",
         "landing",
+        "local",
         "master",
         "names",
         "owned",
@@ -138,11 +146,11 @@ class FlatBucket:
         self.owned = self.values if whole else self.values.shard(rank)
         self.master = self.owned.tensor if first.dtype == precise else self.owned.tensor.to(precise)
         sums = place.sums if precise == torch.float32 else precise
-        if whole:
-            self.accum = Memory.of_bucket(plan, spec, sums, first.device)
-            self.landing = self.accum.shard(rank)
-        else:
-            self.accum = self.landing = Memory.zeros(spec.shard_numel, sums, first.device)
+        widens = place.local_sums and self.has_master and sums != first.dtype
+        everything = Memory.of_bucket(plan, spec, sums, first.device) if whole or widens else None
+        self.local = everything if widens else None
+        self.landing = everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, first.device)
+        self.accum = everything if everything and whole else self.landing
         self.squares: float | Tensor = 0.0
 
     def _move_in(self) -> None:
@@ -247,17 +255,22 @@ def _registrations(module: nn.Module, params: Sequence[nn.Parameter]) -> Iterato
                 yield part._parameters, key, parameter
 
 
-def plannable(named: Iterable[tuple[str, nn.Parameter]], groups: dict[int, int]) -> list[Planned]:
+def plannable(
+    named: Iterable[tuple[str, nn.Parameter]], groups: Mapping[int, int], wire_of: Callable[[nn.Parameter], int]
+) -> list[Planned]:
     """The parameters of `named` that the optimizer updates, checked; `groups` maps id(parameter) to its group.
 
     Raises `PlanError` naming the parameter that cannot be planned.
     """
-    planned = [Planned(name, p, groups[id(p)]) for name, p in named if id(p) in groups]
-    for member in planned:
-        dtype, name = member.tensor.dtype, member.name
+    planned = []
+    for name, parameter in named:
+        if id(parameter) not in groups:
+            continue
+        dtype = parameter.dtype
         if dtype not in DTYPES:
             advice = "store it as torch.view_as_real(...)" if dtype.is_complex else "cast it before initialize"
             raise PlanError(f"parameter {name} has dtype {dtype}, which cannot be reduced: {advice}")
+        planned.append(Planned(name, parameter, groups[id(parameter)], wire_of(parameter)))
     _refuse_overlap(planned)
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError("the model has no parameter that requires grad and belongs to the optimizer: nothing to train")

@@ -1,8 +1,8 @@
 """Where a gradient waits between autograd and its bucket's Launch.
 
-Two sources, chosen once for an engine. `Stolen` packs straight from `.grad`: autograd adds micro-batches up there by
+Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds micro-batches up there by
 itself. `Summed` is for parameters of less than fp32 that are reduced once per accumulation window: their micro-batches
-would lose bits in `.grad`, so each is added into an fp32 buffer as soon as its backward is over.
+would lose bits in `.grad`, so each is added into a wider buffer as soon as its backward is over.
 
 Both leave `.grad` as None behind what they took, and both name what never came.
 """
@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerort.flat import FlatBucket, Memory, laid_out_like
+from zerort.flat import FlatBucket, Memory
 from zerort.wire import WireFormat
 
-__all__ = ["Source", "Stolen", "Summed"]
+__all__ = ["Source", "Stolen", "Summed", "source_of"]
 
 
 class Source(Protocol):
@@ -37,6 +37,14 @@ class Source(Protocol):
 
     def drop(self) -> None:
         """Forgets everything that has not been packed."""
+
+    def reset(self) -> None:
+        """The window is over: nobody needs what has been reduced any more."""
+
+
+def source_of(bucket: FlatBucket) -> Source:
+    """The source that suits the bucket's memory."""
+    return Stolen(bucket) if bucket.local is None else Summed(bucket, bucket.local)
 
 
 class Stolen:
@@ -68,57 +76,79 @@ class Stolen:
 
     def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
         """One batched copy of all gradients that are not in their slots already."""
-        gradients = _take(self._params)
-        absent = [i for i, gradient in enumerate(gradients) if gradient is None]
-        if absent:
-            torch._foreach_zero_([slots[i] for i in absent])
-        moving = [(g, s) for g, s in zip(gradients, slots, strict=True) if g is not None and g is not s]
-        if moving:
-            wire.encode([gradient for gradient, _ in moving], [slot for _, slot in moving])
-        return absent
+        return _pack(self._params, wire, slots)
 
     def drop(self) -> None:
         """Sets every `.grad` to None."""
         _take(self._params)
 
+    def reset(self) -> None:
+        """Nothing is kept."""
+
 
 class Summed:
-    """Through an fp32 buffer of the bucket's size."""
+    """Through the bucket's local sum.
 
-    def __init__(self, bucket: FlatBucket) -> None:
+    Its memory is where reduced gradients arrive, so it is there for one pass in a window. A second pass (two backwards
+    at the boundary, a late gradient) packs from `.grad`, where nothing but its own micro-batch is.
+    """
+
+    def __init__(self, bucket: FlatBucket, local: Memory) -> None:
         self._params = bucket.params
-        self._sum = Memory.zeros(bucket.spec.numel, torch.float32, bucket.values.tensor.device).tensor
-        pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.params, strict=True)
-        self._views = [laid_out_like(self._sum.narrow(0, at, length), p) for at, length, p in pieces]
+        self._sum = local.tensor
+        self._views = bucket.slots(local.tensor)
         self._came = [False] * len(bucket.params)
+        self._packed = False
 
     def rest_in(self, slots: list[Tensor]) -> None:
         """Declined: the wire is narrower than the sum."""
 
     def collect(self) -> None:
-        """Adds `.grad` into the sum, in one batch."""
-        gradients = _take(self._params)
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        for i in present:
+        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what the last window left."""
+        if self._packed:
+            return
+        arrived = [(i, g) for i, g in enumerate(_take(self._params)) if g is not None]
+        first = [(self._views[i], g) for i, g in arrived if not self._came[i]]
+        more = [(self._views[i], g) for i, g in arrived if self._came[i]]
+        if first:
+            torch._foreach_copy_([view for view, _ in first], [gradient for _, gradient in first])
+        if more:
+            torch._foreach_add_([view for view, _ in more], [gradient for _, gradient in more])
+        for i, _ in arrived:
             self._came[i] = True
-        if present:
-            torch._foreach_add_(
-                [self._views[i] for i in present], [gradient for gradient in gradients if gradient is not None]
-            )
 
     def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
         """Adds what is in `.grad` and encodes the sum."""
+        if self._packed:
+            return _pack(self._params, wire, slots)
         self.collect()
-        wire.encode([self._sum], [send])
         absent = [i for i, came in enumerate(self._came) if not came]
-        self.drop()
+        if absent:
+            torch._foreach_zero_([self._views[i] for i in absent])
+        wire.encode([self._sum], [send])
+        self._packed = True
         return absent
 
     def drop(self) -> None:
-        """Zeroes the sum."""
+        """Forgets the sum; its memory is overwritten by what comes next."""
         _take(self._params)
-        self._sum.zero_()
         self._came = [False] * len(self._params)
+
+    def reset(self) -> None:
+        """The sum's memory is free again."""
+        self._came = [False] * len(self._params)
+        self._packed = False
+
+
+def _pack(params: list[torch.nn.Parameter], wire: WireFormat, slots: list[Tensor]) -> list[int]:
+    gradients = _take(params)
+    absent = [i for i, gradient in enumerate(gradients) if gradient is None]
+    if absent:
+        torch._foreach_zero_([slots[i] for i in absent])
+    moving = [(g, s) for g, s in zip(gradients, slots, strict=True) if g is not None and g is not s]
+    if moving:
+        wire.encode([gradient for gradient, _ in moving], [slot for _, slot in moving])
+    return absent
 
 
 def _take(params: list[torch.nn.Parameter]) -> list[Tensor | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,11 +15,14 @@ from torch.utils._pytree import tree_map_only
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
-from zerort.wire import FORMATS, WireFormat
+from zerort.wire import FORMATS, NAMES
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_COMPUTED_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What autocast computes in low precision; DeepSpeed's list."""
 
 
 class LossScale(Protocol):
@@ -50,15 +54,21 @@ class Precision:
     compute: torch.dtype | None
     loss_scale: LossScale
     autocast: torch.dtype | None
+    low_modules: tuple[type[nn.Module], ...]
+    """Classes whose gradients travel in the dtype that autocast computes them in."""
     casts_inputs: bool
     wire: str | None
+    """The format that all gradients travel in; None where it follows from each parameter."""
     sums: torch.dtype
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
 
     @classmethod
     def of(cls, config: Config) -> Precision:
-        """Reads fp16, bf16, torch_autocast and communication_data_type. Raises `ConfigError` for an unknown wire."""
+        """Reads fp16, bf16, torch_autocast and communication_data_type.
+
+        Raises `ConfigError` for an unknown wire, a module class that is none, and two keys that name a wire.
+        """
         wire = config.zerort.wire or config.communication_data_type
         if wire is not None and wire not in FORMATS:
             raise ConfigError(f"zerort.wire: expected one of {', '.join(FORMATS)}, got {wire!r}")
@@ -68,6 +78,7 @@ class Precision:
             compute=DTYPES[config.compute_dtype] if config.compute_dtype != "fp32" else None,
             loss_scale=_loss_scale(config) if half else FixedScale(),
             autocast=autocast,
+            low_modules=_low_modules(config, wire),
             casts_inputs=config.fp16.enabled and config.fp16.auto_cast,
             wire=wire,
             sums=DTYPES[config.data_types.grad_accum_dtype or "fp32"],
@@ -82,10 +93,27 @@ class Precision:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.compute)
 
-    def wire_for(self, dtype: torch.dtype) -> WireFormat:
-        """How gradients of this dtype travel: as configured, else as they are; fp64 always whole."""
-        own = next(name for name, form in FORMATS.items() if form.dtype == dtype)
-        return FORMATS[own if self.wire is None or dtype == torch.float64 else self.wire]
+    def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:
+        """Tells the number of the wire format that the gradient of each of `module`'s parameters travels in.
+
+        It is the configured one, else the dtype that autocast computes it in, else the parameter's; fp64 stays whole.
+        """
+        low = {
+            id(parameter)
+            for part in module.modules()
+            if type(part) in self.low_modules
+            for parameter in part.parameters(recurse=False)
+        }
+
+        def number(parameter: nn.Parameter) -> int:
+            dtype = parameter.dtype
+            if dtype != torch.float64 and self.wire is not None:
+                return NAMES.index(self.wire)
+            if dtype == torch.float32 and id(parameter) in low and self.autocast is not None:
+                dtype = self.autocast
+            return next(i for i, name in enumerate(NAMES) if FORMATS[name].dtype == dtype)
+
+        return number
 
     def inputs(self, value: Any) -> Any:
         """The module's arguments, cast where fp16.auto_cast asks for it."""
@@ -96,6 +124,34 @@ class Precision:
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs in."""
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+
+def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...]:
+    names = config.torch_autocast.lower_precision_safe_modules
+    if not config.torch_autocast.enabled:
+        return ()
+    if names is None:
+        return _COMPUTED_LOW if wire is None else ()
+    if wire is not None:
+        raise ConfigError(
+            "torch_autocast.lower_precision_safe_modules chooses what travels in low precision, and so does "
+            f"communication_data_type or zerort.wire ({wire}): give one of them"
+        )
+    return tuple(_module_class(name) for name in names)
+
+
+def _module_class(name: str) -> type[nn.Module]:
+    package, _, last = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(package), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"torch_autocast.lower_precision_safe_modules: {name!r} cannot be imported ({error}): give the full name "
+            "of a class, as in torch.nn.Linear"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"torch_autocast.lower_precision_safe_modules: {name} is no class of modules")
+    return found
 
 
 def _loss_scale(config: Config) -> LossScale:

@@ -163,6 +163,8 @@ class Reduction:
         """The boundary is over: the next pass overwrites the accumulators."""
         self.passes = 0
         self._executor.nonfinite = None
+        for source in self._sources:
+            source.reset()
 
     def learn(self) -> bool:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients arrive."""

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Stage};
+use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Stage, WireId};
 
 /// A length: empty, scalar, small, or larger than most caps.
 pub fn numel() -> impl Strategy<Value = u64> {
@@ -17,7 +17,12 @@ pub fn dtype() -> impl Strategy<Value = Dtype> {
 }
 
 pub fn param() -> impl Strategy<Value = Param> {
-    (numel(), dtype(), 0..3_u32).prop_map(|(numel, dtype, group)| Param { numel, dtype, group: GroupId(group) })
+    (numel(), dtype(), 0..3_u32, 0..2_u32).prop_map(|(numel, dtype, group, wire)| Param {
+        numel,
+        dtype,
+        group: GroupId(group),
+        wire: WireId(wire),
+    })
 }
 
 pub fn model() -> impl Strategy<Value = Vec<Param>> {
@@ -48,7 +53,7 @@ pub fn plan() -> impl Strategy<Value = Plan> {
 
 /// `n` parameters of equal length in one group; `per_bucket` of them fill a bucket.
 pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
-    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0) }; n];
+    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; n];
     let cap = Cap::Elements(16 * per_bucket as u64);
     Arc::new(Plan::new(PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap, window }).unwrap())
 }

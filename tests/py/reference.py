@@ -96,10 +96,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype that parameters are cast to (None: as the model has them) and a fixed loss scale."""
+    """The dtype that parameters are cast to (None: as the model has them), and a fixed loss scale.
+
+    With `gathers_sums` the mean of the ranks' gradients travels once more, in its parameter's dtype.
+    """
 
     dtype: torch.dtype | None = None
     loss_scale: float = 1.0
+    gathers_sums: bool = False
 
 
 AS_IT_IS = Precision()
@@ -193,7 +197,11 @@ class Twin:
             if parameter in sums:
                 at_boundary = self._reduce_at == "boundary"
                 total += sums[parameter].float().to(parameter.dtype) if at_boundary else sums[parameter]
-        return (total / (self.world * self._precision.loss_scale)).to(self._masters[parameter].dtype)
+        wide = self._masters[parameter].dtype
+        mean = total / self.world
+        if self._precision.gathers_sums:
+            mean = mean.to(wide).to(parameter.dtype).double()
+        return (mean / self._precision.loss_scale).to(wide)
 
 
 class RankTwin:

@@ -355,7 +355,7 @@ class TestBuckets:
 
     @pytest.fixture
     def plan(self) -> _core.Plan:
-        params = [(3, "f32", 0), (100, "f32", 0), (0, "f32", 0), (700, "f32", 0), (5, "bf16", 1)]
+        params = [(3, "f32", 0, 0), (100, "f32", 0, 0), (0, "f32", 0, 0), (700, "f32", 0, 0), (5, "bf16", 1, 0)]
         return _core.Plan(params, world=3, stage=2, cap_elements=10_000)
 
     def test_shards_tile_the_buffer(self, plan: _core.Plan) -> None:

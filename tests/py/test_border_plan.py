@@ -13,7 +13,14 @@ import torch
 from zerort import _core
 from zerort.errors import PlanError, StepError
 
-PARAMS = [(1000, "f32", 0), (7, "f32", 0), (0, "f32", 0), (300, "bf16", 0), (1, "f32", 1), (5000, "f32", 0)]
+PARAMS = [
+    (1000, "f32", 0, 0),
+    (7, "f32", 0, 0),
+    (0, "f32", 0, 0),
+    (300, "bf16", 0, 0),
+    (1, "f32", 1, 0),
+    (5000, "f32", 0, 0),
+]
 
 
 def plan(**changes: Any) -> _core.Plan:
@@ -22,18 +29,23 @@ def plan(**changes: Any) -> _core.Plan:
 
 
 class TestPlan:
-    def test_every_parameter_lies_in_one_bucket_of_its_dtype_and_group(self) -> None:
+    def test_every_parameter_lies_in_one_bucket_of_its_kind(self) -> None:
         seen = []
         for position, bucket in enumerate(plan().buckets):
             assert bucket.id == position
             assert bucket.numel == 2 * bucket.shard_numel
             assert bucket.numel % (2 * 128) == 0
             for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
-                assert (numel, bucket.dtype, bucket.group) == PARAMS[param]
+                assert (numel, bucket.dtype, bucket.group, bucket.wire) == PARAMS[param]
                 assert offset * {"f32": 4, "bf16": 2}[bucket.dtype] % 64 == 0
                 assert offset + numel <= bucket.numel
                 seen.append(param)
         assert sorted(seen) == list(range(len(PARAMS)))
+
+    def test_another_wire_format_is_another_bucket_and_another_digest(self) -> None:
+        low = plan(params=[*PARAMS[:-1], (5000, "f32", 0, 2)])
+        assert {bucket.wire: bucket.params for bucket in low.buckets if bucket.wire} == {2: [5]}
+        assert low.digest != plan().digest
 
     def test_fragments_tile_every_parameter(self) -> None:
         covered: dict[int, int] = dict.fromkeys(range(len(PARAMS)), 0)
@@ -44,7 +56,7 @@ class TestPlan:
                 assert start == fragment.shard_start
                 assert fragment.shard_start + fragment.length <= bucket.shard_numel
                 covered[fragment.param] += fragment.length
-        assert covered == {param: numel for param, (numel, _, _) in enumerate(PARAMS)}
+        assert covered == {param: numel for param, (numel, *_) in enumerate(PARAMS)}
 
     @pytest.mark.parametrize(
         ("stage", "placements"),
@@ -89,12 +101,12 @@ class TestPlan:
             ({"cap_bytes": None}, "needs a cap"),
             ({"cap_elements": 5}, "one cap"),
             ({"window": 0}, "window"),
-            ({"params": [(1, "f32", 0), (-5, "f32", 0)]}, "parameter 1 can not have -5 elements"),
+            ({"params": [(1, "f32", 0, 0), (-5, "f32", 0, 0)]}, "parameter 1 can not have -5 elements"),
             (
-                {"params": [(1, "f32", 0), (5, "int8", 0)]},
+                {"params": [(1, "f32", 0, 0), (5, "int8", 0, 0)]},
                 'parameter 1 has dtype "int8": expected f32, f16, bf16 or f64',
             ),
-            ({"params": [(2**62, "f64", 0)]}, "parameter 0 makes its bucket longer"),
+            ({"params": [(2**62, "f64", 0, 0)]}, "parameter 0 makes its bucket longer"),
         ],
     )
     def test_what_can_not_be_planned_is_refused_with_the_reason(self, changes: dict[str, Any], why: str) -> None:
@@ -210,7 +222,7 @@ class TestReshard:
         """Moves the data: every parameter arrives whole, and padding stays zero."""
         source, target = plan(world=2), plan(world=3, cap_bytes=1024, params=PARAMS[::-1])
         came_from = list(reversed(range(len(PARAMS))))
-        full = [torch.randn(numel) for numel, _, _ in PARAMS]
+        full = [torch.randn(numel) for numel, *_ in PARAMS]
         held = {(b.id, rank): torch.zeros(b.shard_numel) for b in source.buckets for rank in range(2)}
         for (bucket, rank), shard in held.items():
             for part in source.fragments(bucket, rank):
@@ -255,7 +267,7 @@ class Endless(Sequence[tuple[int, str, int]]):
         return sys.maxsize
 
     def __getitem__(self, index: Any) -> Any:
-        return (1, "f32", 0)
+        return (1, "f32", 0, 0)
 
 
 def test_a_panic_is_a_python_exception_and_the_process_goes_on() -> None:

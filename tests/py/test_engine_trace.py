@@ -104,7 +104,7 @@ def test_each_collective_of_a_bucket_is_a_span_with_its_bytes(runs: Any, stage: 
         expected: Counter[tuple[str, int]] = Counter()
         for index, (numel, _, _) in enumerate(run.buckets):
             expected[f"reduce_scatter b{index}", 2 * numel] = passes(stage)
-            expected[f"all_gather b{index}", numel * (4 if stage == 0 else 2)] = STEPS
+            expected[f"all_gather b{index}", 2 * numel] = STEPS
         assert seen == expected
 
 

@@ -34,7 +34,7 @@ nccl = pytest.mark.skipif(_why_no_nccl() is not None, reason=str(_why_no_nccl())
 @pytest.mark.gpu
 @gpu
 def test_a_cuda_buffer_and_its_fragments_are_the_tensors_own_memory() -> None:
-    plan = _core.Plan([(100, "f32", 0), (28, "f32", 0)], world=2, stage=2, cap_bytes=1 << 20)
+    plan = _core.Plan([(100, "f32", 0, 0), (28, "f32", 0, 0)], world=2, stage=2, cap_bytes=1 << 20)
     (bucket,) = plan.buckets
     flat = torch.arange(bucket.numel, dtype=torch.float32, device="cuda")
     buffer = _core.Buffer(flat, plan, bucket.id)

@@ -1,6 +1,7 @@
 """bf16 and fp16 with fp32 masters, the loss scale, and what travels in which dtype."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import ranks
 from models import Terms
 from reference import Precision, ReduceAt
+from tap import tapped
 from terms import Weights, engine_over_terms, step_with, weights
-from training import Config, assert_same, at_stage, train, twin_of
-from zerort.errors import NonFiniteGradient, StepError
+from training import Config, assert_same, at_stage, train, train_all, twin_of
+from zerort.errors import ConfigError, NonFiniteGradient, StepError
+from zerort.wire import FORMATS, NAMES
 
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
 
@@ -26,7 +29,7 @@ HUGE = 60000.0  # a gradient that overflows fp16 as soon as it is scaled
 def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
     histories = ranks.run(2, train, name, gas, {**BF16, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, gas, Precision(torch.bfloat16), when))
+    assert_same(histories, twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when))
 
 
 @every_stage
@@ -35,13 +38,51 @@ def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage:
 def test_fp16_trains_like_the_twin_under_a_static_loss_scale(name: str, gas: int, stage: int) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
     histories = ranks.run(2, train, name, gas, {**STATIC_FP16, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, gas, Precision(torch.float16, 256.0), when))
+    assert_same(histories, twin_of(name, 2, gas, Precision(torch.float16, 256.0, gathers_sums=stage == 0), when))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_an_fp32_wire_loses_nothing_of_a_bf16_window(stage: int) -> None:
     changes = {**BF16, **at_stage(stage), "communication_data_type": "fp32"}
     assert_same(ranks.run(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("dtype", [BF16, STATIC_FP16], ids=["bf16", "fp16"])
+def test_gathered_sums_do_not_depend_on_buckets_and_windows(dtype: Config, gas: int) -> None:
+    def variant(size: int, window: int | str) -> Config:
+        return {**dtype, **at_stage(0, reduce_bucket_size=size), "zerort": {"window": window}}
+
+    variants = [variant(150, "all"), variant(150, 1), variant(150, 2), variant(900, 2), variant(10**6, "all")]
+    assert len({found for rank in ranks.run(2, train_all, "gpt", gas, variants) for found in rank}) == 1
+
+
+def _sum_beyond_fp16(rank: int, world: int) -> tuple[Weights, int]:
+    config = {"fp16": {"enabled": True, "loss_scale": 1.0}, "gradient_allreduce_op": "sum", **at_stage(0)}
+    engine = engine_over_terms(config)
+    after = step_with(engine, HUGE, 1.0)  # finite on each rank, and in fp32 their sum is too
+    return after, engine.skipped_steps
+
+
+def test_a_sum_that_overflows_when_it_is_gathered_is_not_applied() -> None:
+    assert ranks.run(2, _sum_beyond_fp16) == [((0.0, 0.0), 1)] * 2
+
+
+def _backward_twice_at_the_boundary(rank: int, world: int, stage: int) -> Weights:
+    engine = engine_over_terms({**BF16, **at_stage(stage)}, accumulation=2)
+    engine.backward(engine(1.0, 0.0), scale_wrt_gas=False)
+    engine.step()
+    for _ in range(2):
+        engine.backward(engine(2.0, 1.0 + rank), scale_wrt_gas=False)
+    with engine.no_sync():
+        engine.backward(engine(4.0, 1.0), scale_wrt_gas=False)
+    engine.step()
+    return weights(engine)
+
+
+@every_stage
+def test_what_comes_after_the_first_pass_of_a_window_is_added_to_it(stage: int) -> None:
+    assert ranks.run(2, _backward_twice_at_the_boundary, stage) == [(-9.0, -4.0)] * 2
 
 
 def _take_tiny_steps(rank: int, world: int, stage: int) -> Weights:
@@ -189,3 +230,80 @@ def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dty
 
 def test_autocast_runs_the_forward_low_and_keeps_parameters_in_fp32() -> None:
     assert ranks.run(2, _dtype_under_autocast) == [(torch.bfloat16, torch.float32)] * 2
+
+
+def _wires_under_autocast(rank: int, world: int, autocast: Config, more: Config) -> dict[str, str]:
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    model.append(torch.nn.LayerNorm(4))
+    config = {"torch_autocast": {"enabled": True, "dtype": "bf16", **autocast}, **more}
+    engine = engine_over_terms(config, model=model)
+    with tapped() as calls:
+        engine.backward(engine(torch.ones(1, 2, 4)).float().square().mean())
+        engine.step()
+    sent = Counter(call.tensors[0].dtype for call in calls if call.op == "all_to_all_single")
+    names = {name: NAMES[bucket.spec.wire] for bucket in engine._parts.boundary.flat.buckets for name in bucket.names}
+    assert sent == Counter(FORMATS[NAMES[bucket.spec.wire]].dtype for bucket in engine._parts.boundary.flat.buckets)
+    return names
+
+
+ALL = {f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("autocast", "more", "low"),
+    [
+        ({}, {}, ALL - {"3.weight", "3.bias"}),
+        ({"lower_precision_safe_modules": []}, {}, set()),
+        ({"lower_precision_safe_modules": ["torch.nn.Linear"]}, {}, {"2.weight", "2.bias"}),
+        ({"lower_precision_safe_modules": ["torch.nn.LayerNorm"]}, {}, {"3.weight", "3.bias"}),
+        ({}, {"communication_data_type": "fp32"}, set()),
+        ({}, {"communication_data_type": "bf16"}, ALL),
+        ({"enabled": False, "lower_precision_safe_modules": ["torch.nn.Linear"]}, {}, set()),
+    ],
+    ids=str,
+)
+def test_gradients_of_safe_modules_travel_in_autocasts_dtype(autocast: Config, more: Config, low: set[str]) -> None:
+    expected = {name: "bf16" if name in low else "fp32" for name in ALL}
+    assert ranks.run(2, _wires_under_autocast, autocast, more) == [expected] * 2
+
+
+def _refused(rank: int, world: int, autocast: Config, more: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        engine_over_terms({"torch_autocast": {"enabled": True, **autocast}, **more})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("modules", "more", "told"),
+    [
+        (["torch.nn.Linaer"], {}, "'torch.nn.Linaer' cannot be imported"),
+        (["Linear"], {}, "'Linear' cannot be imported"),
+        (["torch.nn.functional.linear"], {}, "torch.nn.functional.linear is no class of modules"),
+        (["torch.nn.Linear"], {"communication_data_type": "fp32"}, "give one of them"),
+    ],
+)
+def test_what_cannot_be_a_safe_module_is_refused(modules: list[str], more: Config, told: str) -> None:
+    for message in ranks.run(2, _refused, {"lower_precision_safe_modules": modules}, more):
+        assert "torch_autocast.lower_precision_safe_modules" in message and told in message
+
+
+class LinearAlone(torch.nn.Linear):
+    """No class that is known to be computed low."""
+
+
+def _train_under_autocast(rank: int, world: int, kind: type[torch.nn.Linear], stage: int) -> list[list[float]]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(kind(6, 5), torch.nn.Tanh(), kind(5, 3))
+    config = {"torch_autocast": {"enabled": True, "dtype": "bf16"}, **at_stage(stage)}
+    engine = engine_over_terms(config, model=model)
+    for step in range(3):
+        inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        engine.backward(engine(inputs).float().square().mean())
+        engine.step()
+    return [parameter.flatten().tolist() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_autocast_computed_low_loses_nothing_on_a_low_wire(stage: int) -> None:
+    low = ranks.run(2, _train_under_autocast, torch.nn.Linear, stage)
+    assert low == ranks.run(2, _train_under_autocast, LinearAlone, stage)

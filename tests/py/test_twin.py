@@ -4,6 +4,7 @@ import pytest
 
 import ranks
 from cases import CASES
+from reference import Precision, ReduceAt
 from training import assert_same, at_stage, train, twin_of
 
 FEW = [
@@ -17,7 +18,7 @@ FEW = [
 STAGES = [0, 1, 2]
 
 
-def reduction(stage: int) -> str:
+def reduction(stage: int) -> ReduceAt:
     """When a stage's gradients travel by default."""
     return "micro_batch" if stage >= 2 else "boundary"
 
@@ -27,7 +28,7 @@ def reduction(stage: int) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
     histories = ranks.run(2, train, name, gas, at_stage(stage))
-    assert_same(histories, twin_of(name, 2, gas, reduce_at=reduction(stage)))
+    assert_same(histories, twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage)))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,8 +1,8 @@
 """What travels is what theory says: bytes and collectives of every rank, counted over a whole step.
 
 With N ranks and M the padded bytes of all buckets, a rank sends (N-1)/N x M to reduce them once and (N-1)/N x M to
-gather them once. Beside that there is the vote, one small all-reduce. The first step also agrees on a launch order and
-is left out.
+gather them once: summed gradients at stage 0, parameters above. Beside that there is the vote, one small all-reduce.
+The first step also agrees on a launch order and is left out.
 """
 
 import sys
@@ -36,11 +36,6 @@ class Variant:
     def passes(self) -> int:
         """How often gradients travel in a step."""
         return self.gas if self.reduce_at == "micro_batch" else 1
-
-    @property
-    def gathered_size(self) -> int:
-        """Bytes an element has when it is gathered: a summed gradient at stage 0, a parameter above."""
-        return 4 if self.stage == 0 else SIZE[self.dtype]
 
     @property
     def config(self) -> Config:
@@ -116,7 +111,7 @@ def test_a_rank_sends_exactly_the_bytes_that_theory_asks_for(world: int, variant
         share = found.elements * (world - 1) // world
         assert found.sent == {
             "all_to_all_single": variant.passes * share * SIZE[variant.dtype],
-            "broadcast": share * variant.gathered_size,
+            "broadcast": share * SIZE[variant.dtype],
             "all_reduce": 2 * (world - 1) * BALLOT,
         }
 

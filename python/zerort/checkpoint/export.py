@@ -82,7 +82,7 @@ def state_dict_of(reader: Reader, *, as_saved: bool = False, exclude_frozen: boo
 
 
 def _one_rank(manifest: Manifest) -> _core.Plan:
-    params: Any = [(entry.numel, entry.dtype.lower(), entry.group) for entry in manifest.params]
+    params: Any = [(entry.numel, entry.dtype.lower(), entry.group, 0) for entry in manifest.params]
     return _core.Plan(params, world=1, stage=0, cap_bytes=1 << 26)
 
 

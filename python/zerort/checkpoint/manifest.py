@@ -209,7 +209,7 @@ class Manifest(_Entry):
     @cached_property
     def plan(self) -> _core.Plan:
         """The layout from which the shards come. Raises `CheckpointError` when the buckets do not tile."""
-        params: Any = [(entry.numel, entry.dtype.lower(), entry.group) for entry in self.params]
+        params: Any = [(entry.numel, entry.dtype.lower(), entry.group, 0) for entry in self.params]
         buckets = [(entry.params, entry.offsets, entry.numel) for entry in self.buckets]
         try:
             return _core.Plan.restore(params, buckets, world=self.world, stage=self.stage)

@@ -116,8 +116,10 @@ _ROWS = (
     _same("torch_autocast", "forward runs under torch.autocast"),
     _same("torch_autocast.enabled", "turns it on"),
     _same("torch_autocast.dtype", "bf16 or fp16; with fp16 the loss is scaled"),
-    _ignored(
-        "torch_autocast.lower_precision_safe_modules", "gradients travel whole; communication_data_type sends less"
+    _same(
+        "torch_autocast.lower_precision_safe_modules",
+        "classes whose gradients travel in that dtype; Linear and Conv1d to 3d when left out and "
+        "communication_data_type is too",
     ),
     _refused("amp", "Apex-style mixed precision is not built yet; fp16, bf16 and torch_autocast are", _disabled),
     # optimizer and scheduler

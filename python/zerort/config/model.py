@@ -115,10 +115,15 @@ class Bf16(_Section):
 
 
 class Autocast(_Section):
-    """`torch_autocast`: fp32 parameters, chosen modules computed in low precision."""
+    """`torch_autocast`: fp32 parameters, operations that torch chooses computed in low precision."""
 
     enabled: bool = False
     dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
+    lower_precision_safe_modules: list[str] | None = None
+    """Classes of modules whose gradients travel in `dtype`, by their dotted names; None means linear and convolution.
+
+    Their operations are computed in `dtype`, so that is all their gradients hold.
+    """
 
 
 class DataTypes(_Section):

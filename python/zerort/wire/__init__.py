@@ -15,7 +15,7 @@ from torch import Tensor
 from zerort.flat import Memory
 from zerort.wire.dense import Dense
 
-__all__ = ["FORMATS", "WireFormat"]
+__all__ = ["FORMATS", "NAMES", "WireFormat"]
 
 
 class WireFormat(Protocol):
@@ -35,6 +35,9 @@ class WireFormat(Protocol):
         It is not finite exactly when an element is not.
         """
 
+    def round(self, total: Memory, out: Memory) -> float | Tensor:
+        """Writes a finished sum (n,) into `out` (n,) of `dtype`, to be gathered; returns the squared norm of `out`."""
+
 
 FORMATS: dict[str, WireFormat] = {
     "fp32": Dense(torch.float32),
@@ -42,3 +45,6 @@ FORMATS: dict[str, WireFormat] = {
     "fp16": Dense(torch.float16),
     "fp64": Dense(torch.float64),
 }
+
+NAMES: tuple[str, ...] = tuple(FORMATS)
+"""By the number that a plan knows a format by."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Dense:
         world = chunks.tensor.numel() // accum.tensor.numel() if accum.tensor.numel() else 1
         return _FOLDS[accum.tensor.device.type](chunks, accum, world, scale, add)
 
+    def round(self, total: Memory, out: Memory) -> float | Tensor:
+        """A cast."""
+        out.tensor.copy_(total.tensor)
+        return _NORMS[out.tensor.device.type](out)
+
 
 def _fold_in_core(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
     if accum.tensor.dtype in (torch.float32, torch.float64):
@@ -36,7 +41,11 @@ def _fold_in_core(chunks: Memory, accum: Memory, world: int, scale: float, add: 
     exact = Memory.zeros(accum.tensor.numel(), torch.float32, accum.tensor.device)
     _core.reduce(chunks.buffer, exact.buffer, world=world, scale=scale, add=False)
     accum.tensor.copy_(exact.tensor + accum.tensor if add else exact.tensor)
-    return _core.squared_norm(accum.buffer)
+    return _norm_in_core(accum)
+
+
+def _norm_in_core(memory: Memory) -> float:
+    return _core.squared_norm(memory.buffer)
 
 
 def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
@@ -48,8 +57,13 @@ def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add:
         accum.tensor.add_(total, alpha=scale)
     else:
         accum.tensor.copy_(total * scale)
-    norm: Tensor = torch.linalg.vector_norm(accum.tensor, dtype=torch.float64)
+    return _norm_in_torch(accum)
+
+
+def _norm_in_torch(memory: Memory) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(memory.tensor, dtype=torch.float64)
     return norm.square()
 
 
 _FOLDS = {"cpu": _fold_in_core, "cuda": _fold_in_torch}
+_NORMS: dict[str, Callable[[Memory], float | Tensor]] = {"cpu": _norm_in_core, "cuda": _norm_in_torch}

@@ -4,14 +4,15 @@
 //! when backward has ended. A bucket is the compromise: some megabytes of gradients that become ready at about the same time.
 //!
 //! Backward makes gradients roughly in reverse registration order, so parameters are assigned in that order. A bucket holds
-//! one dtype, because a buffer has one, and one optimizer group, because a shard is updated with one set of hyperparameters.
+//! one dtype, because a buffer has one, one optimizer group, because a shard is updated with one set of hyperparameters, and one
+//! wire format, because it is encoded as a whole.
 //!
 //! The assignment fixes the layout of every buffer and of optimizer state. It is made once, never from an observation.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use crate::ids::{BucketId, Dtype, GroupId, ParamId};
+use crate::ids::{BucketId, Dtype, GroupId, ParamId, WireId};
 
 /// What planning knows of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +23,15 @@ pub struct Param {
     pub dtype: Dtype,
     /// The optimizer group it belongs to.
     pub group: GroupId,
+    /// How its gradient travels.
+    pub wire: WireId,
+}
+
+impl Param {
+    /// What the parameters of a bucket have in common.
+    pub const fn kind(&self) -> (Dtype, GroupId, WireId) {
+        (self.dtype, self.group, self.wire)
+    }
 }
 
 /// How long a bucket may become, the space between its parameters included and its padding at the end not.
@@ -52,6 +62,8 @@ pub struct Bucket {
     pub dtype: Dtype,
     /// Optimizer group of all its parameters.
     pub group: GroupId,
+    /// How the gradients of all its parameters travel.
+    pub wire: WireId,
     /// In the order in which they lie in the buffer.
     pub params: Vec<ParamId>,
 }
@@ -62,10 +74,10 @@ pub struct Bucket {
 /// a parameter larger than the cap has a bucket of its own. Identifiers follow the order in which the walk completes the
 /// buckets, which is the order in which backward is expected to fill them.
 pub fn assign(params: &[Param], cap: Cap) -> Vec<Bucket> {
-    let mut open: BTreeMap<(Dtype, GroupId), Open> = BTreeMap::new();
+    let mut open: BTreeMap<(Dtype, GroupId, WireId), Open> = BTreeMap::new();
     let mut closed = Vec::new();
     for (index, param) in params.iter().enumerate().rev() {
-        let bucket = open.entry((param.dtype, param.group)).or_insert_with(|| Open::new(*param));
+        let bucket = open.entry(param.kind()).or_insert_with(|| Open::new(*param));
         if !bucket.fits(*param, cap) {
             closed.push(std::mem::replace(bucket, Open::new(*param)).bucket);
         }
@@ -88,7 +100,8 @@ struct Open {
 
 impl Open {
     fn new(param: Param) -> Self {
-        let bucket = Bucket { id: BucketId(0), dtype: param.dtype, group: param.group, params: Vec::new() };
+        let (dtype, group, wire) = param.kind();
+        let bucket = Bucket { id: BucketId(0), dtype, group, wire, params: Vec::new() };
         Self { bucket, end: 0 }
     }
 

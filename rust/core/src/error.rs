@@ -82,8 +82,8 @@ pub enum PlanError {
         /// The bucket.
         bucket: BucketId,
     },
-    /// A written-down bucket of several dtypes or optimizer groups.
-    #[error("parameter {} has another dtype or group than the first of bucket {}", .param.0, .bucket.0)]
+    /// A written-down bucket of several dtypes, optimizer groups or wire formats.
+    #[error("parameter {} has another dtype, group or wire format than the first of bucket {}", .param.0, .bucket.0)]
     MixedBucket {
         /// The bucket.
         bucket: BucketId,

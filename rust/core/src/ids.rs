@@ -12,6 +12,10 @@ pub struct BucketId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupId(pub u32);
 
+/// How gradients are encoded when they travel; what each number stands for is known where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WireId(pub u32);
+
 /// One process of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Rank(pub u32);
@@ -55,4 +59,4 @@ macro_rules! as_index {
         }
     )+};
 }
-as_index!(ParamId, BucketId, GroupId, Rank);
+as_index!(ParamId, BucketId, GroupId, WireId, Rank);

@@ -28,10 +28,10 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage};
+//! use zerort_core::{WireId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage};
 //!
 //! // Four parameters, two ranks, at most 1024 elements a bucket: p3 and p2 share b0, p1 and p0 share b1.
-//! let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0) };
+//! let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
 //! let rules = Stage::new(2)?.rules();
 //! let spec = PlanSpec { params: vec![param; 4], world: 2, rules, cap: Cap::Elements(1024), window: Some(1) };
 //! let plan = Arc::new(Plan::new(spec)?);
@@ -79,7 +79,7 @@ pub mod trace;
 pub use bucket::{Bucket, Cap, Param};
 pub use command::{Command, Op};
 pub use error::{Phase, PlanError, StepError};
-pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank};
+pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, WireId};
 pub use life::Life;
 pub use partition::{BucketLayout, Fragment, Partition};
 pub use plan::{Plan, PlanSpec};

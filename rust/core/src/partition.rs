@@ -57,18 +57,16 @@ pub struct BucketLayout {
 }
 
 impl BucketLayout {
-    /// The bucket that is laid out so; its dtype and group are those of its parameters, which must agree.
+    /// The bucket that is laid out so; dtype, group and wire are those of its parameters, which must agree.
     pub(crate) fn bucket(&self, id: BucketId, params: &[Param]) -> Result<Bucket, PlanError> {
         let &(first, _) = self.params.first().ok_or(PlanError::EmptyBucket { bucket: id })?;
-        let Param { dtype, group, .. } = params[first.index()];
-        let stranger = self.params.iter().find(|(param, _)| {
-            let other = params[param.index()];
-            (other.dtype, other.group) != (dtype, group)
-        });
+        let kind = params[first.index()].kind();
+        let stranger = self.params.iter().find(|(param, _)| params[param.index()].kind() != kind);
         if let Some(&(param, _)) = stranger {
             return Err(PlanError::MixedBucket { bucket: id, param });
         }
-        Ok(Bucket { id, dtype, group, params: self.params.iter().map(|&(param, _)| param).collect() })
+        let (dtype, group, wire) = kind;
+        Ok(Bucket { id, dtype, group, wire, params: self.params.iter().map(|&(param, _)| param).collect() })
     }
 }
 

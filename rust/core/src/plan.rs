@@ -268,7 +268,7 @@ impl Layout {
         let mut hash = Digest::new(b"zerort layout 1");
         hash.words([u64::from(self.world), rules_code(self.rules), self.params.len() as u64]);
         for param in &self.params {
-            hash.words([param.numel, dtype_code(param.dtype), u64::from(param.group.0)]);
+            hash.words([param.numel, dtype_code(param.dtype), u64::from(param.group.0), u64::from(param.wire.0)]);
         }
         for (bucket, partition) in self.buckets.iter().zip(&self.partitions) {
             hash.words([bucket.params.len() as u64, partition.numel()]);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use zerort_core::{
     BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Rules,
-    Stage,
+    Stage, WireId,
 };
 
 use crate::errors::PlanError;
@@ -38,7 +38,7 @@ impl Plan {
     #[new]
     #[pyo3(signature = (params, *, world, stage, cap_bytes=None, cap_elements=None, window=None))]
     fn new(
-        params: Vec<(i64, String, i64)>,
+        params: Vec<Spec>,
         world: i64,
         stage: i64,
         cap_bytes: Option<u64>,
@@ -67,12 +67,7 @@ impl Plan {
     /// The plan whose layout was written down: per bucket its parameters, their starts, and its padded length.
     #[staticmethod]
     #[pyo3(signature = (params, buckets, *, world, stage))]
-    fn restore(
-        params: Vec<(i64, String, i64)>,
-        buckets: Vec<(Vec<i64>, Vec<u64>, u64)>,
-        world: i64,
-        stage: i64,
-    ) -> PyResult<Self> {
+    fn restore(params: Vec<Spec>, buckets: Vec<(Vec<i64>, Vec<u64>, u64)>, world: i64, stage: i64) -> PyResult<Self> {
         let params = params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?;
         let layouts = buckets.into_iter().map(layout).collect::<PyResult<_>>()?;
         let world = number("world", world).map_err(PlanError::new_err)?;
@@ -158,15 +153,19 @@ fn layout((params, offsets, numel): (Vec<i64>, Vec<u64>, u64)) -> PyResult<Bucke
     Ok(BucketLayout { params, numel })
 }
 
-/// One parameter of a specification: its id, and what Python says of it.
-fn param((id, (numel, dtype, group)): (usize, (i64, String, i64))) -> PyResult<Param> {
+/// What Python says of a parameter: elements, dtype, optimizer group, wire format.
+type Spec = (i64, String, i64, i64);
+
+/// One parameter of a specification, with its id.
+fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
     let numel = u64::try_from(numel)
         .map_err(|_| PlanError::new_err(format!("parameter {id} can not have {numel} elements")))?;
     let dtype = dtype_named(&dtype).ok_or_else(|| {
         PlanError::new_err(format!("parameter {id} has dtype {dtype:?}: expected f32, f16, bf16 or f64"))
     })?;
     let group = GroupId(number("optimizer group", group).map_err(PlanError::new_err)?);
-    Ok(Param { numel, dtype, group })
+    let wire = WireId(number("wire format", wire).map_err(PlanError::new_err)?);
+    Ok(Param { numel, dtype, group, wire })
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {
@@ -221,6 +220,12 @@ impl Bucket {
     #[getter]
     fn group(&self) -> u32 {
         self.bucket.group.0
+    }
+
+    /// How its gradients travel.
+    #[getter]
+    fn wire(&self) -> u32 {
+        self.bucket.wire.0
     }
 
     /// Parameter ids in the order in which they lie in the buffer.
