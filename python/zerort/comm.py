@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from zerort import peers
 from zerort.errors import CommError, ConfigError
+from zerort.peers import Peers
 
 __all__ = ["Comm", "GlooComm", "LocalComm", "NcclComm", "Work", "connect", "init_distributed"]
 
@@ -136,8 +138,15 @@ class _TorchComm:
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
-        self._peers: list[peers.Peer] = self.gather_objects(peers.myself())
+        self._peers = self._meet()
         weakref.finalize(self, _let_workers_go, [self._gradients, self._parameters, self._control])
+
+    def _meet(self) -> Peers:
+        """Learns who the others are; rank 0 names the engine, so that several leave word side by side."""
+        met = self.gather_objects((peers.myself(), uuid.uuid4().hex))
+        # Without the job's store (a private name of torch's) words of ranks that time out cannot be gathered.
+        store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+        return Peers([peer for peer, _ in met], self.rank, met[0][1], store)
 
     def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.new_group(backend=self.backend, timeout=timeout)
@@ -182,7 +191,7 @@ class _TorchComm:
                 f"rank {self.rank}: {what} failed because torch.distributed's process group was destroyed: "
                 "call engine.destroy() first, and the process group after it"
             )
-        return CommError(f"rank {self.rank}: {what} failed: {peers.told(self._peers)}. The cause as reported: {error}")
+        return CommError(f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: {error}")
 
 
 class GlooComm(_TorchComm):

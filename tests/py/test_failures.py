@@ -301,6 +301,35 @@ def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) ->
     assert seconds < limit
 
 
+def _stay_away(rank: int, world: int) -> Exception | None:
+    engine = engine_over_terms({"zerort": {"timeout": 2}})
+    step_with(engine, 1.0, 1.0)
+    if rank == 1:
+        time.sleep(6)  # in the user's own code, where nothing of ours can see it
+        return None
+    return caught(lambda: step_with(engine, 1.0, 1.0))
+
+
+def test_a_rank_that_does_not_come_is_named_though_it_runs() -> None:
+    first, _, third = ranks.run(3, _stay_away, timeout=LIMIT)
+    for error in (first, third):
+        assert_told(error, CommError, "rank 1", "did not come to this point", "zerort.timeout")
+
+
+def _wait_for_different_things(rank: int, world: int) -> Exception | None:
+    engine = engine_over_terms({"zerort": {"timeout": 2}})
+    step_with(engine, 1.0, 1.0)
+    if rank == 1:
+        return caught(lambda: engine.load_checkpoint("nowhere"))
+    return caught(lambda: step_with(engine, 1.0, 1.0))
+
+
+def test_ranks_that_wait_for_different_things_tell_each_other() -> None:
+    stepping, loading = ranks.run(2, _wait_for_different_things, timeout=LIMIT)
+    assert_told(stepping, CommError, "rank 1", "waited for all_gather_object")
+    assert_told(loading, CommError, "rank 0", "waited for reduce_scatter of bucket 0")
+
+
 def _train_on_after_the_group_is_closed(rank: int, world: int) -> Exception | None:
     engine = engine_over_terms()
     step_with(engine, 1.0, 1.0)
