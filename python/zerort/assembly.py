@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from zerort import _core, compiled, optim, schedules, sparse
+from zerort.agreement import compare_optimizers, compare_settings
 from zerort.boundary import Boundary, Policy
 from zerort.comm import Comm, connect
 from zerort.config import Batch, Config, load
@@ -31,6 +32,7 @@ from zerort.reduction import Reduction
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched
+from zerort.unready import refuse_unready
 from zerort.wire import FORMATS, NAMES
 
 __all__ = ["initialize"]
@@ -70,6 +72,7 @@ def initialize(
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     setup = _agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
     _compare(setup)
+    compare_optimizers(comm, setup.optimizer)
     flat = FlatModel(model, setup.planned, setup.place)
     _broadcast(comm, model, flat)
     loader = None
@@ -125,6 +128,7 @@ def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple
     default = timedelta(minutes=5)
     comm = connect(default, device)
     settings = _agreed(comm, read)
+    compare_settings(comm, settings)
     wanted = timedelta(seconds=settings.zerort.timeout)
     if wanted != default:
         comm.close()
@@ -158,6 +162,7 @@ def _set_up(
 ) -> Setup:
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
+    refuse_unready(model)
     sparse.settle(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
@@ -168,7 +173,8 @@ def _set_up(
     if strange:
         raise PlanError(
             f"the optimizer holds parameters that are not the model's, {len(strange)} of {len(groups)}, of shapes "
-            f"{strange[:3]}: make it from the parameters of the very model that is given to initialize"
+            f"{strange[:3]}: make it anew from the parameters of the very model that is given to initialize; one that "
+            "an engine has had holds that engine's shards"
         )
     planned = plannable(model.named_parameters(), groups, precision.wires(model))
     window = settings.zerort.window

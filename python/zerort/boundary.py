@@ -46,7 +46,8 @@ class Boundary:
     """Crosses from gradients to parameters.
 
     `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds that the host stood
-    still for collectives since the boundary before.
+    still for collectives since the boundary before. `torn` says how an update broke off on this rank: half of its
+    parameters may have moved, so it fails every vote until a checkpoint is loaded.
     """
 
     comm: Comm
@@ -58,6 +59,7 @@ class Boundary:
     sink: TraceSink
     norm: float | None = field(default=None, init=False)
     exposed: float = field(default=0.0, init=False)
+    torn: str | None = field(default=None, init=False)
     _waited: float = field(default=0.0, init=False)
 
     def cross(self, fold: float, failure: str | None = None) -> Outcome:
@@ -67,9 +69,12 @@ class Boundary:
         that ranks treat differently, and `NonFiniteGradient` where the policy says so. Whatever happens, the window
         is over: what was accumulated is dropped.
         """
+        failure = failure or self.torn
         try:
             verdict = self._agree(fold, failure)
             self._refuse(verdict, failure)
+            # Before anything of the user's own runs: an exception there on one rank must not cost a broadcast.
+            self.reduction.learn()
             scale = self.loss_scale.scale
             self.norm = verdict.norm / scale
             if not verdict.finite:
@@ -99,7 +104,7 @@ class Boundary:
         if verdict.poisoned:
             reasons = self.comm.gather_objects(failure)
             told = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
-            raise StepError(f"the step was not applied on any rank, because a backward failed. {told}")
+            raise StepError(f"the step was not applied on any rank, because some rank failed. {told}")
         if verdict.strangers:
             raise PlanMismatch(self._first_difference(verdict.strangers[0]))
 
@@ -143,10 +148,18 @@ class Boundary:
         return f"{whose} a gradient that is not finite, first in parameter {self.flat.names[position]}"
 
     def _apply(self, factor: float) -> None:
-        with self.sink.range("optimizer"):
-            self.flat.take_writes()
-            self.optimizer.step(factor)
-            for bucket in self.flat.buckets:
-                bucket.write_back()
-        with self.sink.range("publish"):
-            self.reduction.publish()
+        try:
+            with self.sink.range("optimizer"):
+                self.flat.take_writes()
+                self.optimizer.step(factor)
+                for bucket in self.flat.buckets:
+                    bucket.write_back()
+        except BaseException as error:
+            self.torn = (
+                f"its optimizer raised {type(error).__name__}: {error}; parameters may be half updated, so load a "
+                "checkpoint before going on"
+            )
+            raise
+        finally:  # the peers, whose optimizers went through, wait for this rank's shards
+            with self.sink.range("publish"):
+                self.reduction.publish()

@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from zerort import compiled
+from zerort import compiled, losses
+from zerort.absent import Absent
 from zerort.accumulation import Accumulation
 from zerort.boundary import Outcome
 from zerort.config import Batch
@@ -55,7 +57,7 @@ class Engine(Saving):
         )
         self._micro = MicroBatch()
         self._failure: str | None = None
-        self._named: set[str] = set()
+        self._absent = Absent(parts.comm.rank, parts.config.unused_parameters)
 
     # One step, in the order of a training loop.
 
@@ -71,7 +73,7 @@ class Engine(Saving):
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
         """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the user's own."""
-        self._check(loss)
+        losses.refuse_unfit(loss)
         self._micro.prepared = True
         return self._scaled(loss, scale_wrt_gas)
 
@@ -83,7 +85,12 @@ class Engine(Saving):
         """
         self._recover()
         with self._transaction(step_follows=True), self._parts.sink.range("backward"):
-            self._check(loss)
+            losses.refuse_unfit(loss)
+            if self._micro.prepared:
+                raise StepError(
+                    "engine.scale(loss) is for a loss.backward() of your own, and its loss would be scaled twice: call "
+                    "backward() on what scale returned, or give engine.backward the loss as it is"
+                )
             self._open(direct=False)
             self._scaled(loss, scale_wrt_gas).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             self._close()
@@ -92,7 +99,8 @@ class Engine(Saving):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends the micro-batch; at the boundary votes, and updates and publishes the parameters.
 
-        Raises `StepError` within `no_sync`, without a backward, and when another rank has failed.
+        Raises `StepError` within `no_sync` or `torch.inference_mode`, without a backward, and when another rank has
+        failed.
         """
         if self._accumulation.held:
             raise StepError("step() inside no_sync(): leave the context first, gradients have not been reduced")
@@ -104,6 +112,8 @@ class Engine(Saving):
                 raise StepError("a direct loss.backward() raised in this micro-batch; its gradients are dropped")
             if not self._micro.backwards:
                 raise StepError("step() without backward() in this micro-batch: call engine.backward(loss) first")
+            if torch.is_inference_mode_enabled():
+                raise StepError("step() under torch.inference_mode(): what it made could not be trained on; leave it")
         try:
             self._applied = False
             if self._accumulation.boundary:
@@ -156,7 +166,8 @@ class Engine(Saving):
             self._micro.running = True  # what has come is unscaled, and dropped when the failure is settled
             raise StepError(
                 "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
-                "engine.scale(loss).backward()"
+                "engine.scale(loss).backward(); where another engine's backward comes through this module, freeze it "
+                "meanwhile with requires_grad_(False)"
             )
         self._open(direct=not self._micro.prepared)
 
@@ -170,6 +181,7 @@ class Engine(Saving):
         """A backward begins."""
         self._micro.running = True
         self._accumulation.note(direct=direct)
+        self._parts.boundary.optimizer.check()
         if self._parts.reduction.follow():
             self._parts.boundary.optimizer.split()
         if self._accumulation.travels:
@@ -181,7 +193,7 @@ class Engine(Saving):
         if reduction.in_pass:
             absent = reduction.finish()
             self._micro.travelled = True
-            self._name_absent(absent)
+            self._absent.tell(absent)
         else:
             reduction.collect()
         self._micro.running = self._micro.prepared = False
@@ -197,7 +209,6 @@ class Engine(Saving):
             self.counters.skipped_steps += 1
         elif parts.scheduler is not None:
             parts.scheduler.step(**lr_kwargs)
-        parts.reduction.learn()
         every = parts.config.steps_per_print
         if every and self.counters.global_steps % every == 0 and parts.comm.rank == 0:
             _log.warning(
@@ -221,35 +232,8 @@ class Engine(Saving):
         return 1.0 / (ranks * self._accumulation.divisor)
 
     def _scaled(self, loss: Tensor, scale_wrt_gas: bool) -> Tensor:
-        scale = self._parts.precision.loss_scale.scale
-        if scale_wrt_gas and self._accumulation.steps > 1:
-            loss = loss / self._accumulation.steps
-        return loss if scale == 1.0 else loss.float() * scale
-
-    def _check(self, loss: Any) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise StepError(f"backward needs a loss of one element, got {got}: reduce it, for example with loss.mean()")
-        if not loss.requires_grad:
-            raise StepError(
-                "the loss has no graph (requires_grad is False): it was computed under no_grad, detached, or touches "
-                "no trainable parameter"
-            )
-
-    def _name_absent(self, names: list[str]) -> None:
-        new = [name for name in names if name not in self._named]
-        if not new:
-            return
-        told = f"{', '.join(new[:8])}{f' and {len(new) - 8} more' if len(new) > 8 else ''}"
-        if self._parts.config.unused_parameters == "raise":
-            raise StepError(
-                f"no gradient came for {told}: the forward did not use them. Use or freeze them, or let them count as "
-                'zero with "zerort": {"unused_parameters": "zero"}'
-            )
-        self._named.update(new)
-        _log.warning(
-            "rank %d: no gradient came for %s; it counts as zero (said once per parameter)", self._parts.comm.rank, told
-        )
+        steps = self._accumulation.steps if scale_wrt_gas else 1
+        return losses.scaled(loss, steps=steps, scale=self.loss_scale)
 
     # Control.
 
@@ -270,9 +254,13 @@ class Engine(Saving):
         self._parts.reduction.drain()
         self._parts.reduction.drop()
         self._parts.reduction.reset()
+        self._accumulation.forget()
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Changes the accumulation steps to fit. Raises `ConfigError` where the batch sizes do not divide."""
+        """Changes the accumulation steps to fit, for the windows to come.
+
+        Raises `ConfigError` where the batch sizes do not divide, and `StepError` in the middle of a window.
+        """
         self._resize(Batch.resolve(train_batch_size, self._batch.micro, None, self._parts.comm.world))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
@@ -280,8 +268,8 @@ class Engine(Saving):
         self._resize(Batch.resolve(None, micro_batch_size, self._batch.accumulation, self._parts.comm.world))
 
     def _resize(self, batch: Batch) -> None:
+        self._accumulation.resize(batch.accumulation, backwards=self._micro.backwards)
         self._batch = batch
-        self._accumulation.steps = batch.accumulation
 
     # What `Saving` asks for.
 
@@ -293,7 +281,7 @@ class Engine(Saving):
     def _restored(self) -> None:
         """A checkpoint has been loaded: the window begins anew."""
         self.zero_grad()
-        self._micro, self._failure = MicroBatch(), None
+        self._micro, self._failure, self._parts.boundary.torn = MicroBatch(), None, None
         self._accumulation.realign()
 
     def compile(
@@ -325,6 +313,12 @@ class Engine(Saving):
     def is_compiled(self) -> bool:
         """Whether the module is compiled whole, here or before `initialize`."""
         return compiled.is_whole(self.module)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StepError(
+            "an engine cannot be copied or pickled, it holds process groups and memory of this process: copy "
+            "engine.module, or save engine.module.state_dict() or engine.save_checkpoint(...)"
+        )
 
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back."""

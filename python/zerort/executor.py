@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zerort import _core, nonfinite
 from zerort.comm import Comm, Work
+from zerort.errors import CommError
 from zerort.flat import DTYPES, FlatBucket, FlatModel, Memory
 from zerort.gradients import Source
 from zerort.trace.watch import Watch
@@ -293,6 +294,8 @@ class Executor:
         mark, start = self.watch.mark(), perf_counter()
         try:
             yield
+        except CommError:
+            raise  # it names its operation already
         except RuntimeError as error:
             raise self._comm.failure(what, error) from error
         finally:

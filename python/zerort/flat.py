@@ -284,8 +284,9 @@ def _refuse_overlap(planned: Sequence[Planned]) -> None:
         if start < end:
             first, second = (planned[index].name for index in sorted((one, other)))
             raise PlanError(
-                f"parameters {first} and {second} are two Parameter objects over the same memory: tie weights by "
-                f"assigning the same Parameter (module.{second} = module.{first}), or give each its own memory"
+                f"parameters {first} and {second} are two Parameter objects over the same memory, or interleaved in "
+                f"it: tie weights by assigning the same Parameter (module.{second} = module.{first}), or give each "
+                "memory of its own, nn.Parameter(tensor.clone())"
             )
 
 

@@ -173,6 +173,18 @@ def a_new_train_batch_size_changes_the_accumulation(rank: int, world: int) -> No
     assert seen == [(-2.0, -2.0)] * 3 + [(-6.0, -6.0)]
 
 
+def a_new_train_batch_size_begins_a_window_of_its_own(rank: int, world: int) -> None:
+    engine = engine_over_terms(accumulation=3)
+    for _ in range(3):
+        step_with(engine, 0.0, 0.0)
+    engine.set_train_batch_size(
+        2 * world
+    )  # three is no multiple of two: counted from the beginning it would end at once
+    seen = [step_with(engine, 2.0, 4.0) for _ in range(4)]
+    assert seen == [(0.0, 0.0), (-2.0, -4.0), (-2.0, -4.0), (-4.0, -8.0)]
+    assert counters(engine)[:2] == (7, 3)
+
+
 def a_new_micro_batch_size_keeps_the_accumulation(rank: int, world: int) -> None:
     engine = engine_over_terms(accumulation=2)
     engine.set_train_micro_batch_size(8)
@@ -236,6 +248,7 @@ SCENARIOS = [
     a_skipped_step_counts_but_moves_nothing,
     batch_sizes_follow_the_configuration,
     a_new_train_batch_size_changes_the_accumulation,
+    a_new_train_batch_size_begins_a_window_of_its_own,
     a_new_micro_batch_size_keeps_the_accumulation,
     backward_returns_the_loss_divided_by_the_accumulation,
     train_and_eval_return_the_engine,

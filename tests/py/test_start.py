@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,10 @@ from catching import assert_told, caught
 from models import Terms
 from terms import engine_over_terms
 from training import at_stage
-from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
+from zerort.errors import ConfigError, PlanError, PlanMismatch, StepError, ZerortError
 
 LIMIT = 30.0  # seconds a scenario may take, start included
+BY_NAME = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
 
 
 class _Wider(Terms):
@@ -51,6 +53,73 @@ def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
         assert_told(error, PlanMismatch, "rank 1")
 
 
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gradient_clipping": ({"gradient_clipping": 1.0}, {"gradient_clipping": 2.0}),
+    "gradient_accumulation_steps": ({}, {"gradient_accumulation_steps": 2}),
+    "fp16.loss_scale": ({"fp16": {"enabled": True, "loss_scale": 2.0}}, {"fp16": {"enabled": True, "loss_scale": 4.0}}),
+    "zerort.timeout": ({"zerort": {"timeout": 10}}, {}),
+    "optimizer.params.lr": (
+        {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}},
+        {"optimizer": {"type": "SGD", "params": {"lr": 2.0}}},
+    ),
+}
+
+
+def _start_with_settings(rank: int, world: int, key: str) -> Exception | None:
+    return caught(lambda: engine_over_terms(SETTINGS[key][rank]))
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_ranks_with_different_settings_name_the_first_key(key: str) -> None:
+    for error in ranks.run(2, _start_with_settings, key, timeout=LIMIT):
+        assert_told(error, PlanMismatch, f"{key} is", "on rank 0 and", "on rank 1")
+
+
+def _print_on_rank_0(rank: int, world: int) -> Exception | None:
+    return caught(lambda: engine_over_terms({"steps_per_print": 10, "dump_state": True} if rank == 0 else {}))
+
+
+def test_what_is_printed_may_differ_between_ranks() -> None:
+    assert ranks.run(2, _print_on_rank_0, timeout=LIMIT) == [None, None]
+
+
+def _start_with_other_rates(rank: int, world: int, momentum: bool) -> Exception | None:
+    model = Terms()
+    different = {"momentum": 0.1 * rank} if momentum else {"lr": torch.tensor(1.0 + rank)}
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 1.0, **different})
+    return caught(lambda: engine_over_terms(model=model, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_ranks_whose_optimizers_have_other_numbers_do_not_start(momentum: bool) -> None:
+    for error in ranks.run(2, _start_with_other_rates, momentum, timeout=LIMIT):
+        assert_told(error, PlanMismatch, "momentum" if momentum else "lr", "group 0", "on rank 1")
+
+
+def _start_under_inference_mode(rank: int, world: int) -> Exception | None:
+    with torch.inference_mode():
+        return caught(engine_over_terms)
+
+
+def test_nothing_starts_under_inference_mode() -> None:
+    assert_told(ranks.run(1, _start_under_inference_mode)[0], PlanError, "inference_mode")
+
+
+def _start_twice(rank: int, world: int) -> tuple[Exception | None, Exception | None]:
+    model = Terms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    first = engine_over_terms(model=model, optimizer=optimizer)
+    again = caught(lambda: engine_over_terms(model=model, optimizer=optimizer))
+    engine_over_terms(model=model)
+    return again, caught(lambda: first.backward(first(1.0, 1.0)))
+
+
+def test_a_model_or_optimizer_that_has_an_engine_already_is_told_so() -> None:
+    for again, first in ranks.run(2, _start_twice, timeout=LIMIT):
+        assert_told(again, PlanError, "not the model's", "engine has had")
+        assert_told(first, StepError, "parameter a", "second initialize")
+
+
 def _start_with_a_mistake_on_rank_1(rank: int, world: int) -> Exception | None:
     return caught(lambda: engine_over_terms({"gradient_cliping": 1.0} if rank == 1 else {}))
 
@@ -71,6 +140,12 @@ class _Complex(Terms):
     def __init__(self) -> None:
         super().__init__()
         self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+
+
+class _Integer(Terms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
 
 
 def all_frozen() -> nn.Module:
@@ -94,6 +169,20 @@ def optimizer_of_another_model() -> dict[str, Any]:
     return {"model": Terms(), "optimizer": torch.optim.SGD(Terms().parameters(), lr=1.0)}
 
 
+class _Columns(Terms):
+    """Two parameters that interleave in one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        matrix = torch.zeros(4, 2)
+        self.a, self.b = nn.Parameter(matrix[:, 0]), nn.Parameter(matrix[:, 1])
+
+
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return Terms()
+
+
 class _LayerWise(torch.optim.SGD):
     """Looks at whole tensors: the step has the length of the weights."""
 
@@ -112,6 +201,12 @@ def with_optimizer(kind: Callable[..., Any], **options: Any) -> dict[str, Any]:
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str]]] = {
     "nothing_to_train": (lambda: {"model": all_frozen()}, PlanError, ["train"]),
     "shared_storage": (lambda: {"model": _Shared()}, PlanError, ["a", "b"]),
+    "columns": (lambda: {"model": _Columns()}, PlanError, ["a and b", "interleaved", "clone()"]),
+    "lazy": (lambda: {"model": nn.LazyLinear(4), **BY_NAME}, PlanError, ["parameter weight", "forward"]),
+    "meta": (lambda: {"model": nn.Linear(4, 4, device="meta")}, PlanError, ["parameter weight", "to_empty"]),
+    "no_parameters": (lambda: {"model": nn.ReLU(), **BY_NAME}, PlanError, ["ReLU", "no parameters"]),
+    "made_for_inference": (lambda: {"model": made_for_inference()}, PlanError, ["parameter a", "inference_mode"]),
+    "integer_parameter": (lambda: {"model": _Integer()}, PlanError, ["parameter steps", "int64", "cast"]),
     "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
     "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
     "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),

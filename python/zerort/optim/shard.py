@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerort.errors import StepError
 from zerort.flat import FlatBucket, FlatModel, laid_out_like
 
 __all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
@@ -88,6 +89,15 @@ class ShardOptimizer:
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
         self._cut(lambda _: None)
+
+    def check(self) -> None:
+        """Raises `StepError` when something else than the segments has been put into the optimizer's groups."""
+        if [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]] != self._given:
+            raise StepError(
+                "the optimizer's parameter groups have changed since initialize, for example by add_param_group: their "
+                "parameters are flat shards now. Make all groups before zerort.initialize, and train a part of them "
+                "by requires_grad_"
+            )
 
     def restart(self, label: Callable[[int], Hashable]) -> None:
         """Goes back to the initial state without cuts, then cuts where `requires_grad` or an id's `label` changes.
@@ -161,6 +171,7 @@ class ShardOptimizer:
     def _regroup(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
             group["params"] = [segment.tensor for segment in self.segments if segment.bucket.spec.group == index]
+        self._given = [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
 
     def _cut_state(self, segment: Segment, parts: Sequence[Segment]) -> None:
         state = self.optimizer.state.pop(segment.tensor, {})
