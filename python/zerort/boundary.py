@@ -82,6 +82,9 @@ class Boundary:
             self._apply(1.0 / (clip_factor(self.norm, self.policy.clip) * scale))
             self.loss_scale.update(False)
             return Outcome.APPLIED
+        except Exception:
+            self.reduction.drop()  # a rank that did not fail may hold gradients that no pass has taken
+            raise
         finally:
             self.reduction.reset()
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited

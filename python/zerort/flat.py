@@ -109,8 +109,8 @@ class FlatBucket:
     keeps: its shard, or the whole where the optimizer is replicated. `master` is the optimizer's copy of `owned` in
     fp32, the same memory where the parameters are fp32 themselves. `accum` is the reduced gradient of `owned`, and
     `landing` the part of it that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket,
-    summed over micro-batches, where that takes a wider dtype than the parameters'. It has left when the reduced one
-    arrives, so `accum` is a part of the same memory.
+    summed over micro-batches, where that is the rule and takes a wider dtype than the parameters' (`widens`). It has
+    left when the reduced one arrives, so `accum` is a part of the same memory.
     """
 
     __slots__ = (
@@ -126,6 +126,7 @@ class FlatBucket:
         "start",
         "values",
         "views",
+        "widens",
     )
 
     def __init__(self, place: Place, spec: _core.Bucket, members: Sequence[Planned]) -> None:
@@ -146,9 +147,10 @@ class FlatBucket:
         self.owned = self.values if whole else self.values.shard(rank)
         self.master = self.owned.tensor if first.dtype == precise else self.owned.tensor.to(precise)
         sums = place.sums if precise == torch.float32 else precise
-        widens = place.local_sums and self.has_master and sums != first.dtype
-        everything = Memory.of_bucket(plan, spec, sums, first.device) if whole or widens else None
-        self.local = everything if widens else None
+        self.widens = self.has_master and sums != first.dtype
+        local = place.local_sums and self.widens
+        everything = Memory.of_bucket(plan, spec, sums, first.device) if whole or local else None
+        self.local = everything if local else None
         self.landing = everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, first.device)
         self.accum = everything if everything and whole else self.landing
         self.squares: float | Tensor = 0.0

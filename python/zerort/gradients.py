@@ -1,14 +1,15 @@
 """Where a gradient waits between autograd and its bucket's Launch.
 
 Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds micro-batches up there by
-itself. `Summed` is for parameters of less than fp32 that are reduced once per accumulation window: their micro-batches
-would lose bits in `.grad`, so each is added into a wider buffer as soon as its backward is over.
+itself. `Summed` is for parameters whose gradients are added up in a wider dtype: micro-batches that wait would lose
+bits in `.grad`, so each is added into a wider buffer as soon as its backward is over.
 
 Both leave `.grad` as None behind what they took, and both name what never came.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,6 +36,9 @@ class Source(Protocol):
         Returns the positions in the bucket of parameters without a gradient; their slots are zero.
         """
 
+    def leftover(self) -> int:
+        """How many parameters have a gradient that has not been packed."""
+
     def drop(self) -> None:
         """Forgets everything that has not been packed."""
 
@@ -44,7 +48,7 @@ class Source(Protocol):
 
 def source_of(bucket: FlatBucket) -> Source:
     """The source that suits the bucket's memory."""
-    return Stolen(bucket) if bucket.local is None else Summed(bucket, bucket.local)
+    return Summed(bucket, bucket.local) if bucket.widens else Stolen(bucket)
 
 
 class Stolen:
@@ -78,6 +82,10 @@ class Stolen:
         """One batched copy of all gradients that are not in their slots already."""
         return _pack(self._params, wire, slots)
 
+    def leftover(self) -> int:
+        """What is in `.grad`."""
+        return sum(parameter.grad is not None for parameter in self._params)
+
     def drop(self) -> None:
         """Sets every `.grad` to None."""
         _take(self._params)
@@ -87,29 +95,40 @@ class Stolen:
 
 
 class Summed:
-    """Through the bucket's local sum.
+    """Through a sum of micro-batches, where something has had to wait; what need not is packed straight from `.grad`.
 
-    Its memory is where reduced gradients arrive, so it is there for one pass in a window. A second pass (two backwards
-    at the boundary, a late gradient) packs from `.grad`, where nothing but its own micro-batch is.
+    `local` is the sum's memory where waiting is the rule. Reduced gradients arrive there, so from a window's first pass
+    on it is taken. What waits then, or where waiting is no rule (`no_sync`, a boundary that the user moves, a batch
+    that has grown), is summed in memory that is allocated when it is first needed.
     """
 
-    def __init__(self, bucket: FlatBucket, local: Memory) -> None:
+    def __init__(self, bucket: FlatBucket, local: Memory | None) -> None:
         self._params = bucket.params
-        self._sum = local.tensor
-        self._views = bucket.slots(local.tensor)
+        self._bucket = bucket
+        self._local = _Sum.over(local, bucket) if local else None
+        self._spare: _Sum | None = None
+        self._taken = local is None
         self._came = [False] * len(bucket.params)
-        self._packed = False
 
     def rest_in(self, slots: list[Tensor]) -> None:
         """Declined: the wire is narrower than the sum."""
 
+    def _sum(self) -> _Sum:
+        if self._local is not None and not self._taken:
+            return self._local
+        if self._spare is None:
+            spec, device = self._bucket.spec, self._bucket.values.tensor.device
+            self._spare = _Sum.over(Memory.zeros(spec.numel, torch.float32, device), self._bucket)
+        return self._spare
+
     def collect(self) -> None:
-        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what the last window left."""
-        if self._packed:
-            return
+        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what an earlier window left."""
         arrived = [(i, g) for i, g in enumerate(_take(self._params)) if g is not None]
-        first = [(self._views[i], g) for i, g in arrived if not self._came[i]]
-        more = [(self._views[i], g) for i, g in arrived if self._came[i]]
+        if not arrived:
+            return
+        views = self._sum().views
+        first = [(views[i], g) for i, g in arrived if not self._came[i]]
+        more = [(views[i], g) for i, g in arrived if self._came[i]]
         if first:
             torch._foreach_copy_([view for view, _ in first], [gradient for _, gradient in first])
         if more:
@@ -118,16 +137,24 @@ class Summed:
             self._came[i] = True
 
     def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
-        """Adds what is in `.grad` and encodes the sum."""
-        if self._packed:
+        """Adds what is in `.grad` to what has waited, and encodes the sum."""
+        if not any(self._came):
+            self._taken = True
             return _pack(self._params, wire, slots)
         self.collect()
+        total = self._sum()
         absent = [i for i, came in enumerate(self._came) if not came]
         if absent:
-            torch._foreach_zero_([self._views[i] for i in absent])
-        wire.encode([self._sum], [send])
-        self._packed = True
+            torch._foreach_zero_([total.views[i] for i in absent])
+        wire.encode([total.flat], [send])
+        self._came = [False] * len(self._params)
+        self._taken = True
         return absent
+
+    def leftover(self) -> int:
+        """What is in `.grad` or has waited."""
+        pairs = zip(self._params, self._came, strict=True)
+        return sum(came or parameter.grad is not None for parameter, came in pairs)
 
     def drop(self) -> None:
         """Forgets the sum; its memory is overwritten by what comes next."""
@@ -135,9 +162,20 @@ class Summed:
         self._came = [False] * len(self._params)
 
     def reset(self) -> None:
-        """The sum's memory is free again."""
-        self._came = [False] * len(self._params)
-        self._packed = False
+        """The local memory is free again."""
+        self._taken = self._local is None
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Memory for a bucket's gradient, and a view of it per parameter."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+    @classmethod
+    def over(cls, memory: Memory, bucket: FlatBucket) -> _Sum:
+        return cls(memory.tensor, bucket.slots(memory.tensor))
 
 
 def _pack(params: list[torch.nn.Parameter], wire: WireFormat, slots: list[Tensor]) -> list[int]:

@@ -134,7 +134,7 @@ class Reduction:
 
     def leftover(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
-        return sum(parameter.grad is not None for parameter in self._flat.params)
+        return sum(source.leftover() for source in self._sources)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""

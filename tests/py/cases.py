@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from models import (
     partly_frozen,
 )
 from reference import MICRO_BATCH, Case, Moment
+from zerort.optim import Lion
 
 # ---- micro-batches: forward and backward, on an engine or on the twin
 
@@ -97,6 +99,14 @@ def penalize_the_gradient(engine: Any, at: Moment) -> None:
     engine.backward(loss + 0.1 * sum(slope.square().sum() for slope in slopes))
 
 
+def penalize_the_curvature(engine: Any, at: Moment) -> None:
+    """A Hessian-vector product in the loss: three graphs deep in the end."""
+    loss, parameters = loss_of(engine, at), list(engine.module.parameters())
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+    curvature = torch.autograd.grad(sum(slope.sum() for slope in slopes), parameters, create_graph=True)
+    engine.backward(loss + 0.01 * sum(product.square().sum() for product in curvature))
+
+
 def decayed_loss_of(engine: Any, at: Moment) -> Tensor:
     """A loss with a term that never goes through the module's outputs."""
     return loss_of(engine, at) + 0.05 * sum(p.square().sum() for p in engine.module.parameters())
@@ -120,6 +130,24 @@ def scale_by_hand(engine: Any, at: Moment) -> None:
 
 def do_not_divide_by_accumulation(engine: Any, at: Moment) -> None:
     engine.backward(loss_of(engine, at), scale_wrt_gas=False)
+
+
+def hold_a_backward(engine: Any, at: Moment) -> None:
+    with engine.no_sync():
+        regress(engine, replace(at, step=at.step + 50))
+    regress(engine, at)
+
+
+def drop_a_backward(engine: Any, at: Moment) -> None:
+    """Drops the window's micro-batches before this one too."""
+    regress(engine, replace(at, step=at.step + 50))
+    engine.zero_grad()
+    regress(engine, at)
+
+
+def scale_by_hand_then_let_the_engine(engine: Any, at: Moment) -> None:
+    scale_by_hand(engine, at)
+    regress(engine, replace(at, step=at.step + 50))
 
 
 def evaluate_in_between(engine: Any, at: Moment) -> None:
@@ -155,6 +183,19 @@ adamw = partial(torch.optim.AdamW, lr=0.01, eps=1e-3, weight_decay=0.1)
 momentum = partial(torch.optim.SGD, lr=0.2, momentum=0.9, weight_decay=0.1)
 nesterov = partial(torch.optim.SGD, lr=0.2, momentum=0.9, nesterov=True)
 adagrad = partial(torch.optim.Adagrad, lr=0.1, eps=1e-3)
+OTHER_ELEMENTWISE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, lr=0.01, eps=1e-3, weight_decay=0.1),
+    "amsgrad": partial(torch.optim.AdamW, lr=0.01, eps=1e-3, amsgrad=True, fused=True),
+    "adamax": partial(torch.optim.Adamax, lr=0.01, eps=1e-3),
+    "adadelta": partial(torch.optim.Adadelta, lr=1.0, eps=1e-3),
+    "nadam": partial(torch.optim.NAdam, lr=0.01, eps=1e-3),
+    "radam": partial(torch.optim.RAdam, lr=0.01, eps=1e-3),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, eps=1e-3, momentum=0.9, centered=True),
+    "rprop": partial(torch.optim.Rprop, lr=0.01),
+    "asgd": partial(torch.optim.ASGD, lr=0.1),
+    "lion": partial(Lion, lr=0.01, weight_decay=0.1),
+}
+"""Each treats every element alone, so each runs on shards."""
 halving = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
 
 
@@ -165,6 +206,10 @@ def weights_and_biases(module: nn.Module) -> list[dict[str, Any]]:
         {"params": [p for name, p in named if name.endswith("weight")], "lr": 0.1, "weight_decay": 0.2},
         {"params": [p for name, p in named if not name.endswith("weight")], "lr": 0.4},
     ]
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dim() == 2]
 
 
 def last_layer_only(module: nn.Module) -> list[nn.Parameter]:
@@ -208,10 +253,14 @@ CASES: dict[str, Case] = {
     "two_forwards_then_two_backwards": Case(mlp, go_forward_twice_then_back_twice),
     "retained_graph": Case(mlp, go_back_twice_over_one_graph),
     "gradient_penalty": Case(mlp, penalize_the_gradient),
+    "hessian_vector_product": Case(mlp, penalize_the_curvature),
     "bypass": Case(mlp, bypass_the_outputs),
     "bypass_direct": Case(mlp, bypass_the_outputs_directly),
     "direct": Case(mlp, call_backward_directly),
     "scaled_by_hand": Case(mlp, scale_by_hand),
+    "scaled_by_hand_and_by_the_engine": Case(mlp, scale_by_hand_then_let_the_engine),
+    "held_in_no_sync": Case(mlp, hold_a_backward),
+    "dropped_by_zero_grad": Case(mlp, drop_a_backward, optimizer=momentum),
     "not_divided": Case(mlp, do_not_divide_by_accumulation),
     "evaluated_in_between": Case(mlp, evaluate_in_between),
     # between steps
@@ -226,10 +275,18 @@ CASES: dict[str, Case] = {
     "nesterov": Case(mlp, regress, optimizer=nesterov),
     "adamw": Case(mlp, regress, optimizer=adamw),
     "adagrad": Case(mlp, regress, optimizer=adagrad),
+    **{name: Case(mlp, regress, optimizer=make) for name, make in OTHER_ELEMENTWISE.items()},
     "clipped": replace(plain, clip=0.1),
     "clip_not_reached": replace(plain, clip=1e3),
     "scheduled": Case(mlp, regress, optimizer=momentum, scheduler=halving),
 }
+
+WHOLE: dict[str, Case] = {
+    "adafactor": Case(mlp, regress, optimizer=partial(torch.optim.Adafactor, lr=0.1)),
+}
+"""Optimizers that look at whole parameters: for a stage that keeps them whole."""
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    WHOLE["muon"] = Case(mlp, regress, optimizer=partial(torch.optim.Muon, lr=0.01), groups=matrices)
 
 DRAWN: dict[str, Case] = {
     f"drawn_{seed}": Case(partial(DrawnBranches, seed), use_drawn_branches, optimizer=momentum, clip=0.5)

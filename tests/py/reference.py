@@ -109,6 +109,26 @@ class Precision:
 AS_IT_IS = Precision()
 
 
+@dataclass
+class RankSums:
+    """One rank's gradients of the step under way, in fp64."""
+
+    passes: list[dict[nn.Parameter, Tensor]] = field(default_factory=list)
+    waiting: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """What no pass has taken yet."""
+
+    def wait(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Adds gradients of a backward."""
+        for parameter, gradient in gradients.items():
+            self.waiting[parameter] = self.waiting.get(parameter, 0) + gradient
+
+    def travel(self, weight: float) -> None:
+        """A pass: what waits goes over a wire of its parameter's dtype, and is multiplied by `weight` there."""
+        sent = {p: total if p.dtype.itemsize > 4 else total.float().to(p.dtype) for p, total in self.waiting.items()}
+        self.passes.append({parameter: total.double() * weight for parameter, total in sent.items()})
+        self.waiting.clear()
+
+
 class Twin:
     """All ranks in one process. `train` runs a case to its end; `micro` and `step` are the parts of its loop."""
 
@@ -130,7 +150,7 @@ class Twin:
         self._masters = {p: _master(p) for p in self.module.parameters()}
         self.optimizer = case.optimizer([self._own(group) for group in case.groups(self.module)])
         self.scheduler = case.scheduler(self.optimizer) if case.scheduler else None
-        self._sums: list[dict[nn.Parameter, Tensor]] = []
+        self._sums: list[RankSums] = []
         self.zero_grad()
         self.norm = 0.0
 
@@ -150,20 +170,14 @@ class Twin:
 
     def micro(self, at: Moment) -> None:
         """One micro-batch of one rank."""
-        with self.rank(at.rank) as engine:
-            self.case.micro(engine, at)
-
-    @contextlib.contextmanager
-    def rank(self, rank: int) -> Iterator[RankTwin]:
-        """The engine of one rank for one micro-batch, whose gradients are added up when the block ends."""
-        engine = RankTwin(self.module, self.accumulation, self._precision.loss_scale)
-        yield engine
-        for parameter, gradient in engine.gradients().items():
-            self._sums[rank][parameter] = self._sums[rank].get(parameter, 0) + gradient
+        travels = self._reduce_at == "micro_batch" or at.micro == self.accumulation - 1
+        engine = RankTwin(self.module, self.accumulation, self._precision, self._sums[at.rank], travels)
+        self.case.micro(engine, at)
+        engine.add_direct_backwards()
 
     def zero_grad(self) -> None:
         """Drops what was accumulated since the last step."""
-        self._sums = [{} for _ in range(self.world)]
+        self._sums = [RankSums() for _ in range(self.world)]
 
     def step(self) -> None:
         """Mean over ranks, clip, one optimizer step, cast to the parameters' dtypes."""
@@ -192,45 +206,62 @@ class Twin:
         return self._masters[group]
 
     def _mean(self, parameter: nn.Parameter) -> Tensor:
-        total = torch.zeros_like(parameter, dtype=torch.float64)
-        for sums in self._sums:
-            if parameter in sums:
-                at_boundary = self._reduce_at == "boundary"
-                total += sums[parameter].float().to(parameter.dtype) if at_boundary else sums[parameter]
         wide = self._masters[parameter].dtype
-        mean = total / self.world
-        if self._precision.gathers_sums:
-            mean = mean.to(wide).to(parameter.dtype).double()
-        return (mean / self._precision.loss_scale).to(wide)
+        total = torch.zeros_like(parameter, dtype=torch.float64)
+        for number in range(max(len(sums.passes) for sums in self._sums)):
+            for sums in self._sums:
+                if number < len(sums.passes) and parameter in sums.passes[number]:
+                    total += sums.passes[number][parameter] / self.world
+            if self._precision.gathers_sums:
+                total = total.to(wide).to(parameter.dtype).double()
+        return (total / self._precision.loss_scale).to(wide)
 
 
 class RankTwin:
-    """The part of an engine's surface that a micro-batch may use, for one rank and one micro-batch."""
+    """The part of an engine's surface that a micro-batch may use, for one rank and one micro-batch.
 
-    def __init__(self, module: nn.Module, accumulation: int, loss_scale: float) -> None:
+    `travels` says whether gradients are reduced in this micro-batch: each of its backwards is a pass then.
+    """
+
+    def __init__(
+        self, module: nn.Module, accumulation: int, precision: Precision, sums: RankSums, travels: bool = True
+    ) -> None:
         self.module = module
         self._accumulation = accumulation
-        self._loss_scale = loss_scale
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._precision = precision
+        self._sums = sums
+        self._travels = travels
+        self._scaled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.add_direct_backwards()
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
         """Adds the gradient of the loss, divided by the accumulation steps unless told otherwise."""
-        self._add_direct_backwards()
+        self.add_direct_backwards()
         share = loss / self._accumulation if scale_wrt_gas else loss
-        (share * self._loss_scale).backward(retain_graph=retain_graph)
+        (share * self._precision.loss_scale).backward(retain_graph=retain_graph)
         self._take(1.0)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """For a backward of the caller's own; what it leaves in `.grad` is divided by the accumulation steps."""
-        return loss * self._loss_scale
+        """For a backward of the caller's own, which is divided before it runs."""
+        self.add_direct_backwards()
+        self._scaled = True
+        return loss / self._accumulation * self._precision.loss_scale
 
-    def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Everything that this micro-batch brought, in fp64."""
-        self._add_direct_backwards()
-        return self._sums
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, backwards are no passes: the next one outside takes them along."""
+        travels, self._travels = self._travels, False
+        yield
+        self._travels = travels
+
+    def zero_grad(self) -> None:
+        """Drops what this rank has brought since the last step."""
+        self.add_direct_backwards()
+        self._sums.passes.clear()
+        self._sums.waiting.clear()
 
     def train(self, mode: bool = True) -> RankTwin:
         self.module.train(mode)
@@ -239,14 +270,19 @@ class RankTwin:
     def eval(self) -> RankTwin:
         return self.train(False)
 
-    def _add_direct_backwards(self) -> None:
-        self._take(1.0 / self._accumulation)
+    def add_direct_backwards(self) -> None:
+        """Takes over what a backward of the caller's own has left: divided when it is reduced, unless it was scaled."""
+        if any(parameter.grad is not None for parameter in self.module.parameters()):
+            self._take(1.0 if self._scaled else 1.0 / self._accumulation)
+            self._scaled = False
 
     def _take(self, weight: float) -> None:
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                self._sums[parameter] = self._sums.get(parameter, 0) + parameter.grad.double() * weight
-                parameter.grad = None
+        gradients = {p: p.grad.double() for p in self.module.parameters() if p.grad is not None}
+        for parameter in gradients:
+            parameter.grad = None
+        self._sums.wait(gradients)
+        if self._travels:
+            self._sums.travel(weight)
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

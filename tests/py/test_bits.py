@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 import ranks
+from cases import CASES
 from training import Config, train_all
 
 EVERYTHING = 10**9
@@ -76,6 +77,22 @@ def test_neither_do_they_when_every_micro_batch_is_reduced(name: str, variant: s
 def test_with_one_micro_batch_both_times_of_reduction_agree(variant: str) -> None:
     first = next(iter(AT_BOUNDARY))
     assert digest_of(variant, 2, "gpt_clipped", 1, "micro_batch") == digest_of(first, 2, "gpt_clipped", 1, "boundary")
+
+
+FAR_APART = [
+    "stage_0-small_buckets-window_all",
+    "stage_0-one_bucket-window_1",
+    "stage_1-one_parameter_a_bucket-window_2",
+    "stage_2-one_bucket-window_all",
+]
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
+    variants = [AT_BOUNDARY[variant] for variant in FAR_APART]
+    for found in ranks.run(2, train_all, name, gas, variants):
+        assert dict(zip(FAR_APART, found, strict=True)) == dict.fromkeys(FAR_APART, found[0])
 
 
 def test_the_comparison_notices_another_number() -> None:

@@ -301,6 +301,26 @@ def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) ->
     assert seconds < limit
 
 
+def _fail_beside_what_waits(rank: int, world: int, dtype: str) -> Story:
+    engine = engine_over_terms({dtype: {"enabled": True}} if dtype != "fp32" else {}, model=_MayBreak())
+    with engine.no_sync():
+        engine.backward(engine(64.0, 64.0))
+
+    def take_step() -> None:
+        engine.backward(engine(64.0, 64.0, breaks=rank == 1))
+        with engine.no_sync():
+            engine.backward(engine(64.0, 64.0))
+        engine.step()
+
+    return then_a_clean_step(engine, take_step)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_waits_beside_a_failure_is_dropped_with_it(dtype: str) -> None:
+    for error, after in ranks.run(2, _fail_beside_what_waits, dtype, timeout=LIMIT):
+        assert error is not None and after == CLEAN
+
+
 def _stay_away(rank: int, world: int) -> Exception | None:
     engine = engine_over_terms({"zerort": {"timeout": 2}})
     step_with(engine, 1.0, 1.0)

@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ranks
+from cases import CASES
 from models import Terms
 from reference import Precision, ReduceAt
 from tap import tapped
@@ -83,6 +86,65 @@ def _backward_twice_at_the_boundary(rank: int, world: int, stage: int) -> Weight
 @every_stage
 def test_what_comes_after_the_first_pass_of_a_window_is_added_to_it(stage: int) -> None:
     assert ranks.run(2, _backward_twice_at_the_boundary, stage) == [(-9.0, -4.0)] * 2
+
+
+UNSCALED = {"direct", "bypass_direct"}  # refused under a loss scale
+AS_CAST = [name for name in CASES if name != "mixed_dtypes"]  # whose layers would all become one dtype
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("name", "stage"), [(name, position % 3) for position, name in enumerate(AS_CAST)])
+def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(name: str, stage: int, dtype: str) -> None:
+    if dtype == "fp16" and name in UNSCALED:
+        pytest.skip("a direct backward has to be scaled")
+    changes, precision = {
+        "bf16": (BF16, Precision(torch.bfloat16, gathers_sums=stage == 0)),
+        "fp16": (STATIC_FP16, Precision(torch.float16, 256.0, gathers_sums=stage == 0)),
+    }[dtype]
+    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    histories = ranks.run(2, train, name, 3, {**changes, **at_stage(stage)})
+    assert_same(histories, twin_of(name, 2, 3, precision, when))
+
+
+MANY = 64
+
+
+def hold_by_no_sync(engine: Any) -> None:
+    with engine.no_sync():
+        engine.backward(engine(1.0, 1.0))
+        for _ in range(MANY - 2):
+            engine.backward(engine(2.0**-9, 2.0**-9))
+    engine.backward(engine(2.0**-9, 2.0**-9))
+    engine.step()
+
+
+def hold_by_the_boundary(engine: Any) -> None:
+    engine.set_gradient_accumulation_boundary(False)
+    for micro in range(MANY):
+        engine.set_gradient_accumulation_boundary(micro == MANY - 1)
+        step_with(engine, 2.0**-9 if micro else 1.0, 2.0**-9 if micro else 1.0)
+
+
+def hold_by_the_batch_size(engine: Any) -> None:
+    engine.set_train_batch_size(MANY * engine.train_batch_size())
+    for micro in range(MANY):
+        engine.backward(engine(2.0**-9 if micro else 1.0, 2.0**-9 if micro else 1.0), scale_wrt_gas=False)
+        engine.step()
+
+
+def _hold_many(rank: int, world: int, stage: int, hold: Callable[[Any], None]) -> Weights:
+    engine = engine_over_terms({**BF16, **at_stage(stage), "communication_data_type": "fp32"})
+    hold(engine)
+    return weights(engine)
+
+
+@every_stage
+@pytest.mark.parametrize("hold", [hold_by_no_sync, hold_by_the_boundary, hold_by_the_batch_size])
+def test_what_waits_in_bf16_is_added_up_in_fp32(hold: Callable[[Any], None], stage: int) -> None:
+    """1 + 2^-9 is 1 in bf16: added up there, the others would be lost."""
+    total = 1 + (MANY - 1) * 2.0**-9
+    rounded = torch.tensor(total).bfloat16().item()
+    assert ranks.run(2, _hold_many, stage, hold) == [(-rounded, -rounded)] * 2
 
 
 def _take_tiny_steps(rank: int, world: int, stage: int) -> Weights:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import CASES, loss_of, momentum, plain
-from reference import Case, Moment, Precision, RankTwin, Twin
+from reference import Case, Moment, Precision, RankSums, RankTwin, Twin
 from training import assert_near
 
 WORLD, GAS = 2, 3
@@ -16,7 +16,7 @@ WORLD, GAS = 2, 3
 def whole_batch_loss(module: torch.nn.Module, step: int) -> torch.Tensor:
     """The mean over all that the ranks see in one step."""
     moments = [Moment(rank, step, micro) for rank in range(WORLD) for micro in range(GAS)]
-    return sum(loss_of(RankTwin(module, GAS, 1.0), at) for at in moments) / len(moments)
+    return sum(loss_of(RankTwin(module, GAS, Precision(), RankSums()), at) for at in moments) / len(moments)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])

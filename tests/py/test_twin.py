@@ -3,7 +3,7 @@
 import pytest
 
 import ranks
-from cases import CASES
+from cases import CASES, WHOLE
 from reference import Precision, ReduceAt
 from training import assert_same, at_stage, train, twin_of
 
@@ -29,6 +29,12 @@ def reduction(stage: int) -> ReduceAt:
 def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
     histories = ranks.run(2, train, name, gas, at_stage(stage))
     assert_same(histories, twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage)))
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_optimizer_of_whole_parameters_trains_like_the_twin_where_it_may_run(name: str, gas: int) -> None:
+    assert_same(ranks.run(2, train, name, gas, at_stage(0)), twin_of(name, 2, gas, reduce_at="boundary"))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zerort
-from cases import CASES, DRAWN
+from cases import CASES, DRAWN, WHOLE
 from reference import AS_IT_IS, MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
 
 # Elements per bucket: small, so that the smallest models have several.
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # norm-relative, per tensor, in fp32
 
 Config = dict[str, Any]
 
-TABLE = {**CASES, **DRAWN}
+TABLE = {**CASES, **WHOLE, **DRAWN}
 
 
 def config_of(case: Case, accumulation: int, changes: Mapping[str, Any] | None = None) -> Config:
@@ -111,8 +111,11 @@ def assert_same(histories: list[History], expected: History, tolerance: float = 
         assert weights.keys() == truth.keys()
         for name, tensor in weights.items():
             assert_near(tensor, truth[name], f"{name} after step {step}", tolerance)
+    # Where weights may differ in a last bit of 11 or 8, the next gradient does too, by a little.
+    low = any(tensor.dtype.itemsize < 4 for tensor in history.weights[0].values())
+    near = (20 if low else 2) * tolerance
     for step, (norm, truth_norm) in enumerate(zip(history.norms, expected.norms, strict=True)):
-        assert abs(norm - truth_norm) <= 2 * tolerance * truth_norm, f"norm of step {step}: {norm} != {truth_norm}"
+        assert abs(norm - truth_norm) <= near * truth_norm, f"norm of step {step}: {norm} != {truth_norm}"
     assert history.rates == expected.rates
 
 
