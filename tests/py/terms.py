@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,15 @@ import zerort
 from models import Terms
 
 Weights = tuple[float, float]
+
+DEFAULTS: dict[str, Any] = {"reduce_bucket_size": 1, "stage": 0}
+"""zero_optimization where the configuration does not say: a scenario that holds at every stage leaves the stage out."""
+
+
+def at_each_stage(rank: int, world: int, chosen: int, scenario: Callable[[int, int], None]) -> None:
+    """Runs a scenario at the stage `chosen`, in a process of its own."""
+    DEFAULTS["stage"] = chosen
+    scenario(rank, world)
 
 
 def engine_over_terms(changes: Mapping[str, Any] | None = None, accumulation: int = 1, **arguments: Any) -> Any:
@@ -21,7 +30,7 @@ def engine_over_terms(changes: Mapping[str, Any] | None = None, accumulation: in
         "gradient_clipping": 0.0,
         **(changes or {}),
     }
-    config["zero_optimization"] = {"reduce_bucket_size": 1, **config.get("zero_optimization", {})}
+    config["zero_optimization"] = {**DEFAULTS, **config.get("zero_optimization", {})}
     model = arguments.pop("model", None) or Terms()
     if "optimizer" not in arguments and "optimizer" not in config:
         arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=1.0)

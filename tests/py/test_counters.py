@@ -13,7 +13,7 @@ import torch
 
 import ranks
 from models import Terms
-from terms import Weights, engine_over_terms, step_with, weights
+from terms import Weights, at_each_stage, engine_over_terms, step_with, weights
 from training import at_stage
 from zerort.errors import StepError
 
@@ -258,10 +258,10 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_control(scenario: Callable[[int, int], None], world: int) -> None:
-    ranks.run(world, scenario)
+def test_control(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
+    ranks.run(world, at_each_stage, stage, scenario)
 
 
 def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:

@@ -122,17 +122,18 @@ def test_a_backward_that_raised_on_all_ranks_can_be_retried(stage: int) -> None:
         assert after == CLEAN
 
 
-def _break_directly_on_rank_1(rank: int, world: int, steps_anyway: bool) -> Story:
-    engine = engine_over_terms(model=_MayBreak())
+def _break_directly_on_rank_1(rank: int, world: int, stage: int, steps_anyway: bool) -> Story:
+    engine = engine_over_terms(at_stage(stage), model=_MayBreak())
     error = caught(lambda: engine(64.0, 64.0, breaks=rank == 1).backward())
     if rank == 0 or steps_anyway:
         error = caught(engine.step)
     return error, step_with(engine, 2.0, 4.0)
 
 
+@every_stage
 @pytest.mark.parametrize("steps_anyway", [False, True])
-def test_an_exception_in_a_direct_backward_is_raised_on_all(steps_anyway: bool) -> None:
-    innocent, culprit = ranks.run(2, _break_directly_on_rank_1, steps_anyway, timeout=LIMIT)
+def test_an_exception_in_a_direct_backward_is_raised_on_all(steps_anyway: bool, stage: int) -> None:
+    innocent, culprit = ranks.run(2, _break_directly_on_rank_1, stage, steps_anyway, timeout=LIMIT)
     assert_told(innocent[0], StepError, "rank 1")
     assert_told(culprit[0], StepError if steps_anyway else ArithmeticError)
     assert innocent[1] == culprit[1] == CLEAN
@@ -251,13 +252,14 @@ def test_a_parameter_unused_on_one_rank_is_named_once() -> None:
     assert len(culprit) == 1 and "no gradient came for b" in culprit[0]
 
 
-def _use_b_on_rank_0_only(rank: int, world: int) -> Story:
-    engine = engine_over_terms({"zerort": {"unused_parameters": "raise"}})
+def _use_b_on_rank_0_only(rank: int, world: int, stage: int) -> Story:
+    engine = engine_over_terms({"zerort": {"unused_parameters": "raise"}, **at_stage(stage)})
     return then_a_clean_step(engine, lambda: step_with(engine, 64.0, None if rank == 1 else 64.0))
 
 
-def test_an_unused_parameter_is_an_error_when_asked_for() -> None:
-    for error, after in ranks.run(2, _use_b_on_rank_0_only, timeout=LIMIT):
+@every_stage
+def test_an_unused_parameter_is_an_error_when_asked_for(stage: int) -> None:
+    for error, after in ranks.run(2, _use_b_on_rank_0_only, stage, timeout=LIMIT):
         assert_told(error, StepError, " b")
         assert after == CLEAN
 
@@ -378,10 +380,10 @@ class _Sparse(Terms):
         return loss if word is None else loss + self.words(torch.tensor([word])).sum()
 
 
-def _train_a_sparse_embedding(rank: int, world: int, policy: str) -> tuple[Exception | None, list[float]]:
+def _train_a_sparse_embedding(rank: int, world: int, policy: str, stage: int) -> tuple[Exception | None, list[float]]:
     def take() -> list[float]:
         torch.manual_seed(0)
-        engine = engine_over_terms({"zerort": {"sparse_gradients": policy}}, model=_Sparse())
+        engine = engine_over_terms({"zerort": {"sparse_gradients": policy}, **at_stage(stage)}, model=_Sparse())
         before = engine.module.words.weight.detach().clone()
         engine.backward(engine(1.0, 1.0, word=rank))
         engine.step()
@@ -392,13 +394,15 @@ def _train_a_sparse_embedding(rank: int, world: int, policy: str) -> tuple[Excep
     return caught(take), moved
 
 
-def test_a_sparse_gradient_is_refused_with_its_modules_name() -> None:
-    for error, _ in ranks.run(2, _train_a_sparse_embedding, "refuse", timeout=LIMIT):
+@every_stage
+def test_a_sparse_gradient_is_refused_with_its_modules_name(stage: int) -> None:
+    for error, _ in ranks.run(2, _train_a_sparse_embedding, "refuse", stage, timeout=LIMIT):
         assert_told(error, ZerortError, "words")
 
 
-def test_a_sparse_gradient_is_made_dense_when_asked_for() -> None:
-    for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", timeout=LIMIT):
+@every_stage
+def test_a_sparse_gradient_is_made_dense_when_asked_for(stage: int) -> None:
+    for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", stage, timeout=LIMIT):
         assert error is None
         assert moved == pytest.approx([-0.5, -0.5, 0.0, 0.0], abs=1e-6)
 

@@ -6,7 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import ranks
+import zerort
+from models import Terms
 from terms import engine_over_terms, step_with
 
 
@@ -44,17 +48,24 @@ def test_a_clipping_norm_that_nobody_gave_is_said_once() -> None:
 
 
 def _lines_with_default_clipping(rank: int, world: int) -> list[str]:
-    import torch
-
-    import zerort
-    from models import Terms
-
     def act(_: Any) -> None:
         model = Terms()
         config = {"train_micro_batch_size_per_gpu": 1}
         zerort.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
 
     return _lines(rank, world, {}, act)
+
+
+def _lines_with_a_layer_left_out(rank: int, world: int) -> list[str]:
+    model = Terms()
+    optimizer = torch.optim.SGD([model.a], lr=1.0)
+    return _lines(rank, world, {}, lambda _: engine_over_terms(model=model, optimizer=optimizer))
+
+
+def test_parameters_that_no_optimizer_updates_are_named_once() -> None:
+    lines, others = ranks.run(2, _lines_with_a_layer_left_out)
+    assert lines == ["not in the optimizer, so never updated: b"]
+    assert others == []
 
 
 def test_steps_per_print_prints_every_so_many_steps() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ranks
 from catching import assert_told, caught
 from models import Terms
-from terms import Weights, engine_over_terms, step_with, weights
+from terms import Weights, at_each_stage, engine_over_terms, step_with, weights
 from training import at_stage
 from zerort.errors import CommError, StepError
 
@@ -177,10 +177,10 @@ HARMLESS: list[Callable[[int, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("scenario", HARMLESS, ids=lambda scenario: scenario.__name__)
-def test_mistakes(scenario: Callable[[int, int], None], world: int) -> None:
-    ranks.run(world, scenario, timeout=LIMIT)
+def test_mistakes(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
+    ranks.run(world, at_each_stage, stage, scenario, timeout=LIMIT)
 
 
 # ---- code of the user's that raises on one rank

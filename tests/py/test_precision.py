@@ -197,6 +197,25 @@ def test_an_overflow_on_one_rank_lowers_the_scale_on_all(stage: int) -> None:
     assert ranks.run(2, _overflow_once, stage) == [expected] * 2
 
 
+def _overflow_early_in_a_window(rank: int, world: int, stage: int) -> tuple[Weights, float, int, bool]:
+    model = Terms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
+    engine = engine_over_terms({**dynamic(8), **at_stage(stage)}, 3, model=model, optimizer=optimizer)
+    for window in range(3):
+        for micro in range(3):
+            step_with(engine, HUGE if (rank, window, micro) == (1, 1, 0) else 1.0, 1.0)
+        if window == 1:
+            assert not engine.was_step_applied()
+    return weights(engine), engine.loss_scale, engine.skipped_steps, engine.was_step_applied()
+
+
+@every_stage
+def test_an_overflow_early_in_a_window_skips_all_of_it_and_leaves_the_momentum(stage: int) -> None:
+    """Two steps of a momentum of one half: 1, then 1 + 1/2."""
+    expected = ((-2.5, -2.5), 128.0, 1, True)
+    assert ranks.run(2, _overflow_early_in_a_window, stage) == [expected] * 2
+
+
 def _overflow_at_the_minimum(rank: int, world: int) -> tuple[str, Weights]:
     engine = engine_over_terms(dynamic(4, min_loss_scale=16))
     with pytest.raises(NonFiniteGradient) as caught:

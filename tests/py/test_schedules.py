@@ -28,6 +28,17 @@ def values(optimizer: torch.optim.Optimizer) -> tuple[list[float], float]:
     return [group["lr"] for group in optimizer.param_groups], optimizer.param_groups[0]["betas"][0]
 
 
+def test_all_ten_recordings_are_there() -> None:
+    assert len(RECORDED) == 10
+    assert {row["scheduler"] for row in RECORDED} == {
+        "LRRangeTest",
+        "OneCycle",
+        "WarmupLR",
+        "WarmupDecayLR",
+        "WarmupCosineLR",
+    }
+
+
 @pytest.mark.parametrize("row", RECORDED, ids=IDS)
 def test_every_recorded_value_is_reproduced(row: dict[str, Any]) -> None:
     optimizer = adam(*row["base_lr"], betas=tuple(row["betas"]))

@@ -232,6 +232,25 @@ def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> Non
         assert_told(error, kind, *words)
 
 
+def whole(kind: str) -> dict[str, Any]:
+    """A model of matrices, for Muon takes nothing else."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    return {"model": model, "optimizer": getattr(torch.optim, kind)(model.parameters())}
+
+
+def _start_whole(rank: int, world: int, kind: str, stage: int) -> Exception | None:
+    return caught(lambda: engine_over_terms(at_stage(stage), **whole(kind)))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", ["Adafactor", "Muon"])
+def test_an_optimizer_of_whole_parameters_names_the_stage_that_works(kind: str, stage: int) -> None:
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"this torch has no {kind}")
+    for error in ranks.run(2, _start_whole, kind, stage, timeout=LIMIT):
+        assert_told(error, ConfigError, f"optimizer {kind} cannot run on shards", "zero_optimization.stage 0")
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
 def test_optimizers_that_no_stage_can_run_are_refused_at_stage_0(kind: Callable[..., Any]) -> None:
     error = caught(lambda: engine_over_terms(at_stage(0), **with_optimizer(kind)))
