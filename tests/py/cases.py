@@ -72,6 +72,11 @@ def run_backwards_on_rank_1(engine: Any, at: Moment) -> None:
     engine.backward(loss_of(engine, at, (0, 1, 2, 3) if at.rank == 0 else (3, 2, 1, 0)))
 
 
+def reuse_more_often_on_rank_1(engine: Any, at: Moment) -> None:
+    """From the second step on, when it is known how often a gradient comes."""
+    engine.backward(loss_of(engine, at, 4 if at.rank == 1 and at.step > 0 else 2))
+
+
 def skip_a_layer_on_rank_1(engine: Any, at: Moment) -> None:
     engine.backward(loss_of(engine, at, None if at.rank == 0 else 2))
 
@@ -244,6 +249,7 @@ CASES: dict[str, Case] = {
     "not_in_the_optimizer": Case(mlp, regress, groups=last_layer_only),
     "reused": Case(Reused, regress),
     "reused_checkpointed_reentrant": Case(partial(Reused, reentrant=True), regress),
+    "reused_more_often_checkpointed_reentrant": Case(partial(Reused, reentrant=True), reuse_more_often_on_rank_1),
     "reused_checkpointed": Case(partial(Reused, reentrant=False), regress),
     "checkpointed_reentrant": Case(partial(Checkpointed, reentrant=True), regress),
     "checkpointed": Case(partial(Checkpointed, reentrant=False), regress),

@@ -99,7 +99,7 @@ class MixedDtypes(nn.Module):
 
 
 class Reused(nn.Module):
-    """One layer used three times in a forward, plainly or under activation checkpointing."""
+    """One layer used several times in a forward, plainly or under activation checkpointing."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -107,9 +107,9 @@ class Reused(nn.Module):
         self.outside = nn.Linear(WIDTH, WIDTH)
         self.reentrant = reentrant
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, times: int = 3) -> Tensor:
         x = self.outside(x)
-        for _ in range(3):
+        for _ in range(times):
             x = self._block(x) if self.reentrant is None else checkpoint(self._block, x, use_reentrant=self.reentrant)
         return x
 

@@ -96,13 +96,14 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype that parameters are cast to (None: as the model has them), and a fixed loss scale.
+    """The dtype that parameters are cast to (None: as the model has them), a fixed loss scale, and autocast's dtype.
 
     With `gathers_sums` the mean of the ranks' gradients travels once more, in its parameter's dtype.
     """
 
     dtype: torch.dtype | None = None
     loss_scale: float = 1.0
+    autocast: torch.dtype | None = None
     gathers_sums: bool = False
 
 
@@ -235,7 +236,8 @@ class RankTwin:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.add_direct_backwards()
-        return self.module(*args, **kwargs)
+        with torch.autocast("cpu", self._precision.autocast, enabled=self._precision.autocast is not None):
+            return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
         """Adds the gradient of the loss, divided by the accumulation steps unless told otherwise."""

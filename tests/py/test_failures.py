@@ -109,6 +109,30 @@ def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None
     assert after_0 == after_1 == CLEAN
 
 
+def _step_all_the_same(rank: int, world: int, stage: int) -> tuple[list[Exception | None], tuple[int, int], Weights]:
+    engine = engine_over_terms(at_stage(stage), 2, model=_MayBreak())
+    errors = []
+    for micro in range(2):
+        errors.append(caught(lambda micro=micro: engine.backward(engine(64.0, 64.0, breaks=(rank, micro) == (1, 0)))))
+        errors.append(caught(engine.step))
+    counts = engine.micro_steps, engine.global_steps
+    step_with(engine, 2.0, 4.0)
+    return errors, counts, step_with(engine, 2.0, 4.0)
+
+
+@every_stage
+def test_a_step_after_a_backward_whose_error_was_caught_is_void(stage: int) -> None:
+    """Counted, it would put the rank one micro-batch ahead of its peers."""
+    (innocent, counts_0, after_0), (culprit, counts_1, after_1) = ranks.run(2, _step_all_the_same, stage, timeout=LIMIT)
+    assert innocent[:3] == [None, None, None]
+    assert_told(innocent[3], StepError, "rank 1", "the user's own backward")
+    assert_told(culprit[0], ArithmeticError)
+    assert culprit[1:3] == [None, None]
+    assert_told(culprit[3], StepError, "rank 1", "the user's own backward")
+    assert counts_0 == counts_1
+    assert after_0 == after_1 == CLEAN
+
+
 def _retry_on_all(rank: int, world: int, stage: int) -> Story:
     engine = engine_over_terms(at_stage(stage), model=_MayBreak())
     error = caught(lambda: engine.backward(engine(64.0, 64.0, breaks=True)))

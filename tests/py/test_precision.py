@@ -89,7 +89,11 @@ def test_what_comes_after_the_first_pass_of_a_window_is_added_to_it(stage: int) 
 
 
 UNSCALED = {"direct", "bypass_direct"}  # refused under a loss scale
-AS_CAST = [name for name in CASES if name != "mixed_dtypes"]  # whose layers would all become one dtype
+OTHERWISE_ROUNDED = {
+    "mixed_dtypes",  # all of them would become one dtype
+    "reused_more_often_checkpointed_reentrant",  # what comes late travels in a pass of its own, so it loses less
+}
+AS_CAST = [name for name in CASES if name not in OTHERWISE_ROUNDED]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -298,6 +302,44 @@ def test_autocast_in_fp16_has_a_loss_scale_and_the_trace_shows_it(tmp_path: Path
     assert ranks.run(2, _scale_under_autocast, str(tmp_path / "{rank}.json")) == [[65536.0, 32768.0]] * 2
     events = json.loads((tmp_path / "0.json").read_text())["traceEvents"]
     assert [event["args"]["value"] for event in events if event["name"] == "loss scale"] == [65536.0, 32768.0]
+
+
+class _Seeing(torch.nn.Linear):
+    """Remembers the dtypes of what it was called with."""
+
+    def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.seen = x.dtype, more["inside"].dtype, more["numbers"].dtype
+        return super().forward(x.to(self.weight.dtype))
+
+
+def _cast_inputs(rank: int, world: int, auto_cast: bool) -> tuple[torch.dtype, ...]:
+    config = {"fp16": {"enabled": True, "loss_scale": 4.0, "auto_cast": auto_cast}}
+    engine = engine_over_terms(config, model=_Seeing(4, 4))
+    engine(torch.ones(2, 4), more={"inside": torch.ones(2), "numbers": torch.ones(2, dtype=torch.int64)})
+    return engine.module.seen
+
+
+@pytest.mark.parametrize(("auto_cast", "dtype"), [(True, torch.float16), (False, torch.float32)])
+def test_auto_cast_casts_floating_point_inputs_wherever_they_are(auto_cast: bool, dtype: torch.dtype) -> None:
+    assert ranks.run(1, _cast_inputs, auto_cast) == [(dtype, dtype, torch.int64)]
+
+
+AUTOCASTS = {
+    "bf16": ({"enabled": True, "dtype": "bf16"}, Precision(autocast=torch.bfloat16)),
+    "fp16": ({"enabled": True, "dtype": "fp16"}, Precision(autocast=torch.float16, loss_scale=65536.0)),
+}
+
+
+@every_stage
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("dtype", AUTOCASTS)
+@pytest.mark.parametrize("name", ["mlp", "gpt", "unused_on_one_rank"])
+def test_autocast_trains_like_the_twin_under_it(name: str, dtype: str, gas: int, stage: int) -> None:
+    section, precision = AUTOCASTS[dtype]
+    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    histories = ranks.run(2, train, name, gas, {"torch_autocast": section, **at_stage(stage)})
+    # The last bit of a weight may decide how its cast is rounded.
+    assert_same(histories, twin_of(name, 2, gas, precision, when), tolerance=1e-5)
 
 
 def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dtype]:
