@@ -98,7 +98,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 class Precision:
     """The dtype that parameters are cast to (None: as the model has them), a fixed loss scale, and autocast's dtype.
 
-    With `gathers_sums` the mean of the ranks' gradients travels once more, in its parameter's dtype.
+    With `gathers_sums` the mean of the ranks' gradients travels once more.
     """
 
     dtype: torch.dtype | None = None
@@ -109,11 +109,15 @@ class Precision:
 
 AS_IT_IS = Precision()
 
+COMPUTED_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What autocast computes in its dtype, so that gradients travel in it."""
+
 
 @dataclass
 class RankSums:
-    """One rank's gradients of the step under way, in fp64."""
+    """One rank's gradients of the step under way, in fp64, and the dtype that each travels in."""
 
+    wires: dict[nn.Parameter, torch.dtype]
     passes: list[dict[nn.Parameter, Tensor]] = field(default_factory=list)
     waiting: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """What no pass has taken yet."""
@@ -124,9 +128,8 @@ class RankSums:
             self.waiting[parameter] = self.waiting.get(parameter, 0) + gradient
 
     def travel(self, weight: float) -> None:
-        """A pass: what waits goes over a wire of its parameter's dtype, and is multiplied by `weight` there."""
-        sent = {p: total if p.dtype.itemsize > 4 else total.float().to(p.dtype) for p, total in self.waiting.items()}
-        self.passes.append({parameter: total.double() * weight for parameter, total in sent.items()})
+        """A pass: what waits goes over its wire, and is multiplied by `weight` there."""
+        self.passes.append({p: _rounded(total, self.wires[p]) * weight for p, total in self.waiting.items()})
         self.waiting.clear()
 
 
@@ -149,6 +152,10 @@ class Twin:
         self._precision = precision
         self._reduce_at = reduce_at
         self._masters = {p: _master(p) for p in self.module.parameters()}
+        self._wires = {p: p.dtype for p in self.module.parameters()}
+        for part in self.module.modules():
+            if precision.autocast is not None and type(part) in COMPUTED_LOW:
+                self._wires |= dict.fromkeys(part.parameters(recurse=False), precision.autocast)
         self.optimizer = case.optimizer([self._own(group) for group in case.groups(self.module)])
         self.scheduler = case.scheduler(self.optimizer) if case.scheduler else None
         self._sums: list[RankSums] = []
@@ -178,7 +185,7 @@ class Twin:
 
     def zero_grad(self) -> None:
         """Drops what was accumulated since the last step."""
-        self._sums = [RankSums() for _ in range(self.world)]
+        self._sums = [RankSums(self._wires) for _ in range(self.world)]
 
     def step(self) -> None:
         """Mean over ranks, clip, one optimizer step, cast to the parameters' dtypes."""
@@ -214,7 +221,7 @@ class Twin:
                 if number < len(sums.passes) and parameter in sums.passes[number]:
                     total += sums.passes[number][parameter] / self.world
             if self._precision.gathers_sums:
-                total = total.to(wide).to(parameter.dtype).double()
+                total = _rounded(total, self._wires[parameter])
         return (total / self._precision.loss_scale).to(wide)
 
 
@@ -285,6 +292,11 @@ class RankTwin:
         self._sums.wait(gradients)
         if self._travels:
             self._sums.travel(weight)
+
+
+def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """To what `dtype` can hold, by way of fp32 where that is narrower."""
+    return total.double() if dtype.itemsize > 4 else total.float().to(dtype).double()
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -87,7 +87,7 @@ FAR_APART = [
 ]
 
 
-# Which bucket has left when a gradient comes more often than it did depends on the buckets; the rest is summed after it.
+# Which bucket has left when a gradient comes more often than it did depends on the buckets; the rest is summed later.
 ALIKE = [name for name in CASES if name != "reused_more_often_checkpointed_reentrant"]
 
 

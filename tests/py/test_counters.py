@@ -213,6 +213,8 @@ def momenta_and_rates_are_listed_by_group(rank: int, world: int) -> None:
     engine = engine_over_terms(model=model, optimizer=torch.optim.SGD(groups, lr=1.0))
     assert engine.get_lr() == [0.25, 1.0]
     assert engine.get_mom() == [0.0, 0.5]
+    other = engine_over_terms({"optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.9]}}})
+    assert [tuple(betas) for betas in other.get_mom()] == [(0.8, 0.9)]
     assert step_with(engine, 4.0, 4.0) == (-1.0, -4.0)
 
 

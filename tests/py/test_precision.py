@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,10 +337,11 @@ AUTOCASTS = {
 @pytest.mark.parametrize("name", ["mlp", "gpt", "unused_on_one_rank"])
 def test_autocast_trains_like_the_twin_under_it(name: str, dtype: str, gas: int, stage: int) -> None:
     section, precision = AUTOCASTS[dtype]
+    precision = replace(precision, gathers_sums=stage == 0)
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
     histories = ranks.run(2, train, name, gas, {"torch_autocast": section, **at_stage(stage)})
     # The last bit of a weight may decide how its cast is rounded.
-    assert_same(histories, twin_of(name, 2, gas, precision, when), tolerance=1e-5)
+    assert_same(histories, twin_of(name, 2, gas, precision, when), tolerance=5e-5)
 
 
 def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dtype]:

@@ -16,7 +16,7 @@ WORLD, GAS = 2, 3
 def whole_batch_loss(module: torch.nn.Module, step: int) -> torch.Tensor:
     """The mean over all that the ranks see in one step."""
     moments = [Moment(rank, step, micro) for rank in range(WORLD) for micro in range(GAS)]
-    return sum(loss_of(RankTwin(module, GAS, Precision(), RankSums()), at) for at in moments) / len(moments)
+    return sum(loss_of(RankTwin(module, GAS, Precision(), RankSums({})), at) for at in moments) / len(moments)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
