@@ -71,6 +71,23 @@ fn compare(reducer: &mut Reducer, expected: &[usize], arrivals: &[ParamId]) {
     assert_eq!(reducer.finish().unwrap(), twin.finish(), "{arrivals:?}");
 }
 
+/// How often each parameter is waited for: `fires` where it is watched. With sentinels that is one parameter of a bucket whose
+/// active ones all came in `taught`, the last of them there; otherwise every active one.
+fn expected(plan: &Plan, active: &[bool], taught: &[ParamId], fires: impl Fn(ParamId) -> usize) -> Vec<usize> {
+    let mut expected = vec![0; active.len()];
+    let place = |param: &ParamId| taught.iter().rposition(|came| came == param);
+    for bucket in plan.buckets() {
+        let waited: Vec<ParamId> = bucket.params.iter().copied().filter(|param| active[param.index()]).collect();
+        let sentinel =
+            waited.iter().all(|param| place(param).is_some()).then(|| waited.iter().max_by_key(|p| place(p)));
+        let watched = sentinel.map_or(waited.clone(), |sentinel| sentinel.into_iter().copied().collect());
+        for param in watched {
+            expected[param.index()] = fires(param);
+        }
+    }
+    expected
+}
+
 /// Runs the pass that observes.
 fn teach(reducer: &mut Reducer, arrivals: &[ParamId]) {
     reducer.begin().unwrap();
@@ -150,15 +167,58 @@ fn red_4_every_set_of_missing_and_frozen_parameters_is_told_apart() {
     });
 }
 
+#[test]
+fn red_2_a_bucket_with_a_sentinel_leaves_when_that_has_come_whatever_the_order() {
+    each_order(1..=4, |plan, order| {
+        let mut reducer = Reducer::new(Arc::clone(plan));
+        reducer.post_sentinels().unwrap();
+        assert_eq!(reducer.watched().count(), order.len(), "what has not been observed is watched");
+        teach(&mut reducer, order);
+        let expected = expected(plan, &vec![true; order.len()], order, |_| 1);
+        let watched: Vec<ParamId> = reducer.watched().collect();
+        assert_eq!(watched.len(), plan.buckets().len());
+        assert!(watched.iter().all(|param| expected[param.index()] == 1));
+        for arrivals in permutations(order.len() as u32) {
+            compare(&mut reducer, &expected, &arrivals);
+            let told: Vec<ParamId> = arrivals.into_iter().filter(|param| watched.contains(param)).collect();
+            compare(&mut reducer, &expected, &told);
+        }
+    });
+}
+
+#[test]
+fn red_4_every_set_of_unseen_frozen_and_missing_parameters_has_its_watch() {
+    each_order(1..=4, |plan, order| {
+        let subsets = || 0..1_u32 << order.len();
+        let of = |set: u32| order.iter().copied().filter(move |param| set >> param.0 & 1 == 1).collect::<Vec<_>>();
+        for (seen, active, present) in
+            subsets().flat_map(|a| subsets().flat_map(move |b| subsets().map(move |c| (a, b, c))))
+        {
+            let taught = of(seen);
+            if taught.is_empty() {
+                continue; // a pass without arrivals teaches nothing
+            }
+            let mut reducer = Reducer::new(Arc::clone(plan));
+            reducer.post_sentinels().unwrap();
+            teach(&mut reducer, &taught);
+            let active: Vec<bool> = (0..order.len()).map(|param| active >> param & 1 == 1).collect();
+            reducer.set_active(&active).unwrap();
+            let expected = expected(plan, &active, &taught, |_| 1);
+            assert!(reducer.watched().eq((0..order.len() as u32).map(ParamId).filter(|p| expected[p.index()] > 0)));
+            compare(&mut reducer, &expected, &of(present));
+        }
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Random models and plans; passes with duplicates and gaps; freezing and new launch orders between them.
+    /// Random models and plans; passes with duplicates and gaps; between them freezing, sentinels, new launch orders.
     #[test]
     fn red_1_to_4_hold_over_many_passes(
         plan in plan(),
         first in vec(any::<Index>(), 1..60),
-        passes in vec((vec(any::<bool>(), 24), vec(any::<Index>(), 0..80), any::<bool>()), 1..5),
+        passes in vec((vec(any::<bool>(), 24), vec(any::<Index>(), 0..80), any::<bool>(), any::<bool>()), 1..5),
     ) {
         let params = plan.params().len();
         let named = |places: &[Index]| places.iter().map(|at| ParamId(at.index(params) as u32)).collect::<Vec<_>>();
@@ -166,14 +226,16 @@ proptest! {
         let first = named(&first);
         teach(&mut reducer, &first);
         let fires = |param: u32| first.iter().filter(|came| came.0 == param).count().max(1);
-        for (active, arrivals, reorder) in passes {
+        for (active, arrivals, reorder, sentinels) in passes {
             let active = &active[..params];
             reducer.set_active(active).unwrap();
+            if sentinels { reducer.post_sentinels().unwrap() } else { reducer.dismiss_sentinels().unwrap() }
             if reorder {
                 reducer.reorder(Arc::new(reducer.plan().reordered(reducer.observed()).unwrap())).unwrap();
             }
-            let expected: Vec<usize> =
-                (0..params as u32).map(|param| if active[param as usize] { fires(param) } else { 0 }).collect();
+            // Nobody is taken to have been seen where there are to be no sentinels.
+            let seen: &[ParamId] = if sentinels { &first } else { &[] };
+            let expected = expected(reducer.plan(), active, seen, |param| fires(param.0));
             compare(&mut reducer, &expected, &named(&arrivals));
         }
     }

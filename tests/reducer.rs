@@ -279,3 +279,111 @@ fn the_life_of_a_bucket_ends_when_it_is_full() {
     reducer.begin().unwrap();
     assert_eq!(reducer.life().count(), 0);
 }
+
+/// A reducer with sentinels, whose first pass saw `params`.
+fn guarded(params: &[u32]) -> Reducer {
+    let mut reducer = taught(params);
+    reducer.post_sentinels().unwrap();
+    reducer
+}
+
+fn watched(reducer: &Reducer) -> Vec<u32> {
+    reducer.watched().map(|param| param.0).collect()
+}
+
+#[test]
+fn a_sentinel_is_the_parameter_of_its_bucket_that_came_last() {
+    assert_eq!(watched(&guarded(&BACKWARD)), [0, 2, 4]);
+    assert_eq!(watched(&guarded(&[1, 5, 0, 4, 3, 2, 5])), [0, 2, 5], "the last arrival counts");
+}
+
+#[test]
+fn everything_is_watched_until_a_pass_has_observed() {
+    let mut reducer = Reducer::new(plan());
+    reducer.post_sentinels().unwrap();
+    assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
+    pass(&mut reducer, &[]);
+    assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
+    reducer.begin().unwrap();
+    assert!(reducer.observing());
+    arrive(&mut reducer, &BACKWARD);
+    assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
+    reducer.finish().unwrap();
+    assert_eq!(watched(&reducer), [0, 2, 4]);
+    reducer.begin().unwrap();
+    assert!(!reducer.observing());
+}
+
+#[test]
+fn a_bucket_of_which_something_did_not_come_is_watched_whole() {
+    let mut reducer = guarded(&[5, 3, 2, 0]);
+    assert_eq!(watched(&reducer), [0, 1, 2, 4, 5]);
+    assert_eq!(pass(&mut reducer, &[5, 2, 0]), (vec![None; 3], finished(&[1, 4], &[])));
+}
+
+#[test]
+fn red_2_a_sentinel_stands_for_its_bucket() {
+    let mut reducer = guarded(&BACKWARD);
+    assert_eq!(pass(&mut reducer, &[4, 2, 0]), (vec![Some(2), Some(4), Some(6)], finished(&[], &[])));
+    assert_eq!(pass(&mut reducer, &[5, 3, 1]), (vec![None; 3], finished(&[0, 2, 4], &[])), "nobody else does");
+}
+
+#[test]
+fn red_2_a_sentinel_that_fires_twice_is_waited_for_twice() {
+    let mut reducer = guarded(&[5, 4, 5, 3, 2, 1, 0]);
+    assert_eq!(pass(&mut reducer, &[5, 5, 2, 0]).0, [None, Some(2), Some(4), Some(6)]);
+    assert_eq!(pass(&mut reducer, &[5, 2, 0]).0, [None; 3]);
+}
+
+#[test]
+fn red_3_a_gradient_behind_a_wrong_sentinel_is_named_if_it_is_told_of() {
+    let mut reducer = guarded(&BACKWARD);
+    assert_eq!(pass(&mut reducer, &[4, 5, 3, 2, 1, 0]).1, finished(&[], &[5]));
+    assert_eq!(pass(&mut reducer, &[4, 4, 2, 0]).1, finished(&[], &[4]));
+}
+
+#[test]
+fn dismissed_sentinels_leave_everything_watched() {
+    let mut reducer = guarded(&BACKWARD);
+    reducer.dismiss_sentinels().unwrap();
+    assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(pass(&mut reducer, &[4, 5, 3, 2, 1, 0]).0, [None, Some(2), None, Some(4), None, Some(6)]);
+}
+
+#[test]
+fn a_frozen_sentinel_is_relieved_by_the_one_that_came_before_it() {
+    let mut reducer = guarded(&BACKWARD);
+    reducer.set_active(&[true, true, true, true, false, true]).unwrap();
+    assert_eq!(watched(&reducer), [0, 2, 5]);
+    assert_eq!(pass(&mut reducer, &[5, 2, 0]).0, [Some(2), Some(4), Some(6)]);
+    reducer.set_active(&[true; 6]).unwrap();
+    assert_eq!(watched(&reducer), [0, 2, 4]);
+    reducer.set_active(&[true, true, false, false, true, true]).unwrap();
+    assert_eq!(watched(&reducer), [0, 4], "a frozen bucket needs none");
+    assert_eq!(pass(&mut reducer, &[4, 0]).0, [Some(4), Some(6)]);
+}
+
+#[test]
+fn what_is_new_is_watched_with_everything_else() {
+    let mut reducer = Reducer::new(plan());
+    let mut active = [true, true, true, true, true, false];
+    reducer.post_sentinels().unwrap();
+    reducer.set_active(&active).unwrap();
+    pass(&mut reducer, &[4, 3, 2, 1, 0]);
+    assert_eq!(watched(&reducer), [0, 2, 4]);
+    active[5] = true;
+    reducer.set_active(&active).unwrap();
+    assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
+    pass(&mut reducer, &[4, 5, 3, 2, 1, 0]);
+    assert_eq!(watched(&reducer), [0, 2, 5]);
+}
+
+#[test]
+fn sentinels_come_and_go_between_passes_only() {
+    let mut reducer = guarded(&BACKWARD);
+    reducer.begin().unwrap();
+    let backward = StepError::OutOfPhase { have: Phase::Backward, want: Phase::Idle };
+    assert_eq!(reducer.post_sentinels(), Err(backward));
+    assert_eq!(reducer.dismiss_sentinels(), Err(backward));
+    assert_eq!(watched(&reducer), [0, 2, 4]);
+}

@@ -130,7 +130,7 @@ class Finished:
         """End of the list: every command below it may run now."""
     @property
     def absent(self) -> list[int]:
-        """Parameters that require grad and whose gradient never came."""
+        """Watched parameters whose gradient never came."""
     @property
     def late(self) -> list[int]:
         """Parameters whose gradient came after their bucket had left; the gradient is in `.grad`."""
@@ -145,6 +145,16 @@ class Reducer:
     def __new__(cls, plan: Plan) -> Reducer: ...
     def set_active(self, active: Sequence[bool]) -> None:
         """Which parameters require grad; the others are not waited for. Only between passes."""
+    def post_sentinels(self) -> None:
+        """From now on one parameter stands for all of its bucket, where it is known which comes last.
+
+        Only between passes; it takes effect when a pass has observed.
+        """
+    def dismiss_sentinels(self) -> None:
+        """From now on every parameter that requires grad is watched. Only between passes."""
+    @property
+    def watched(self) -> list[int]:
+        """The parameters that `grad_ready` must be told of, in the pass under way or the next one, by id."""
     def begin(self) -> None:
         """Starts a pass."""
     def grad_ready(self, param: int) -> int | None:
@@ -160,6 +170,9 @@ class Reducer:
         """Takes a plan of the same layout with another launch order. Only between passes."""
     @property
     def in_pass(self) -> bool: ...
+    @property
+    def observing(self) -> bool:
+        """Whether a pass is under way that hands out nothing before its end, and learns."""
     def arm(self) -> None:
         """The next gradient that arrives outside a pass is answered with 0."""
     def disarm(self) -> None: ...

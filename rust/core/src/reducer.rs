@@ -15,10 +15,11 @@
 //!
 //! - **RED-1** The ranges handed out in a pass are consecutive and tile the schedule, whatever order gradients arrive in: a
 //!   range begins where the one before ended.
-//! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends.
-//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass. It is neither dropped nor does it
-//!   overwrite anything: autograd keeps it in `.grad`, and a later pass takes it.
-//! - **RED-4** [`Reducer::finish`] hands out the rest and names the parameters that never came.
+//! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends. Full means that every watched
+//!   parameter of it has fired as often as learnt.
+//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass, if it is told of. It is neither
+//!   dropped nor does it overwrite anything: autograd keeps it in `.grad`, and a later pass takes it.
+//! - **RED-4** [`Reducer::finish`] hands out the rest and names the watched parameters that never came.
 //! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not either.
 //!
 //! # What is learnt
@@ -30,6 +31,17 @@
 //! [`Reducer::set_active`] has let a parameter in that no observing pass has had.
 //!
 //! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
+//!
+//! # Sentinels
+//!
+//! Being told of a gradient is what costs, so one may ask to be told of few ([`Reducer::post_sentinels`]). Of a bucket all of
+//! whose parameters came in the observing pass only the one that came last is then *watched*, its sentinel; when it has fired as
+//! often as learnt, the bucket counts as full. A bucket of which something did not come has nobody to vouch for it, and all of
+//! it stays watched; so does everything in a pass that observes.
+//!
+//! A sentinel may be wrong: gradients may come in another order than they did. What protects them is outside, in `.grad`:
+//! whoever runs a Launch takes what is there, and finds what came afterwards (RED-3). A bucket never leaves later for having a
+//! sentinel: with all of it watched, it would wait for that parameter too.
 
 mod state;
 
@@ -42,7 +54,7 @@ use crate::ids::{BucketId, ParamId};
 use crate::life::Life;
 use crate::plan::Plan;
 
-use state::{Slot, State, advance};
+use state::{Role, Slot, State, advance, watch};
 
 /// The cursor for gradients. See the [module](self) for its states and invariants.
 #[derive(Clone, Debug)]
@@ -51,6 +63,7 @@ pub struct Reducer {
     slots: Vec<Slot>,
     buckets: Vec<State>,
     pass: Pass,
+    sentinels: bool,
     observed: Vec<ParamId>,
     life: Vec<Option<Life>>,
 }
@@ -60,7 +73,7 @@ pub struct Reducer {
 pub struct Finished {
     /// End of the list: every command below it may run now.
     pub hi: usize,
-    /// Active parameters whose gradient never came, by id.
+    /// Watched parameters whose gradient never came, by id.
     pub absent: Vec<ParamId>,
     /// Parameters with a gradient that came after their bucket had left, by id.
     pub late: Vec<ParamId>,
@@ -97,7 +110,7 @@ impl Reducer {
         }
         let buckets = vec![State::Reduced; plan.buckets().len()];
         let life = vec![None; buckets.len()];
-        Self { plan, slots, buckets, pass: Pass::Idle, observed: Vec::new(), life }
+        Self { plan, slots, buckets, pass: Pass::Idle, sentinels: false, observed: Vec::new(), life }
     }
 
     /// Says which parameters require grad; the others are not waited for.
@@ -110,9 +123,38 @@ impl Reducer {
             return Err(StepError::WrongLength { params: self.slots.len(), got: active.len() });
         }
         for (slot, &active) in self.slots.iter_mut().zip(active) {
-            slot.active = active;
+            slot.role = if active { Role::Watched } else { Role::Frozen };
         }
+        self.watch();
         Ok(())
+    }
+
+    /// From now on one parameter stands for all of its bucket, where it is known which one comes last.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass.
+    pub fn post_sentinels(&mut self) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        self.sentinels = true;
+        self.watch();
+        Ok(())
+    }
+
+    /// From now on every active parameter is watched.
+    ///
+    /// # Errors
+    /// [`StepError::OutOfPhase`] during a pass.
+    pub fn dismiss_sentinels(&mut self) -> Result<(), StepError> {
+        self.demand(Phase::Idle)?;
+        self.sentinels = false;
+        self.watch();
+        Ok(())
+    }
+
+    /// The parameters that are waited for, in the pass under way or the next one: [`Reducer::grad_ready`] need not be told of
+    /// any other.
+    pub fn watched(&self) -> impl Iterator<Item = ParamId> + '_ {
+        self.ids_where(Slot::is_watched)
     }
 
     /// Takes a plan of the same layout with another launch order.
@@ -139,13 +181,13 @@ impl Reducer {
         self.demand(Phase::Idle)?;
         self.buckets.fill(State::Full);
         self.life.fill(None);
+        let learns = self.learns();
         for slot in &mut self.slots {
-            slot.begin();
-            if slot.active {
+            slot.begin(learns);
+            if slot.is_watched() {
                 self.buckets[slot.bucket.index()].await_one();
             }
         }
-        let learns = self.slots.iter().any(|slot| slot.active && !slot.known);
         self.pass = if learns { Pass::Observing { arrivals: 0 } } else { Pass::Backward { cursor: 0 } };
         Ok(())
     }
@@ -232,8 +274,8 @@ impl Reducer {
         self.pass = Pass::Idle;
         Ok(Finished {
             hi: self.plan.schedule().commands().len(),
-            absent: self.params_where(|slot| slot.active && slot.fired == 0),
-            late: self.params_where(|slot| slot.late),
+            absent: self.ids_where(|slot| slot.expected > 0 && slot.fired == 0).collect(),
+            late: self.ids_where(|slot| slot.late).collect(),
         })
     }
 
@@ -247,7 +289,8 @@ impl Reducer {
             Pass::Backward { cursor } => cursor,
         };
         let command = *self.plan.schedule().commands().get(index)?;
-        let lacking = self.params_where(|slot| slot.bucket == command.bucket() && slot.fired < slot.expected);
+        let lacks = |slot: &Slot| slot.bucket == command.bucket() && slot.fired < slot.expected;
+        let lacking = self.ids_where(lacks).collect();
         Some(Explanation { index, command, lacking })
     }
 
@@ -259,6 +302,14 @@ impl Reducer {
     /// Whether a pass has begun and not finished.
     pub fn in_pass(&self) -> bool {
         self.phase() == Phase::Backward
+    }
+
+    /// Whether the pass under way is one that only observes; every active parameter is watched in it.
+    pub fn observing(&self) -> bool {
+        match self.pass {
+            Pass::Observing { .. } => true,
+            Pass::Idle | Pass::Armed | Pass::Backward { .. } => false,
+        }
     }
 
     /// Parameters in the order in which the last observing pass stopped waiting for them: those that were not active, then
@@ -276,22 +327,32 @@ impl Reducer {
         let slots = &mut self.slots;
         let mut order: Vec<(u64, ParamId)> = Vec::with_capacity(slots.len());
         for (index, slot) in slots.iter_mut().enumerate() {
-            if slot.active {
+            if slot.is_active() {
                 slot.known = true;
                 slot.fires = slot.fired.max(1);
             }
-            let place = if slot.active { slot.last } else { 0 };
-            if slot.fired > 0 || !slot.active {
+            let place = if slot.is_active() { slot.last } else { 0 };
+            if slot.fired > 0 || !slot.is_active() {
                 order.push((place, ParamId(index as u32)));
             }
         }
         order.sort_unstable();
         self.observed = order.into_iter().map(|(_, param)| param).collect();
+        self.watch();
     }
 
-    fn params_where(&self, predicate: impl Fn(&Slot) -> bool) -> Vec<ParamId> {
+    fn learns(&self) -> bool {
+        self.slots.iter().any(|slot| slot.is_active() && !slot.known)
+    }
+
+    fn watch(&mut self) {
+        let sentinels = self.sentinels && !self.learns();
+        watch(&mut self.slots, self.buckets.len(), sentinels);
+    }
+
+    fn ids_where(&self, predicate: impl Fn(&Slot) -> bool) -> impl Iterator<Item = ParamId> {
         let slots = self.slots.iter().enumerate();
-        slots.filter(|(_, slot)| predicate(slot)).map(|(index, _)| ParamId(index as u32)).collect()
+        slots.filter(move |(_, slot)| predicate(slot)).map(|(index, _)| ParamId(index as u32))
     }
 
     fn phase(&self) -> Phase {

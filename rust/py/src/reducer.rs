@@ -50,6 +50,22 @@ impl Reducer {
         self.lock().set_active(&active).map_err(refused)
     }
 
+    /// From now on one parameter stands for all of its bucket, where it is known which comes last. Only between passes.
+    fn post_sentinels(&self) -> PyResult<()> {
+        self.lock().post_sentinels().map_err(refused)
+    }
+
+    /// From now on every parameter that requires grad is watched. Only between passes.
+    fn dismiss_sentinels(&self) -> PyResult<()> {
+        self.lock().dismiss_sentinels().map_err(refused)
+    }
+
+    /// The parameters that `grad_ready` must be told of, in the pass under way or the next one.
+    #[getter]
+    fn watched(&self) -> Vec<u32> {
+        self.lock().watched().map(|param| param.0).collect()
+    }
+
     /// Starts a pass.
     fn begin(&self) -> PyResult<()> {
         self.lock().begin().map_err(refused)
@@ -78,6 +94,11 @@ impl Reducer {
     #[getter]
     fn in_pass(&self) -> bool {
         self.lock().in_pass()
+    }
+
+    #[getter]
+    fn observing(&self) -> bool {
+        self.lock().observing()
     }
 
     /// The next gradient that arrives outside a pass is answered with 0.
@@ -120,7 +141,7 @@ impl Finished {
         self.0.hi
     }
 
-    /// Parameters that require grad and whose gradient never came.
+    /// Watched parameters whose gradient never came.
     #[getter]
     fn absent(&self) -> Vec<u32> {
         ids(&self.0.absent)

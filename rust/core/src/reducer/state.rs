@@ -11,28 +11,50 @@ pub(super) struct Slot {
     pub(super) bucket: BucketId,
     /// Arrivals in this pass; saturates.
     pub(super) fired: u32,
-    /// Arrivals waited for in this pass: `fires`, or 0 when inactive.
+    /// Arrivals waited for in this pass: `fires`, or 0 when not watched.
     pub(super) expected: u32,
     /// How often it fires in a pass, as learnt.
     pub(super) fires: u32,
-    /// Place of its last arrival; in an observing pass only.
+    /// Place of its last arrival in the last observing pass; 0 if it did not come there.
     pub(super) last: u64,
-    pub(super) active: bool,
+    pub(super) role: Role,
     /// An observing pass has had it active.
     pub(super) known: bool,
     pub(super) late: bool,
 }
 
+/// What a parameter is to its bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It does not require grad.
+    Frozen,
+    /// It requires grad, and the bucket's sentinel stands for it.
+    Relieved,
+    /// It requires grad and is waited for.
+    Watched,
+}
+
 impl Slot {
     pub(super) fn new(bucket: BucketId) -> Self {
-        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, active: true, known: false, late: false }
+        let role = Role::Watched;
+        Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, role, known: false, late: false }
     }
 
-    pub(super) fn begin(&mut self) {
+    pub(super) fn is_active(&self) -> bool {
+        self.role != Role::Frozen
+    }
+
+    pub(super) fn is_watched(&self) -> bool {
+        self.role == Role::Watched
+    }
+
+    pub(super) fn begin(&mut self, learns: bool) {
         self.fired = 0;
-        self.last = 0;
         self.late = false;
-        self.expected = if self.active { self.fires } else { 0 };
+        self.expected = if self.is_watched() { self.fires } else { 0 };
+        if learns {
+            self.last = 0;
+        }
     }
 
     /// One arrival; true when it fills the bucket.
@@ -97,6 +119,37 @@ impl State {
             (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
             | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
         }
+    }
+}
+
+/// Who is watched of a bucket.
+#[derive(Clone, Copy, Debug)]
+enum Guard {
+    /// Nobody: nothing of it is active.
+    Nobody,
+    /// The parameter of this index, whose last arrival had this place.
+    Sentinel(u64, usize),
+    /// All that are active: it is not known which of them comes last.
+    All,
+}
+
+/// Gives active slots their roles: with `sentinels` one is watched of each bucket whose active ones all came in the last
+/// observing pass.
+pub(super) fn watch(slots: &mut [Slot], buckets: usize, sentinels: bool) {
+    let mut guards = vec![if sentinels { Guard::Nobody } else { Guard::All }; buckets];
+    for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
+        let guard = &mut guards[slot.bucket.index()];
+        *guard = match (*guard, slot.last) {
+            (Guard::All, _) | (_, 0) => Guard::All,
+            (Guard::Sentinel(last, sentinel), place) if last > place => Guard::Sentinel(last, sentinel),
+            (Guard::Nobody | Guard::Sentinel(..), place) => Guard::Sentinel(place, index),
+        };
+    }
+    for (index, slot) in slots.iter_mut().enumerate().filter(|(_, slot)| slot.is_active()) {
+        slot.role = match guards[slot.bucket.index()] {
+            Guard::Sentinel(_, sentinel) if index != sentinel => Role::Relieved,
+            Guard::Sentinel(..) | Guard::All | Guard::Nobody => Role::Watched,
+        };
     }
 }
 
