@@ -108,7 +108,7 @@ class Engine(Saving):
             self._micro = MicroBatch()
             return
         with self._transaction(step_follows=False):
-            if self._micro.running:
+            if self._interrupted():
                 raise StepError("a direct loss.backward() raised in this micro-batch; its gradients are dropped")
             if not self._micro.backwards:
                 raise StepError("step() without backward() in this micro-batch: call engine.backward(loss) first")
@@ -150,14 +150,16 @@ class Engine(Saving):
 
     def _recover(self) -> None:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
-        self._parts.reduction.disarm()
-        if self._micro.running:
+        if self._interrupted():
             self._settle("a direct loss.backward() raised")
+
+    def _interrupted(self) -> bool:
+        """Whether a direct backward has brought gradients and not ended."""
+        return self._parts.reduction.disarm() or self._micro.running
 
     def _reached(self) -> None:
         """A backward has come to the module's outputs; if it is not ours, it may be one that accumulates or not."""
-        if not self._micro.running:
-            self._parts.reduction.arm(self._announced)
+        if not self._micro.running and self._parts.reduction.arm(self._announced):
             after_backward(self._ended)
 
     def _announced(self) -> None:
@@ -173,7 +175,8 @@ class Engine(Saving):
 
     def _ended(self) -> None:
         """A backward or autograd.grad of the user's own is over."""
-        self._parts.reduction.disarm()
+        if self._parts.reduction.disarm():
+            self._announced()  # it has touched no sentinel
         if self._micro.running:
             self._close()
 

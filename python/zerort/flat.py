@@ -181,9 +181,12 @@ class FlatBucket:
             )
 
     def slots(self, send: Tensor) -> list[Tensor]:
-        """Views of a send buffer (numel,), one per parameter, in the layout of its gradient."""
+        """Views of a send buffer (numel,), one per parameter, in the layout of its gradient.
+
+        Each has a version counter of its own (that is what `.data` is for), which shows when autograd has added to it.
+        """
         pieces = zip(self.spec.offsets, self.spec.numels, self.params, strict=True)
-        return [laid_out_like(send.narrow(0, start, length), parameter) for start, length, parameter in pieces]
+        return [laid_out_like(send.narrow(0, start, length), parameter).data for start, length, parameter in pieces]
 
 
 class FlatModel:

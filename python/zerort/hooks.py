@@ -1,5 +1,10 @@
 """Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic, no tensors kept.
 
+There are two kinds on parameters. A hook *behind* accumulation finds `.grad` complete: a sentinel's, or every
+parameter's. While a pass only observes, hooks *before* accumulation do, and those can be taken off without a trace.
+Once a parameter has had a hook behind, torch (as of 2.15) crosses into Python for it in every later backward, whether
+there still is a hook to call or not, and that crossing is nearly all that a hook costs.
+
 A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy of the model must
 not copy the engine. Hooks return None and never block.
 """
@@ -26,7 +31,7 @@ Go = Callable[[int, int], None]
 
 
 class ParameterHooks:
-    """One post-accumulate hook per parameter that requires grad."""
+    """The hooks on a model's parameters; a parameter has at most one."""
 
     def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go) -> None:
         on_cuda = any(parameter.device.type == "cuda" for parameter in params)
@@ -35,20 +40,44 @@ class ParameterHooks:
         self._reducer = reducer
         self._executor = executor
         self._go = go
-        self._handles: dict[int, Any] = {}
+        self._wanted: list[int] = []
+        self._behind: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
 
-    def attach(self, active: Sequence[bool]) -> None:
-        """Hooks parameters that require grad and have no hook yet; torch refuses to hook a frozen one."""
-        for index, wanted in enumerate(active):
-            if wanted and index not in self._handles:
+    def attach(self, wanted: list[int]) -> None:
+        """From now on exactly `wanted` have a hook, behind accumulation; torch refuses to hook a frozen parameter."""
+        self.relieve()
+        if wanted == self._wanted:
+            return
+        for index in self._behind.keys() - set(wanted):
+            self._behind.pop(index).remove()
+        for index in wanted:
+            if index not in self._behind:
                 hook = self._make(index, self._reducer, self._executor, self._go)
-                self._handles[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._behind[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._wanted = wanted
+
+    def observe(self, wanted: list[int]) -> None:
+        """Until `relieve`, `wanted` have a hook before accumulation, unless all of them have one behind it already."""
+        if wanted == self._wanted:
+            return
+        self.attach([])
+        for index in wanted:
+            hook = _observing_hook(index, self._reducer)
+            self._before[index] = self._params[index].register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def relieve(self) -> None:
+        """Takes the hooks of `observe` off."""
+        for index, handle in self._before.items():
+            handle.remove()
+            parameter = self._params[index]
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None  # an empty dictionary of hooks is still crossed for
+        self._before.clear()
 
     def remove(self) -> None:
         """Takes all hooks off."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        self.attach([])
 
 
 # Defaults instead of a closure's cells: in a backward over thousands of parameters every hook is met cold, and what it
@@ -62,6 +91,15 @@ def plain_hook(index: int, reducer: _core.Reducer, _: Executor | None, go: Go) -
         hi = ready(index)
         if hi is not None:
             go(index, hi)
+
+    return hook
+
+
+def _observing_hook(index: int, reducer: _core.Reducer) -> Hook:
+    """Nothing leaves in a pass that observes, so that the gradient need not have been accumulated."""
+
+    def hook(_: Tensor, index: int = index, ready: Ready = reducer.grad_ready) -> None:
+        ready(index)
 
     return hook
 

@@ -5,6 +5,14 @@
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
 that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more.
+
+The first pass observes. From the second one on a bucket has one hook, on its sentinel: the parameter of it whose
+gradient came last on this rank. The schedule is the same on all ranks; who is a sentinel need not be, and a wrong one
+costs time, never a gradient. When it has fired and some gradient of the bucket has not come, the bucket waits, and is
+looked at again when the next sentinel fires and when the pass ends. An unused sentinel needs no such care: its bucket
+leaves when the pass ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
+after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one hook per parameter,
+for good.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from zerort import _core
+from zerort.arrivals import Arrivals
 from zerort.comm import Comm
 from zerort.executor import Executor, Fold, Transport
 from zerort.flat import FlatModel
@@ -42,8 +51,15 @@ class Reduction:
         self._executor = Executor(flat, comm, transports, watch)
         self._executor.load(plan)
         self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._go)
+        self._arrivals = Arrivals(flat)
+        self._arrivals.load(plan)
         self._active: list[bool] = []
         self._learnt = False
+        # On CUDA every hook notes the stream its gradient was made on, and a bucket waits for all of them: a sentinel
+        # would know of its own only. A trace tells when each bucket's first gradient came.
+        self._sentinels = comm.device.type == "cpu" and not watch.enabled
+        if self._sentinels:
+            self._reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None
         self.follow()
 
@@ -68,7 +84,6 @@ class Reduction:
             return False
         self._active = active
         self._reducer.set_active(active)
-        self._hooks.attach(active)
         return True
 
     def begin(self, scale: float) -> None:
@@ -76,22 +91,45 @@ class Reduction:
         self.drain()  # the last pass's memory is about to be written
         self._reducer.begin()
         self._executor.begin(Fold(scale, add=self.passes > 0))
+        self._arrivals.begin()
         self.passes += 1
+        watched = self._reducer.watched
+        if self._sentinels and self._reducer.observing:
+            self._hooks.observe(watched)
+        else:
+            self._hooks.attach(watched)
 
-    def arm(self, announce: Callable[[], None]) -> None:
-        """Calls `announce` when the next gradient arrives; it may begin a pass, to which the gradient then belongs."""
+    def arm(self, announce: Callable[[], None]) -> bool:
+        """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the gradient then belongs.
+
+        Returns False, and changes nothing, when a gradient has come since an earlier `arm` and no hook has told of it:
+        the backward under way has been here before, or one before it has raised.
+        """
+        if self._arrivals.unannounced():
+            return False
+        active = self._flat.active()
+        everything = [index for index, requires_grad in enumerate(active) if requires_grad]
+        watched = self._reducer.watched if active == self._active else everything
+        self._hooks.attach(watched)
+        if len(watched) < len(everything):
+            self._arrivals.mark()
         self._announce = announce
         self._reducer.arm()
+        return True
 
-    def disarm(self) -> None:
-        """No gradient is awaited any more."""
+    def disarm(self) -> bool:
+        """No gradient is awaited any more. Returns whether any has come since `arm` that no hook has told of."""
         self._reducer.disarm()
+        come = self._arrivals.unannounced()
+        self._arrivals.end()
+        return come
 
     def _go(self, index: int, hi: int) -> None:
         if hi == 0:
+            self._arrivals.announced()
             self._announce()
             hi = self._reducer.grad_ready(index) or 0
-        self._executor.run(hi)
+        self._executor.run(self._arrivals.reach(hi) if self._sentinels else hi)
 
     def finish(self) -> list[str]:
         """The backward is over: launches what is left.
@@ -99,6 +137,8 @@ class Reduction:
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
         self._reducer.finish()
+        self._hooks.relieve()
+        self._arrivals.end()
         self._executor.launch_all()
         return self._executor.absent
 
@@ -115,10 +155,16 @@ class Reduction:
         self.drain()
 
     def rerun(self, scale: float) -> None:
-        """One whole pass over what is in `.grad`."""
+        """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was late."""
+        self.dismiss_sentinels()
         self.begin(scale)
         self.finish()
         self.drain()
+
+    def dismiss_sentinels(self) -> None:
+        """From the next pass on every parameter that requires grad has a hook, for good."""
+        self._sentinels = False
+        self._reducer.dismiss_sentinels()
 
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
@@ -131,6 +177,7 @@ class Reduction:
         self.drain()  # a pass of the micro-batch before may still be sending from where gradients are to rest
         for source in self._sources:
             source.collect()
+        self._arrivals.hold()
 
     def leftover(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
@@ -178,6 +225,7 @@ class Reduction:
         self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)
+        self._arrivals.load(self.plan)
         return True
 
     def close(self) -> None:
