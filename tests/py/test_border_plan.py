@@ -163,6 +163,28 @@ class TestReducer:
         assert finished.absent == [param for param in range(len(PARAMS)) if param not in first]
         assert finished.late == [first[-1]]
 
+    def test_sentinels_stand_for_their_buckets_between_passes(self, learnt: _core.Reducer) -> None:
+        everything = list(range(len(PARAMS)))
+        assert learnt.watched == everything
+        learnt.post_sentinels()
+        last = {min(bucket.params) for bucket in plan().buckets}  # the last to come was the first in the model
+        assert learnt.watched == sorted(last)
+        learnt.begin()
+        assert not learnt.observing
+        assert [learnt.grad_ready(param) for param in reversed(learnt.watched)][-1] == len(plan().schedule)
+        with pytest.raises(StepError):
+            learnt.dismiss_sentinels()
+        assert learnt.finish().absent == []
+        learnt.dismiss_sentinels()
+        assert learnt.watched == everything
+
+    def test_everything_is_watched_while_a_pass_observes(self) -> None:
+        reducer = _core.Reducer(plan())
+        reducer.post_sentinels()
+        reducer.begin()
+        assert reducer.observing
+        assert reducer.watched == list(range(len(PARAMS)))
+
     def test_a_stuck_pass_explains_itself(self, learnt: _core.Reducer) -> None:
         assert learnt.explain() is None
         learnt.begin()
