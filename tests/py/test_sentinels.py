@@ -19,7 +19,7 @@ import training
 import zerort
 from cases import DRAWN
 from catching import assert_told, caught
-from scene import FORWARD, SWAPPED, VECTORS, Scene, Vectors, both
+from scene import ELEMENTS, FORWARD, SWAPPED, VECTORS, Scene, Vectors, both
 from training import at_stage, digest, train
 from zerort.errors import StepError
 
@@ -280,8 +280,10 @@ def test_what_an_earlier_micro_batch_has_left_is_no_sign_of_a_backward() -> None
 
 
 def go_back_unscaled(rank: int, world: int) -> tuple[Exception | None, list[float], list[float]]:
-    scene = Scene(fp16={"enabled": True, "loss_scale": 4.0})
+    two_a_bucket = {"stage": 2, "reduce_bucket_size": 4 * ELEMENTS}  # 64 bytes apart, which is twice as many elements
+    scene = Scene(fp16={"enabled": True, "loss_scale": 4.0}, zero_optimization=two_a_bucket)
     scene.steps(FORWARD, FORWARD)
+    assert scene.hooked() == [0, 2, 4]
     error = caught(lambda: scene.engine([1, 3, 5]).backward())
     scene.step()
     refused = scene.uses()
