@@ -21,7 +21,7 @@ from zerort.config import Batch, Config, load
 from zerort.data import TrainingLoader
 from zerort.engine import Engine
 from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
-from zerort.executor import Transport, record_event
+from zerort.executor import Transport
 from zerort.flat import FlatModel, Place, Planned, plannable
 from zerort.gradients import source_of
 from zerort.optim import ShardOptimizer, has_stepped
@@ -29,6 +29,7 @@ from zerort.optim.elementwise import why_never, why_not_elementwise
 from zerort.precision import Precision
 from zerort.readings import Parts
 from zerort.reduction import Reduction
+from zerort.streams import record_event
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.watch import BucketWatch, Unwatched

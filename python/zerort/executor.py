@@ -1,7 +1,7 @@
-"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result. The only file with streams.
+"""Runs the schedule: Launch starts a bucket's collective, Retire takes its result.
 
 What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
-collective of a bucket stay alive together from Launch to Retire; no hook ever blocks (RED-5): a Retire whose collective
+collective of a bucket stay alive together until its result has been taken; no hook ever blocks (RED-5): a Retire whose collective
 is still under way ends the run, and only `drain` waits. What it does not do: it decides nothing about the order, and
 it does not know what a step is.
 """
@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ from zerort.comm import Comm, Work
 from zerort.errors import CommError
 from zerort.flat import DTYPES, FlatBucket, FlatModel, Memory
 from zerort.gradients import Source
+from zerort.streams import streams_for
 from zerort.trace.watch import Watch
 from zerort.wire import WireFormat
 
-__all__ = ["Executor", "Fold", "Inflight", "Transport", "streams_for"]
+__all__ = ["Executor", "Fold", "Inflight", "Transport"]
 
 
 @dataclass(frozen=True)
@@ -104,93 +104,6 @@ class _Lane:
     send: Memory
     recv: Memory | None
     shared: bool
-
-
-class Streams(Protocol):
-    """Where kernels of the reduction run."""
-
-    def produced(self) -> None:
-        """A gradient was written on the current stream."""
-
-    def before_pack(self, *, shared: bool) -> None:
-        """The current stream may now read every gradient that was `produced`, and write into memory that sums read."""
-
-    def side(self) -> AbstractContextManager[object]:
-        """Within, work goes to the stream of sums."""
-
-    def begin(self) -> None:
-        """The stream of sums may overwrite the accumulators once the current stream is done with them."""
-
-    def join(self) -> None:
-        """The current stream may now read the accumulators."""
-
-
-class HostStreams:
-    """CPU: everything happens in the order of the program."""
-
-    def produced(self) -> None:
-        """In order already."""
-
-    def before_pack(self, *, shared: bool) -> None:
-        """In order already."""
-
-    def side(self) -> AbstractContextManager[object]:
-        """The thread itself."""
-        return nullcontext()
-
-    def begin(self) -> None:
-        """In order already."""
-
-    def join(self) -> None:
-        """In order already."""
-
-
-class CudaStreams:
-    """CUDA: gradients are packed on the stream that made the last of them, sums run beside the backward."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._producers: dict[int, torch.cuda.Stream] = {}
-
-    def produced(self) -> None:
-        """Notes the stream; a backward usually has one, compiled graphs may have more."""
-        stream = torch.cuda.current_stream(self._device)
-        self._producers[stream.cuda_stream] = stream
-
-    def before_pack(self, *, shared: bool) -> None:
-        """The current stream waits for the others, the host for none."""
-        current = torch.cuda.current_stream(self._device)
-        if shared:
-            current.wait_stream(self._side)
-        for stream in self._producers.values():
-            if stream != current:
-                current.wait_stream(stream)
-
-    def side(self) -> AbstractContextManager[object]:
-        """The stream of sums."""
-        return torch.cuda.stream(self._side)
-
-    def begin(self) -> None:
-        """Orders the next sums after the last optimizer step, and forgets the last pass's producers."""
-        self._producers.clear()
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-
-    def join(self) -> None:
-        """Orders the optimizer after the sums."""
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
-
-
-def record_event() -> Any:
-    """A moment on the current stream, for the trace: a `torch.cuda.Event` with timing."""
-    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def streams_for(device: torch.device) -> Streams:
-    """The streams of a device."""
-    return CudaStreams(device) if device.type == "cuda" else HostStreams()
 
 
 @dataclass(frozen=True)
