@@ -1,9 +1,9 @@
 """Runs the schedule: Launch starts a bucket's collective, Retire takes its result.
 
 What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
-collective of a bucket stay alive together until its result has been taken; no hook ever blocks (RED-5): a Retire whose collective
-is still under way ends the run, and only `drain` waits. What it does not do: it decides nothing about the order, and
-it does not know what a step is.
+collective of a bucket stay alive together until its result has been taken; no hook ever blocks (RED-5): a command
+whose bucket or memory is still under way ends the run, and only `drain` waits. What it does not do: it decides nothing
+about the order, and it does not know what a step is.
 """
 
 from __future__ import annotations
