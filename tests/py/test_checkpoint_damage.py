@@ -170,6 +170,12 @@ def forge_body(folder: Path, body: bytes, number: int = 1) -> None:
     (folder / "manifest.json").write_bytes(head + body + b"\n}\n")
 
 
+def hashes_of(data: bytes) -> dict[str, str]:
+    """The hashes of a file of one block."""
+    blocks = xxhash.xxh3_128_hexdigest(data)
+    return {"blocks": blocks, "xxh3_128": xxhash.xxh3_128_hexdigest(blocks.encode())}
+
+
 def set_tensor(index: int, **values: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda manifest: manifest["tensors"][index].update(values)
 
@@ -192,6 +198,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a fraction for a size": (set_tensor(0, start=1.5), "start"),
     "a file outside": (lambda m: m["files"][0].update(name="../step1/rank_0.safetensors"), "files"),
     "a huge file": (lambda m: m["files"][0].update(bytes=1 << 60), "blocks"),
+    "a hash of other blocks": (lambda m: m["files"][0].update(xxh3_128="0" * 32), "blocks' hashes"),
     "a huge world": (lambda m: m.update(world=1 << 19), "files"),
     "runs that overlap": (set_tensor(0, runs=[[0, 1 << 50]]), "runs"),
     "runs beyond the shard": (lambda m: m["tensors"][0].update(runs=[[1 << 30, m["tensors"][0]["shape"][0]]]), "runs"),
@@ -265,8 +272,7 @@ def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(head: bytes, f
     path = folder / "step2" / "rank_1.safetensors"
     data = head + path.read_bytes()[len(head) :]
     path.write_bytes(data)
-    digest = xxhash.xxh3_128_hexdigest(data)
-    forge(folder / "step2", lambda m: m["files"][1].update(xxh3_128=digest, blocks=digest))
+    forge(folder / "step2", lambda m: m["files"][1].update(hashes_of(data)))
     found = problems(folder, "step2")
     assert len(found) == 1 and ("header" in found[0] or "tensors end" in found[0]), found
 
@@ -275,8 +281,7 @@ def test_a_tensor_renamed_in_the_header_is_refused_even_if_the_hashes_are_right(
     path = folder / "step2" / "rank_1.safetensors"
     data = path.read_bytes().replace(b'"bucket.0.master"', b'"bucket.9.master"')
     path.write_bytes(data)
-    digest = xxhash.xxh3_128_hexdigest(data)
-    forge(folder / "step2", lambda m: m["files"][1].update(xxh3_128=digest, blocks=digest))
+    forge(folder / "step2", lambda m: m["files"][1].update(hashes_of(data)))
     assert any("bucket.9.master" in problem for problem in problems(folder, "step2"))
 
 

@@ -77,13 +77,14 @@ class FileEntry(_Entry):
     name: str
     bytes: _Count
     xxh3_128: _Digest
+    """Of the digits in `blocks`."""
     blocks: Annotated[str, Field(pattern=r"^([0-9a-f]{32})*$")]
     """xxh3-128 of each MiB, 32 digits each."""
 
     @property
     def hashes(self) -> Hashes:
         """For the reader."""
-        return Hashes(self.bytes, self.xxh3_128, self.blocks)
+        return Hashes(self.bytes, self.blocks)
 
 
 class TensorEntry(_Entry):
@@ -281,6 +282,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     for entry in manifest.files:
         if len(entry.blocks) != 32 * -(-entry.bytes // BLOCK):
             yield f"{entry.name} has {entry.bytes} bytes and {len(entry.blocks) // 32} blocks"
+        if entry.hashes.xxh3_128 != entry.xxh3_128:
+            yield f"the hash of {entry.name} is not that of its blocks' hashes"
     if len(manifest.param) != len(manifest.params) or len(manifest.tensor) != len(manifest.tensors):
         yield "a name stands twice"
     yield from _misplaced_tensors(manifest)

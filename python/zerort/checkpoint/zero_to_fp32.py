@@ -97,11 +97,11 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
     if xxhash.xxh3_128_hexdigest(rest[: -len(b"\n}\n")]) not in head.decode("ascii", "replace"):
         sys.exit(f"{folder / 'manifest.json'} is damaged")
     for entry in manifest["files"]:
-        digest = xxhash.xxh3_128()
+        blocks = ""
         with (folder / entry["name"]).open("rb") as file:
             while block := file.read(BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != entry["xxh3_128"]:
+                blocks += xxhash.xxh3_128_hexdigest(block)
+        if blocks != entry["blocks"]:
             sys.exit(f"{folder / entry['name']} is damaged: use another checkpoint")
 
 
