@@ -84,7 +84,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint by parameter: `NAME master`, `NAME KEY` as flat tensors, `NAME values`, and the rest.
+    """All of a checkpoint by parameter: `NAME master` and `NAME state.KEY` in its shape, contiguous, and `NAME values`.
 
     Follows docs/checkpoints.md alone, with safetensors' own reader. What is not stored comes out as NaN.
     """
@@ -94,10 +94,10 @@ def contents(folder: Path) -> dict[str, Any]:
         for kind, flat in _buffers(folder, manifest, number).items():
             for param, offset in zip(bucket["params"], bucket["offsets"], strict=True):
                 saved = manifest["params"][param]
-                numel = torch.Size(saved["shape"]).numel()
                 keys = saved["state"]["tensors"] if saved["state"] else []
                 if kind == "master" or kind.removeprefix("state.") in keys:
-                    found[f"{saved['name']} {kind}"] = flat[offset : offset + numel].clone()
+                    shaped = torch.as_strided(flat, saved["shape"], saved["strides"], offset)
+                    found[f"{saved['name']} {kind}"] = shaped.clone(memory_format=torch.contiguous_format)
     for saved in manifest["params"]:
         found[f"{saved['name']} values"] = saved["state"] and saved["state"]["values"]
     return found

@@ -116,8 +116,8 @@ class ParamEntry(_Entry):
 
     name: str
     shape: tuple[_Count, ...]
-    strides: tuple[int, ...]
-    """How its elements lie in memory, hence in its bucket."""
+    strides: tuple[_Count, ...]
+    """How its elements lie in memory, hence in its bucket: dense, in any order of the dimensions."""
     dtype: Annotated[str, Field(pattern="^(F64|F32|F16|BF16)$")]
     group: _Count
     frozen: bool
@@ -286,9 +286,25 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"the hash of {entry.name} is not that of its blocks' hashes"
     if len(manifest.param) != len(manifest.params) or len(manifest.tensor) != len(manifest.tensors):
         yield "a name stands twice"
+    for param in manifest.params:
+        if not _dense(param):
+            yield f"the strides {list(param.strides)} of {param.name} do not fill the shape {list(param.shape)}"
     yield from _misplaced_tensors(manifest)
     yield from _misfitting_runs(manifest)
     yield from _misfilled_buckets(manifest)
+
+
+def _dense(param: ParamEntry) -> bool:
+    """Whether the strides give each element a place of its own, from 0 to the last without a gap."""
+    if len(param.strides) != len(param.shape):
+        return False
+    end = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(param.strides, param.shape, strict=True)):
+        if size > 1 and param.numel:
+            if stride != end:
+                return False
+            end *= size
+    return True
 
 
 def _misplaced_tensors(manifest: Manifest) -> Iterator[str]:

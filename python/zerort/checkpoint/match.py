@@ -36,6 +36,8 @@ class Match:
 
     origins: list[int]
     """For each parameter of the engine the checkpoint's id, or -1: it stays as it is."""
+    turned: dict[int, tuple[int, ...]]
+    """Strides of the engine's parameters whose elements lie in another order in the checkpoint, by id."""
     states: list[ParamState | None]
     """For each parameter of the engine what the checkpoint's optimizer kept for it."""
     groups: list[int | None]
@@ -51,14 +53,19 @@ def match(manifest: Manifest, state: EngineState, choice: Choice) -> Match:
     if choice.strict:
         _check_names(manifest, state, known)
     origins = [param if param >= 0 and manifest.params[param].stored else -1 for param in known]
-    for name, parameter, origin in zip(names, state.flat.params, origins, strict=True):
+    turned = {}
+    for param, (parameter, origin) in enumerate(zip(state.flat.params, origins, strict=True)):
         if origin >= 0:
-            _check_shape(name, tuple(parameter.shape), strides_of(parameter), manifest.params[origin])
+            saved = manifest.params[origin]
+            _check_shape(names[param], tuple(parameter.shape), saved)
+            if saved.numel and saved.strides != strides_of(parameter):
+                turned[param] = strides_of(parameter)
     with_optimizer = choice.optimizer_states and not choice.module_only
     if with_optimizer:
         _check_optimizer(manifest, state)
     return Match(
         origins,
+        turned,
         [manifest.params[origin].state if origin >= 0 else None for origin in origins],
         _groups(manifest, state, origins) if with_optimizer else [],
         _loose(manifest, state, choice),
@@ -86,14 +93,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _check_shape(name: str, shape: tuple[int, ...], strides: tuple[int, ...], saved: ParamEntry) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], saved: ParamEntry) -> None:
     if shape != saved.shape:
         raise CheckpointError(f"parameter {name} has shape {list(shape)}, in the checkpoint {list(saved.shape)}")
-    if strides != saved.strides and saved.numel:
-        raise CheckpointError(
-            f"parameter {name} lies in memory with strides {list(strides)}, in the checkpoint with "
-            f"{list(saved.strides)}: give it the same memory format before initialize"
-        )
 
 
 def _check_optimizer(manifest: Manifest, state: EngineState) -> None:

@@ -1,13 +1,15 @@
 """Reading a checkpoint: slices of its tensors are asked for one by one, and read and verified in one sweep a file.
 
 Two plans meet here, the one that saved and the one that is to be filled. The core says which segments of which saved
-shards fill a shard, and `Shard.want` asks for those and nothing else.
+shards fill a shard, and `Shard.want` asks for those and nothing else. A parameter whose elements lie in another order
+now (saved contiguous, channels-last today) has no such segments: a rank that needs a part of it reads the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from zerort import _core
 from zerort.checkpoint.blocks import BlockReader, Want
 from zerort.checkpoint.encoding import decode
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, rank_file
+from zerort.checkpoint.manifest import MANIFEST, Manifest, ParamEntry, TensorEntry, rank_file
 from zerort.checkpoint.tensors import DTYPES, as_bytes
 from zerort.errors import CheckpointError
 
@@ -33,7 +35,7 @@ class Reader:
         self.blocks = BlockReader(disk)
         self._disk = disk
         self._wants: dict[str, list[Want]] = {}
-        self._casts: list[tuple[Tensor, Tensor]] = []
+        self._rest: list[Callable[[], object]] = []
 
     def check_names(self) -> None:
         """Raises `CheckpointError` for a file that is missing or does not belong. Hidden files are let be."""
@@ -55,9 +57,13 @@ class Reader:
         landing = into
         if dtype != into.dtype:
             landing = torch.empty(into.shape, dtype=dtype)
-            self._casts.append((into, landing))
+            self.then(partial(into.copy_, landing))
         byte = entry.start + start * dtype.itemsize
         self._wants.setdefault(entry.file, []).append(Want(byte, as_bytes(landing)))
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Calls `call` once all that was asked for is there, behind those that came earlier."""
+        self._rest.append(call)
 
     def whole(self, file: str, name: str) -> Tensor:
         """Asks for a whole tensor."""
@@ -79,9 +85,9 @@ class Reader:
         for file, wanted in wants.items():
             hashes = self.manifest.file[file].hashes
             self.blocks.read(self.folder / file, hashes, wanted, self.manifest.what(file))
-        casts, self._casts = self._casts, []
-        for into, landing in casts:
-            into.copy_(landing)
+        rest, self._rest = self._rest, []
+        for call in rest:
+            call()
 
     def value(self, encoded: Any, rank: int = 0) -> Any:
         """Decodes a value of the manifest, and asks for the tensors in it, which `rank` wrote."""
@@ -94,6 +100,8 @@ class Shard:
 
     plan: _core.Plan
     rank: int
+    turned: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Strides of the plan's parameters whose elements lie in another order than in the checkpoint, by id."""
 
     def want(self, reader: Reader, bucket: int, kind: str, origins: Sequence[int], into: Tensor) -> None:
         """Asks for what fills this rank's shard of `bucket` (shard_numel,) with `kind`, "master" or "state.KEY".
@@ -101,11 +109,37 @@ class Shard:
         `origins` says for each parameter which saved one it is, or -1. What has no origin keeps its value in `into`.
         Raises `CheckpointError` when the checkpoint lacks a part.
         """
-        saved = reader.manifest.plan
-        rows = _core.reshard(saved, self.plan, bucket=bucket, rank=self.rank, came_from=origins)
-        for start, source_rank, source_bucket, source_start, length in rows:
-            entry = reader.entry(rank_file(source_rank), f"bucket.{source_bucket}.{kind}")
-            reader.want(entry, _stored_at(entry, source_start, length), into.narrow(0, start, length))
+        straight = [-1 if param in self.turned else origin for param, origin in enumerate(origins)]
+        rows = _core.reshard(reader.manifest.plan, self.plan, bucket=bucket, rank=self.rank, came_from=straight)
+        _want_rows(reader, kind, rows, into)
+        for fragment in self.plan.fragments(bucket, self.rank) if self.turned else ():
+            origin = origins[fragment.param]
+            if fragment.param in self.turned and origin >= 0:
+                self._want_turned(reader, kind, fragment, origin, into)
+
+    def _want_turned(self, reader: Reader, kind: str, fragment: _core.Fragment, origin: int, into: Tensor) -> None:
+        saved = reader.manifest.params[origin]
+        whole = _core.Plan([(saved.numel, "f32", 0)], world=1, stage=0, cap_bytes=1)
+        rows = _core.reshard(reader.manifest.plan, whole, bucket=0, rank=0, came_from=[origin])
+        flat = torch.empty(saved.numel, dtype=into.dtype)
+        _want_rows(reader, kind, rows, flat)
+        part = into.narrow(0, fragment.shard_start, fragment.length)
+        strides, start = self.turned[fragment.param], fragment.param_start
+        reader.then(lambda: part.copy_(_turned(flat, saved, strides).narrow(0, start, fragment.length)))
+
+
+def _want_rows(reader: Reader, kind: str, rows: Sequence[tuple[int, int, int, int, int]], into: Tensor) -> None:
+    """Asks for the segments that the core has named."""
+    for start, source_rank, source_bucket, source_start, length in rows:
+        entry = reader.entry(rank_file(source_rank), f"bucket.{source_bucket}.{kind}")
+        reader.want(entry, _stored_at(entry, source_start, length), into.narrow(0, start, length))
+
+
+def _turned(flat: Tensor, saved: ParamEntry, strides: tuple[int, ...]) -> Tensor:
+    """A parameter's elements (numel,) as they lie with `strides`, from `flat` (numel,), where they lie as saved."""
+    turned = torch.empty_like(flat)
+    turned.as_strided(saved.shape, strides).copy_(flat.as_strided(saved.shape, saved.strides))
+    return turned
 
 
 def _stored_at(entry: TensorEntry, start: int, length: int) -> int:

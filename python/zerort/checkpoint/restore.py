@@ -52,7 +52,7 @@ class Staged:
 def stage(reader: Reader, state: EngineState, match: Match, choice: Choice) -> Staged:
     """Reads and verifies. Raises `CheckpointError` and `OSError`; the engine is as it was."""
     staged, manifest = Staged(), reader.manifest
-    shard = Shard(state.plan, state.comm.rank)
+    shard = Shard(state.plan, state.comm.rank, match.turned)
     if choice.weights:
         _stage_weights(reader, state, match, shard, staged)
     if not choice.module_only:
