@@ -18,6 +18,7 @@ import xxhash
 import ranks
 from saved import config_of, engine_of, manifest_of, train, weights
 from zerort.checkpoint import get_fp32_state_dict, problems
+from zerort.checkpoint.manifest import VALUE_LIMIT
 from zerort.errors import CheckpointError
 
 FLIPS = 660
@@ -234,14 +235,15 @@ def test_a_hostile_manifest_is_refused(attack: str, folder: Path, engine: Any) -
 @pytest.mark.parametrize(
     ("body", "name"),
     [
-        (b"[" * (8 << 20), "recursion|deep|Invalid JSON"),
+        (b"[" * (8 << 20), "more than"),
+        (b"[" * 1_000_000, "recursion|deep|Invalid JSON"),
         (b'{"client_state":' * 100_000, "recursion|deep|Invalid JSON"),
         (b'{"world": 1e999}', "manifest.json"),
         (b"1" * 100_000, "manifest.json"),
         (b"null", "manifest.json"),
         (b"\xff\xfe", "manifest.json"),
     ],
-    ids=["brackets", "objects", "infinity", "a long number", "null", "no UTF-8"],
+    ids=["brackets", "fewer brackets", "objects", "infinity", "a long number", "null", "no UTF-8"],
 )
 def test_a_manifest_that_is_no_manifest_is_refused(body: bytes, name: str, folder: Path, engine: Any) -> None:
     forge_body(folder / "step2", body)
@@ -254,11 +256,55 @@ def test_a_manifest_of_a_later_format_says_so(folder: Path, engine: Any) -> None
     refuses(engine, folder, "format 2", "format 1")
 
 
-def test_a_manifest_beyond_the_limit_is_not_read(folder: Path, engine: Any) -> None:
-    cut(folder / "step2" / "manifest.json", 10 << 30)  # a sparse file
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refuses(engine, folder, "more than")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
+def bombs(manifest: dict[str, Any]) -> dict[str, bytes]:
+    """Manifests within the limit of bytes that would take gigabytes if they were believed."""
+    many = VALUE_LIMIT // 3
+    made = {
+        "lists": {**manifest, "stage": 9, "client_state": [[]] * many},
+        "keys": {**manifest, "counters": dict.fromkeys(map(str, range(many)), 0)},
+        "files": {**manifest, "files": [{}] * many},
+        "runs": {**manifest, "tensors": [{**manifest["tensors"][0], "runs": [0] * many}]},
+        "names": {**manifest, "aliases": dict.fromkeys(map(str, range(many)), 0)},
+    }
+    bodies = {name: json.dumps(body, separators=(",", ":")).encode() for name, body in made.items()}
+    return {**bodies, "zeros": b'{"client_state":[' + b"0," * (30 << 20) + b"0]}", "deep": b"[" * (60 << 20)}
+
+
+def attacked(original: Path, base: Path) -> list[str]:
+    """A folder for each attack, with one checkpoint in it; returns their names."""
+    made = []
+
+    def folder(name: str) -> Path:
+        made.append(name)
+        return Path(shutil.copytree(original, base / name / "t"))
+
+    for name, (change, _) in HOSTILE.items():
+        forge(folder(name), change)
+    for name, body in bombs(manifest_of(original)).items():
+        forge_body(folder(name), body)
+    cut(folder("a manifest of 10 GB") / "manifest.json", 10 << 30)  # sparse
+    cut(folder("a file of 10 GB") / "rank_0.safetensors", 10 << 30)
+    return made
+
+
+def climb(rank: int, world: int, good: str, base: str, names: list[str]) -> dict[str, int]:
+    """MiB by which refusing each has raised the largest memory that this process has had."""
+    engine = engine_of(config_of(2))
+    assert engine.load_checkpoint(good, "step2")[0] is not None
+    grown, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in names:
+        with pytest.raises(CheckpointError):
+            engine.load_checkpoint(Path(base) / name, "t")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        grown[name], before = (peak - before) >> 10, peak
+    return grown
+
+
+def test_no_attack_takes_more_than_a_gigabyte(folder: Path, tmp_path: Path) -> None:
+    names = attacked(folder / "step2", tmp_path / "bad")
+    grown = ranks.run(1, climb, str(folder), str(tmp_path / "bad"), names, timeout=120)[0]
+    assert len(grown) == len(HOSTILE) + 9
+    assert sum(grown.values()) < 1024, {name: mib for name, mib in grown.items() if mib}
 
 
 @pytest.mark.parametrize(

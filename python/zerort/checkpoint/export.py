@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from zerort import _core
 from zerort.checkpoint.blocks import HashedFile
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import Manifest, ParamEntry, parse, rank_file
+from zerort.checkpoint.manifest import Manifest, ParamEntry, rank_file
+from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader, Shard
 from zerort.checkpoint.state import aliases
 from zerort.checkpoint.tags import LATEST, TEMPORARY, latest, read_manifest

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from zerort.checkpoint.export import state_dict_of
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import Manifest, parse
+from zerort.checkpoint.manifest import Manifest
 from zerort.checkpoint.match import Choice, Match, match
+from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.restore import Staged, apply, stage
 from zerort.checkpoint.state import EngineState

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zerort.checkpoint.export import get_fp32_state_dict
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import Manifest, parse
+from zerort.checkpoint.manifest import Manifest
+from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.tags import latest, listed, read_manifest
 from zerort.checkpoint.verify import problems
 from zerort.errors import CheckpointError

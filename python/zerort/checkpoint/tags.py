@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse
+from zerort.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT, Manifest
+from zerort.checkpoint.parsing import parse
 from zerort.errors import CheckpointError
 
 __all__ = ["LATEST", "LOCK", "TEMPORARY", "Listed", "check_tag", "latest", "listed", "read_manifest"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from zerort.checkpoint.blocks import BlockReader
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import SCRIPT, FileEntry, Manifest, parse
+from zerort.checkpoint.manifest import SCRIPT, FileEntry, Manifest
+from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.tags import listed, read_manifest
 from zerort.checkpoint.tensors import header_bytes, read_header
