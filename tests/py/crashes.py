@@ -36,7 +36,7 @@ NAMES = ("make_folder", "create", "rename", "exchange", "replace", "remove_file"
 
 
 class Watched(Disk):
-    """Calls `hook` before every operation that changes something."""
+    """Calls `hook` before every operation that changes something, and before those that ask for room or the lock."""
 
     def hook(self, name: str, args: tuple[Any, ...]) -> None:
         raise NotImplementedError
@@ -50,7 +50,7 @@ def _watched(name: str) -> Any:
     return method
 
 
-for _name in MUTATING:
+for _name in (*MUTATING, "reserve", "lock"):
     setattr(Watched, _name, _watched(_name))
 
 

@@ -86,11 +86,11 @@ def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, s
         assert_equal(contents(tmp_path / resumed), contents(folder / source))
         uninterrupted = ends[source]
         for name, value in end.items():
-            if source == target:
+            if source.startswith(f"w{world}-"):
                 assert torch.equal(value, uninterrupted[name]), (resumed, name)
-            elif target.endswith("fp32"):
-                distance = (value - uninterrupted[name]).norm() / uninterrupted[name].norm()
-                assert distance <= 2e-6, (resumed, name, float(distance))
+            else:
+                distance = (value.float() - uninterrupted[name].float()).norm() / uninterrupted[name].float().norm()
+                assert distance <= (2e-6 if target.endswith("fp32") else 4e-3), (resumed, name, float(distance))
     for other in results[1:]:
         for resumed, end in other.items():
             assert all(torch.equal(value, results[0][resumed][name]) for name, value in end.items()), resumed
