@@ -1,10 +1,11 @@
-"""The example is killed in the middle and resumed: its loss curve is the uninterrupted one."""
+"""The example is killed, interrupted with Ctrl-C, and resumed: its loss curve is the uninterrupted one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,11 @@ class Job:
             if found:
                 yield int(found[1]), found[2]
 
+    def press_ctrl_c(self) -> None:
+        """What a terminal sends to all of them."""
+        for process in self.ranks:
+            process.send_signal(signal.SIGINT)
+
     def __enter__(self) -> Job:
         return self
 
@@ -56,7 +62,7 @@ class Job:
             process.communicate()
 
 
-def test_a_run_that_was_killed_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
     config = json.loads(EXAMPLE.with_suffix(".json").read_text())
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -69,11 +75,17 @@ def test_a_run_that_was_killed_resumes_on_the_uninterrupted_curve(tmp_path: Path
     with Job(tmp_path / "killed") as killed:
         for step, loss in killed.losses():
             assert loss == expected[step]
-            if step == 5:
+            if step == 3:
                 break
+    with Job(tmp_path / "killed", "--resume") as interrupted:
+        for step, loss in interrupted.losses():
+            # Step 3 was in no checkpoint, unless the killed run came to save once more.
+            assert loss == expected[step] and step >= 3
+            if step == 6:
+                interrupted.press_ctrl_c()
+        assert all(process.wait(60) != 0 for process in interrupted.ranks)
     with Job(tmp_path / "killed", "--resume") as resumed:
         rest = dict(resumed.losses())
         assert [process.wait(60) for process in resumed.ranks] == [0, 0]
-    # Step 5 was in no checkpoint, unless the killed run came to save once more.
     assert min(rest) in (5, 7) and max(rest) == STEPS
     assert rest == {step: expected[step] for step in rest}

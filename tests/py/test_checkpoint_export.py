@@ -94,6 +94,22 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path, mon
     assert (tmp_path / "pytorch_model.bin").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["../up.bin", "a/b.bin", "/up.bin", "..", ".", "", ".hidden", "latest"])
+def test_an_export_whose_name_could_be_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    engine = engine_of(config_of(1))
+    with pytest.raises(CheckpointError, match="cannot be the name"):
+        engine.save_16bit_model(tmp_path / "in", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_export_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    engine = engine_of(config_of(1))
+    (tmp_path / ".tmp-pytorch_model.bin-0123456789abcdef").write_text("half")
+    (tmp_path / ".tmp-pytorch_model.bin-of-others").write_text("not ours")
+    engine.save_16bit_model(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".tmp-pytorch_model.bin-of-others", "pytorch_model.bin"]
+
+
 ALONE = """
 import runpy, sys
 for name in ("zerort", "pydantic", "rich", *{hidden!r}):

@@ -85,10 +85,10 @@ class Checkpoints:
 
     def save_weights(self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
-        path = Path(save_dir) / name
+        folder = Path(save_dir)
         on_first(
             self.state.comm,
-            f"{path} was not saved",
-            lambda: save_weights(self.state.module, path, self.disk, exclude_frozen=exclude_frozen),
+            f"{folder / name} was not saved",
+            lambda: save_weights(self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen),
         )
         return True

@@ -7,6 +7,7 @@ computes with them. Nothing here needs the number of ranks that saved.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO, cast
@@ -98,20 +99,30 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, as_saved: bool) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def save_weights(module: nn.Module, path: Path, disk: Disk, *, exclude_frozen: bool) -> None:
-    """Writes a module's state dict in its own dtypes, by a temporary file and a rename.
+def save_weights(module: nn.Module, folder: Path, name: str, disk: Disk, *, exclude_frozen: bool) -> None:
+    """Writes a module's state dict in its own dtypes into `folder` / `name`, by a temporary file and a rename.
 
     A name that ends in `.safetensors` gives that format, in which a tied weight stands once, under its first name;
-    any other name gives torch's zip format, which `torch.load(weights_only=True)` reads. Raises `OSError`.
+    any other name gives torch's zip format, which `torch.load(weights_only=True)` reads. What an export that died left
+    of this file is deleted. Raises `CheckpointError` for a name that could be something else, and `OSError`.
     """
+    if not name or Path(name).name != name or name.startswith(".") or name == LATEST:
+        raise CheckpointError(
+            f"{name!r} cannot be the name of a file of weights: no folders, no dot first, not {LATEST!r}"
+        )
+    path = folder / name
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     weights = {
         name: value.detach()
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and not (exclude_frozen and name in frozen)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{token_hex(8)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f"{TEMPORARY}{name}-"
+    for left in disk.names(folder):
+        if re.fullmatch(re.escape(prefix) + "[0-9a-f]{16}", left):
+            disk.remove_file(folder / left)
+    temporary = folder / (prefix + token_hex(8))
     try:
         with HashedFile(disk, temporary) as file:
             if path.suffix == ".safetensors":
@@ -120,7 +131,7 @@ def save_weights(module: nn.Module, path: Path, disk: Disk, *, exclude_frozen: b
                 torch.save(weights, cast(BinaryIO, _Stream(file)))
             file.finish()
         disk.replace(temporary, path)
-        disk.sync_folder(path.parent)
+        disk.sync_folder(folder)
     finally:
         if disk.exists(temporary):
             disk.remove_file(temporary)
