@@ -116,17 +116,36 @@ class Tree:
     """Names and contents; a folder's content is None. Contents are keyed by the path of their creation."""
 
     nodes: dict[str, str | None] = field(default_factory=dict)
+    stayed: list[dict[str, str]] = field(default_factory=list)
+    """For every move that was lost, where the folders are by the names that they would have."""
+
+    def lose(self, operation: Operation) -> None:
+        """It has not arrived. What was done inside of a folder that it moved happens where the folder still is."""
+        if operation.name == "exchange":
+            one, two = operation.paths
+            self.stayed.append({one: two, two: one})
+        elif operation.name == "rename":
+            self.stayed.append({operation.paths[1]: operation.paths[0]})
+
+    def _now(self, path: str) -> str:
+        for names in reversed(self.stayed):
+            folder = next((name for name in names if path.startswith(f"{name}/")), None)
+            path = path if folder is None else names[folder] + path[len(folder) :]
+        return path
 
     def apply(self, operation: Operation) -> None:
         """Does it if it can be done: what depends on something lost is lost too."""
-        first = operation.paths[0]
+        first = self._now(operation.paths[0])
         if operation.name in ("make_folder", "create"):
             if str(Path(first).parent) in self.nodes and first not in self.nodes:
-                self.nodes[first] = None if operation.name == "make_folder" else f"new:{first}"
+                self.nodes[first] = None if operation.name == "make_folder" else f"new:{operation.paths[0]}"
         elif first not in self.nodes:
             return
-        elif operation.name in ("remove_file", "remove_folder"):
+        elif operation.name == "remove_file":
             self._take(first)
+        elif operation.name == "remove_folder":
+            if not any(name.startswith(f"{first}/") for name in self.nodes):
+                self._take(first)
         elif operation.name == "exchange":
             one, two = self._take(first), self._take(operation.paths[1])
             self._put(operation.paths[1], one)
@@ -230,8 +249,8 @@ def _state(
 ) -> dict[str, bytes | None]:
     tree = Tree({path: None if data is None else path for path, data in before.items()})
     for index, operation in enumerate(done):
-        if operation.name in NAMES and index not in lost:
-            tree.apply(operation)
+        if operation.name in NAMES:
+            tree.lose(operation) if index in lost else tree.apply(operation)
     contents = {path: data for path, data in before.items() if data is not None}
     for path in sorted({operation.paths[0] for operation in done if operation.name == "create"}):
         contents[f"new:{path}"] = _content(path, done, tear)

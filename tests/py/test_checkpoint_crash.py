@@ -51,7 +51,9 @@ def record(rank: int, world: int, folder: str, tag: str, options: dict[str, Any]
 
 def interleaved(of_rank_0: list[Operation], of_rank_1: list[Operation], at: int) -> list[Operation]:
     """Rank 1 writes at some time between the temporary folder and the manifest: behind operation `at` of rank 0."""
-    script = next(i for i, operation in enumerate(of_rank_0) if operation.paths[0].endswith("zero_to_fp32.py"))
+    script = next(
+        i for i, op in enumerate(of_rank_0) if op.name == "create" and op.paths[0].endswith("zero_to_fp32.py")
+    )
     assert 0 < at <= script
     return [*of_rank_0[:at], *of_rank_1, *of_rank_0[at:]]
 
@@ -59,7 +61,7 @@ def interleaved(of_rank_0: list[Operation], of_rank_1: list[Operation], at: int)
 def weights_after() -> dict[int, dict[str, torch.Tensor]]:
     """The right weights, by the number of steps."""
     engine, found = tiny_engine(), {}
-    for count in (1, 2):
+    for count in (1, 2, 3):
         step(engine)
         found[count] = weights(engine)
     engine.destroy()
@@ -67,12 +69,13 @@ def weights_after() -> dict[int, dict[str, torch.Tensor]]:
 
 
 def check(state: CrashState, folder: Path, engine: Any, expected: dict[int, dict[str, torch.Tensor]]) -> int:
-    """Verifies and loads what `latest` names; returns its step, 1 for the old checkpoint and 2 for the new."""
+    """Loads what `latest` names and verifies all that has a name; returns the step, 1 for the old, 2 for the new."""
     folder.mkdir()
     state.write(folder)
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, f"after operation {state.after}: `latest` is gone"
-    assert problems(folder, Path(path).name) == []
+    for tag in (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        assert problems(folder, tag) == [], f"after operation {state.after}: {tag} is listed and not complete"
     count = int(engine.global_steps)
     for name, value in weights(engine).items():
         assert torch.equal(value, expected[count][name]), f"after operation {state.after}: {name} is mixed"
@@ -103,6 +106,29 @@ def test_every_crash_leaves_the_old_checkpoint_or_the_new_one(case: str, tmp_pat
             found.append((state.after, check(state, tmp_path / f"{at}-{len(found)}", engine, expected)))
         assert {count for _, count in found} == {1, 2}
         assert all(count == 2 for after, count in found if after == len(operations)), "a save that returned was lost"
+    engine.destroy()
+    assert len(seen) >= 600, f"only {len(seen)} states"
+
+
+def test_a_save_behind_one_that_died_unsynced_loses_nothing_either(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    ranks.run(2, save_old, str(first), "best")
+    before = snapshot(first)
+    recorded = interleaved(*ranks.run(2, record, str(first), "best", {"overwrite": True}), 6)
+    died = next(i for i, operation in enumerate(recorded) if operation.name == "exchange") + 1
+    second.mkdir()
+    whole = next(state for state in states(before, recorded[:died], set(), seed=0) if state.after == died)
+    whole.write(second)
+    again = ranks.run(2, record, str(second), "best", {"overwrite": True})
+    # Rank 1 writes once rank 0 has swept and made the new folder.
+    at = 1 + next(i for i, operation in enumerate(again[0]) if operation.name == "make_folder")
+    operations = recorded[:died] + interleaved(*again, at)
+    engine, expected, seen, found = tiny_engine(), weights_after(), set[int](), []
+    for state in states(before, operations, seen, seed=1):
+        found.append((state.after, check(state, tmp_path / str(len(found)), engine, expected)))
+    assert {count for _, count in found} == {1, 2, 3}
+    assert all(count == 3 for after, count in found if after == len(operations)), "a save that returned was lost"
     engine.destroy()
     assert len(seen) >= 600, f"only {len(seen)} states"
 

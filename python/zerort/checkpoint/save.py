@@ -182,12 +182,13 @@ class Save:
         try:
             keep = {self.tag, latest(self.disk, self.folder), *self.wishes.keep}
             good = [entry.tag for entry in listed(self.disk, self.folder) if entry.manifest is not None]
+            gone = []
             for tag in good[self.wishes.keep_last :]:
                 if tag not in keep:
                     # Under a temporary name it is no checkpoint any more, however far the deletion comes.
-                    gone = self.folder / f"{TEMPORARY}{tag}-{secrets.token_hex(8)}"
-                    self.disk.rename(self.folder / tag, gone)
-                    self.disk.remove_tree(gone)
+                    gone.append(self.folder / f"{TEMPORARY}{tag}-{secrets.token_hex(8)}")
+                    self.disk.rename(self.folder / tag, gone[-1])
+            self._delete(gone)
         except OSError as error:
             _log.warning("checkpoint %s is saved, but old ones could not be deleted: %s", self.target, error)
 
@@ -212,9 +213,14 @@ class Save:
         except BlockingIOError as error:
             raise CheckpointError(f"another job is saving into {self.folder} at this moment") from error
         if self._lock is not None:
-            for name in self.disk.names(self.folder):
-                if name.startswith(TEMPORARY):
-                    self.disk.remove_tree(self.folder / name)
+            self._delete([self.folder / name for name in self.disk.names(self.folder) if name.startswith(TEMPORARY)])
+
+    def _delete(self, paths: list[Path]) -> None:
+        """Deletes what has temporary names, once those are on disk: a crash might bring back the names before them."""
+        if paths:
+            self.disk.sync_folder(self.folder)
+        for path in paths:
+            self.disk.remove_tree(path)
 
     def _write(self, path: Path, data: bytes) -> FileEntry:
         with HashedFile(self.disk, path) as file:
@@ -224,10 +230,8 @@ class Save:
     def _release(self) -> None:
         """Removes what is temporary, as far as that can be done, and lets go of the lock."""
         if hasattr(self, "temporary"):
-            for path in (self.temporary, self.next_latest):
-                with suppress(OSError):
-                    if self.disk.exists(path):
-                        self.disk.remove_tree(path)
+            with suppress(OSError):
+                self._delete([path for path in (self.temporary, self.next_latest) if self.disk.exists(path)])
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with suppress(OSError):
