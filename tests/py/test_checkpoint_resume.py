@@ -76,6 +76,16 @@ def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, torch.Tensor
     return folder, ends
 
 
+def same_arithmetic(source: str, target: str) -> bool:
+    """Whether the steps after a resume are the uninterrupted run's to the bit: as many ranks, and the same roundings.
+
+    In bf16 stage 0 rounds the sums that several ranks gather; stages 1 and 2 step with the fp32 sums.
+    """
+    (world, stage, dtype), (new_world, new_stage, _) = source.split("-"), target.split("-")
+    rounded = dtype == "bf16" and world != "w1" and (stage == "s0") != (new_stage == "s0")
+    return world == new_world and not rounded
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, saved: Any, tmp_path: Path) -> None:
     folder, ends = saved
@@ -86,7 +96,7 @@ def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, s
         assert_equal(contents(tmp_path / resumed), contents(folder / source))
         uninterrupted = ends[source]
         for name, value in end.items():
-            if source.startswith(f"w{world}-"):
+            if same_arithmetic(source, target):
                 assert torch.equal(value, uninterrupted[name]), (resumed, name)
             else:
                 distance = (value.float() - uninterrupted[name].float()).norm() / uninterrupted[name].float().norm()

@@ -119,7 +119,7 @@ class Shard:
 
     def _want_turned(self, reader: Reader, kind: str, fragment: _core.Fragment, origin: int, into: Tensor) -> None:
         saved = reader.manifest.params[origin]
-        whole = _core.Plan([(saved.numel, "f32", 0)], world=1, stage=0, cap_bytes=1)
+        whole = _core.Plan([(saved.numel, "f32", 0, 0)], world=1, stage=0, cap_bytes=1)
         rows = _core.reshard(reader.manifest.plan, whole, bucket=0, rank=0, came_from=[origin])
         flat = torch.empty(saved.numel, dtype=into.dtype)
         _want_rows(reader, kind, rows, flat)
