@@ -228,6 +228,7 @@ class Executor:
         if flight.before is not None:
             self._take_sums(flight.before)
         self.absent += flight.pack()
+        self.streams.after_pack()
         flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
         spec = flight.bucket.spec
         self.watch.launched(spec, flight.send.nbytes, DTYPES[flight.send.dtype])

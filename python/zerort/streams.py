@@ -23,6 +23,9 @@ class Streams(Protocol):
     def before_pack(self, *, shared: bool) -> None:
         """The current stream may now read every gradient that was `produced`, and write into memory that sums read."""
 
+    def after_pack(self) -> None:
+        """Gradients that were packed are about to be freed, to whoever allocates next."""
+
     def side(self) -> AbstractContextManager[object]:
         """Within, work goes to the stream of sums."""
 
@@ -40,6 +43,9 @@ class HostStreams:
         """In order already."""
 
     def before_pack(self, *, shared: bool) -> None:
+        """In order already."""
+
+    def after_pack(self) -> None:
         """In order already."""
 
     def side(self) -> AbstractContextManager[object]:
@@ -74,6 +80,13 @@ class CudaStreams:
         for stream in self._producers.values():
             if stream != current:
                 current.wait_stream(stream)
+
+    def after_pack(self) -> None:
+        """Memory goes back to the stream that allocated it, which could write into it before it has been read."""
+        current = torch.cuda.current_stream(self._device)
+        for stream in self._producers.values():
+            if stream != current:
+                stream.wait_stream(current)
 
     def side(self) -> AbstractContextManager[object]:
         """The stream of sums."""
