@@ -18,7 +18,7 @@ from torch import Tensor
 
 import zerort
 from corpus import Corpus
-from zerort.trace.reader import read
+from zerort.trace.reader import TraceError, read
 from zerort.trace.summary import account
 
 FIELDS = "loss {loss:.3f}  {speed:,.0f} tokens/s  grad norm {norm:.2f}  exposed comm {exposed:.1f} %"
@@ -73,7 +73,11 @@ class Progress:
         if trace and trace.exists():
             recorded = read(trace)
             self.console.print(f"trace: {trace} (open it at https://ui.perfetto.dev); the median step of rank 0:")
-            self.console.print(str(account(recorded.events, dropped=recorded.dropped)), highlight=False)
+            try:
+                told = str(account(recorded.events, dropped=recorded.dropped))
+            except TraceError as error:  # a run that was resumed at its end
+                told = str(error)
+            self.console.print(told, highlight=False)
 
     def __enter__(self) -> Progress:
         self._last = time.perf_counter()

@@ -106,6 +106,8 @@ def attempt(
             _collect(crew, timeout, grace)
         finally:
             for member in crew:
+                member.dismiss()
+            for member in crew:
                 member.stop()
     return [member.outcome or Died(member.process.exitcode) for member in crew]
 
@@ -143,11 +145,15 @@ class _Member:
             time.sleep(0.3)
         self.outcome = Hung(self.stacks.read_text() if self.stacks.exists() else "no stack")
 
-    def stop(self) -> None:
-        """Lets a rank that has returned leave; kills any other."""
+    def dismiss(self) -> None:
+        """Lets a rank that has returned leave."""
         if isinstance(self.outcome, Returned):
             with contextlib.suppress(OSError):
                 self.pipe.send_bytes(b"leave")
+
+    def stop(self) -> None:
+        """Waits for a rank that leaves; kills any other."""
+        if isinstance(self.outcome, Returned):
             self.process.join(GRACE)
         if self.process.is_alive():
             self.process.kill()
@@ -187,9 +193,7 @@ def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> No
             _leave(1)  # as a crashing job would: without a farewell to its peers
         with contextlib.suppress(EOFError, OSError):
             pipe.recv_bytes()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        _leave(0)
+        _leave(0)  # all have reported, so nobody needs this rank: taking the group down would cost more than all else
 
 
 def _leave(code: int) -> None:
