@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,7 +123,27 @@ class Precision:
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs in."""
-        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+        if self.autocast:
+            return torch.autocast(device.type, self.autocast)
+        return nullcontext() if self.compute is None or self.casts_inputs else _explained(self.compute)
+
+
+_ABOUT_TYPES = ("dtype", "scalar type", "should be the same")
+"""What torch's errors say of two tensors of different types: of a product, of a normalisation, of a convolution."""
+
+
+@contextmanager
+def _explained(compute: torch.dtype) -> Iterator[None]:
+    """Within, an error about types gets a note (from Python 3.11 on): most often an input has not been cast."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _ABOUT_TYPES) and hasattr(error, "add_note"):
+            error.add_note(
+                f"zerort: the module's parameters are {compute} by the configuration, its inputs are not cast: cast "
+                f"floating-point inputs with .to({compute}), or use torch_autocast (for fp16 also fp16.auto_cast)"
+            )
+        raise
 
 
 def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...]:

@@ -1,6 +1,7 @@
 """bf16 and fp16 with fp32 masters, the loss scale, and what travels in which dtype."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import ranks
+import zerort
 from cases import CASES
 from models import Terms
 from reference import Precision, ReduceAt
@@ -316,6 +319,33 @@ class _Seeing(torch.nn.Linear):
     def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
         self.seen = x.dtype, more["inside"].dtype, more["numbers"].dtype
         return super().forward(x.to(self.weight.dtype))
+
+
+def _notes_on_a_failed_forward(rank: int, world: int, layer: nn.Module, given: Tensor, config: Config) -> list[str]:
+    engine, *_ = zerort.initialize(
+        model=layer, config={"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}, **config}
+    )
+    with pytest.raises(RuntimeError) as raised:
+        engine(given)
+    return getattr(raised.value, "__notes__", [])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from Python 3.11 on")
+@pytest.mark.parametrize("config", [BF16, STATIC_FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 4), (2, 4)), (nn.Conv1d(4, 4, 1), (2, 4, 3)), (nn.LayerNorm(4), (2, 4))],
+    ids=["linear", "convolution", "norm"],
+)
+def test_an_input_that_was_not_cast_is_explained(layer: nn.Module, shape: tuple[int, ...], config: Config) -> None:
+    (note,) = ranks.run(1, _notes_on_a_failed_forward, layer, torch.zeros(shape), config)[0]
+    dtype = "torch.bfloat16" if "bf16" in config else "torch.float16"
+    assert f"cast floating-point inputs with .to({dtype})" in note
+
+
+def test_another_error_of_a_forward_is_not() -> None:
+    too_wide = torch.zeros(2, 5, dtype=torch.bfloat16)
+    assert ranks.run(1, _notes_on_a_failed_forward, nn.Linear(4, 4), too_wide, BF16) == [[]]
 
 
 def _cast_inputs(rank: int, world: int, auto_cast: bool) -> tuple[torch.dtype, ...]:

@@ -96,7 +96,7 @@ _ROWS = (
     _refused("data_types.param_dtype", "parameters take their dtype from fp16, bf16 or the model"),
     _refused("data_types.buffer_dtype", "buffers keep the dtype they have in the model"),
     _same("fp16", "half precision with a loss scale, at every stage"),
-    _same("fp16.enabled", "parameters are cast to fp16, the optimizer keeps fp32 masters"),
+    _same("fp16.enabled", "parameters are cast to fp16, inputs only by auto_cast; the optimizer keeps fp32 masters"),
     _same("fp16.auto_cast", "floating-point inputs are cast to fp16"),
     _same("fp16.loss_scale", "a static loss scale; 0 means dynamic"),
     _same("fp16.initial_scale_power", "the dynamic scale starts at 2 to this power"),
@@ -106,7 +106,7 @@ _ROWS = (
     _same("fp16.min_loss_scale", "the dynamic scale does not fall below; an overflow there is an error"),
     _refused("fp16.fp16_master_weights_and_grads", "masters are fp32"),
     _same("bf16", "bfloat16 with fp32 masters; the old spelling bfloat16 is read too"),
-    _same("bf16.enabled", "parameters are cast to bf16, the optimizer keeps fp32 masters"),
+    _same("bf16.enabled", "parameters are cast to bf16, inputs are not; the optimizer keeps fp32 masters"),
     _ignored(
         "bf16.check_grad_overflow", "a non-finite gradient is never applied; zerort.on_nonfinite says what is done"
     ),
