@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text.py"
 STEPS = 20  # far more than run while this test is about to stop the run
 TOLD = STEPS // 10
@@ -61,6 +63,14 @@ class Job:
         for process in self.ranks:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Tests that a shell script runs in its background ignore Ctrl-C, and so would all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
