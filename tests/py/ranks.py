@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -182,6 +183,7 @@ def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> No
     """The child's side: join the group, call the function, report, and stay until all others have reported."""
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        gc.freeze()  # a collection would touch, and so copy, all memory shared with the process this was forked from
         torch.set_num_threads(1)
         fn, args = pickle.loads(pipe.recv_bytes())
         try:

@@ -76,6 +76,11 @@ def take_step(engine: Any, case: Case, rank: int, step: int, accumulation: int =
         engine.step()
 
 
+def train_each(rank: int, world: int, name: str, accumulation: int, variants: list[Config]) -> list[History]:
+    """Every variant's history, trained one after another in one group."""
+    return [train(rank, world, name, accumulation, variant) for variant in variants]
+
+
 def train_all(rank: int, world: int, name: str, accumulation: int, variants: list[Config]) -> list[str]:
     """The digest of every variant's history, trained one after another in one group."""
     return [digest(train(rank, world, name, accumulation, variant)) for variant in variants]
