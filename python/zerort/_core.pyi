@@ -106,6 +106,9 @@ class Plan:
     @property
     def shards_optimizer(self) -> bool: ...
     @property
+    def reduces_every_micro_batch(self) -> bool:
+        """Whether the stage lets gradients travel in every backward, because no rank may keep them whole."""
+    @property
     def shards_gradient(self) -> bool: ...
     @property
     def shards_parameter(self) -> bool: ...

@@ -106,7 +106,8 @@ class Setup:
     @property
     def place(self) -> Place:
         """Where the model's memory will lie."""
-        local_sums = self.batch.accumulation > 1 and not self.config.reduce_every_micro_batch
+        every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
+        local_sums = self.batch.accumulation > 1 and not every
         return Place(self.plan, self.comm.rank, self.precision.sums, local_sums)
 
 

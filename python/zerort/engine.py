@@ -52,9 +52,8 @@ class Engine(Saving):
 
     def __init__(self, module: nn.Module, parts: Parts) -> None:
         super().__init__(module, parts)
-        self._accumulation = Accumulation(
-            parts.batch.accumulation, parts.config.reduce_every_micro_batch, self.counters
-        )
+        every = parts.config.reduces_every_micro_batch(parts.reduction.plan.reduces_every_micro_batch)
+        self._accumulation = Accumulation(parts.batch.accumulation, every, self.counters)
         self._micro = MicroBatch()
         self._failure: str | None = None
         self._absent = Absent(parts.comm.rank, parts.config.unused_parameters)

@@ -10,6 +10,7 @@ from torch import nn
 
 from zerort.checkpoint.checkpoints import Checkpoints
 from zerort.checkpoint.match import Choice
+from zerort.checkpoint.save import Wishes
 from zerort.checkpoint.state import EngineState
 from zerort.readings import Parts, Readings
 
@@ -42,14 +43,14 @@ class Saving(Readings):
         step. Raises the same `CheckpointError` on all ranks, and then what was there before is untouched.
         """
         self._settled()
+        policy = self._parts.config.zerort.checkpoint
+        wishes = Wishes(
+            save_latest,
+            policy.overwrite if overwrite is None else overwrite,
+            policy.keep_last if keep_last is None else keep_last,
+        )
         return self._checkpoints.save(
-            save_dir,
-            tag,
-            client_state or {},
-            save_latest=save_latest,
-            exclude_frozen=exclude_frozen_parameters,
-            overwrite=overwrite,
-            keep_last=keep_last,
+            save_dir, tag, client_state or {}, wishes, exclude_frozen=exclude_frozen_parameters
         )
 
     def load_checkpoint(

@@ -25,10 +25,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache, wraps
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,7 @@ class Hung:
 
 
 Outcome = Returned | Raised | Died | Hung
+T = TypeVar("T")
 
 
 def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -111,6 +113,29 @@ def attempt(
             for member in crew:
                 member.stop()
     return [member.outcome or Died(member.process.exitcode) for member in crew]
+
+
+def once(maxsize: int | None) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A cache for a function that calls `run`; it keeps a `RankFailure` too, so that it is not tried once a test."""
+
+    def keeping(fn: Callable[..., T]) -> Callable[..., T]:
+        @lru_cache(maxsize)
+        def found(*args: Any) -> T | RankFailure:
+            try:
+                return fn(*args)
+            except RankFailure as failure:
+                return failure
+
+        @wraps(fn)
+        def call(*args: Any) -> T:
+            result = found(*args)
+            if isinstance(result, RankFailure):
+                raise result
+            return result
+
+        return call
+
+    return keeping
 
 
 class _Member:

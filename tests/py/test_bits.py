@@ -3,8 +3,6 @@
 All variants of a case are trained one after another in one group; every variant is a test of its own against the first.
 """
 
-from functools import cache
-
 import pytest
 
 import ranks
@@ -33,23 +31,17 @@ AT_BOUNDARY = variants_at([0, 1, 2], "boundary")
 AT_MICRO_BATCH = variants_at([2], "micro_batch")
 
 
-@cache
-def digests(world: int, name: str, gas: int, reduce_at: str) -> dict[str, str] | ranks.RankFailure:
-    """What every variant ended with; the failure itself when it failed, so that it is not tried once a test."""
+@ranks.once(maxsize=None)
+def digests(world: int, name: str, gas: int, reduce_at: str) -> dict[str, str]:
+    """What every variant ended with."""
     variants = AT_BOUNDARY if reduce_at == "boundary" else AT_MICRO_BATCH
-    try:
-        results = ranks.run(world, train_all, name, gas, list(variants.values()), timeout=120)
-    except ranks.RankFailure as failure:
-        return failure
+    results = ranks.run(world, train_all, name, gas, list(variants.values()), timeout=120)
     assert all(result == results[0] for result in results), "the ranks ended with different weights"
     return dict(zip(variants, results[0], strict=True))
 
 
 def digest_of(variant: str, world: int, name: str, gas: int, reduce_at: str) -> str:
-    found = digests(world, name, gas, reduce_at)
-    if isinstance(found, ranks.RankFailure):
-        raise found
-    return found[variant]
+    return digests(world, name, gas, reduce_at)[variant]
 
 
 @pytest.mark.parametrize("variant", AT_BOUNDARY)

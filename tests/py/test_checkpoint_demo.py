@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from zerort.trace import open_sink
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text.py"
 STEPS = 20  # far more than run while this test is about to stop the run
@@ -106,3 +109,14 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
 def saved_at(folder: Path) -> int:
     """The step of the last checkpoint."""
     return int((folder / "saved" / "latest").read_text().strip().removeprefix("global_step"))
+
+
+def test_the_report_of_a_run_that_had_nothing_left_to_do_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    progress = importlib.import_module("progress")
+    trace = tmp_path / "trace-0.json"
+    open_sink(str(trace), rank=0, world=1, capacity=10).close()
+    progress.Progress(total=1, shown=True).report(2.5, 2.5, "text", trace)
+    assert "the trace holds no whole step" in capsys.readouterr().out

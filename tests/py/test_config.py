@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from zerort import _core
 from zerort.config import Batch, Config, describe, load
 from zerort.config.keys import KEYS, Fate, as_markdown
 from zerort.errors import ConfigError
@@ -278,10 +279,11 @@ def test_the_defaults_are_the_contracts() -> None:
 
 @pytest.mark.parametrize(("stage", "every"), [(0, False), (1, False), (2, True)])
 def test_gradients_travel_by_stage_unless_told_otherwise(stage: int, every: bool) -> None:
-    zero = {"zero_optimization": {"stage": stage}}
-    assert load(zero).reduce_every_micro_batch is every
-    assert load({**zero, "zerort": {"reduce_at": "micro_batch"}}).reduce_every_micro_batch
-    assert not load({**zero, "zerort": {"reduce_at": "boundary"}}).reduce_every_micro_batch
+    plan = _core.Plan([(4, "f32", 0, 0)], world=2, stage=stage, cap_bytes=64)
+    assert plan.reduces_every_micro_batch is every
+    assert load({}).reduces_every_micro_batch(every) is every
+    assert load({"zerort": {"reduce_at": "micro_batch"}}).reduces_every_micro_batch(every)
+    assert not load({"zerort": {"reduce_at": "boundary"}}).reduces_every_micro_batch(every)
 
 
 def test_spellings_of_deepspeed_are_read() -> None:

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
-from zerort.streams import CudaStreams
+import ranks
+import zerort
+from zerort.streams import CudaStreams, HostStreams
 
 
 class Stream:
@@ -110,3 +113,54 @@ def test_a_pass_forgets_the_streams_of_the_pass_before(device: Device, streams: 
     other.run("something else")
     streams.before_pack(shared=False)
     assert "something else" not in device.current.before
+
+
+class Told(HostStreams):
+    """Streams that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def before_pack(self, *, shared: bool) -> None:
+        self.calls.append(f"before_pack shared={shared}")
+
+    def after_pack(self) -> None:
+        self.calls.append("after_pack")
+
+    @contextmanager
+    def side(self) -> Iterator[None]:
+        self.calls.append("side")
+        yield
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def join(self) -> None:
+        self.calls.append("join")
+
+
+def _what_streams_are_told(rank: int, world: int, window: int) -> list[str]:
+    engine, *_ = zerort.initialize(
+        model=nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)),
+        config={
+            "train_batch_size": 1,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 64},
+            "zerort": {"window": window},
+        },
+    )
+    executor = engine._parts.reduction._executor
+    told = executor.streams = Told()
+    engine.backward(engine(torch.ones(1, 8)).sum())
+    told.calls.append("end of backward")
+    engine.step()
+    return told.calls
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_executor_tells_streams_of_each_pack_and_each_sum(window: int) -> None:
+    (calls,) = ranks.run(1, _what_streams_are_told, window)
+    pack = [f"before_pack shared={window == 1}", "after_pack"]
+    sums = [*pack, "side", *pack, "side"] if window == 1 else [*pack, *pack, "side", "side"]
+    assert [call for call in calls[: calls.index("end of backward")] if call != "join"] == ["begin", *sums]
+    assert calls[-1] == "join"

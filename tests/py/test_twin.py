@@ -3,8 +3,6 @@
 The stages of a case are trained one after another in one group; every stage is a test of its own against the twin.
 """
 
-from functools import lru_cache
-
 import pytest
 
 import ranks
@@ -28,22 +26,11 @@ def reduction(stage: int) -> ReduceAt:
     return "micro_batch" if stage >= 2 else "boundary"
 
 
-@lru_cache(maxsize=1)
-def at_every_stage(world: int, name: str, gas: int) -> list[list[History]] | ranks.RankFailure:
-    """By stage, every rank's history; the failure itself when it failed, so that it is not tried once a test."""
-    try:
-        results = ranks.run(world, train_each, name, gas, [at_stage(stage) for stage in STAGES])
-    except ranks.RankFailure as failure:
-        return failure
-    return [list(histories) for histories in zip(*results, strict=True)]
-
-
-def trained(world: int, name: str, gas: int, stage: int) -> list[History]:
-    """Every rank's history."""
-    found = at_every_stage(world, name, gas)
-    if isinstance(found, ranks.RankFailure):
-        raise found
-    return found[STAGES.index(stage)]
+@ranks.once(maxsize=1)
+def at_every_stage(world: int, name: str, gas: int) -> dict[int, list[History]]:
+    """By stage, every rank's history."""
+    results = ranks.run(world, train_each, name, gas, [at_stage(stage) for stage in STAGES])
+    return {stage: list(histories) for stage, histories in zip(STAGES, zip(*results, strict=True), strict=True)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -51,7 +38,7 @@ def trained(world: int, name: str, gas: int, stage: int) -> list[History]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
     expected = twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage))
-    assert_same(trained(2, name, gas, stage), expected)
+    assert_same(at_every_stage(2, name, gas)[stage], expected)
 
 
 @pytest.mark.parametrize("gas", [1, 3])
@@ -64,7 +51,7 @@ def test_an_optimizer_of_whole_parameters_trains_like_the_twin_where_it_may_run(
 @pytest.mark.parametrize("world", [1, 3, 4])
 @pytest.mark.parametrize("name", FEW)
 def test_other_numbers_of_ranks_train_like_the_twin(name: str, world: int, stage: int) -> None:
-    assert_same(trained(world, name, 2, stage), twin_of(name, world, 2, reduce_at=reduction(stage)))
+    assert_same(at_every_stage(world, name, 2)[stage], twin_of(name, world, 2, reduce_at=reduction(stage)))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,19 @@ class Checkpoints:
         save_dir: str | os.PathLike[str],
         tag: str | None,
         client_state: dict[str, Any],
+        wishes: Wishes,
         *,
-        save_latest: bool,
         exclude_frozen: bool,
-        overwrite: bool | None,
-        keep_last: int | None,
     ) -> bool:
         """All ranks. See `Engine.save_checkpoint`."""
-        comm, policy = self.state.comm, self._config.zerort.checkpoint
+        comm = self.state.comm
         folder = Path(save_dir)
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
         name = agreed_tag(comm, wanted, self._config.checkpoint.tag_validation)
-        wishes = Wishes(
-            save_latest,
-            policy.overwrite if overwrite is None else overwrite,
-            policy.keep_last if keep_last is None else keep_last,
-            frozenset(loaded for where, loaded in self._loaded.items() if where == folder.resolve()),
-        )
+        loaded = frozenset(loaded for where, loaded in self._loaded.items() if where == folder.resolve())
         what = f"checkpoint {folder / name} was not saved"
         snapshot = vote(comm, what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen))
-        Save(comm, self.disk, folder, name, wishes).run(snapshot)
+        Save(comm, self.disk, folder, name, replace(wishes, keep=loaded)).run(snapshot)
         return True
 
     def load(

@@ -255,12 +255,9 @@ class Config(_Section):
             return None
         return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
 
-    @property
-    def reduce_every_micro_batch(self) -> bool:
-        """Whether gradients travel in every backward rather than in the last one of a step."""
-        if self.zerort.reduce_at is None:
-            return self.zero_optimization.stage >= 2
-        return self.zerort.reduce_at == "micro_batch"
+    def reduces_every_micro_batch(self, by_stage: bool) -> bool:
+        """Whether gradients travel in every backward; `by_stage` is what the stage's rules say where nobody asked."""
+        return by_stage if self.zerort.reduce_at is None else self.zerort.reduce_at == "micro_batch"
 
     @property
     def unused_parameters(self) -> Literal["zero", "raise"]:

@@ -95,6 +95,11 @@ impl Plan {
     }
 
     #[getter]
+    fn reduces_every_micro_batch(&self) -> bool {
+        self.inner.rules().reduces_every_micro_batch()
+    }
+
+    #[getter]
     fn shards_gradient(&self) -> bool {
         self.inner.rules().gradient == Placement::Sharded
     }
