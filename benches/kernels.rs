@@ -1,12 +1,15 @@
 //! Kernels in bytes per second, beside a plain copy that moves as many bytes in the same run.
 //!
-//! 32 MB of chunks. `bytes` counts what is read and what is written once each, for the copy as well.
+//! 32 MB of chunks. `bytes` counts what is read and what is written once each, for the copy as
+//! well.
 
 use std::hint::black_box;
 use std::mem::size_of;
 
 use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
 use half::{bf16, f16};
 use zerort_core::kernels::{Element, Real, Write, first_nonfinite, reduce, squared_norm};
 
@@ -20,7 +23,13 @@ fn copy(group: &mut BenchmarkGroup<'_, WallTime>, parameter: &str, moved: usize)
     });
 }
 
-fn reduced<E: Element>(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, world: usize, write: Write, one: E) {
+fn reduced<E: Element>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    world: usize,
+    write: Write,
+    one: E,
+) {
     let chunks = vec![one; CHUNKS_BYTES / size_of::<E>()];
     let mut accum = vec![E::Sum::ZERO; chunks.len() / world];
     let passes = match write {
@@ -57,10 +66,18 @@ fn scans(criterion: &mut Criterion) {
     copy(&mut group, "f32", CHUNKS_BYTES);
     let single = vec![1.0_f32; CHUNKS_BYTES / size_of::<f32>()];
     let brain = vec![bf16::ONE; CHUNKS_BYTES / size_of::<bf16>()];
-    group.bench_function("squared_norm/f32", |bench| bench.iter(|| squared_norm(black_box(&single))));
-    group.bench_function("squared_norm/bf16", |bench| bench.iter(|| squared_norm(black_box(&brain))));
-    group.bench_function("first_nonfinite/f32", |bench| bench.iter(|| first_nonfinite(black_box(&single))));
-    group.bench_function("first_nonfinite/bf16", |bench| bench.iter(|| first_nonfinite(black_box(&brain))));
+    group.bench_function("squared_norm/f32", |bench| {
+        bench.iter(|| squared_norm(black_box(&single)))
+    });
+    group.bench_function("squared_norm/bf16", |bench| {
+        bench.iter(|| squared_norm(black_box(&brain)))
+    });
+    group.bench_function("first_nonfinite/f32", |bench| {
+        bench.iter(|| first_nonfinite(black_box(&single)))
+    });
+    group.bench_function("first_nonfinite/bf16", |bench| {
+        bench.iter(|| first_nonfinite(black_box(&brain)))
+    });
     group.finish();
 }
 

@@ -4,7 +4,9 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard};
+use zerort_core::{
+    Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard,
+};
 
 const PARAMS: u32 = 100_000;
 
@@ -15,13 +17,23 @@ fn spec(world: u32) -> PlanSpec {
         Param { numel, dtype: Dtype::BF16, group: GroupId(group), wire: WireId(0) }
     };
     let params = (0..PARAMS).map(param).collect();
-    PlanSpec { params, world, rules: Stage::Two.rules(), cap: Cap::Bytes(25 << 20), window: Some(4) }
+    PlanSpec {
+        params,
+        world,
+        rules: Stage::Two.rules(),
+        cap: Cap::Bytes(25 << 20),
+        window: Some(4),
+    }
 }
 
 fn plan(c: &mut Criterion) {
     let large = spec(1024);
     c.bench_function("plan of 1e5 parameters for 1024 ranks", |b| {
-        b.iter_batched(|| large.clone(), |spec| Plan::new(spec).unwrap().digest(), BatchSize::LargeInput);
+        b.iter_batched(
+            || large.clone(),
+            |spec| Plan::new(spec).unwrap().digest(),
+            BatchSize::LargeInput,
+        );
     });
 
     let plan = Plan::new(large).unwrap();
@@ -32,14 +44,17 @@ fn plan(c: &mut Criterion) {
 
     c.bench_function("all fragments of one rank of 1024", |b| {
         let rank = black_box(Rank(511));
-        let count = || plan.buckets().iter().map(|bucket| plan.fragments(bucket.id, rank).unwrap().count());
+        let count =
+            || plan.buckets().iter().map(|bucket| plan.fragments(bucket.id, rank).unwrap().count());
         b.iter(|| count().sum::<usize>());
     });
 
     let source = Plan::new(spec(768)).unwrap();
     let came_from: Vec<Option<ParamId>> = (0..PARAMS).map(|id| Some(ParamId(id))).collect();
     c.bench_function("segments of one rank of 1024 from 768", |b| {
-        let segments = |bucket| reshard(&source, &plan, bucket, black_box(Rank(511)), &came_from).unwrap().len();
+        let segments = |bucket| {
+            reshard(&source, &plan, bucket, black_box(Rank(511)), &came_from).unwrap().len()
+        };
         b.iter(|| plan.buckets().iter().map(|bucket| segments(bucket.id)).sum::<usize>());
     });
 }

@@ -10,9 +10,15 @@ use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, 
 const PARAMS: u32 = 8000;
 
 fn plan(per_bucket: u64) -> Arc<Plan> {
-    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; PARAMS as usize];
+    let params = vec![
+        Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
+        PARAMS as usize
+    ];
     let cap = Cap::Elements(16 * per_bucket);
-    Arc::new(Plan::new(PlanSpec { params, world: 8, rules: Stage::Two.rules(), cap, window: Some(4) }).unwrap())
+    Arc::new(
+        Plan::new(PlanSpec { params, world: 8, rules: Stage::Two.rules(), cap, window: Some(4) })
+            .unwrap(),
+    )
 }
 
 /// In a pass of the given order, the one that observes behind it.
@@ -31,7 +37,8 @@ fn run(reducer: &mut Reducer, order: &[ParamId]) -> usize {
 
 fn reducer(c: &mut Criterion) {
     let backward: Vec<ParamId> = (0..PARAMS).rev().map(ParamId).collect();
-    // A fixed stride visits every parameter once, far from the one before: 8000 and 3001 have no common divisor.
+    // A fixed stride visits every parameter once, far from the one before: 8000 and 3001 have no
+    // common divisor.
     let scattered: Vec<ParamId> = (0..PARAMS).map(|step| ParamId(step * 3001 % PARAMS)).collect();
 
     let mut group = c.benchmark_group("grad_ready");

@@ -1,10 +1,11 @@
-"""Draws one step of a trace as an SVG: what the training loop did, and below it the life of every bucket.
+"""Draws one step of a trace as an SVG: what the training loop did, and below it the life of every
+bucket.
 
     python docs/draw_step.py runs/train_text/trace-0.json --step 10 --out docs/step.svg
 
-A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has not come), and is
-in flight (launched, not yet retired). The strong bars within are its collectives, from start to completion: below the
-upper row's backward they cost no time.
+A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has
+not come), and is in flight (launched, not yet retired). The strong bars within are its collectives,
+from start to completion: below the upper row's backward they cost no time.
 """
 
 from __future__ import annotations
@@ -50,17 +51,30 @@ class Bar:
 
 
 def bars(events: list[Event], number: int) -> list[Bar]:
-    """Everything that step `number` is drawn of. Raises `ValueError` for a step without a whole step before it."""
-    ends = {event["args"]["step"]: event["ts"] for event in events if event["name"] == STEP and event["ph"] == "i"}
+    """Everything that step `number` is drawn of. Raises `ValueError` for a step without a whole
+    step before it.
+    """
+    ends = {
+        event["args"]["step"]: event["ts"]
+        for event in events
+        if event["name"] == STEP and event["ph"] == "i"
+    }
     if number not in ends or number - 1 not in ends:
-        raise ValueError(f"step {number} is not whole in this trace: it has boundaries {min(ends)} to {max(ends)}")
+        raise ValueError(
+            f"step {number} is not whole in this trace: it has boundaries {min(ends)} to "
+            f"{max(ends)}"
+        )
     since, until = ends[number - 1], ends[number]
     spans = [
         Bar("loop", event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events
         if event["ph"] == "X" and event["name"] in COLOURS
     ]
-    drawn = [bar for bar in (*spans, *phases(events), *collectives(events)) if since <= bar.start and bar.end <= until]
+    drawn = [
+        bar
+        for bar in (*spans, *phases(events), *collectives(events))
+        if since <= bar.start and bar.end <= until
+    ]
     return sorted(drawn, key=lambda bar: bar.row != "loop")
 
 
@@ -86,12 +100,16 @@ def collectives(events: Iterable[Event]) -> list[Bar]:
     for event in (event for event in events if event["ph"] == "X"):
         operation, _, bucket = event["name"].partition(" b")
         if operation in COLOURS and bucket:
-            found.append(Bar(f"bucket {bucket}", operation, event["ts"], event["ts"] + event["dur"]))
+            found.append(
+                Bar(f"bucket {bucket}", operation, event["ts"], event["ts"] + event["dur"])
+            )
     return found
 
 
 def svg(drawn: list[Bar]) -> str:
-    """The picture: a row for the loop, a row for each bucket in the order of launch, a time axis, a legend."""
+    """The picture: a row for the loop, a row for each bucket in the order of launch, a time axis, a
+    legend.
+    """
     start, end = min(bar.start for bar in drawn), max(bar.end for bar in drawn)
     scale = (WIDTH - LEFT - 10) / (end - start)
     tops: dict[str, int] = defaultdict(lambda: len(tops) * ROW + 10)
@@ -102,15 +120,16 @@ def svg(drawn: list[Bar]) -> str:
             continue
         told = f"{bar.name}, {(bar.end - bar.start) / 1000:.2f} ms"
         shapes.append(
-            f'<rect x="{x:.1f}" y="{tops[bar.row]}" width="{width:.1f}" height="{BAR}" fill="{COLOURS[bar.name]}">'
-            f"<title>{escape(told)}</title></rect>"
+            f'<rect x="{x:.1f}" y="{tops[bar.row]}" width="{width:.1f}" height="{BAR}" '
+            f'fill="{COLOURS[bar.name]}"><title>{escape(told)}</title></rect>'
         )
     labels = [text(LEFT - 8, top + 13, row, "end") for row, top in tops.items()]
     foot = len(tops) * ROW + 24
     body = "\n".join([*axis((end - start) / 1000, foot), *shapes, *labels, *legend(foot + 14)])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {foot + 40}" '
-        f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
@@ -130,7 +149,10 @@ def legend(top: int) -> list[str]:
     parts = []
     x = LEFT
     for name, colour in COLOURS.items():
-        parts += [f'<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/>', text(x + 17, top + 11, name)]
+        parts += [
+            f'<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/>',
+            text(x + 17, top + 11, name),
+        ]
         x += 40 + 6 * len(name)
     return parts
 

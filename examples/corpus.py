@@ -1,7 +1,8 @@
 """Real text as bytes, split into training and validation, and cut into batches.
 
-Batches are a pure function of their index, the rank and the number of ranks: no sampler holds state, so a run that
-resumes at step k sees what it would have seen, and no two ranks draw from the same stream.
+Batches are a pure function of their index, the rank and the number of ranks: no sampler holds
+state, so a run that resumes at step k sees what it would have seen, and no two ranks draw from the
+same stream.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ class Corpus:
     def load(cls, path: Path | None) -> Corpus:
         """The text of a file, of every `*.py` under a folder, or of this Python's standard library.
 
-        Raises `ValueError` when that is less text than can be split, and `OSError` for what cannot be read.
+        Raises `ValueError` when that is less text than can be split, and `OSError` for what cannot
+        be read.
         """
         place = path or Path(sysconfig.get_paths()["stdlib"])
         text = b"\n".join(file.read_bytes() for file in source_files(place))
         if len(text) < HOLD_OUT * PIECE:
-            raise ValueError(f"{place}: {len(text)} bytes of text are too few, at least {HOLD_OUT * PIECE} are needed")
+            raise ValueError(
+                f"{place}: {len(text)} bytes of text are too few, at least {HOLD_OUT * PIECE} are "
+                "needed"
+            )
         return cls.split(text)
 
     @classmethod
@@ -48,8 +53,12 @@ class Corpus:
         kept = [piece for index, piece in enumerate(pieces) if index % HOLD_OUT != HOLD_OUT - 1]
         return cls(train=torch.cat(kept), validation=torch.cat(held_out))
 
-    def batch(self, index: int, rank: int, world: int, *, size: int, context: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of micro-batch `index`, both (size, context) int64; targets are one byte ahead."""
+    def batch(
+        self, index: int, rank: int, world: int, *, size: int, context: int
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of micro-batch `index`, both (size, context) int64; targets are one
+        byte ahead.
+        """
         generator = torch.Generator().manual_seed(index * world + rank)
         starts = torch.randint(len(self.train) - context, (size, 1), generator=generator)
         return windows(self.train, starts, context)

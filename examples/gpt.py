@@ -1,7 +1,9 @@
-"""A compact GPT: pre-norm blocks, causal attention by `scaled_dot_product_attention`, rotary positions.
+"""A compact GPT: pre-norm blocks, causal attention by `scaled_dot_product_attention`, rotary
+positions.
 
-It knows nothing of ranks, gradients or optimizers. The output layer starts at zero, so an untrained model gives every
-token the same probability and its loss is exactly the logarithm of the vocabulary size: 8 bits for bytes.
+It knows nothing of ranks, gradients or optimizers. The output layer starts at zero, so an untrained
+model gives every token the same probability and its loss is exactly the logarithm of the vocabulary
+size: 8 bits for bytes.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
+        y = F.scaled_dot_product_attention(
+            rotate(q, rotation), rotate(k, rotation), v, is_causal=True
+        )
         return self.out(y.transpose(1, 2).reshape(batch, time, width))
 
 
 class Block(nn.Module):
-    """Attention and a four times wider perceptron, each behind its norm and beside the residual stream."""
+    """Attention and a four times wider perceptron, each behind its norm and beside the residual
+    stream.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -96,7 +102,8 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # What a block adds to the stream starts small, so that depth does not raise the variance (GPT-2).
+        # What a block adds to the stream starts small, so that depth does not raise the variance
+        # (GPT-2).
         for block in self.blocks:
             for last in (block.attention.out, block.mlp[-1]):
                 nn.init.normal_(last.weight, std=0.02 / (2 * self.shape.depth) ** 0.5)
@@ -105,7 +112,9 @@ class GPT(nn.Module):
 
 
 def rotations(shape: Shape) -> Tensor:
-    """Cosines and sines by which positions turn pairs of features, (2, context, head width / 2) fp32 (RoPE)."""
+    """Cosines and sines by which positions turn pairs of features, (2, context, head width / 2)
+    fp32 (RoPE).
+    """
     half = shape.width // shape.heads // 2
     speeds = 1000.0 ** (-torch.arange(half) / half)
     angles = torch.arange(shape.context).unsqueeze(1) * speeds
@@ -113,11 +122,15 @@ def rotations(shape: Shape) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns feature i of each head, (..., time, head width), against feature i + half by its position's angle."""
+    """Turns feature i of each head, (..., time, head width), against feature i + half by its
+    position's angle.
+    """
     (cos, sin), (a, b) = rotation, x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats of `logits` (batch, time, vocabulary) against `targets` (batch, time)."""
+    """Mean cross entropy in nats of `logits` (batch, time, vocabulary) against `targets` (batch,
+    time).
+    """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,4 +1,5 @@
-"""What rank 0 shows: a live progress bar while training, and the report at the end. Other ranks show nothing.
+"""What rank 0 shows: a live progress bar while training, and the report at the end. Other ranks
+show nothing.
 
 Where the output is not a terminal, a line is printed every tenth of the run instead of a bar.
 """
@@ -21,7 +22,9 @@ from corpus import Corpus
 from zerort.trace.reader import TraceError, read
 from zerort.trace.summary import account
 
-FIELDS = "loss {loss:.3f}  {speed:,.0f} tokens/s  grad norm {norm:.2f}  exposed comm {exposed:.1f} %"
+FIELDS = (
+    "loss {loss:.3f}  {speed:,.0f} tokens/s  grad norm {norm:.2f}  exposed comm {exposed:.1f} %"
+)
 
 
 class Progress:
@@ -45,13 +48,16 @@ class Progress:
         """One line on what is about to be trained on what."""
         parameters = sum(parameter.numel() for parameter in engine.module.parameters())
         self.console.print(
-            f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage {engine.config.zero_optimization.stage}, "
-            f"{len(corpus.train) / 1e6:.1f} MB of text, {len(corpus.validation) / 1e6:.1f} MB held out"
+            f"GPT of {parameters / 1e6:.1f} M parameters, ZeRO stage "
+            f"{engine.config.zero_optimization.stage}, {len(corpus.train) / 1e6:.1f} MB of text, "
+            f"{len(corpus.validation) / 1e6:.1f} MB held out"
             + (f", resumed at step {engine.global_steps}" if engine.global_steps else "")
         )
 
     def advance(self, engine: zerort.Engine, loss: Tensor, tokens: int) -> None:
-        """One optimizer step over `tokens` tokens of all ranks is done; `loss` is this rank's last, in nats."""
+        """One optimizer step over `tokens` tokens of all ranks is done; `loss` is this rank's last,
+        in nats.
+        """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = FIELDS.format(
@@ -65,14 +71,18 @@ class Progress:
             self.console.print(f"step {engine.global_steps}/{self._total}  {line}", highlight=False)
 
     def report(self, before: float, after: float, text: str, trace: Path | None) -> None:
-        """Bits per byte before and after training, a sample, and what a step's time went to by rank 0's trace."""
+        """Bits per byte before and after training, a sample, and what a step's time went to by rank
+        0's trace.
+        """
         if self.console.quiet:
             return
         self.console.print(Panel(Text(text), title="a sample", title_align="left"))
         self.console.print(f"validation: {before:.3f} bits per byte before, {after:.3f} after")
         if trace and trace.exists():
             recorded = read(trace)
-            self.console.print(f"trace: {trace} (open it at https://ui.perfetto.dev); the median step of rank 0:")
+            self.console.print(
+                f"trace: {trace} (open it at https://ui.perfetto.dev); the median step of rank 0:"
+            )
             try:
                 told = str(account(recorded.events, dropped=recorded.dropped))
             except TraceError as error:  # a run that was resumed at its end
@@ -85,6 +95,9 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.stop()

@@ -1,12 +1,13 @@
 """Teaches a small byte-level GPT the source of this Python's own standard library.
 
     python examples/train_text.py                                             one process
-    torchrun --nproc_per_node=2 examples/train_text.py                        two ranks on this machine
+    torchrun --nproc_per_node=2 examples/train_text.py              two ranks on this machine
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d \\
-             --rdzv_endpoint=HOST:29400 examples/train_text.py                many machines, the same file
+             --rdzv_endpoint=HOST:29400 examples/train_text.py      many machines, the same file
 
-Nothing is downloaded. How it is trained stands in train_text.json beside this file; bits per byte start at 8. With
---resume a run that was interrupted, however rudely, goes on from its last checkpoint, on any number of ranks.
+Nothing is downloaded. How it is trained stands in train_text.json beside this file; bits per byte
+start at 8. With --resume a run that was interrupted, however rudely, goes on from its last
+checkpoint, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -34,17 +35,34 @@ SAMPLE_BYTES = 300
 
 def arguments() -> argparse.Namespace:
     """What the command line says; everything else is in the configuration file."""
-    parser = argparse.ArgumentParser(description="Train a byte-level GPT on source text with zerort.")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the configuration's total_num_steps)")
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2), help="ZeRO stage (default: the configuration's)")
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".json"), help="DeepSpeed JSON")
-    parser.add_argument("--text", type=Path, help="a text file, or a folder of *.py (default: the standard library)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/train_text/checkpoints"), help="their folder")
-    parser.add_argument(
-        "--save_every", type=int, default=50, help="steps between checkpoints; 0 for none (default: 50)"
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level GPT on source text with zerort."
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: the configuration's total_num_steps)"
+    )
+    parser.add_argument(
+        "--stage", type=int, choices=(0, 1, 2), help="ZeRO stage (default: the configuration's)"
+    )
+    parser.add_argument(
+        "--config", type=Path, default=Path(__file__).with_suffix(".json"), help="DeepSpeed JSON"
+    )
+    parser.add_argument(
+        "--text", type=Path, help="a text file, or a folder of *.py (default: the standard library)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("runs/train_text/checkpoints"), help="their folder"
+    )
+    parser.add_argument(
+        "--save_every",
+        type=int,
+        default=50,
+        help="steps between checkpoints; 0 for none (default: 50)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
     return parser.parse_args()
 
 
@@ -58,13 +76,17 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         args.steps = schedule.get("total_num_steps", 800)
     elif "total_num_steps" in schedule:
         schedule["total_num_steps"] = args.steps
-        schedule["warmup_num_steps"] = max(1, min(schedule.get("warmup_num_steps", 1), args.steps // 10))
+        schedule["warmup_num_steps"] = max(
+            1, min(schedule.get("warmup_num_steps", 1), args.steps // 10)
+        )
     return config
 
 
 def trace_of_rank_0(config: dict[str, Any]) -> Path | None:
-    """Where rank 0's trace will be, its folder made; None when the configuration asks for no trace."""
-    template = os.environ.get("ZERORT_TRACE") or config.get("zerort", {}).get("trace", {}).get("path")
+    """Where rank 0's trace will be, its folder made; None when no trace is asked for."""
+    template = os.environ.get("ZERORT_TRACE") or config.get("zerort", {}).get("trace", {}).get(
+        "path"
+    )
     if not template:
         return None
     path = Path(template.replace("{rank}", "0"))
@@ -72,7 +94,9 @@ def trace_of_rank_0(config: dict[str, Any]) -> Path | None:
     return path
 
 
-def train(engine: zerort.Engine, corpus: Corpus, args: argparse.Namespace, progress: Progress) -> None:
+def train(
+    engine: zerort.Engine, corpus: Corpus, args: argparse.Namespace, progress: Progress
+) -> None:
     """Runs until `engine.global_steps` is `args.steps`, and saves on the way."""
     size, parts = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     rank, world = ranks()
@@ -91,7 +115,9 @@ def train(engine: zerort.Engine, corpus: Corpus, args: argparse.Namespace, progr
 
 @torch.no_grad()
 def bits_per_byte(engine: zerort.Engine, corpus: Corpus) -> float:
-    """Mean over the same held-out windows on every call. All ranks compute it: a forward may be collective."""
+    """Mean over the same held-out windows on every call. All ranks compute it: a forward may be
+    collective.
+    """
     engine.eval()
     inputs, targets = corpus.held_out(VALIDATION_WINDOWS, engine.module.shape.context)
     losses = [

@@ -1,4 +1,5 @@
-//! The gradient cursor against a slow twin: every order of arrival in a small scope, random ones in a large one.
+//! The gradient cursor against a slow twin: every order of arrival in a small scope, random ones in
+//! a large one.
 
 mod arbitrary;
 
@@ -22,7 +23,13 @@ struct Twin {
 
 impl Twin {
     fn new(plan: &Arc<Plan>, expected: &[usize]) -> Self {
-        Self { plan: Arc::clone(plan), expected: expected.to_vec(), history: Vec::new(), hi: 0, late: BTreeSet::new() }
+        Self {
+            plan: Arc::clone(plan),
+            expected: expected.to_vec(),
+            history: Vec::new(),
+            hi: 0,
+            late: BTreeSet::new(),
+        }
     }
 
     fn fired(&self, param: ParamId) -> usize {
@@ -56,8 +63,14 @@ impl Twin {
 
     fn finish(self) -> Finished {
         let all = (0..self.expected.len() as u32).map(ParamId);
-        let absent = all.filter(|&param| self.expected[param.index()] > 0 && self.fired(param) == 0).collect();
-        Finished { hi: self.plan.schedule().commands().len(), absent, late: self.late.into_iter().collect() }
+        let absent = all
+            .filter(|&param| self.expected[param.index()] > 0 && self.fired(param) == 0)
+            .collect();
+        Finished {
+            hi: self.plan.schedule().commands().len(),
+            absent,
+            late: self.late.into_iter().collect(),
+        }
     }
 }
 
@@ -66,21 +79,35 @@ fn compare(reducer: &mut Reducer, expected: &[usize], arrivals: &[ParamId]) {
     let mut twin = Twin::new(reducer.plan(), expected);
     reducer.begin().unwrap();
     for &param in arrivals {
-        assert_eq!(reducer.grad_ready(param).unwrap(), twin.grad_ready(param), "{param:?} of {arrivals:?}");
+        assert_eq!(
+            reducer.grad_ready(param).unwrap(),
+            twin.grad_ready(param),
+            "{param:?} of {arrivals:?}"
+        );
     }
     assert_eq!(reducer.finish().unwrap(), twin.finish(), "{arrivals:?}");
 }
 
-/// How often each parameter is waited for: `fires` where it is watched. With sentinels that is one parameter of a bucket whose
-/// active ones all came in `taught`, the last of them there; otherwise every active one.
-fn expected(plan: &Plan, active: &[bool], taught: &[ParamId], fires: impl Fn(ParamId) -> usize) -> Vec<usize> {
+/// How often each parameter is waited for: `fires` where it is watched. With sentinels that is one
+/// parameter of a bucket whose active ones all came in `taught`, the last of them there; otherwise
+/// every active one.
+fn expected(
+    plan: &Plan,
+    active: &[bool],
+    taught: &[ParamId],
+    fires: impl Fn(ParamId) -> usize,
+) -> Vec<usize> {
     let mut expected = vec![0; active.len()];
     let place = |param: &ParamId| taught.iter().rposition(|came| came == param);
     for bucket in plan.buckets() {
-        let waited: Vec<ParamId> = bucket.params.iter().copied().filter(|param| active[param.index()]).collect();
-        let sentinel =
-            waited.iter().all(|param| place(param).is_some()).then(|| waited.iter().max_by_key(|p| place(p)));
-        let watched = sentinel.map_or(waited.clone(), |sentinel| sentinel.into_iter().copied().collect());
+        let waited: Vec<ParamId> =
+            bucket.params.iter().copied().filter(|param| active[param.index()]).collect();
+        let sentinel = waited
+            .iter()
+            .all(|param| place(param).is_some())
+            .then(|| waited.iter().max_by_key(|p| place(p)));
+        let watched =
+            sentinel.map_or(waited.clone(), |sentinel| sentinel.into_iter().copied().collect());
         for param in watched {
             expected[param.index()] = fires(param);
         }
@@ -95,8 +122,12 @@ fn teach(reducer: &mut Reducer, arrivals: &[ParamId]) {
     reducer.finish().unwrap();
 }
 
-/// Every plan of up to 6 parameters in up to 3 buckets with windows of 1 to 3, and every order in which they can arrive.
-fn each_order(params: std::ops::RangeInclusive<usize>, mut check: impl FnMut(&Arc<Plan>, &[ParamId])) {
+/// Every plan of up to 6 parameters in up to 3 buckets with windows of 1 to 3, and every order in
+/// which they can arrive.
+fn each_order(
+    params: std::ops::RangeInclusive<usize>,
+    mut check: impl FnMut(&Arc<Plan>, &[ParamId]),
+) {
     for n in params {
         let orders = permutations(n as u32);
         for per_bucket in n.div_ceil(3)..=n {
@@ -117,7 +148,8 @@ fn red_1_ranges_tile_the_list_whatever_the_order() {
         let mut reducer = Reducer::new(Arc::clone(plan));
         teach(&mut reducer, order);
         reducer.begin().unwrap();
-        let ends: Vec<usize> = order.iter().filter_map(|&param| reducer.grad_ready(param).unwrap()).collect();
+        let ends: Vec<usize> =
+            order.iter().filter_map(|&param| reducer.grad_ready(param).unwrap()).collect();
         assert!(ends.is_sorted_by(|a, b| a < b), "{order:?}: {ends:?}");
         assert_eq!(ends.last(), Some(&plan.schedule().commands().len()), "{order:?}");
         assert_eq!(reducer.finish().unwrap().hi, plan.schedule().commands().len());
@@ -156,11 +188,15 @@ fn red_4_every_set_of_missing_and_frozen_parameters_is_told_apart() {
         let mut reducer = Reducer::new(Arc::clone(plan));
         teach(&mut reducer, order);
         let subsets = || 0..1_u32 << order.len();
-        for (present, active) in subsets().flat_map(|present| subsets().map(move |active| (present, active))) {
+        for (present, active) in
+            subsets().flat_map(|present| subsets().map(move |active| (present, active)))
+        {
             let has = |set: u32, param: ParamId| set >> param.0 & 1 == 1;
-            let active: Vec<bool> = (0..order.len() as u32).map(|param| has(active, ParamId(param))).collect();
+            let active: Vec<bool> =
+                (0..order.len() as u32).map(|param| has(active, ParamId(param))).collect();
             let expected: Vec<usize> = active.iter().map(|&active| usize::from(active)).collect();
-            let arrivals: Vec<ParamId> = order.iter().copied().filter(|&param| has(present, param)).collect();
+            let arrivals: Vec<ParamId> =
+                order.iter().copied().filter(|&param| has(present, param)).collect();
             reducer.set_active(&active).unwrap();
             compare(&mut reducer, &expected, &arrivals);
         }
@@ -180,7 +216,8 @@ fn red_2_a_bucket_with_a_sentinel_leaves_when_that_has_come_whatever_the_order()
         assert!(watched.iter().all(|param| expected[param.index()] == 1));
         for arrivals in permutations(order.len() as u32) {
             compare(&mut reducer, &expected, &arrivals);
-            let told: Vec<ParamId> = arrivals.into_iter().filter(|param| watched.contains(param)).collect();
+            let told: Vec<ParamId> =
+                arrivals.into_iter().filter(|param| watched.contains(param)).collect();
             compare(&mut reducer, &expected, &told);
         }
     });
@@ -190,7 +227,9 @@ fn red_2_a_bucket_with_a_sentinel_leaves_when_that_has_come_whatever_the_order()
 fn red_4_every_set_of_unseen_frozen_and_missing_parameters_has_its_watch() {
     each_order(1..=4, |plan, order| {
         let subsets = || 0..1_u32 << order.len();
-        let of = |set: u32| order.iter().copied().filter(move |param| set >> param.0 & 1 == 1).collect::<Vec<_>>();
+        let of = |set: u32| {
+            order.iter().copied().filter(move |param| set >> param.0 & 1 == 1).collect::<Vec<_>>()
+        };
         for (seen, active, present) in
             subsets().flat_map(|a| subsets().flat_map(move |b| subsets().map(move |c| (a, b, c))))
         {
@@ -201,10 +240,15 @@ fn red_4_every_set_of_unseen_frozen_and_missing_parameters_has_its_watch() {
             let mut reducer = Reducer::new(Arc::clone(plan));
             reducer.post_sentinels().unwrap();
             teach(&mut reducer, &taught);
-            let active: Vec<bool> = (0..order.len()).map(|param| active >> param & 1 == 1).collect();
+            let active: Vec<bool> =
+                (0..order.len()).map(|param| active >> param & 1 == 1).collect();
             reducer.set_active(&active).unwrap();
             let expected = expected(plan, &active, &taught, |_| 1);
-            assert!(reducer.watched().eq((0..order.len() as u32).map(ParamId).filter(|p| expected[p.index()] > 0)));
+            assert!(
+                reducer
+                    .watched()
+                    .eq((0..order.len() as u32).map(ParamId).filter(|p| expected[p.index()] > 0))
+            );
             compare(&mut reducer, &expected, &of(present));
         }
     });
@@ -213,7 +257,8 @@ fn red_4_every_set_of_unseen_frozen_and_missing_parameters_has_its_watch() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Random models and plans; passes with duplicates and gaps; between them freezing, sentinels, new launch orders.
+    /// Random models and plans; passes with duplicates and gaps; between them freezing, sentinels,
+    /// new launch orders.
     #[test]
     fn red_1_to_4_hold_over_many_passes(
         plan in plan(),

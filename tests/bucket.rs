@@ -97,8 +97,12 @@ fn a_parameter_larger_than_the_cap_has_a_bucket_of_its_own() {
 #[test]
 fn kinds_do_not_interrupt_each_other() {
     let low = Param { wire: WireId(1), ..f32(16) };
-    let params = [f32(16), param(16, Dtype::F64, 0), low, f32(16), param(16, Dtype::F32, 1), low, f32(16)];
-    assert_eq!(contents(&params, Cap::Elements(1000)), [ids(&[4]), ids(&[5, 2]), ids(&[1]), ids(&[6, 3, 0])]);
+    let params =
+        [f32(16), param(16, Dtype::F64, 0), low, f32(16), param(16, Dtype::F32, 1), low, f32(16)];
+    assert_eq!(
+        contents(&params, Cap::Elements(1000)),
+        [ids(&[4]), ids(&[5, 2]), ids(&[1]), ids(&[6, 3, 0])]
+    );
 }
 
 #[test]

@@ -5,10 +5,18 @@
 use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use zerort_core::kernels::{BLOCK, Element, Real, ShapeError, Write, first_nonfinite, reduce, squared_norm};
+use zerort_core::kernels::{
+    BLOCK, Element, Real, ShapeError, Write, first_nonfinite, reduce, squared_norm,
+};
 
 /// The definition: one element after the other, ranks in order.
-fn reduce_twin<E: Element>(chunks: &[E], accum: &mut [E::Sum], world: usize, scale: E::Sum, write: Write) {
+fn reduce_twin<E: Element>(
+    chunks: &[E],
+    accum: &mut [E::Sum],
+    world: usize,
+    scale: E::Sum,
+    write: Write,
+) {
     let length = accum.len();
     for (index, out) in accum.iter_mut().enumerate() {
         let mut sum = chunks[index].widen();
@@ -33,7 +41,11 @@ fn bits<R: Real>(values: &[R]) -> Vec<u64> {
 }
 
 fn close(got: f64, expected: f64) -> bool {
-    if expected.is_finite() { (got - expected).abs() <= 1e-12 * expected.abs() } else { !got.is_finite() }
+    if expected.is_finite() {
+        (got - expected).abs() <= 1e-12 * expected.abs()
+    } else {
+        !got.is_finite()
+    }
 }
 
 /// Ranks and the length of a shard: around the ends of a block, and far from them.
@@ -42,7 +54,8 @@ fn shapes() -> impl Strategy<Value = (usize, usize)> {
     (1..5_usize, length)
 }
 
-/// Chunks and an old accumulator of a random shape, made from random bits: every kind of number is among them.
+/// Chunks and an old accumulator of a random shape, made from random bits: every kind of number is
+/// among them.
 fn inputs<E>(of_bits: fn(u64) -> E) -> impl Strategy<Value = (usize, Vec<E>, Vec<E::Sum>)>
 where
     E: Element + std::fmt::Debug,
@@ -50,7 +63,8 @@ where
 {
     let numbers = move |length| vec(any::<u64>().prop_map(of_bits), length);
     shapes().prop_flat_map(move |(world, length)| {
-        let accum = numbers(length).prop_map(|values| values.into_iter().map(Element::widen).collect());
+        let accum =
+            numbers(length).prop_map(|values| values.into_iter().map(Element::widen).collect());
         (Just(world), numbers(world * length), accum)
     })
 }
@@ -66,8 +80,8 @@ fn agrees_with_the_twin<E: Element>(
 ) -> Result<(), TestCaseError> {
     let scale = E::Sum::from_f64(scale);
     let (mut got, mut expected) = (accum.clone(), accum);
-    let norm =
-        reduce(&chunks, &mut got, world, scale, write).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let norm = reduce(&chunks, &mut got, world, scale, write)
+        .map_err(|error| TestCaseError::fail(error.to_string()))?;
     reduce_twin(&chunks, &mut expected, world, scale, write);
     prop_assert_eq!(bits(&got), bits(&expected));
     prop_assert_eq!(bits(&[norm]), bits(&[squared_norm(&got)]));
@@ -149,7 +163,10 @@ fn every_half_precision_number_is_widened_exactly() {
         let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
         for (got, expected) in [(half.widen(), half.to_f32()), (brain.widen(), brain.to_f32())] {
             let both_nan = got.is_nan() && expected.is_nan();
-            assert!(both_nan || got.to_bits() == expected.to_bits(), "{bits:#06x}: {got} is not {expected}");
+            assert!(
+                both_nan || got.to_bits() == expected.to_bits(),
+                "{bits:#06x}: {got} is not {expected}"
+            );
         }
         assert_eq!(Element::is_finite(half), half.widen().is_finite(), "{bits:#06x}");
         assert_eq!(Element::is_finite(brain), brain.widen().is_finite(), "{bits:#06x}");

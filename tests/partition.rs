@@ -5,7 +5,8 @@ mod arbitrary;
 use arbitrary::{ids, plan};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Dtype, Fragment, GroupId, Param, ParamId, Partition, Plan, PlanError, Rank, WireId,
+    Bucket, BucketId, Dtype, Fragment, GroupId, Param, ParamId, Partition, Plan, PlanError, Rank,
+    WireId,
 };
 
 fn ranks(plan: &Plan) -> impl Iterator<Item = Rank> {
@@ -18,10 +19,13 @@ fn fragments(plan: &Plan, bucket: BucketId, rank: Rank) -> Vec<Fragment> {
 
 /// Lays out one bucket that holds all of `numels`, the first one first.
 fn lay_out(numels: &[u64], dtype: Dtype, world: u32) -> Result<(Bucket, Partition), PlanError> {
-    let params: Vec<Param> =
-        numels.iter().map(|&numel| Param { numel, dtype, group: GroupId(0), wire: WireId(0) }).collect();
+    let params: Vec<Param> = numels
+        .iter()
+        .map(|&numel| Param { numel, dtype, group: GroupId(0), wire: WireId(0) })
+        .collect();
     let order = (0..numels.len() as u32).map(ParamId).collect();
-    let bucket = Bucket { id: BucketId(0), dtype, group: GroupId(0), wire: WireId(0), params: order };
+    let bucket =
+        Bucket { id: BucketId(0), dtype, group: GroupId(0), wire: WireId(0), params: order };
     let partition = Partition::new(&bucket, &params, world)?;
     Ok((bucket, partition))
 }
@@ -91,7 +95,10 @@ proptest! {
 #[test]
 fn a_parameter_across_a_boundary_is_cut_there() {
     let (bucket, partition) = lay_out(&[100, 200], Dtype::F32, 2).unwrap();
-    assert_eq!((partition.offsets(), partition.numel(), partition.shard_numel()), (&[0, 112][..], 512, 256));
+    assert_eq!(
+        (partition.offsets(), partition.numel(), partition.shard_numel()),
+        (&[0, 112][..], 512, 256)
+    );
     let cut = |rank| partition.fragments(&bucket, rank).collect::<Vec<_>>();
     let fragment = |param, rank, param_start, shard_start, length| Fragment {
         param: ParamId(param),

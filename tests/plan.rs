@@ -6,12 +6,13 @@ use arbitrary::{ids, plan, spec, uniform};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
-    Bucket, BucketId, BucketLayout, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan, PlanError, PlanSpec,
-    Rank, Rules, Stage, WireId,
+    Bucket, BucketId, BucketLayout, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan,
+    PlanError, PlanSpec, Rank, Rules, Stage, WireId,
 };
 
 fn sample() -> PlanSpec {
-    let param = |numel, dtype, group| Param { numel, dtype, group: GroupId(group), wire: WireId(0) };
+    let param =
+        |numel, dtype, group| Param { numel, dtype, group: GroupId(group), wire: WireId(0) };
     let params = vec![
         param(1000, Dtype::F32, 0),
         param(0, Dtype::F32, 0),
@@ -19,7 +20,13 @@ fn sample() -> PlanSpec {
         param(300, Dtype::F32, 0),
         param(64, Dtype::BF16, 1),
     ];
-    PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap: Cap::Elements(512), window: Some(2) }
+    PlanSpec {
+        params,
+        world: 2,
+        rules: Stage::Two.rules(),
+        cap: Cap::Elements(512),
+        window: Some(2),
+    }
 }
 
 fn changed(change: impl FnOnce(&mut PlanSpec)) -> Result<Plan, PlanError> {
@@ -48,7 +55,10 @@ fn what_travels_when_follows_from_the_placements() {
     assert_eq!(rules.map(Rules::reduces_every_micro_batch), [false, false, true, true]);
     assert_eq!(rules.map(Rules::gathers_gradient), [true, false, false, false]);
     assert_eq!(rules.map(Rules::gathers_parameter), [false, true, true, false]);
-    assert_eq!(rules.map(Rules::reduce_op), [Op::AllReduce, Op::ReduceScatter, Op::ReduceScatter, Op::ReduceScatter]);
+    assert_eq!(
+        rules.map(Rules::reduce_op),
+        [Op::AllReduce, Op::ReduceScatter, Op::ReduceScatter, Op::ReduceScatter]
+    );
 }
 
 #[test]
@@ -59,7 +69,10 @@ fn a_specification_without_sense_is_refused() {
     assert_eq!(error(|spec| spec.cap = Cap::Bytes(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.cap = Cap::Elements(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.window = Some(0)), PlanError::BadWindow);
-    assert_eq!(error(|spec| spec.params[3].numel = u64::MAX), PlanError::TooLarge { param: ParamId(3) });
+    assert_eq!(
+        error(|spec| spec.params[3].numel = u64::MAX),
+        PlanError::TooLarge { param: ParamId(3) }
+    );
 }
 
 #[test]
@@ -70,8 +83,14 @@ fn a_question_about_something_that_is_not_there_is_an_error() {
     assert_eq!(plan.home(param), Err(PlanError::UnknownParam { param, params: 5 }));
     assert_eq!(plan.bucket(bucket), Err(PlanError::UnknownBucket { bucket, buckets }));
     assert_eq!(plan.partition(bucket), Err(PlanError::UnknownBucket { bucket, buckets }));
-    assert_eq!(plan.fragments(bucket, Rank(0)).err(), Some(PlanError::UnknownBucket { bucket, buckets }));
-    assert_eq!(plan.fragments(BucketId(0), rank).err(), Some(PlanError::UnknownRank { rank, world: 2 }));
+    assert_eq!(
+        plan.fragments(bucket, Rank(0)).err(),
+        Some(PlanError::UnknownBucket { bucket, buckets })
+    );
+    assert_eq!(
+        plan.fragments(BucketId(0), rank).err(),
+        Some(PlanError::UnknownRank { rank, world: 2 })
+    );
     assert_eq!(plan.reordered(&[param]).err(), Some(PlanError::UnknownParam { param, params: 5 }));
 }
 
@@ -117,7 +136,11 @@ fn buckets_are_launched_as_observed_gradients_fill_them() {
     assert_eq!(launches(&plan), [0, 1, 2]);
     assert_eq!(order(&[0, 1, 2, 3, 4, 5]), [2, 1, 0]);
     assert_eq!(order(&[5, 0, 3, 1, 2, 4]), [2, 1, 0]);
-    assert_eq!(order(&[4, 5, 0, 1, 2, 3, 5]), [2, 1, 0], "where a parameter is listed twice, the last place counts");
+    assert_eq!(
+        order(&[4, 5, 0, 1, 2, 3, 5]),
+        [2, 1, 0],
+        "where a parameter is listed twice, the last place counts"
+    );
     assert_eq!(order(&[0, 1, 5, 3, 2]), [2, 1, 0], "a bucket that was not filled goes last");
     assert_eq!(order(&[5, 3, 0, 1]), [2, 0, 1], "two of them in layout order");
     assert_eq!(order(&[]), [0, 1, 2]);
@@ -158,7 +181,8 @@ proptest! {
 fn written(plan: &Plan) -> Vec<BucketLayout> {
     let layout = |bucket: &Bucket| {
         let partition = plan.partition(bucket.id).unwrap();
-        let params = bucket.params.iter().copied().zip(partition.offsets().iter().copied()).collect();
+        let params =
+            bucket.params.iter().copied().zip(partition.offsets().iter().copied()).collect();
         BucketLayout { params, numel: partition.numel() }
     };
     plan.buckets().iter().map(layout).collect()
@@ -188,7 +212,10 @@ fn par_1_a_written_layout_that_does_not_tile_is_refused() {
     // The sample's buckets: {4, 2} of bf16, {3, 1} and {0} of fp32.
     let (zero, one) = (BucketId(0), BucketId(1));
     assert_eq!(error(|all| all[2].params.clear()), PlanError::NotOnce { param: ParamId(0) });
-    assert_eq!(error(|all| all[0].params[0].0 = ParamId(2)), PlanError::NotOnce { param: ParamId(2) });
+    assert_eq!(
+        error(|all| all[0].params[0].0 = ParamId(2)),
+        PlanError::NotOnce { param: ParamId(2) }
+    );
     let unknown = PlanError::UnknownParam { param: ParamId(9), params: 5 };
     assert_eq!(error(|all| all[0].params[0].0 = ParamId(9)), unknown);
     let overlap = PlanError::Overlap { bucket: zero, param: ParamId(2) };

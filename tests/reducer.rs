@@ -7,7 +7,8 @@ use std::sync::Arc;
 use arbitrary::{ids, uniform};
 use zerort_core::{BucketId, Command, Finished, Life, ParamId, Phase, Plan, Reducer, StepError};
 
-/// Two parameters a bucket: b0 = {5, 4}, b1 = {3, 2}, b2 = {1, 0}; six commands, at most one bucket in flight.
+/// Two parameters a bucket: b0 = {5, 4}, b1 = {3, 2}, b2 = {1, 0}; six commands, at most one bucket
+/// in flight.
 fn plan() -> Arc<Plan> {
     uniform(6, 2, Some(1))
 }
@@ -166,7 +167,11 @@ fn a_parameter_that_is_new_is_observed_first() {
     assert_eq!(pass(&mut reducer, &twice).0, [None, None, Some(2), None, Some(4), None, Some(6)]);
     active[5] = false;
     reducer.set_active(&active).unwrap();
-    assert_eq!(pass(&mut reducer, &[4]).0, [Some(2)], "once known, it comes and goes without another observation");
+    assert_eq!(
+        pass(&mut reducer, &[4]).0,
+        [Some(2)],
+        "once known, it comes and goes without another observation"
+    );
     active[5] = true;
     reducer.set_active(&active).unwrap();
     assert_eq!(pass(&mut reducer, &twice).0[2], Some(2));
@@ -199,7 +204,10 @@ fn an_armed_reducer_tells_of_the_first_gradient_once() {
     reducer.begin().unwrap();
     reducer.disarm();
     assert!(reducer.in_pass(), "disarming ends no pass");
-    assert_eq!(reducer.arm(), Err(StepError::OutOfPhase { have: Phase::Backward, want: Phase::Idle }));
+    assert_eq!(
+        reducer.arm(),
+        Err(StepError::OutOfPhase { have: Phase::Backward, want: Phase::Idle })
+    );
     assert_eq!(arrive(&mut reducer, &[5, 4]), [None, Some(2)]);
 }
 
@@ -247,7 +255,10 @@ fn a_stuck_command_says_what_it_lacks() {
     reducer.begin().unwrap();
     arrive(&mut reducer, &[5, 4, 3, 0]);
     let stuck = reducer.explain().unwrap();
-    assert_eq!((stuck.index, stuck.command, &stuck.lacking), (2, Command::Launch(BucketId(1)), &ids(&[2, 3])));
+    assert_eq!(
+        (stuck.index, stuck.command, &stuck.lacking),
+        (2, Command::Launch(BucketId(1)), &ids(&[2, 3]))
+    );
     assert_eq!(stuck.to_string(), "command 2 = Launch b1; b1 lacks 2, 3");
     arrive(&mut reducer, &[2, 3, 1]);
     assert_eq!(reducer.explain(), None, "everything has been handed out");
@@ -273,8 +284,12 @@ fn the_life_of_a_bucket_ends_when_it_is_full() {
     arrive(&mut reducer, &[1, 0]);
     reducer.finish().unwrap();
     reducer.grad_ready_at(ParamId(5), 70).unwrap();
-    let life =
-        |bucket, first_ns, full_ns, last| Life { bucket: BucketId(bucket), first_ns, full_ns, last: ParamId(last) };
+    let life = |bucket, first_ns, full_ns, last| Life {
+        bucket: BucketId(bucket),
+        first_ns,
+        full_ns,
+        last: ParamId(last),
+    };
     assert_eq!(reducer.life().collect::<Vec<_>>(), [life(0, 20, 50, 4), life(1, 10, 30, 2)]);
     reducer.begin().unwrap();
     assert_eq!(reducer.life().count(), 0);
@@ -324,8 +339,15 @@ fn a_bucket_of_which_something_did_not_come_is_watched_whole() {
 #[test]
 fn red_2_a_sentinel_stands_for_its_bucket() {
     let mut reducer = guarded(&BACKWARD);
-    assert_eq!(pass(&mut reducer, &[4, 2, 0]), (vec![Some(2), Some(4), Some(6)], finished(&[], &[])));
-    assert_eq!(pass(&mut reducer, &[5, 3, 1]), (vec![None; 3], finished(&[0, 2, 4], &[])), "nobody else does");
+    assert_eq!(
+        pass(&mut reducer, &[4, 2, 0]),
+        (vec![Some(2), Some(4), Some(6)], finished(&[], &[]))
+    );
+    assert_eq!(
+        pass(&mut reducer, &[5, 3, 1]),
+        (vec![None; 3], finished(&[0, 2, 4], &[])),
+        "nobody else does"
+    );
 }
 
 #[test]
@@ -347,7 +369,10 @@ fn dismissed_sentinels_leave_everything_watched() {
     let mut reducer = guarded(&BACKWARD);
     reducer.dismiss_sentinels().unwrap();
     assert_eq!(watched(&reducer), [0, 1, 2, 3, 4, 5]);
-    assert_eq!(pass(&mut reducer, &[4, 5, 3, 2, 1, 0]).0, [None, Some(2), None, Some(4), None, Some(6)]);
+    assert_eq!(
+        pass(&mut reducer, &[4, 5, 3, 2, 1, 0]).0,
+        [None, Some(2), None, Some(4), None, Some(6)]
+    );
 }
 
 #[test]

@@ -7,11 +7,12 @@ use std::collections::HashMap;
 use arbitrary::{dtype, model, spec_of};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanError, PlanSpec, Rank, Segment, Stage, WireId,
-    reshard,
+    Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanError, PlanSpec, Rank,
+    Segment, Stage, WireId, reshard,
 };
 
-/// All shards of a job. An element is (parameter, position in it), so that a misplaced one is seen; padding is None.
+/// All shards of a job. An element is (parameter, position in it), so that a misplaced one is seen;
+/// padding is None.
 type Shards = HashMap<(BucketId, Rank), Vec<Option<(ParamId, u64)>>>;
 
 fn places(plan: &Plan) -> impl Iterator<Item = (&Bucket, Rank)> {
@@ -46,14 +47,16 @@ fn carry(source: &Plan, target: &Plan, came_from: &[Option<ParamId>], shards: &S
             let from = &shards[&(segment.source_bucket, segment.source_rank)];
             let (start, source_start) = (segment.start as usize, segment.source_start as usize);
             let length = segment.length as usize;
-            shard[start..start + length].copy_from_slice(&from[source_start..source_start + length]);
+            shard[start..start + length]
+                .copy_from_slice(&from[source_start..source_start + length]);
         }
         moved.insert((bucket.id, rank), shard);
     }
     moved
 }
 
-/// Two plans for the same parameters in different orders, dtypes, groups, worlds and caps; and who came from where.
+/// Two plans for the same parameters in different orders, dtypes, groups, worlds and caps; and who
+/// came from where.
 fn pair() -> impl Strategy<Value = (Plan, Plan, Vec<Option<ParamId>>)> {
     let order = |n: usize| Just((0..n as u32).map(ParamId).collect::<Vec<_>>()).prop_shuffle();
     let other = |params: Vec<Param>, order: Vec<ParamId>, dtypes: Vec<Dtype>| {
@@ -69,7 +72,11 @@ fn pair() -> impl Strategy<Value = (Plan, Plan, Vec<Option<ParamId>>)> {
             (spec_of(params.clone()), other(params, order.clone(), dtypes), Just(order))
         })
         .prop_map(|(source, target, order)| {
-            (Plan::new(source).unwrap(), Plan::new(target).unwrap(), order.into_iter().map(Some).collect())
+            (
+                Plan::new(source).unwrap(),
+                Plan::new(target).unwrap(),
+                order.into_iter().map(Some).collect(),
+            )
         })
 }
 
@@ -85,8 +92,10 @@ fn inverse(came_from: &[Option<ParamId>], params: usize) -> Vec<Option<ParamId>>
 }
 
 fn small(numels: &[u64], world: u32) -> Plan {
-    let params =
-        numels.iter().map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }).collect();
+    let params = numels
+        .iter()
+        .map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) })
+        .collect();
     let rules = Stage::Two.rules();
     Plan::new(PlanSpec { params, world, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()
 }
@@ -150,9 +159,15 @@ fn plans_that_do_not_fit_together_are_refused() {
     };
     let zero = Some(ParamId(0));
     assert_eq!(refused(0, 0, &[]), PlanError::WrongLength { params: 1, got: 0 });
-    assert_eq!(refused(1, 0, &[zero]), PlanError::UnknownBucket { bucket: BucketId(1), buckets: 1 });
+    assert_eq!(
+        refused(1, 0, &[zero]),
+        PlanError::UnknownBucket { bucket: BucketId(1), buckets: 1 }
+    );
     assert_eq!(refused(0, 3, &[zero]), PlanError::UnknownRank { rank: Rank(3), world: 3 });
-    assert_eq!(refused(0, 0, &[Some(ParamId(2))]), PlanError::UnknownParam { param: ParamId(2), params: 2 });
+    assert_eq!(
+        refused(0, 0, &[Some(ParamId(2))]),
+        PlanError::UnknownParam { param: ParamId(2), params: 2 }
+    );
     let mismatch = PlanError::Mismatch { param: ParamId(0), expected: 200, got: 30 };
     assert_eq!(refused(0, 0, &[Some(ParamId(1))]), mismatch);
 }

@@ -1,10 +1,12 @@
-//! The loss scale against recordings of `DeepSpeed` and against a model written the other way round.
+//! The loss scale against recordings of `DeepSpeed` and against a model written the other way
+//! round.
 
 use proptest::prelude::*;
 use serde_json::Value;
 use zerort_core::scaler::{LossScale, LossScaleError, Outcome, Policy, State};
 
-const POLICY: Policy = Policy { window: 4, hysteresis: 2, consecutive: false, minimum: 1.0, factor: 2.0 };
+const POLICY: Policy =
+    Policy { window: 4, hysteresis: 2, consecutive: false, minimum: 1.0, factor: 2.0 };
 
 fn started(initial: f64, policy: Policy) -> LossScale {
     LossScale::new(initial, policy).expect("a valid policy")
@@ -12,7 +14,8 @@ fn started(initial: f64, policy: Policy) -> LossScale {
 
 #[test]
 fn every_recorded_sequence_is_reproduced_to_the_bit() {
-    let recorded: Value = serde_json::from_str(include_str!("data/loss_scale.json")).expect("valid JSON");
+    let recorded: Value =
+        serde_json::from_str(include_str!("data/loss_scale.json")).expect("valid JSON");
     let rows = recorded["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 72);
     for row in rows {
@@ -30,7 +33,12 @@ fn every_recorded_sequence_is_reproduced_to_the_bit() {
         assert_eq!(overflows.len(), expected.len());
         for (step, (overflow, after)) in overflows.iter().zip(expected).enumerate() {
             scale.update(overflow == 1);
-            assert_eq!(Some(scale.scale()), after.as_f64(), "step {step} of {policy:?}, pattern {}", row["pattern"]);
+            assert_eq!(
+                Some(scale.scale()),
+                after.as_f64(),
+                "step {step} of {policy:?}, pattern {}",
+                row["pattern"]
+            );
         }
     }
 }
@@ -40,7 +48,10 @@ fn an_overflow_at_the_minimum_says_so_and_changes_nothing_but_the_count() {
     let mut scale = started(2.0, Policy { hysteresis: 1, ..POLICY });
     assert_eq!(scale.update(true), Outcome::Cut);
     assert_eq!(scale.update(true), Outcome::AtMinimum);
-    assert_eq!(scale.state(), State { scale: 1.0, hysteresis_left: 1, boundaries: 2, last_overflow: 2 });
+    assert_eq!(
+        scale.state(),
+        State { scale: 1.0, hysteresis_left: 1, boundaries: 2, last_overflow: 2 }
+    );
 }
 
 #[test]
@@ -60,16 +71,23 @@ fn a_scale_that_cannot_grow_stays_finite_and_can_still_be_cut() {
 
 #[test]
 fn what_makes_no_scale_is_refused_by_name() {
-    let refused = |initial, policy| LossScale::new(initial, policy).expect_err("refused").to_string();
+    let refused =
+        |initial, policy| LossScale::new(initial, policy).expect_err("refused").to_string();
     assert_eq!(refused(0.0, POLICY), "scale: expected a finite number above 0, got 0");
     assert_eq!(refused(f64::INFINITY, POLICY), "scale: expected a finite number above 0, got inf");
     assert_eq!(refused(1.0, Policy { window: 0, ..POLICY }), "window: expected at least 1, got 0");
-    assert_eq!(refused(1.0, Policy { hysteresis: 0, ..POLICY }), "hysteresis: expected at least 1, got 0");
+    assert_eq!(
+        refused(1.0, Policy { hysteresis: 0, ..POLICY }),
+        "hysteresis: expected at least 1, got 0"
+    );
     assert_eq!(
         refused(1.0, Policy { minimum: f64::NAN, ..POLICY }),
         "minimum: expected a finite number above 0, got NaN"
     );
-    assert_eq!(refused(1.0, Policy { factor: 1.0, ..POLICY }), "factor: expected a number above 1, got 1");
+    assert_eq!(
+        refused(1.0, Policy { factor: 1.0, ..POLICY }),
+        "factor: expected a number above 1, got 1"
+    );
 }
 
 #[test]
@@ -89,13 +107,15 @@ fn a_state_that_cannot_have_been_saved_is_refused_and_leaves_the_scale_alone() {
     assert_eq!(scale, before);
 }
 
-/// The rules told from the history of overflows, without any state but the scale and the forgiveness left.
+/// The rules told from the history of overflows, without any state but the scale and the
+/// forgiveness left.
 fn model(initial: f64, policy: Policy, history: &[bool]) -> Vec<f64> {
     let mut scale = initial;
     let mut forgiven = 0;
     let mut scales = Vec::new();
     for (step, &overflow) in history.iter().enumerate() {
-        let clean_before = history[..step].iter().rev().take_while(|&&overflow| !overflow).count() as u64;
+        let clean_before =
+            history[..step].iter().rev().take_while(|&&overflow| !overflow).count() as u64;
         let grows = !overflow && clean_before > 0 && clean_before.is_multiple_of(policy.window);
         if overflow && forgiven + 1 < policy.hysteresis {
             forgiven += 1;
@@ -113,15 +133,14 @@ fn model(initial: f64, policy: Policy, history: &[bool]) -> Vec<f64> {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    (1..9_u64, 1..5_u32, any::<bool>(), prop::sample::select(vec![0.5, 1.0, 128.0]), 2..5_u32).prop_map(
-        |(window, hysteresis, consecutive, minimum, factor)| Policy {
+    (1..9_u64, 1..5_u32, any::<bool>(), prop::sample::select(vec![0.5, 1.0, 128.0]), 2..5_u32)
+        .prop_map(|(window, hysteresis, consecutive, minimum, factor)| Policy {
             window,
             hysteresis,
             consecutive,
             minimum,
             factor: f64::from(factor),
-        },
-    )
+        })
 }
 
 proptest! {

@@ -8,7 +8,8 @@ fn order(buckets: u32) -> Vec<BucketId> {
     (0..buckets).map(BucketId).collect()
 }
 
-/// Every launch order, here rotated, reversed or neither, of up to 12 buckets, with every window that makes a difference.
+/// Every launch order, here rotated, reversed or neither, of up to 12 buckets, with every window
+/// that makes a difference.
 fn each(mut check: impl FnMut(&[BucketId], u32, &Schedule)) {
     for buckets in 0..=12 {
         for turn in 0..=buckets {
@@ -40,8 +41,12 @@ fn in_flight(schedule: &Schedule) -> Vec<usize> {
 #[test]
 fn sch_1_every_bucket_is_launched_once_and_retired_once_later() {
     each(|order, _, schedule| {
-        let retires: Vec<BucketId> =
-            schedule.commands().iter().filter(|c| matches!(c, Command::Retire(_))).map(|c| c.bucket()).collect();
+        let retires: Vec<BucketId> = schedule
+            .commands()
+            .iter()
+            .filter(|c| matches!(c, Command::Retire(_)))
+            .map(|c| c.bucket())
+            .collect();
         assert_eq!(schedule.launches().collect::<Vec<_>>(), order);
         assert_eq!(retires, order);
         assert_eq!(in_flight(schedule).last().copied().unwrap_or(0), 0);
@@ -69,7 +74,8 @@ fn a_bucket_is_retired_as_late_as_the_window_allows() {
         let full = order.len().min(window as usize);
         let counts = in_flight(schedule);
         for (index, command) in schedule.commands().iter().enumerate() {
-            let launches_left = schedule.commands()[index..].iter().any(|c| matches!(c, Command::Launch(_)));
+            let launches_left =
+                schedule.commands()[index..].iter().any(|c| matches!(c, Command::Launch(_)));
             if launches_left && matches!(command, Command::Retire(_)) {
                 assert_eq!(counts[index] + 1, full);
             }
@@ -81,5 +87,8 @@ fn a_bucket_is_retired_as_late_as_the_window_allows() {
 fn it_prints_one_command_a_line() {
     let printed = Schedule::new(&[BucketId(0), BucketId(2), BucketId(1)], 2).to_string();
     let lines: Vec<&str> = printed.lines().map(str::trim).collect();
-    assert_eq!(lines, ["0 Launch b0", "1 Launch b2", "2 Retire b0", "3 Launch b1", "4 Retire b2", "5 Retire b1"]);
+    assert_eq!(
+        lines,
+        ["0 Launch b0", "1 Launch b2", "2 Retire b0", "3 Launch b1", "4 Retire b2", "5 Retire b1"]
+    );
 }

@@ -26,7 +26,9 @@ fn events(trace: &Trace) -> Vec<Value> {
 }
 
 fn phases(trace: &Trace) -> Vec<String> {
-    let word = |line: &Value| format!("{} {}", line["ph"].as_str().unwrap(), line["name"].as_str().unwrap());
+    let word = |line: &Value| {
+        format!("{} {}", line["ph"].as_str().unwrap(), line["name"].as_str().unwrap())
+    };
     events(trace).iter().map(word).collect()
 }
 
@@ -110,7 +112,16 @@ fn spans_recorded_when_they_ended_are_written_in_the_order_in_which_they_nest() 
     for (name, span) in [("flying", (5, 9)), ("filling", (0, 5)), ("life", (0, 9))] {
         trace.async_span(row, name, 1, span, Args::new());
     }
-    let nested = ["b life", "b filling", "e filling", "b flying", "e flying", "e life", "X outer", "X inner"];
+    let nested = [
+        "b life",
+        "b filling",
+        "e filling",
+        "b flying",
+        "e flying",
+        "e life",
+        "X outer",
+        "X inner",
+    ];
     assert_eq!(phases(&trace), nested);
 }
 

@@ -1,16 +1,19 @@
-"""What the border costs: hooks that ask the core, against a hook that does nothing on every parameter.
+"""What the border costs: hooks that ask the core, against a hook that does nothing on every
+parameter.
 
     python benches/py/border.py [--params 8000] [--rounds 15]
 
 Medians of interleaved rounds, in nanoseconds of this thread's CPU time a parameter:
 
 * `call` calls the hooks themselves, as autograd would, without autograd;
-* `backward` runs a backward pass over that many scalar parameters: without hooks; with a hook behind accumulation on
-  each, which does nothing or asks the core (on CUDA, under a trace, where sentinels were dismissed); in the pass that
-  observes, once in a training; and with sentinels, as in every pass after it;
+* `backward` runs a backward pass over that many scalar parameters: without hooks; with a hook
+  behind accumulation on each, which does nothing or asks the core (on CUDA, under a trace, where
+  sentinels were dismissed); in the pass that observes, once in a training; and with sentinels, as
+  in every pass after it;
 * `observing hooks` puts the hooks of the observing pass on and takes them off;
-* `engine` is `engine.backward` in one process, packing and summing included, with a hook on each and with sentinels;
-* `dlpack` takes a flat buffer over and makes a tensor of it again. That happens at setup, never per gradient.
+* `engine` is `engine.backward` in one process, packing and summing included, with a hook on each
+  and with sentinels;
+* `dlpack` takes a flat buffer over and makes a tensor of it again, at setup, never per gradient.
 
 The limit: at most 600 ns a parameter over the hook that does nothing.
 """
@@ -130,7 +133,9 @@ def engine_over(count: int, *, sentinels: bool) -> zerort.Engine:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": BUCKET},
     }
-    engine, *_ = zerort.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    engine, *_ = zerort.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
+    )
     if not sentinels:
         engine._parts.reduction.dismiss_sentinels()
     engine_step(engine)
@@ -160,7 +165,9 @@ def bare_backward(params: list[torch.nn.Parameter]) -> float:
 
 
 def backward(params: list[torch.nn.Parameter], make: Callable[[int], Hook]) -> float:
-    handles = [param.register_post_accumulate_grad_hook(make(index)) for index, param in enumerate(params)]
+    handles = [
+        param.register_post_accumulate_grad_hook(make(index)) for index, param in enumerate(params)
+    ]
     taken = bare_backward(params)
     for handle in handles:
         handle.remove()
@@ -187,7 +194,10 @@ def measure(count: int, rounds: int) -> dict[str, list[float]]:
     params, free, watching = scalars(count), scalars(count), Watching(count)
     gradient, flat = torch.zeros(()), torch.zeros(1 << 20)
     all_hooks, guarded = engine_over(count, sentinels=False), engine_over(count, sentinels=True)
-    quiet, curious = [silent(index) for index in range(count)], [ask(index) for index in range(count)]
+    quiet, curious = (
+        [silent(index) for index in range(count)],
+        [ask(index) for index in range(count)],
+    )
     measures: list[tuple[str, Callable[[], float]]] = [
         ("call no-op", lambda: calls(quiet, gradient)),
         ("call grad_ready", lambda: in_pass(reducer, lambda: calls(curious, gradient))),
@@ -217,18 +227,29 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.params, options.rounds)
-    for name in ("call grad_ready", "backward grad_ready", "backward observing", "backward sentinels"):
+    for name in (
+        "call grad_ready",
+        "backward grad_ready",
+        "backward observing",
+        "backward sentinels",
+    ):
         # Differences within a round: a slow phase of the machine falls on both.
         quiet = rows[f"{name.split()[0]} no-op"]
-        rows[f"{name} over no-op"] = [asked - silent for asked, silent in zip(rows[name], quiet, strict=True)]
-    rows["engine saved"] = [a - b for a, b in zip(rows["engine grad_ready"], rows["engine sentinels"], strict=True)]
+        rows[f"{name} over no-op"] = [
+            asked - silent for asked, silent in zip(rows[name], quiet, strict=True)
+        ]
+    rows["engine saved"] = [
+        a - b for a, b in zip(rows["engine grad_ready"], rows["engine sentinels"], strict=True)
+    ]
     medians = {name: statistics.median(values) for name, values in rows.items()}
     if options.json:
         print(json.dumps({name: round(value, 1) for name, value in medians.items()}))
         return
     for name, value in medians.items():
         limit = f"  limit {LIMIT:.0f}" if "over" in name else ""
-        print(f"{name:31} {value:8.1f} ns  [{min(rows[name]):8.1f} .. {max(rows[name]):8.1f}]{limit}")
+        print(
+            f"{name:31} {value:8.1f} ns  [{min(rows[name]):8.1f} .. {max(rows[name]):8.1f}]{limit}"
+        )
 
 
 if __name__ == "__main__":

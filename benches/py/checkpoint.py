@@ -1,14 +1,17 @@
-"""Saves and loads in MB/s, next to torch.save, safetensors and torch's distributed checkpoint, in one interleaved run.
+"""Saves and loads in MB/s, next to torch.save, safetensors and torch's distributed checkpoint, in
+one interleaved run.
 
     python benches/py/checkpoint.py [--megabytes 256] [--rounds 7] [--folder DIR]
 
-All hold the same tensors: fp32 weights and AdamW's two moments of one process. All sync their files and the folder, so
-that a save that returned survives a power loss; only zerort also hashes, writes a manifest and renames. Loads find the
-files in the page cache; zerort's verifies what it reads. Medians, with the fastest and the slowest round, and the
-CPU time, which a busy machine changes less.
+All hold the same tensors: fp32 weights and AdamW's two moments of one process. All sync their files
+and the folder, so that a save that returned survives a power loss; only zerort also hashes, writes
+a manifest and renames. Loads find the files in the page cache; zerort's verifies what it reads.
+Medians, with the fastest and the slowest round, and the CPU time, which a busy machine changes
+less.
 
-A turn runs twice and the second counts. A virtual machine gives freed memory back, and the page cache that touches it
-anew waits for the host (0.3 GB/s were seen, against 6): that is no contender's doing, and the first run takes it.
+A turn runs twice and the second counts. A virtual machine gives freed memory back, and the page
+cache that touches it anew waits for the host (0.3 GB/s were seen, against 6): that is no
+contender's doing, and the first run takes it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,11 @@ def engine_of(megabytes: int) -> Any:
     engine, *_ = zerort.initialize(
         model=model,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}},
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 1},
+        },
     )
     engine.backward(engine(torch.randn(1, width)).square().mean())
     engine.step()
@@ -79,13 +86,18 @@ def contenders(engine: Any, tensors: dict[str, Tensor]) -> dict[str, Contender]:
         sync(folder)
 
     def load_dcp(folder: Path) -> None:
-        dcp.load({name: torch.empty_like(value) for name, value in tensors.items()}, checkpoint_id=str(folder / "d"))
+        dcp.load(
+            {name: torch.empty_like(value) for name, value in tensors.items()},
+            checkpoint_id=str(folder / "d"),
+        )
 
     return {
         "zerort": (lambda folder: engine.save_checkpoint(folder, "t"), engine.load_checkpoint),
         "safetensors": (
             with_safetensors,
-            lambda folder: [value.clone() for value in load_file(folder / "t.safetensors").values()],
+            lambda folder: [
+                value.clone() for value in load_file(folder / "t.safetensors").values()
+            ],
         ),
         "DCP": (lambda folder: dcp.save(tensors, checkpoint_id=str(folder / "d")), load_dcp),
         "torch.save": (with_torch, lambda folder: torch.load(folder / "t.pt", weights_only=True)),
@@ -100,7 +112,9 @@ def seconds(call: Callable[[Path], Any], folder: Path) -> tuple[float, float]:
 
 
 def measure(found: dict[str, Contender], rounds: int, base: Path) -> dict[str, tuple[Times, Times]]:
-    """Seconds of every save and load; a round runs all contenders, and each round begins with another."""
+    """Seconds of every save and load; a round runs all contenders, and each round begins with
+    another.
+    """
     times: dict[str, tuple[Times, Times]] = {name: ([], []) for name in found}
     names = list(found)
     for number in range(rounds):
@@ -117,10 +131,14 @@ def measure(found: dict[str, Contender], rounds: int, base: Path) -> dict[str, t
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: the temporary folder)"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     engine = engine_of(args.megabytes)
@@ -128,7 +146,9 @@ def main() -> None:
     size = sum(value.nbytes for value in tensors.values()) / 1e6
     with tempfile.TemporaryDirectory(dir=args.folder) as base:
         times = measure(contenders(engine, tensors), args.rounds, Path(base))
-    print(f"{size:.0f} MB, {args.rounds} rounds; MB/s, median (slowest to fastest), and CPU ms per GB")
+    print(
+        f"{size:.0f} MB, {args.rounds} rounds; MB/s, median (slowest to fastest), and CPU ms per GB"
+    )
     for index, verb in enumerate(("save", "load")):
         for name, kept in times.items():
             rates = [size / wall for wall, _ in kept[index]]

@@ -1,8 +1,9 @@
 """Who takes part: each contender is a function from a workload to a step.
 
-A step takes a batch, does forward, backward, clipping and one AdamW update with torch's fused kernel, leaves no
-gradient behind, and returns this rank's loss, detached. In bf16 DDP computes under autocast over fp32 weights, and the
-others keep fp32 shards or masters (FSDP2, DeepSpeed, zerort): every one of them updates in fp32.
+A step takes a batch, does forward, backward, clipping and one AdamW update with torch's fused
+kernel, leaves no gradient behind, and returns this rank's loss, detached. In bf16 DDP computes
+under autocast over fp32 weights, and the others keep fp32 shards or masters (FSDP2, DeepSpeed,
+zerort): every one of them updates in fp32.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
 
 def _zerort(stage: int) -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
-        engine, *_ = zerort.initialize(model=workload.model(device), config=_config(workload, stage))
+        engine, *_ = zerort.initialize(
+            model=workload.model(device), config=_config(workload, stage)
+        )
         return _engine_step(workload, engine)
 
     return build
@@ -91,7 +94,9 @@ def _deepspeed(stage: int) -> Build:
 
         model = workload.model(device)
         config = _config(workload, stage) | {"zero_allow_untested_optimizer": True}
-        del config["optimizer"]  # its own would compile a kernel; torch's fused one is what all others run
+        del config[
+            "optimizer"
+        ]  # its own would compile a kernel; torch's fused one is what all others run
         optimizer = _adamw(workload, model.parameters())
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         return _engine_step(workload, engine)
@@ -121,7 +126,9 @@ def _adamw(workload: Workload, parameters: Iterable[nn.Parameter]) -> Optimizer:
     return AdamW(parameters, lr=workload.lr, fused=True, **ADAMW)
 
 
-def _plain(workload: Workload, device: torch.device, model: nn.Module, optimizer: Optimizer) -> Step:
+def _plain(
+    workload: Workload, device: torch.device, model: nn.Module, optimizer: Optimizer
+) -> Step:
     lowered = workload.dtype != torch.float32
 
     def step(batch: Batch) -> Tensor:
@@ -150,7 +157,10 @@ def _config(workload: Workload, stage: int) -> dict[str, Any]:
     if workload.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
     if workload.dtype == torch.float16:
-        config["fp16"] = {"enabled": True, "loss_scale": 1024.0}  # static, so that no contender skips a step
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale": 1024.0,
+        }  # static, so that no contender skips a step
     return config
 
 

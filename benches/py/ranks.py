@@ -1,7 +1,8 @@
-"""Starts the ranks of a bench: processes of this machine, one compute thread each, in one process group.
+"""Starts the ranks of a bench: processes of this machine, one compute thread each, in one process
+group.
 
-Two gloo ranks without a GPU, one NCCL rank per GPU with them. The environment looks as torchrun would leave it, for
-contenders that read it.
+Two gloo ranks without a GPU, one NCCL rank per GPU with them. The environment looks as torchrun
+would leave it, for contenders that read it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def run(world: int, main: Callable[..., None], *args: Any) -> None:
     mp.spawn(_enter, args=(world, port, main, args), nprocs=world)
 
 
-def _enter(rank: int, world: int, port: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, world: int, port: int, main: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -2,8 +2,9 @@
 
     python benches/py/reduce_scatter.py --mb 32 --rounds 15
 
-zerort's is what a bucket goes through between Launch and Retire: the communicator moves it, the wire format sums what
-arrived, scales it and takes its norm. On gloo that is an all-to-all and the core's kernel. Both results are compared.
+zerort's is what a bucket goes through between Launch and Retire: the communicator moves it, the
+wire format sums what arrived, scales it and takes its norm. On gloo that is an all-to-all and the
+core's kernel. Both results are compared.
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Reduce-scatter: the back end's own against zerort's.")
-    parser.add_argument("--mb", type=int, default=32, help="bytes each rank sends in, in 2**20 (default 32)")
+    parser = argparse.ArgumentParser(
+        description="Reduce-scatter: the back end's own against zerort's."
+    )
+    parser.add_argument(
+        "--mb", type=int, default=32, help="bytes each rank sends in, in 2**20 (default 32)"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated (default: both)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="may be repeated (default: both)"
+    )
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     parser.add_argument("--json", type=Path, help="write every figure there")
     return parser.parse_args()
@@ -90,7 +97,9 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     gradient = torch.randn(numel, device=device).to(dtype)
     calls = {"back end": backend(gradient), "zerort": zerort(gradient, name)}
     expected, got = (call().float().clone() for call in calls.values())
-    torch.testing.assert_close(got, expected, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        got, expected, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )
     times: dict[str, list[float]] = {who: [] for who in calls}
     for _ in range(args.rounds):
         for who, call in calls.items():
@@ -99,17 +108,24 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def main(device: torch.device, args: argparse.Namespace) -> None:
-    title = f"reduce-scatter of {args.mb} MB, {dist.get_world_size()} {dist.get_backend()} ranks, {args.rounds} rounds"
-    table = Table("dtype", "back end ms", "zerort ms", "times faster", title=title, title_justify="left")
+    ranks = f"{dist.get_world_size()} {dist.get_backend()} ranks"
+    title = f"reduce-scatter of {args.mb} MB, {ranks}, {args.rounds} rounds"
+    table = Table(
+        "dtype", "back end ms", "zerort ms", "times faster", title=title, title_justify="left"
+    )
     facts = {}
     for name in args.dtype or DTYPES:
         found = compare(name, args, device)
-        faster = [theirs / ours for theirs, ours in zip(found["back end"], found["zerort"], strict=True)]
+        faster = [
+            theirs / ours for theirs, ours in zip(found["back end"], found["zerort"], strict=True)
+        ]
         rows = {who: Spread.of([1000 * value for value in values]) for who, values in found.items()}
         facts[name] = {f"{who} ms": asdict(spread) for who, spread in rows.items()} | {
             "times faster": asdict(Spread.of(faster))
         }
-        table.add_row(name, *(f"{spread:.1f}" for spread in rows.values()), f"{Spread.of(faster):.2f}")
+        table.add_row(
+            name, *(f"{spread:.1f}" for spread in rows.values()), f"{Spread.of(faster):.2f}"
+        )
     if dist.get_rank() == 0:
         Console().print(table)
         if args.json:

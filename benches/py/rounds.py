@@ -1,8 +1,10 @@
-"""Interleaved rounds: A B C ..., A B C ..., so that what the machine does meanwhile meets every contender alike.
+"""Interleaved rounds: A B C ..., A B C ..., so that what the machine does meanwhile meets every
+contender alike.
 
-A figure is wall or CPU seconds per step of one contender in one round: wall is the slowest rank's, CPU the sum of all
-threads of all ranks. Ranks meet before a contender's turn and not within it, so that work which spills into the next
-forward is not punished. Ratios are taken within a round and only then summarised.
+A figure is wall or CPU seconds per step of one contender in one round: wall is the slowest rank's,
+CPU the sum of all threads of all ranks. Ranks meet before a contender's turn and not within it, so
+that work which spills into the next forward is not punished. Ratios are taken within a round and
+only then summarised.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Spread:
 
 @dataclass
 class Runs:
-    """One contender's figures, a value per round, and its mean loss over the ranks, a value per step."""
+    """One contender's figures, a value per round, and its mean loss over the ranks, a value per
+    step.
+    """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -49,8 +53,12 @@ class Runs:
     def against(self, base: Runs) -> dict[str, Spread]:
         """Ratios to `base`, round by round."""
         return {
-            "wall": Spread.of([mine / theirs for mine, theirs in zip(self.wall, base.wall, strict=True)]),
-            "cpu": Spread.of([mine / theirs for mine, theirs in zip(self.cpu, base.cpu, strict=True)]),
+            "wall": Spread.of(
+                [mine / theirs for mine, theirs in zip(self.wall, base.wall, strict=True)]
+            ),
+            "cpu": Spread.of(
+                [mine / theirs for mine, theirs in zip(self.cpu, base.cpu, strict=True)]
+            ),
         }
 
     def deviation(self, base: Runs) -> float:
@@ -111,7 +119,9 @@ class Race:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _over_ranks(self, wall: float, cpu: float, losses: torch.Tensor) -> tuple[float, float, list[float]]:
+    def _over_ranks(
+        self, wall: float, cpu: float, losses: torch.Tensor
+    ) -> tuple[float, float, list[float]]:
         slowest = torch.tensor(wall, dtype=torch.float64, device=self._device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         sums = torch.cat((losses, losses.new_tensor([cpu])))

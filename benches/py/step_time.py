@@ -1,11 +1,13 @@
-"""Step time of zerort and its peers, in one job: the same processes, the same batches, interleaved rounds.
+"""Step time of zerort and its peers, in one job: the same processes, the same batches, interleaved
+rounds.
 
     python benches/py/step_time.py                          all workloads, all contenders
     python benches/py/step_time.py --workload gpt --only "zerort stage 2" --rounds 9
     python benches/py/step_time.py --json step_time.json
 
-Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes part when it is
-installed. A contender whose losses are not DDP's is marked, and the command fails: it did other work.
+Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes
+part when it is installed. A contender whose losses are not DDP's is marked, and the command fails:
+it did other work.
 """
 
 from __future__ import annotations
@@ -33,26 +35,41 @@ WARM_UP = 3
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Step time of zerort and its peers in interleaved rounds.")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each contender (default 7)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in a turn (default 4)")
-    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="may be repeated (default: all)")
+    parser = argparse.ArgumentParser(
+        description="Step time of zerort and its peers in interleaved rounds."
+    )
     parser.add_argument(
-        "--only", choices=CONTENDERS, action="append", help="beside DDP; may be repeated (default: all)"
+        "--rounds", type=int, default=7, help="timed turns of each contender (default 7)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="optimizer steps in a turn (default 4)"
+    )
+    parser.add_argument(
+        "--workload", choices=WORKLOADS, action="append", help="may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--only",
+        choices=CONTENDERS,
+        action="append",
+        help="beside DDP; may be repeated (default: all)",
     )
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     parser.add_argument("--json", type=Path, help="write every figure there")
     return parser.parse_args()
 
 
-def race(workload: Workload, names: list[str], args: argparse.Namespace, device: torch.device) -> dict[str, Runs]:
+def race(
+    workload: Workload, names: list[str], args: argparse.Namespace, device: torch.device
+) -> dict[str, Runs]:
     """Runs all rounds of one workload."""
     contest = Race(workload, {name: CONTENDERS[name](workload, device) for name in names}, device)
     contest.warm_up(WARM_UP)
     gc.collect()
     turns = range(args.rounds)
     if dist.get_rank() == 0:
-        turns = track(turns, description=workload.name, console=Console(stderr=True), transient=True)
+        turns = track(
+            turns, description=workload.name, console=Console(stderr=True), transient=True
+        )
     for _ in turns:
         contest.round(args.steps)
     return contest.runs
@@ -81,14 +98,20 @@ def _verdict(name: str, run: Runs, base: Runs, workload: Workload) -> str:
     deviation = run.deviation(base)
     if name in INCOMPARABLE:
         return f"{deviation:.1e} by design"
-    return f"{deviation:.1e}" if deviation <= workload.tolerance else f"[red]{deviation:.1e}: other work[/]"
+    return (
+        f"{deviation:.1e}"
+        if deviation <= workload.tolerance
+        else f"[red]{deviation:.1e}: other work[/]"
+    )
 
 
 def strays(workload: Workload, runs: dict[str, Runs]) -> list[str]:
     """Contenders whose losses are not DDP's."""
     base = runs[BASELINE]
     return [
-        name for name, run in runs.items() if name not in INCOMPARABLE and not run.deviation(base) <= workload.tolerance
+        name
+        for name, run in runs.items()
+        if name not in INCOMPARABLE and not run.deviation(base) <= workload.tolerance
     ]
 
 
@@ -99,22 +122,33 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "backend": dist.get_backend(),
         "ranks": dist.get_world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
     }
 
 
 def main(device: torch.device, args: argparse.Namespace) -> None:
     names = [name for name in CONTENDERS if name == BASELINE or not args.only or name in args.only]
-    facts: dict[str, Any] = {"machine": machine(device), "rounds": args.rounds, "steps": args.steps, "workloads": {}}
+    facts: dict[str, Any] = {
+        "machine": machine(device),
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "workloads": {},
+    }
     differing = []
     for workload in (WORKLOADS[name] for name in args.workload or WORKLOADS):
         runs = race(workload, names, args, device)
         gc.collect()
         differing += [f"{name} on {workload.name}" for name in strays(workload, runs)]
-        facts["workloads"][workload.name] = {name: run.figures(runs[BASELINE]) for name, run in runs.items()}
+        facts["workloads"][workload.name] = {
+            name: run.figures(runs[BASELINE]) for name, run in runs.items()
+        }
         if dist.get_rank() == 0:
             Console(width=120).print(
-                table(workload, runs, f"{workload.name}, {args.rounds} rounds of {args.steps} steps")
+                table(
+                    workload, runs, f"{workload.name}, {args.rounds} rounds of {args.steps} steps"
+                )
             )
     if dist.get_rank() == 0 and args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")

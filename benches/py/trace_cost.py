@@ -1,7 +1,8 @@
-"""What a trace costs: the example's model on two ranks, with and without one, in interleaved rounds.
+"""What a trace costs: the example's model on two ranks, with and without one, in interleaved
+rounds.
 
     python benches/py/trace_cost.py
-    python benches/py/trace_cost.py --rounds 41 --buckets 65536      many small buckets, which have more to tell
+    python benches/py/trace_cost.py --rounds 41 --buckets 65536      many small buckets
 
 Both engines train the same batches; losses that differ in a single bit make the command fail.
 """
@@ -32,10 +33,16 @@ WARM_UP = 20
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Step time with a trace over step time without one.")
+    parser = argparse.ArgumentParser(
+        description="Step time with a trace over step time without one."
+    )
     parser.add_argument("--rounds", type=int, default=31, help="timed turns of each (default 31)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps in a turn (default 10)")
-    parser.add_argument("--buckets", type=int, help="upper bound of a bucket in bytes (default: the example's)")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="optimizer steps in a turn (default 10)"
+    )
+    parser.add_argument(
+        "--buckets", type=int, help="upper bound of a bucket in bytes (default: the example's)"
+    )
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     return parser.parse_args()
 
@@ -55,10 +62,14 @@ def workload(config: dict[str, Any]) -> Workload:
         rows = torch.randint(256, (parts, size, Shape().context + 1), generator=generator)
         return rows[..., :-1], rows[..., 1:]
 
-    return Workload("example", lambda: GPT(Shape()), draw, next_token_loss, lambda model: (), size, 0.0, 0.0)
+    return Workload(
+        "example", lambda: GPT(Shape()), draw, next_token_loss, lambda model: (), size, 0.0, 0.0
+    )
 
 
-def contender(problem: Workload, config: dict[str, Any], device: torch.device, trace: str | None) -> Step:
+def contender(
+    problem: Workload, config: dict[str, Any], device: torch.device, trace: str | None
+) -> Step:
     """One optimizer step, of all its micro-batches."""
     settings = {**config, "zerort": {**config["zerort"], "trace": {"path": trace}}}
     engine, *_ = zerort.initialize(model=problem.model(device), config=settings)
@@ -88,8 +99,9 @@ def main(device: torch.device, args: argparse.Namespace, folder: str) -> None:
         ratios = on.against(off)
         milliseconds = Spread.of([1000 * seconds for seconds in off.wall])
         Console(width=120).print(
-            f"step without a trace {milliseconds:.2f} ms; with / without: wall {ratios['wall']:.3f}, "
-            f"CPU {ratios['cpu']:.3f} (median, low .. high of {args.rounds} rounds of {args.steps} steps)"
+            f"step without a trace {milliseconds:.2f} ms; with / without: wall "
+            f"{ratios['wall']:.3f}, CPU {ratios['cpu']:.3f} (median, low .. high of {args.rounds} "
+            f"rounds of {args.steps} steps)"
         )
 
 

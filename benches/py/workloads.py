@@ -1,7 +1,7 @@
 """What is trained in a bench: a model, its batches and its loss, the same for every contender.
 
-Weights come from one seed and batches are a function of step and rank, so that all contenders solve the same problem
-and their losses can be compared.
+Weights come from one seed and batches are a function of step and rank, so that all contenders solve
+the same problem and their losses can be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """A training problem. `draw(generator)` makes the inputs and targets of one micro-batch of `size` samples."""
+    """A training problem. `draw(generator)` makes the inputs and targets of one micro-batch of
+    `size` samples.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -35,7 +37,9 @@ class Workload:
     size: int
     lr: float
     tolerance: float
-    """By how much a loss may differ from DDP's, relative: the order of sums differs, and in bf16 what is rounded."""
+    """By how much a loss may differ from DDP's, relative: the order of sums differs, and in bf16
+    what is rounded.
+    """
     dtype: torch.dtype = torch.float32
     clip: float = 1.0
 
@@ -57,7 +61,8 @@ TINY = Shape(vocabulary=1536, context=128, width=64, depth=2, heads=2)
 
 
 def _tokens(generator: torch.Generator) -> Batch:
-    # Skewed like words are, so that there is something to learn: a step left out shows in the next loss.
+    # Skewed like words are, so that there is something to learn: a step left out shows in the next
+    # loss.
     draws = torch.rand(4, SHAPE.context + 1, generator=generator)
     rows = (draws**3 * SHAPE.vocabulary).long()
     return rows[:, :-1], rows[:, 1:]
@@ -66,7 +71,8 @@ def _tokens(generator: torch.Generator) -> Batch:
 def _row_of_layers() -> nn.Module:
     layers = [nn.Linear(32, 32) for _ in range(1000)]
     for layer in layers:
-        # Keeps lengths through a thousand layers; the default would let gradients shrink into denormal numbers.
+        # Keeps lengths through a thousand layers; the default would let gradients shrink into
+        # denormal numbers.
         nn.init.orthogonal_(layer.weight)
     return nn.Sequential(*layers)
 
@@ -105,6 +111,8 @@ WORKLOADS = {
         SMALL,
         replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=5e-3),
         # CPUs multiply fp16 matrices about a hundred times slower than fp32 ones: a model to match.
-        replace(GPT_FP32, name="gpt-fp16", build=lambda: GPT(TINY), dtype=torch.float16, tolerance=5e-3),
+        replace(
+            GPT_FP32, name="gpt-fp16", build=lambda: GPT(TINY), dtype=torch.float16, tolerance=5e-3
+        ),
     )
 }

@@ -1,4 +1,6 @@
-"""The compiled core. Plans, the gradient cursor, CPU kernels and the trace ring; see the Rust crate `zerort-core`."""
+"""The compiled core. Plans, the gradient cursor, CPU kernels and the trace ring; see the Rust crate
+`zerort-core`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, final
@@ -69,9 +71,9 @@ class Fragment:
 class Plan:
     """The immutable result of planning. Every rank computes the same one; `digest` proves it.
 
-    `params` is `(numel, dtype, optimizer group, wire format)` in registration order; the index is the parameter's id.
-    The cap of a bucket is given in bytes or in elements, never both. `window` is how many launched buckets may be
-    unretired; None means all. Raises `PlanError`.
+    `params` is `(numel, dtype, optimizer group, wire format)` in registration order; the index is
+    the parameter's id. The cap of a bucket is given in bytes or in elements, never both. `window`
+    is how many launched buckets may be unretired; None means all. Raises `PlanError`.
     """
 
     def __new__(
@@ -94,8 +96,8 @@ class Plan:
     ) -> Plan:
         """The plan whose layout was written down, by this planner or another.
 
-        A bucket is `(parameter ids in buffer order, where each starts, padded length)`. Raises `PlanError` when the
-        buckets do not tile the parameters, or the ranks a bucket.
+        A bucket is `(parameter ids in buffer order, where each starts, padded length)`. Raises
+        `PlanError` when the buckets do not tile the parameters, or the ranks a bucket.
         """
     @property
     def world(self) -> int: ...
@@ -107,7 +109,9 @@ class Plan:
     def shards_optimizer(self) -> bool: ...
     @property
     def reduces_every_micro_batch(self) -> bool:
-        """Whether the stage lets gradients travel in every backward, because no rank may keep them whole."""
+        """Whether the stage lets gradients travel in every backward, because no rank may keep them
+        whole.
+        """
     @property
     def shards_gradient(self) -> bool: ...
     @property
@@ -122,7 +126,9 @@ class Plan:
         """The static list: `("launch" | "retire", bucket id)`."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
     def reordered(self, observed: Sequence[int]) -> Plan:
-        """The same layout, launched in the order in which `observed` (parameter ids by arrival) fills the buckets."""
+        """The same layout, launched in the order in which `observed` (parameter ids by arrival)
+        fills the buckets.
+        """
 
 @final
 class Finished:
@@ -136,7 +142,7 @@ class Finished:
         """Watched parameters whose gradient never came."""
     @property
     def late(self) -> list[int]:
-        """Parameters whose gradient came after their bucket had left; the gradient is in `.grad`."""
+        """Parameters whose gradient came after their bucket had left; it is in `.grad`."""
 
 @final
 class Reducer:
@@ -149,7 +155,8 @@ class Reducer:
     def set_active(self, active: Sequence[bool]) -> None:
         """Which parameters require grad; the others are not waited for. Only between passes."""
     def post_sentinels(self) -> None:
-        """From now on one parameter stands for all of its bucket, where it is known which comes last.
+        """From now on one parameter stands for all of its bucket, where it is known which comes
+        last.
 
         Only between passes; it takes effect when a pass has observed.
         """
@@ -157,13 +164,17 @@ class Reducer:
         """From now on every parameter that requires grad is watched. Only between passes."""
     @property
     def watched(self) -> list[int]:
-        """The parameters that `grad_ready` must be told of, in the pass under way or the next one, by id."""
+        """The parameters that `grad_ready` must be told of, in the pass under way or the next one,
+        by id.
+        """
     def begin(self) -> None:
         """Starts a pass."""
     def grad_ready(self, param: int) -> int | None:
-        """One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
+        """One gradient has been accumulated. None, or `hi`: every command of the schedule below
+        `hi` may run.
 
-        Outside a pass nothing is handed out; after `arm` the answer is 0 once: begin a pass and tell again.
+        Outside a pass nothing is handed out; after `arm` the answer is 0 once: begin a pass and
+        tell again.
         """
     def grad_ready_at(self, param: int, now_ns: int) -> int | None:
         """`grad_ready`, with the time kept for the trace."""
@@ -181,21 +192,31 @@ class Reducer:
     def disarm(self) -> None: ...
     @property
     def observed(self) -> list[int]:
-        """Parameters in the order in which their last gradient arrived in the first pass; empty before it."""
+        """Parameters in the order in which their last gradient arrived in the first pass; empty
+        before it.
+        """
     def explain(self) -> tuple[int, _CommandKind, int, list[int]] | None:
-        """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None outside a pass."""
+        """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None
+        outside a pass.
+        """
     def life(self) -> list[tuple[int, int, int, int]]:
-        """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter); `grad_ready_at` only."""
+        """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter);
+        `grad_ready_at` only.
+        """
 
 @final
 class Buffer:
-    """A flat, contiguous, one-dimensional piece of a tensor's memory, taken over by DLPack without a copy.
+    """A flat, contiguous, one-dimensional piece of a tensor's memory, taken over by DLPack without
+    a copy.
 
-    `source` is anything with `__dlpack__` (fp32, fp16, bf16, fp64, uint8; CPU or CUDA). With `plan` and `bucket` the
-    buffer knows its partition and hands out shards and fragments. Raises `LayoutError`, which says why.
+    `source` is anything with `__dlpack__` (fp32, fp16, bf16, fp64, uint8; CPU or CUDA). With `plan`
+    and `bucket` the buffer knows its partition and hands out shards and fragments. Raises
+    `LayoutError`, which says why.
     """
 
-    def __new__(cls, source: Any, plan: Plan | None = None, bucket: int | None = None) -> Buffer: ...
+    def __new__(
+        cls, source: Any, plan: Plan | None = None, bucket: int | None = None
+    ) -> Buffer: ...
     @property
     def data_ptr(self) -> int: ...
     @property
@@ -220,14 +241,18 @@ class Buffer:
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 def reduce(chunks: Buffer, accum: Buffer, *, world: int, scale: float, add: bool) -> float:
-    """Sums `world` equal chunks in rank order, in fp32 (fp64 for fp64 chunks), times `scale`, into or onto `accum`.
+    """Sums `world` equal chunks in rank order, in fp32 (fp64 for fp64 chunks), times `scale`, into
+    or onto `accum`.
 
-    `chunks` is (world x n,) of fp32, bf16, fp16 or fp64; `accum` is (n,) of fp32, or fp64 for fp64 chunks. CPU only.
-    Returns the squared norm of `accum` afterwards, accumulated in fp64: not finite exactly when an element is not.
+    `chunks` is (world x n,) of fp32, bf16, fp16 or fp64; `accum` is (n,) of fp32, or fp64 for fp64
+    chunks. CPU only. Returns the squared norm of `accum` afterwards, accumulated in fp64: not
+    finite exactly when an element is not.
     """
 
 def squared_norm(values: Buffer) -> float:
-    """The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is not."""
+    """The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is
+    not.
+    """
 
 def first_nonfinite(values: Buffer) -> int | None:
     """Index of the first infinity or NaN of a CPU buffer."""
@@ -239,8 +264,9 @@ def reshard(
 
     Rows of (start in that shard, source rank, source bucket, start in the source's shard, length).
 
-    `came_from[p]` is the id in `source` of the target's parameter p, or -1 where the source has none. Padding is not
-    listed. Raises `PlanError` when the two disagree about a parameter's length.
+    `came_from[p]` is the id in `source` of the target's parameter p, or -1 where the source has
+    none. Padding is not listed. Raises `PlanError` when the two disagree about a parameter's
+    length.
     """
 
 @final
@@ -260,22 +286,31 @@ class LossScale:
     @property
     def scale(self) -> float: ...
     def update(self, overflow: bool) -> bool:
-        """Advances by one boundary. False when the step overflowed with the scale already at its minimum."""
+        """Advances by one boundary. False when the step overflowed with the scale already at its
+        minimum.
+        """
     def state(self) -> tuple[float, int, int, int]:
         """(scale, hysteresis left, boundaries seen, boundary of the last overflow)."""
     def restore(self, state: tuple[float, int, int, int]) -> None: ...
 
 @final
 class Trace:
-    """A ring of events and its writer in Chrome's trace format. Times are nanoseconds, passed in."""
+    """A ring of events and its writer in Chrome's trace format. Times are ns, passed in."""
 
     def __new__(cls, rank: int, capacity: int) -> Trace: ...
     def track(self, name: str) -> int:
         """A named row (a thread in Chrome's terms); the same name gives the same id."""
     def span(
-        self, track: int, name: str, start_ns: int, end_ns: int, args: dict[str, str | int | float] | None = None
+        self,
+        track: int,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        args: dict[str, str | int | float] | None = None,
     ) -> None: ...
-    def instant(self, track: int, name: str, at_ns: int, args: dict[str, str | int | float] | None = None) -> None: ...
+    def instant(
+        self, track: int, name: str, at_ns: int, args: dict[str, str | int | float] | None = None
+    ) -> None: ...
     def counter(self, name: str, at_ns: int, value: float) -> None: ...
     def async_span(
         self,
@@ -292,4 +327,6 @@ class Trace:
         """Events that the ring has overwritten."""
     def __len__(self) -> int: ...
     def write(self, path: str) -> None:
-        """Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises `OSError`."""
+        """Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises
+        `OSError`.
+        """

@@ -1,7 +1,8 @@
-"""Where in an accumulation window the engine stands: which micro-batch is the boundary, and whose gradients travel.
+"""Where in an accumulation window the engine stands: which micro-batch is the boundary, and whose
+gradients travel.
 
-Pure bookkeeping: no tensor, no communication. The rule is DeepSpeed's: the boundary is every `steps`-th micro-batch,
-unless the user has said otherwise.
+Pure bookkeeping: no tensor, no communication. The rule is DeepSpeed's: the boundary is every
+`steps`-th micro-batch, unless the user has said otherwise.
 """
 
 from __future__ import annotations
@@ -68,14 +69,17 @@ class Accumulation:
             self.held -= 1
 
     def note(self, *, direct: bool) -> None:
-        """A backward begins. Raises `StepError` when a window would mix divided and undivided losses."""
+        """A backward begins. Raises `StepError` when a window would mix divided and undivided
+        losses.
+        """
         self.direct, self.scaled = self.direct or direct, self.scaled or not direct
         if self.direct and self.scaled and self.steps > 1:
             raise StepError(
-                "one accumulation window mixes engine.backward(loss) or engine.scale(loss), which divide by "
-                "gradient_accumulation_steps, with a direct loss.backward(), which is divided when it is reduced: use "
-                "one of them for all micro-batches of a window. Where another engine's backward comes through this "
-                "module, freeze it meanwhile with requires_grad_(False)"
+                "one accumulation window mixes engine.backward(loss) or engine.scale(loss), which "
+                "divide by gradient_accumulation_steps, with a direct loss.backward(), which is "
+                "divided when it is reduced: use one of them for all micro-batches of a window. "
+                "Where another engine's backward comes through this module, freeze it meanwhile "
+                "with requires_grad_(False)"
             )
 
     @property
@@ -86,15 +90,16 @@ class Accumulation:
     def resize(self, steps: int, *, backwards: int) -> None:
         """Windows to come have `steps` micro-batches; the next one begins now.
 
-        `backwards` have run in the current micro-batch. Raises `StepError` when a window has begun: what it holds is
-        divided by the number of steps it began with.
+        `backwards` have run in the current micro-batch. Raises `StepError` when a window has begun:
+        what it holds is divided by the number of steps it began with.
         """
         if steps == self.steps:
             return
         if self.taken or backwards:
             raise StepError(
-                f"gradient accumulation cannot change from {self.steps} to {steps} steps in the middle of a window, "
-                "whose losses have been divided already: change it right after a step at a boundary"
+                f"gradient accumulation cannot change from {self.steps} to {steps} steps in the "
+                "middle of a window, whose losses have been divided already: change it right "
+                "after a step at a boundary"
             )
         self.steps, self.origin = steps, self.counters.micro_steps
 

@@ -1,10 +1,11 @@
 """Which gradients have come, read from `.grad`: for those that no hook tells of.
 
-Two questions. Within a pass: is the rest of a bucket there, as its sentinel says? Outside one: has a backward that
-nobody announced brought a gradient? It decides nothing and changes no `.grad`.
+Two questions. Within a pass: is the rest of a bucket there, as its sentinel says? Outside one: has
+a backward that nobody announced brought a gradient? It decides nothing and changes no `.grad`.
 
-A gradient that has come has either set `.grad` or been added to it in place, which its version counter shows. So where
-earlier micro-batches have left something in `.grad`, what was there before the backward is noted.
+A gradient that has come has either set `.grad` or been added to it in place, which its version
+counter shows. So where earlier micro-batches have left something in `.grad`, what was there before
+the backward is noted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Arrivals:
         self._schedule = list(plan.schedule)
 
     def hold(self) -> None:
-        """A micro-batch that is not reduced is over: what it has left in `.grad` is no news in the next pass."""
+        """A micro-batch that is not reduced is over: what it has left in `.grad` is no news in the
+        next pass.
+        """
         self._held = True
 
     def mark(self) -> None:
@@ -52,7 +55,10 @@ class Arrivals:
         """Whether a gradient has come since `mark`, and has not been announced."""
         if not self._unannounced or self._before is None:
             return False
-        return any(_is_new(p.grad, before) for p, before in zip(self._flat.params, self._before, strict=True))
+        return any(
+            _is_new(p.grad, before)
+            for p, before in zip(self._flat.params, self._before, strict=True)
+        )
 
     def begin(self) -> None:
         """A pass begins: starts at the head of the list."""
@@ -77,10 +83,15 @@ class Arrivals:
 
     def _is_lacking(self, bucket: FlatBucket) -> bool:
         if self._before is None:
-            return any(parameter.grad is None and parameter.requires_grad for parameter in bucket.params)
+            return any(
+                parameter.grad is None and parameter.requires_grad for parameter in bucket.params
+            )
         befores = [self._before[index] for index in bucket.spec.params]
         pairs = zip(bucket.params, befores, strict=True)
-        return any(parameter.requires_grad and not _is_new(parameter.grad, before) for parameter, before in pairs)
+        return any(
+            parameter.requires_grad and not _is_new(parameter.grad, before)
+            for parameter, before in pairs
+        )
 
     def _now(self) -> list[Before]:
         gradients = [parameter.grad for parameter in self._flat.params]

@@ -1,4 +1,6 @@
-"""`initialize`: from a model and a configuration to an engine, with every disagreement between ranks named first."""
+"""`initialize`: from a model and a configuration to an engine, with every disagreement between
+ranks named first.
+"""
 
 from __future__ import annotations
 
@@ -58,17 +60,22 @@ def initialize(
 ) -> tuple[Engine, Optimizer, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
-    `optimizer` is an instance or a callable over parameters, and wins over the configuration's; `lr_scheduler` is an
-    instance or a callable over the optimizer. `model_parameters` are parameters or group dicts, all of the model's
-    when left out. `config` is a dict, a path to JSON, or base64 JSON.
+    `optimizer` is an instance or a callable over parameters, and wins over the configuration's;
+    `lr_scheduler` is an instance or a callable over the optimizer. `model_parameters` are
+    parameters or group dicts, all of the model's when left out. `config` is a dict, a path to JSON,
+    or base64 JSON.
 
-    Returns (engine, optimizer, training loader or None, scheduler or None). The model is moved, cast, broadcast from
-    rank 0, and its parameters become views of flat buffers. Raises `ConfigError`, `PlanError` (ranks whose models
-    differ included) and `CommError`; on every rank, when one has a reason to.
+    Returns (engine, optimizer, training loader or None, scheduler or None). The model is moved,
+    cast, broadcast from rank 0, and its parameters become views of flat buffers. Raises
+    `ConfigError`, `PlanError` (ranks whose models differ included) and `CommError`; on every rank,
+    when one has a reason to.
     """
     for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
         if value is not None:
-            raise ConfigError(f"initialize({name}=...) is refused: model parallelism is not built yet; leave it out")
+            raise ConfigError(
+                f"initialize({name}=...) is refused: model parallelism is not built yet; leave it "
+                "out"
+            )
     model = _checked(model)
     settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
     setup = _agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
@@ -116,8 +123,8 @@ def _checked(model: Any) -> nn.Module:
         raise ConfigError(f"initialize needs model=: a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ConfigError(
-            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges gradients itself: give the "
-            "module inside, model.module"
+            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges "
+            "gradients itself: give the module inside, model.module"
         )
     return model
 
@@ -126,7 +133,9 @@ T = TypeVar("T")
 
 
 def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple[Config, Comm]:
-    """The configuration, and a communicator with its time-out; until it is read, the default has to do."""
+    """The configuration, and a communicator with its time-out; until it is read, the default has to
+    do.
+    """
     default = timedelta(minutes=5)
     comm = connect(default, device)
     settings = _agreed(comm, read)
@@ -139,13 +148,17 @@ def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple
 
 
 def _agreed(comm: Comm, attempt: Callable[[], T]) -> T:
-    """Runs `attempt` on all ranks, and raises on all if it failed on one: its error there, its reason elsewhere."""
+    """Runs `attempt` on all ranks, and raises on all if it failed on one: its error there, its
+    reason elsewhere.
+    """
     result, failure = None, None
     try:
         result = attempt()
     except (ZerortError, TypeError, ValueError, RuntimeError) as error:
         failure = error
-    reasons = comm.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    reasons = comm.gather_objects(
+        None if failure is None else f"{type(failure).__name__}: {failure}"
+    )
     if failure is not None:
         raise failure
     for rank, reason in enumerate(reasons):
@@ -160,7 +173,11 @@ def _device_of(model: nn.Module) -> torch.device | None:
 
 
 def _set_up(
-    settings: Config, comm: Comm, model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None
+    settings: Config,
+    comm: Comm,
+    model: nn.Module,
+    optimizer: Any,
+    model_parameters: Iterable[Any] | None,
 ) -> Setup:
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
@@ -171,12 +188,15 @@ def _set_up(
     chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
     groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
     own = {id(parameter) for parameter in model.parameters()}
-    strange = [tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in own]
+    strange = [
+        tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in own
+    ]
     if strange:
         raise PlanError(
-            f"the optimizer holds parameters that are not the model's, {len(strange)} of {len(groups)}, of shapes "
-            f"{strange[:3]}: make it anew from the parameters of the very model that is given to initialize; one that "
-            "an engine has had holds that engine's shards"
+            f"the optimizer holds parameters that are not the model's, {len(strange)} of "
+            f"{len(groups)}, of shapes {strange[:3]}: make it anew from the parameters of the very "
+            "model that is given to initialize; one that an engine has had holds that engine's "
+            "shards"
         )
     planned = plannable(model.named_parameters(), groups, precision.wires(model))
     window = settings.zerort.window
@@ -202,39 +222,47 @@ def _choose_optimizer(
     elif settings.optimizer is not None:
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
     else:
-        raise ConfigError("no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}")
+        raise ConfigError(
+            "no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}"
+        )
     reason = why_never(chosen)
     if reason is not None:
         raise ConfigError(f"optimizer {type(chosen).__name__} is refused at every stage: {reason}")
     if has_stepped(chosen):
         raise PlanError(
-            "the optimizer has state already, and its tensors are about to become shards: make it anew, and load state "
-            "with engine.load_checkpoint"
+            "the optimizer has state already, and its tensors are about to become shards: make it "
+            "anew, and load state with engine.load_checkpoint"
         )
     return chosen
 
 
 def _compare(setup: Setup) -> None:
-    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first difference."""
-    views = setup.comm.gather_objects(([member.signature() for member in setup.planned], setup.plan.digest))
+    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
+    difference.
+    """
+    views = setup.comm.gather_objects(
+        ([member.signature() for member in setup.planned], setup.plan.digest)
+    )
     ours, digest = views[0]
     for rank, (theirs, other) in enumerate(views):
         for a, b in zip(ours, theirs, strict=False):
             if a != b:
                 raise PlanMismatch(
-                    f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on rank {rank}"
+                    f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on "
+                    f"rank {rank}"
                 )
         if len(ours) != len(theirs):
             longer, more = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
             raise PlanMismatch(
-                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} {len(theirs)}; the "
-                f"first that only rank {longer} has is {_told(more[min(len(ours), len(theirs))])}"
+                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} "
+                f"{len(theirs)}; the first that only rank {longer} has is "
+                f"{_told(more[min(len(ours), len(theirs))])}"
             )
         if other != digest:
             raise PlanMismatch(
-                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same configuration, the "
-                "sections zero_optimization and zerort and what travels (communication_data_type, torch_autocast) "
-                "above all"
+                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same "
+                "configuration, the sections zero_optimization and zerort and what travels "
+                "(communication_data_type, torch_autocast) above all"
             )
 
 
@@ -258,7 +286,9 @@ def _broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
                 data.copy_(piece)
 
 
-def _assemble(setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: TrainingLoader | None) -> Engine:
+def _assemble(
+    setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: TrainingLoader | None
+) -> Engine:
     config, comm, precision = setup.config, setup.comm, setup.precision
     reason = why_not_elementwise(setup.optimizer)
     if reason is not None and setup.plan.shards_optimizer:
@@ -269,7 +299,8 @@ def _assemble(setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: Training
     shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=reason is not None)
     shards.split()
     transports = [
-        Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide) for bucket in flat.buckets
+        Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide)
+        for bucket in flat.buckets
     ]
     sink = _agreed(comm, lambda: _open_sink(config, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
@@ -278,14 +309,18 @@ def _assemble(setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: Training
     boundary = Boundary(comm, flat, reduction, shards, precision.loss_scale, policy, sink)
     scheduler = _scheduler(config, setup.optimizer, lr_scheduler)
     return Engine(
-        setup.model, Parts(config, comm, setup.batch, precision, reduction, boundary, scheduler, sink, loader)
+        setup.model,
+        Parts(config, comm, setup.batch, precision, reduction, boundary, scheduler, sink, loader),
     )
 
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     wanted = settings.zerort.trace
     sink = open_sink(
-        wanted.path if wanted.enabled else None, rank=comm.rank, world=comm.world, capacity=wanted.capacity
+        wanted.path if wanted.enabled else None,
+        rank=comm.rank,
+        world=comm.world,
+        capacity=wanted.capacity,
     )
     if sink.enabled and comm.device.type == "cuda":
         sink.on_device(record_event)
@@ -310,10 +345,15 @@ def _tell(setup: Setup, flat: FlatModel) -> None:
     if settings.ignored:
         _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:
-        _log.warning("gradient_clipping is not given: gradients are clipped to norm %g", settings.gradient_clipping)
+        _log.warning(
+            "gradient_clipping is not given: gradients are clipped to norm %g",
+            settings.gradient_clipping,
+        )
     if compiled.is_whole(model):
         _log.warning(compiled.ADVICE)
     planned = {id(parameter) for parameter in flat.params}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned]
+    left = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned
+    ]
     if left:
         _log.warning("not in the optimizer, so never updated: %s", ", ".join(left))

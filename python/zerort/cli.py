@@ -1,7 +1,9 @@
-"""The command `zerort`: looks at what a run is given and what it leaves behind. It starts nothing and changes nothing.
+"""The command `zerort`: looks at what a run is given and what it leaves behind. It starts nothing
+and changes nothing.
 
-A command is a function from its arguments and a console to an exit status. What cannot be read is one line on stderr
-and status 1, a configuration with mistakes is status 1 under its table, and a command line with mistakes is status 2.
+A command is a function from its arguments and a console to an exit status. What cannot be read is
+one line on stderr and status 1, a configuration with mistakes is status 1 under its table, and a
+command line with mistakes is status 2.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def _config(args: argparse.Namespace, console: Console) -> int:
     rows = describe(args.file)
     table = Table("key", "value", "effect", title=Text(args.file), title_justify="left")
     for row in rows:
-        table.add_row(*map(Text, row))  # a value may hold brackets, which are markup in a plain string
+        table.add_row(
+            *map(Text, row)
+        )  # a value may hold brackets, which are markup in a plain string
     console.print(table)
     return 1 if any(effect.startswith("error") for _, _, effect in rows) else 0
 
@@ -54,11 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    trace = commands.add_parser("trace", help="trace files").add_subparsers(required=True, metavar="COMMAND")
-    summary = trace.add_parser("summary", help="where the time of a run went: tables of buckets and steps")
-    summary.add_argument("files", nargs="+", metavar="FILE", help="trace files of one run, one for each rank")
+    trace = commands.add_parser("trace", help="trace files").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    summary = trace.add_parser(
+        "summary", help="where the time of a run went: tables of buckets and steps"
+    )
     summary.add_argument(
-        "--steps", type=_count, default=10, metavar="N", help="steps listed for each rank (default 10)"
+        "files", nargs="+", metavar="FILE", help="trace files of one run, one for each rank"
+    )
+    summary.add_argument(
+        "--steps",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="steps listed for each rank (default 10)",
     )
     summary.set_defaults(run=_trace_summary)
 
@@ -66,12 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("file", metavar="FILE", help="a configuration in JSON")
     config.set_defaults(run=_config)
 
-    _add_checkpoints(commands.add_parser("ckpt", help="checkpoints").add_subparsers(required=True, metavar="COMMAND"))
+    _add_checkpoints(
+        commands.add_parser("ckpt", help="checkpoints").add_subparsers(
+            required=True, metavar="COMMAND"
+        )
+    )
     return top
 
 
 def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verify = commands.add_parser("verify", help="compares every byte with its hash; status 1 for a damaged checkpoint")
+    verify = commands.add_parser(
+        "verify", help="compares every byte with its hash; status 1 for a damaged checkpoint"
+    )
     verify.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
     verify.add_argument("tag", nargs="?", metavar="TAG", help="one of them (default: all)")
     verify.set_defaults(run=lambda args, console: report.verify(args.folder, args.tag, console))
@@ -82,10 +102,14 @@ def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
     show = commands.add_parser("show", help="where a checkpoint comes from, and its tensors")
     show.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
-    show.add_argument("tag", nargs="?", metavar="TAG", help="one of them (default: the one that `latest` names)")
+    show.add_argument(
+        "tag", nargs="?", metavar="TAG", help="one of them (default: the one that `latest` names)"
+    )
     show.set_defaults(run=lambda args, console: report.show(args.folder, args.tag, console))
 
-    diff = commands.add_parser("diff", help="compares the weights of two checkpoints; status 1 where they differ")
+    diff = commands.add_parser(
+        "diff", help="compares the weights of two checkpoints; status 1 where they differ"
+    )
     diff.add_argument("one", type=Path, metavar="DIR/TAG", help="a checkpoint")
     diff.add_argument("other", type=Path, metavar="DIR/TAG", help="another")
     diff.set_defaults(run=lambda args, console: report.diff(args.one, args.other, console))

@@ -1,12 +1,14 @@
 """Collectives. The only file that imports torch.distributed.
 
-A `Comm` carries flat buffers between ranks. What it guarantees: every call is made on groups of the engine's own, so a
-collective of the user's can never pair with one of ours, and every group has the configured time-out, so no rank waits
-for a peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it decides no order.
+A `Comm` carries flat buffers between ranks. What it guarantees: every call is made on groups of the
+engine's own, so a collective of the user's can never pair with one of ours, and every group has the
+configured time-out, so no rank waits for a peer for ever. What it deliberately does not do: it
+knows no buckets, dtypes or steps, and it decides no order.
 
-Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and the wire format sums
-them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the bytes, half of what gloo's own reduce-scatter
-does, and lets us sum in rank order); NCCL sums on its way and delivers one.
+Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and
+the wire format sums them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the
+bytes, half of what gloo's own reduce-scatter does, and lets us sum in rank order); NCCL sums on its
+way and delivers one.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from zerort.peers import Peers
 
 __all__ = ["Comm", "GlooComm", "LocalComm", "NcclComm", "Work", "connect", "init_distributed"]
 
-# torch 2.13 renamed these and warns at every call of the old names; 2.11 has only the old ones. Resolved once.
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# torch 2.13 renamed these and warns at every call of the old names; 2.11 has only the old ones.
+# Resolved once.
+_reduce_scatter: Callable[..., Any] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class Work:
-    """A collective under way: one or several of torch's works, none where there is nothing to move."""
+    """A collective under way: one or several of torch's works, none where nothing moves."""
 
     def __init__(self, works: Sequence[dist.Work | None] = ()) -> None:
         self._works = [work for work in works if work is not None]
@@ -46,12 +51,16 @@ class Work:
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        """On CPU blocks the host; on CUDA makes the current stream wait. Raises `RuntimeError` when it failed."""
+        """On CPU blocks the host; on CUDA makes the current stream wait. Raises `RuntimeError` when
+        it failed.
+        """
         for work in self._works:
             work.wait()
 
     def when_complete(self, tell: Callable[[], None]) -> None:
-        """Calls `tell` on the worker that completes the last of them; at once where there is nothing to move."""
+        """Calls `tell` on the worker that completes the last of them; at once where there is
+        nothing to move.
+        """
         if not self._works:
             tell()
             return
@@ -72,10 +81,14 @@ class Comm(Protocol):
     """Buckets in flight unless the configuration says otherwise; None means all."""
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
-        """Starts moving `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard. Asynchronous."""
+        """Starts moving `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's
+        shard. Asynchronous.
+        """
 
     def all_gather(self, buffer: Tensor) -> Work:
-        """Starts filling `buffer` (world x n,) in place: each rank's own shard is already there. Asynchronous."""
+        """Starts filling `buffer` (world x n,) in place: each rank's own shard is already there.
+        Asynchronous.
+        """
 
     def all_reduce(self, values: Tensor) -> None:
         """Sums small `values` over the ranks, in place."""
@@ -129,7 +142,9 @@ class LocalComm:
 
 
 class _TorchComm:
-    """Three groups of the engine's own: gradients, parameters and control never queue behind one another."""
+    """Three groups of the engine's own: gradients, parameters and control never queue behind one
+    another.
+    """
 
     backend: ClassVar[str]
     window: int | None
@@ -137,14 +152,19 @@ class _TorchComm:
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._gradients, self._parameters, self._control = (self._new_group(timeout) for _ in range(3))
+        self._gradients, self._parameters, self._control = (
+            self._new_group(timeout) for _ in range(3)
+        )
         self._peers = self._meet()
         weakref.finalize(self, _let_workers_go, [self._gradients, self._parameters, self._control])
 
     def _meet(self) -> Peers:
-        """Learns who the others are; rank 0 names the engine, so that several leave word side by side."""
+        """Learns who the others are; rank 0 names the engine, so that several leave word side by
+        side.
+        """
         met = self.gather_objects((peers.myself(), uuid.uuid4().hex))
-        # Without the job's store (a private name of torch's) words of ranks that time out cannot be gathered.
+        # Without the job's store (a private name of torch's) words of ranks that time out cannot be
+        # gathered.
         store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
         return Peers([peer for peer, _ in met], self.rank, met[0][1], store)
 
@@ -188,14 +208,19 @@ class _TorchComm:
         """The error to raise when `what`, a collective, failed with `error`."""
         if not dist.is_initialized():
             return CommError(
-                f"rank {self.rank}: {what} failed because torch.distributed's process group was destroyed: "
-                "call engine.destroy() first, and the process group after it"
+                f"rank {self.rank}: {what} failed because torch.distributed's process group was "
+                "destroyed: call engine.destroy() first, and the process group after it"
             )
-        return CommError(f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: {error}")
+        return CommError(
+            f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: "
+            f"{error}"
+        )
 
 
 class GlooComm(_TorchComm):
-    """CPU tensors over gloo: all-to-all for reduce-scatter, one in-place broadcast per rank for all-gather."""
+    """CPU tensors over gloo: all-to-all for reduce-scatter, one in-place broadcast per rank for
+    all-gather.
+    """
 
     backend = "gloo"
     window: int | None = None
@@ -211,7 +236,8 @@ class GlooComm(_TorchComm):
 
     def all_gather(self, buffer: Tensor) -> Work:
         """One broadcast per rank, in rank order, on its slice."""
-        # gloo's all_gather stages through fresh buffers: three times the CPU time of these broadcasts.
+        # gloo's all_gather stages through fresh buffers: three times the CPU time of these
+        # broadcasts.
         shards = buffer.chunk(self.world)
         with self._named("broadcast"):
             return Work(
@@ -223,7 +249,9 @@ class GlooComm(_TorchComm):
 
 
 class NcclComm(_TorchComm):
-    """CUDA tensors over NCCL: SUM in place, all-gather in place; 1/N is folded into the sum that follows."""
+    """CUDA tensors over NCCL: SUM in place, all-gather in place; 1/N is folded into the sum that
+    follows.
+    """
 
     backend = "nccl"
     chunks = 1
@@ -242,31 +270,39 @@ class NcclComm(_TorchComm):
 
 
 def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:
-    """Drops `groups` a moment after their last use, when an engine is collected or the interpreter ends.
+    """Drops `groups` a moment after their last use, when an engine is collected or the interpreter
+    ends.
 
-    A worker of gloo's that still holds a tensor of the last collective needs the interpreter to let go of it, and the
-    group's destructor waits for the worker while it holds the interpreter: seen to hang for ever with torch 2.6.
+    A worker of gloo's that still holds a tensor of the last collective needs the interpreter to let
+    go of it, and the group's destructor waits for the worker while it holds the interpreter: seen
+    to hang for ever with torch 2.6.
     """
     time.sleep(0.02)
     groups.clear()
 
 
-def init_distributed(dist_backend: str | None = None, *, timeout: timedelta = timedelta(minutes=5)) -> bool:
-    """Initialises torch.distributed from torchrun's environment, unless that was done or there is none.
+def init_distributed(
+    dist_backend: str | None = None, *, timeout: timedelta = timedelta(minutes=5)
+) -> bool:
+    """Initialises torch.distributed from torchrun's environment, unless that was done or there is
+    none.
 
-    `dist_backend` is "nccl" or "gloo", by default what suits the device. Returns whether a process group exists
-    afterwards. Raises `ConfigError` when RANK is set and the rest is not.
-    Mirrors deepspeed.init_distributed.
+    `dist_backend` is "nccl" or "gloo", by default what suits the device. Returns whether a process
+    group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not. Mirrors
+    deepspeed.init_distributed.
     """
     if dist.is_initialized():
         return True
     if "RANK" not in os.environ:
         return False
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    missing = [
+        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
+    ]
     if missing:
         raise ConfigError(
             f"RANK={os.environ['RANK']} is set but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset RANK to run one process"
+            f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset "
+            "RANK to run one process"
         )
     if torch.cuda.is_available():
         # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
@@ -277,9 +313,11 @@ def init_distributed(dist_backend: str | None = None, *, timeout: timedelta = ti
 
 
 def connect(timeout: timedelta, device: torch.device | None = None) -> Comm:
-    """The communicator of this job: adopts torch.distributed, initialises it under torchrun, or runs alone.
+    """The communicator of this job: adopts torch.distributed, initialises it under torchrun, or
+    runs alone.
 
-    `device` is where the model lives when it already lives on a GPU. Raises `ConfigError` and `CommError`.
+    `device` is where the model lives when it already lives on a GPU. Raises `ConfigError` and
+    `CommError`.
     """
     grouped = init_distributed(timeout=timeout)
     place = device or _default_device(grouped)

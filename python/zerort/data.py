@@ -1,4 +1,6 @@
-"""The training loader that `initialize` makes from a dataset: each rank sees its own part and knows its place in it."""
+"""The training loader that `initialize` makes from a dataset: each rank sees its own part and knows
+its place in it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ __all__ = ["TrainingLoader"]
 class TrainingLoader:
     """Micro-batches of a dataset, one epoch per iteration.
 
-    A map-style dataset is shuffled anew each epoch and cut among the ranks; an iterable one cuts itself. `state_dict`
-    holds the epoch and the position within it, so that a restored loader goes on with the next batch.
+    A map-style dataset is shuffled anew each epoch and cut among the ranks; an iterable one cuts
+    itself. `state_dict` holds the epoch and the position within it, so that a restored loader goes
+    on with the next batch.
     """
 
     def __init__(
@@ -37,10 +40,15 @@ class TrainingLoader:
                 dataset, num_replicas=comm.world, rank=comm.rank, shuffle=True, drop_last=drop_last
             )
         with warnings.catch_warnings():
-            # torchdata calls a function that newer versions of torch have deprecated; it has no effect on us.
+            # torchdata calls a function that newer versions of torch have deprecated; it has no
+            # effect on us.
             warnings.filterwarnings("ignore", message=".*set_vital.*")
             self._loader: StatefulDataLoader[Any] = StatefulDataLoader(
-                dataset, batch_size=micro_batch, sampler=self.sampler, collate_fn=collate_fn, drop_last=drop_last
+                dataset,
+                batch_size=micro_batch,
+                sampler=self.sampler,
+                collate_fn=collate_fn,
+                drop_last=drop_last,
             )
 
     def __len__(self) -> int:

@@ -1,9 +1,10 @@
 """The engine: DeepSpeed's calls over one path of a gradient.
 
-A facade. What a call means stands here; how it is done stands in `accumulation` (whose gradients travel), `reduction`
-(passes), and `boundary` (the vote and the step). A micro-batch is a transaction: if it fails on this rank, the rank
-still takes part in every collective its peers wait for, on zeros and with a poison flag in the vote, and then raises;
-the peers raise too, with this rank's reason, and the next micro-batch starts clean on all.
+A facade. What a call means stands here; how it is done stands in `accumulation` (whose gradients
+travel), `reduction` (passes), and `boundary` (the vote and the step). A micro-batch is a
+transaction: if it fails on this rank, the rank still takes part in every collective its peers wait
+for, on zeros and with a poison flag in the vote, and then raises; the peers raise too, with this
+rank's reason, and the next micro-batch starts clean on all.
 """
 
 from __future__ import annotations
@@ -44,15 +45,21 @@ class MicroBatch:
     travelled: bool = False
     """The latest backward's gradients are on their way."""
     failed: bool = False
-    """The one before raised in `backward` and has settled with the peers: a `step` that still belongs to it is void."""
+    """The one before raised in `backward` and has settled with the peers: a `step` that still
+    belongs to it is void.
+    """
 
 
 class Engine(Saving):
-    """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys `module.*`."""
+    """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
+    `module.*`.
+    """
 
     def __init__(self, module: nn.Module, parts: Parts) -> None:
         super().__init__(module, parts)
-        every = parts.config.reduces_every_micro_batch(parts.reduction.plan.reduces_every_micro_batch)
+        every = parts.config.reduces_every_micro_batch(
+            parts.reduction.plan.reduces_every_micro_batch
+        )
         self._accumulation = Accumulation(parts.batch.accumulation, every, self.counters)
         self._micro = MicroBatch()
         self._failure: str | None = None
@@ -71,24 +78,31 @@ class Engine(Saving):
         return outputs
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
-        """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the user's own."""
+        """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the
+        user's own.
+        """
         losses.refuse_unfit(loss)
         self._micro.prepared = True
         return self._scaled(loss, scale_wrt_gas)
 
-    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Backward of a one-element loss; where this micro-batch's gradients travel, they do so meanwhile.
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
+        """Backward of a one-element loss; where this micro-batch's gradients travel, they do so
+        meanwhile.
 
-        Returns the loss divided by the accumulation steps, without the loss scale. Raises `StepError` for a loss that
-        is no scalar or has no graph, and whatever the backward raises; the other ranks raise at their boundary.
+        Returns the loss divided by the accumulation steps, without the loss scale. Raises
+        `StepError` for a loss that is no scalar or has no graph, and whatever the backward raises;
+        the other ranks raise at their boundary.
         """
         self._recover()
         with self._transaction(step_follows=True), self._parts.sink.range("backward"):
             losses.refuse_unfit(loss)
             if self._micro.prepared:
                 raise StepError(
-                    "engine.scale(loss) is for a loss.backward() of your own, and its loss would be scaled twice: call "
-                    "backward() on what scale returned, or give engine.backward the loss as it is"
+                    "engine.scale(loss) is for a loss.backward() of your own, and its loss would "
+                    "be scaled twice: call backward() on what scale returned, or give "
+                    "engine.backward the loss as it is"
                 )
             self._open(direct=False)
             self._scaled(loss, scale_wrt_gas).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
@@ -98,21 +112,31 @@ class Engine(Saving):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends the micro-batch; at the boundary votes, and updates and publishes the parameters.
 
-        Raises `StepError` within `no_sync` or `torch.inference_mode`, without a backward, and when another rank has
-        failed.
+        Raises `StepError` within `no_sync` or `torch.inference_mode`, without a backward, and when
+        another rank has failed.
         """
         if self._accumulation.held:
-            raise StepError("step() inside no_sync(): leave the context first, gradients have not been reduced")
+            raise StepError(
+                "step() inside no_sync(): leave the context first, gradients have not been reduced"
+            )
         if self._micro.failed:
             self._micro = MicroBatch()
             return
         with self._transaction(step_follows=False):
             if self._interrupted():
-                raise StepError("a direct loss.backward() raised in this micro-batch; its gradients are dropped")
+                raise StepError(
+                    "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
+                )
             if not self._micro.backwards:
-                raise StepError("step() without backward() in this micro-batch: call engine.backward(loss) first")
+                raise StepError(
+                    "step() without backward() in this micro-batch: call engine.backward(loss) "
+                    "first"
+                )
             if torch.is_inference_mode_enabled():
-                raise StepError("step() under torch.inference_mode(): what it made could not be trained on; leave it")
+                raise StepError(
+                    "step() under torch.inference_mode(): what it made could not be trained on; "
+                    "leave it"
+                )
         try:
             self._applied = False
             if self._accumulation.boundary:
@@ -135,7 +159,9 @@ class Engine(Saving):
             raise
 
     def _settle(self, failure: str) -> None:
-        """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary also in the vote."""
+        """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary
+        also in the vote.
+        """
         self._failure = self._failure or failure
         travels = self._accumulation.travels and not self._micro.travelled
         self._parts.reduction.abort(self._fold(), travels=travels)
@@ -157,18 +183,22 @@ class Engine(Saving):
         return self._parts.reduction.disarm() or self._micro.running
 
     def _reached(self) -> None:
-        """A backward has come to the module's outputs; if it is not ours, it may be one that accumulates or not."""
+        """A backward has come to the module's outputs; if it is not ours, it may be one that
+        accumulates or not.
+        """
         if not self._micro.running and self._parts.reduction.arm(self._announced):
             after_backward(self._ended)
 
     def _announced(self) -> None:
         """A gradient has come in a backward of the user's own."""
         if not self._micro.prepared and self._parts.precision.loss_scale.scale != 1.0:
-            self._micro.running = True  # what has come is unscaled, and dropped when the failure is settled
+            self._micro.running = (
+                True  # what has come is unscaled, and dropped when the failure is settled
+            )
             raise StepError(
                 "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
-                "engine.scale(loss).backward(); where another engine's backward comes through this module, freeze it "
-                "meanwhile with requires_grad_(False)"
+                "engine.scale(loss).backward(); where another engine's backward comes through "
+                "this module, freeze it meanwhile with requires_grad_(False)"
             )
         self._open(direct=not self._micro.prepared)
 
@@ -215,7 +245,13 @@ class Engine(Saving):
         if every and self.counters.global_steps % every == 0 and parts.comm.rank == 0:
             _log.warning(
                 "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
-                *(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom(), self.get_global_grad_norm()),
+                *(
+                    self.global_steps,
+                    self.skipped_steps,
+                    self.get_lr(),
+                    self.get_mom(),
+                    self.get_global_grad_norm(),
+                ),
             )
         if parts.sink.enabled and self.loss_scale != 1.0:
             parts.sink.counter("loss scale", parts.sink.now(), self.loss_scale)
@@ -248,7 +284,9 @@ class Engine(Saving):
         self._accumulation.override = is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within, backwards add into `.grad` and nothing travels; the next backward outside takes it along."""
+        """Within, backwards add into `.grad` and nothing travels; the next backward outside takes
+        it along.
+        """
         return self._accumulation.hold()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -261,13 +299,18 @@ class Engine(Saving):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Changes the accumulation steps to fit, for the windows to come.
 
-        Raises `ConfigError` where the batch sizes do not divide, and `StepError` in the middle of a window.
+        Raises `ConfigError` where the batch sizes do not divide, and `StepError` in the middle of a
+        window.
         """
-        self._resize(Batch.resolve(train_batch_size, self._batch.micro, None, self._parts.comm.world))
+        self._resize(
+            Batch.resolve(train_batch_size, self._batch.micro, None, self._parts.comm.world)
+        )
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Changes the micro-batch and with it the train batch; the accumulation steps stay."""
-        self._resize(Batch.resolve(None, micro_batch_size, self._batch.accumulation, self._parts.comm.world))
+        self._resize(
+            Batch.resolve(None, micro_batch_size, self._batch.accumulation, self._parts.comm.world)
+        )
 
     def _resize(self, batch: Batch) -> None:
         self._accumulation.resize(batch.accumulation, backwards=self._micro.backwards)
@@ -293,17 +336,23 @@ class Engine(Saving):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """Compiles the module in place, once; `compile_kwargs` are torch.compile's, and `backend` wins over theirs.
+        """Compiles the module in place, once; `compile_kwargs` are torch.compile's, and `backend`
+        wins over theirs.
 
-        Compiled whole, all gradients come at the end and nothing overlaps: compile the module's blocks where that
-        matters. Raises `ConfigError` for a `schedule` (DeepCompile's) and for compiled autograd, which are not built.
+        Compiled whole, all gradients come at the end and nothing overlaps: compile the module's
+        blocks where that matters. Raises `ConfigError` for a `schedule` (DeepCompile's) and for
+        compiled autograd, which are not built.
         """
         if schedule is not None:
-            raise ConfigError("compile(schedule=...) is refused: it orders DeepCompile's passes, which are not built")
+            raise ConfigError(
+                "compile(schedule=...) is refused: it orders DeepCompile's passes, which are not "
+                "built"
+            )
         if compiled_autograd_enabled:
             raise ConfigError(
-                "compile(compiled_autograd_enabled=True) is refused: it would trace the hook of every single gradient; "
-                "leave it out, a compiled module's backward is compiled anyway"
+                "compile(compiled_autograd_enabled=True) is refused: it would trace the hook of "
+                "every single gradient; leave it out, a compiled module's backward is compiled "
+                "anyway"
             )
         if self.is_compiled:
             return
@@ -318,8 +367,9 @@ class Engine(Saving):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StepError(
-            "an engine cannot be copied or pickled, it holds process groups and memory of this process: copy "
-            "engine.module, or save engine.module.state_dict() or engine.save_checkpoint(...)"
+            "an engine cannot be copied or pickled, it holds process groups and memory of this "
+            "process: copy engine.module, or save engine.module.state_dict() or "
+            "engine.save_checkpoint(...)"
         )
 
     def destroy(self) -> None:

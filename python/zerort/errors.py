@@ -1,6 +1,8 @@
-"""Every exception zerort raises. Each is also the built-in a caller would expect, so `except ValueError` works too.
+"""Every exception zerort raises. Each is also the built-in a caller would expect, so `except
+ValueError` works too.
 
-The core raises these classes itself. A message names the parameter, key, file or rank, and says what to do.
+The core raises these classes itself. A message names the parameter, key, file or rank, and says
+what to do.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class StepError(ZerortError, RuntimeError):
 
 
 class NonFiniteGradient(StepError):
-    """A gradient with an infinity or NaN, when the configuration asks to raise; names rank and parameter."""
+    """A gradient with an infinity or NaN, when the configuration asks to raise; names rank and
+    parameter.
+    """
 
 
 class CommError(ZerortError, RuntimeError):

@@ -1,9 +1,10 @@
 """Runs the schedule: Launch starts a bucket's collective, Retire takes its result.
 
-What it guarantees: commands run in the order of the list and never before the core has allowed them; memory and
-collective of a bucket stay alive together until its result has been taken; no hook ever blocks (RED-5): a command
-whose bucket or memory is still under way ends the run, and only `drain` waits. What it does not do: it decides nothing
-about the order, and it does not know what a step is.
+What it guarantees: commands run in the order of the list and never before the core has allowed
+them; memory and collective of a bucket stay alive together until its result has been taken; no hook
+ever blocks (RED-5): a command whose bucket or memory is still under way ends the run, and only
+`drain` waits. What it does not do: it decides nothing about the order, and it does not know what a
+step is.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Transport:
 class Inflight:
     """A bucket's send and receive memory and the collective that uses them.
 
-    From Launch to Retire; where sums are gathered, until they are. `before` is who used the same memory last, this
-    pass or the one before; None where nobody else does.
+    From Launch to Retire; where sums are gathered, until they are. `before` is who used the same
+    memory last, this pass or the one before; None where nobody else does.
     """
 
     __slots__ = ("before", "bucket", "own", "recv", "send", "slots", "transport", "work")
@@ -73,7 +74,9 @@ class Inflight:
 
     @property
     def narrows(self) -> bool:
-        """Whether the sum is gathered in fewer bytes than it is kept in: from where the gradients were sent."""
+        """Whether the sum is gathered in fewer bytes than it is kept in: from where the gradients
+        were sent.
+        """
         return self.send.itemsize < self.bucket.accum.tensor.itemsize
 
     @property
@@ -83,7 +86,7 @@ class Inflight:
 
     @property
     def must_wait(self) -> bool:
-        """Whether this flight's collective is under way, or the one before still needs the memory."""
+        """Whether this flight's collective is under way, or the one before needs the memory."""
         works = (self.work, self.before.work if self.before is not None else None)
         return any(work is not None and not work.is_completed() for work in works)
 
@@ -99,7 +102,9 @@ class Inflight:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Memory for one bucket in flight; buckets that follow one another at the window's distance share it."""
+    """Memory for one bucket in flight; buckets that follow one another at the window's distance
+    share it.
+    """
 
     send: Memory
     recv: Memory | None
@@ -120,7 +125,9 @@ class Program:
 class Executor:
     """A second cursor into the schedule: what has run, behind what is allowed to."""
 
-    def __init__(self, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch) -> None:
+    def __init__(
+        self, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch
+    ) -> None:
         self.streams = streams_for(comm.device)
         self.absent: list[str] = []
         self.nonfinite: tuple[int, int] | None = None
@@ -136,7 +143,9 @@ class Executor:
         self._gathering: list[Inflight] = []
 
     def load(self, plan: _core.Plan) -> None:
-        """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a step."""
+        """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a
+        step.
+        """
         for _, flight in self._program.commands:
             flight.before = None  # a ring would keep its memory until the collector comes by
         self._program = Program()  # whose memory goes before the new is asked for
@@ -144,7 +153,8 @@ class Executor:
         flights = self._flights(plan)
         self._program = Program(
             [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
-            launches_end=1 + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
+            launches_end=1
+            + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
             gathers_sums=not plan.shards_optimizer and self._comm.world > 1,
         )
         self._cursor = self._allowed = 0
@@ -155,8 +165,15 @@ class Executor:
         flights: dict[int, Inflight] = {}
         for position in range(plan.window):
             users = order[position :: plan.window]
-            lane = _lane([self._flat.buckets[b] for b in users], [self._transports[b] for b in users], self._comm)
-            flights |= {b: Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm) for b in users}
+            lane = _lane(
+                [self._flat.buckets[b] for b in users],
+                [self._transports[b] for b in users],
+                self._comm,
+            )
+            flights |= {
+                b: Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm)
+                for b in users
+            }
             for last, b in zip(users[-1:] + users, users, strict=False):
                 flights[b].before = flights[last] if lane.shared else None
         return flights
@@ -169,20 +186,22 @@ class Executor:
         self.streams.begin()
 
     def run(self, hi: int) -> None:
-        """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any thread."""
+        """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any
+        thread.
+        """
         with self._lock:
             self._allowed = max(self._allowed, hi)
             self._advance(self._allowed, wait=False)
 
     def launch_all(self) -> None:
-        """Runs the list as far as its last Launch; waits only where the window has no room for it."""
+        """Runs the list as far as its last Launch; waits only where the window has no room."""
         with self._lock:
             self._allowed = len(self._program.commands)
             self._advance(self._program.launches_end, wait=True)
             self._advance(self._allowed, wait=False)
 
     def drain(self) -> None:
-        """Runs all that is allowed, waiting where it must; afterwards the accumulators may be read."""
+        """Runs all that is allowed, waiting where it must; then the accumulators may be read."""
         with self._lock:
             self._advance(self._allowed, wait=True)
         self.streams.join()
@@ -193,14 +212,18 @@ class Executor:
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
         if not self._program.gathers_sums:
-            works = [(bucket, self._gather(bucket, bucket.values.tensor)) for bucket in self._flat.buckets]
+            works = [
+                (bucket, self._gather(bucket, bucket.values.tensor))
+                for bucket in self._flat.buckets
+            ]
             for bucket, work in works:
                 self._complete(work, f"all_gather of {_contents(bucket)}")
         self._flat.published()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within, the caller stands still for the collective `what`; `waited` adds up the host's seconds of it.
+        """Within, the caller stands still for the collective `what`; `waited` adds up the host's
+        seconds of it.
 
         A collective that fails or times out raises `CommError` naming it.
         """
@@ -241,8 +264,14 @@ class Executor:
                 self._complete(flight.work, f"reduce_scatter of {_contents(bucket)}")
             flight.work = None
             scale = self._fold.scale * flight.transport.predivide
-            bucket.squares = flight.transport.wire.decode(flight.recv, bucket.landing, scale=scale, add=self._fold.add)
-            if isinstance(bucket.squares, float) and not math.isfinite(bucket.squares) and self.nonfinite is None:
+            bucket.squares = flight.transport.wire.decode(
+                flight.recv, bucket.landing, scale=scale, add=self._fold.add
+            )
+            if (
+                isinstance(bucket.squares, float)
+                and not math.isfinite(bucket.squares)
+                and self.nonfinite is None
+            ):
                 self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
             if self._program.gathers_sums:
                 self._gather_sums(flight)

@@ -1,8 +1,9 @@
 """Where a gradient waits between autograd and its bucket's Launch.
 
-Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds micro-batches up there by
-itself. `Summed` is for parameters whose gradients are added up in a wider dtype: micro-batches that wait would lose
-bits in `.grad`, so each is added into a wider buffer as soon as its backward is over.
+Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds
+micro-batches up there by itself. `Summed` is for parameters whose gradients are added up in a wider
+dtype: micro-batches that wait would lose bits in `.grad`, so each is added into a wider buffer as
+soon as its backward is over.
 
 Both leave `.grad` as None behind what they took, and both name what never came.
 """
@@ -25,13 +26,16 @@ class Source(Protocol):
     """One bucket's gradient on this rank, before it travels."""
 
     def rest_in(self, slots: list[Tensor]) -> None:
-        """Offers the bucket's own send buffer, as one view per parameter, to keep gradients in until it is packed."""
+        """Offers the bucket's own send buffer, as one view per parameter, to keep gradients in
+        until it is packed.
+        """
 
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
 
     def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
-        """Encodes the gradient into `send`, of which `slots` are views, one per parameter; `.grad` is None afterwards.
+        """Encodes the gradient into `send`, of which `slots` are views, one per parameter; `.grad`
+        is None afterwards.
 
         Returns the positions in the bucket of parameters without a gradient; their slots are zero.
         """
@@ -54,8 +58,9 @@ def source_of(bucket: FlatBucket) -> Source:
 class Stolen:
     """Straight from `.grad`.
 
-    After a micro-batch that is not reduced `.grad` rests in the send buffer, where it fits: autograd goes on adding
-    there in place, and at the boundary there is nothing left to copy and no second copy to keep.
+    After a micro-batch that is not reduced `.grad` rests in the send buffer, where it fits:
+    autograd goes on adding there in place, and at the boundary there is nothing left to copy and no
+    second copy to keep.
     """
 
     def __init__(self, bucket: FlatBucket) -> None:
@@ -64,7 +69,11 @@ class Stolen:
 
     def rest_in(self, slots: list[Tensor]) -> None:
         """Fits when it is of the gradients' dtype."""
-        self._slots = slots if all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=True)) else []
+        self._slots = (
+            slots
+            if all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=True))
+            else []
+        )
 
     def collect(self) -> None:
         """Moves what is not there yet into the send buffer, in one batch."""
@@ -74,7 +83,9 @@ class Stolen:
             if parameter.grad is not None and parameter.grad is not slot
         ]
         if moving:
-            torch._foreach_copy_([slot for _, slot in moving], [p.grad for p, _ in moving if p.grad is not None])
+            torch._foreach_copy_(
+                [slot for _, slot in moving], [p.grad for p, _ in moving if p.grad is not None]
+            )
         for parameter, slot in moving:
             parameter.grad = slot
 
@@ -95,11 +106,13 @@ class Stolen:
 
 
 class Summed:
-    """Through a sum of micro-batches, where something has had to wait; what need not is packed straight from `.grad`.
+    """Through a sum of micro-batches, where something has had to wait; what need not is packed
+    straight from `.grad`.
 
-    `local` is the sum's memory where waiting is the rule. Reduced gradients arrive there, so from a window's first pass
-    on it is taken. What waits then, or where waiting is no rule (`no_sync`, a boundary that the user moves, a batch
-    that has grown), is summed in memory that is allocated when it is first needed.
+    `local` is the sum's memory where waiting is the rule. Reduced gradients arrive there, so from a
+    window's first pass on it is taken. What waits then, or where waiting is no rule (`no_sync`, a
+    boundary that the user moves, a batch that has grown), is summed in memory that is allocated
+    when it is first needed.
     """
 
     def __init__(self, bucket: FlatBucket, local: Memory | None) -> None:
@@ -122,7 +135,9 @@ class Summed:
         return self._spare
 
     def collect(self) -> None:
-        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what an earlier window left."""
+        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what an earlier
+        window left.
+        """
         arrived = [(i, g) for i, g in enumerate(_take(self._params)) if g is not None]
         if not arrived:
             return

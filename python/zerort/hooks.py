@@ -1,12 +1,14 @@
-"""Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic, no tensors kept.
+"""Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic,
+no tensors kept.
 
-There are two kinds on parameters. A hook *behind* accumulation finds `.grad` complete: a sentinel's, or every
-parameter's. While a pass only observes, hooks *before* accumulation do, and those can be taken off without a trace.
-Once a parameter has had a hook behind, torch (as of 2.15) crosses into Python for it in every later backward, whether
-there still is a hook to call or not, and that crossing is nearly all that a hook costs.
+There are two kinds on parameters. A hook *behind* accumulation finds `.grad` complete: a
+sentinel's, or every parameter's. While a pass only observes, hooks *before* accumulation do, and
+those can be taken off without a trace. Once a parameter has had a hook behind, torch (as of 2.15)
+crosses into Python for it in every later backward, whether there still is a hook to call or not,
+and that crossing is nearly all that a hook costs.
 
-A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy of the model must
-not copy the engine. Hooks return None and never block.
+A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy
+of the model must not copy the engine. Hooks return None and never block.
 """
 
 from __future__ import annotations
@@ -33,10 +35,14 @@ Go = Callable[[int, int], None]
 class ParameterHooks:
     """The hooks on a model's parameters; a parameter has at most one."""
 
-    def __init__(self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go
+    ) -> None:
         on_cuda = any(parameter.device.type == "cuda" for parameter in params)
         self._params = params
-        self._make = _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else plain_hook
+        self._make = (
+            _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else plain_hook
+        )
         self._reducer = reducer
         self._executor = executor
         self._go = go
@@ -45,7 +51,9 @@ class ParameterHooks:
         self._before: dict[int, Any] = {}
 
     def attach(self, wanted: list[int]) -> None:
-        """From now on exactly `wanted` have a hook, behind accumulation; torch refuses to hook a frozen parameter."""
+        """From now on exactly `wanted` have a hook, behind accumulation; torch refuses to hook a
+        frozen parameter.
+        """
         self.relieve()
         if wanted == self._wanted:
             return
@@ -58,7 +66,9 @@ class ParameterHooks:
         self._wanted = wanted
 
     def observe(self, wanted: list[int]) -> None:
-        """Until `relieve`, `wanted` have a hook before accumulation, unless all of them have one behind it already."""
+        """Until `relieve`, `wanted` have a hook before accumulation, unless all of them have one
+        behind it already.
+        """
         if wanted == self._wanted:
             return
         self.attach([])
@@ -72,7 +82,9 @@ class ParameterHooks:
             handle.remove()
             parameter = self._params[index]
             if not parameter._backward_hooks:
-                parameter._backward_hooks = None  # an empty dictionary of hooks is still crossed for
+                parameter._backward_hooks = (
+                    None  # an empty dictionary of hooks is still crossed for
+                )
         self._before.clear()
 
     def remove(self) -> None:
@@ -80,8 +92,8 @@ class ParameterHooks:
         self.attach([])
 
 
-# Defaults instead of a closure's cells: in a backward over thousands of parameters every hook is met cold, and what it
-# needs then lies in one tuple. It is a sixth of what a hook costs.
+# Defaults instead of a closure's cells: in a backward over thousands of parameters every hook is
+# met cold, and what it needs then lies in one tuple. It is a sixth of what a hook costs.
 
 
 def plain_hook(index: int, reducer: _core.Reducer, _: Executor | None, go: Go) -> Hook:
@@ -96,7 +108,7 @@ def plain_hook(index: int, reducer: _core.Reducer, _: Executor | None, go: Go) -
 
 
 def _observing_hook(index: int, reducer: _core.Reducer) -> Hook:
-    """Nothing leaves in a pass that observes, so that the gradient need not have been accumulated."""
+    """Nothing leaves in a pass that observes, so the gradient need not be accumulated yet."""
 
     def hook(_: Tensor, index: int = index, ready: Ready = reducer.grad_ready) -> None:
         ready(index)
@@ -129,8 +141,12 @@ def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor, go: Go) 
 
 
 def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
-    """Calls `begin` once in each backward that reaches a tensor within `outputs`, before the module's part."""
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    """Calls `begin` once in each backward that reaches a tensor within `outputs`, before the
+    module's part.
+    """
+    leaves = [
+        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
     if leaves:
         torch.autograd.graph.register_multi_grad_hook(leaves, lambda _: begin(), mode="any")
 

@@ -14,21 +14,25 @@ __all__ = ["refuse_unfit", "scaled"]
 def refuse_unfit(loss: Any) -> None:
     """Raises `StepError` for what is no tensor of one element with a graph."""
     if not isinstance(loss, Tensor):
-        raise StepError(f"backward needs a loss, a tensor of one element, got {type(loss).__name__}")
+        raise StepError(
+            f"backward needs a loss, a tensor of one element, got {type(loss).__name__}"
+        )
     if loss.numel() != 1:
         raise StepError(
-            f"backward needs a loss of one element, got a tensor of shape {tuple(loss.shape)}: reduce it, for example "
-            "with loss.mean()"
+            f"backward needs a loss of one element, got a tensor of shape {tuple(loss.shape)}: "
+            "reduce it, for example with loss.mean()"
         )
     if not loss.requires_grad:
         raise StepError(
-            "the loss has no graph (requires_grad is False): it was computed under no_grad or inference_mode, "
-            "detached, or touches no trainable parameter"
+            "the loss has no graph (requires_grad is False): it was computed under no_grad or "
+            "inference_mode, detached, or touches no trainable parameter"
         )
 
 
 def scaled(loss: Tensor, *, steps: int, scale: float) -> Tensor:
-    """`loss` over the accumulation steps, times the loss scale; in fp32 where there is one, as fp16 would overflow."""
+    """`loss` over the accumulation steps, times the loss scale; in fp32 where there is one, as fp16
+    would overflow.
+    """
     if steps > 1:
         loss = loss / steps
     return loss if scale == 1.0 else loss.float() * scale

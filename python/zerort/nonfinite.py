@@ -15,7 +15,9 @@ UNKNOWN = -1
 
 
 def in_arrival(bucket: FlatBucket, chunks: Memory, rank: int) -> tuple[int, int] | None:
-    """(source rank, parameter) of the first such element among the chunks that arrived for `rank`'s shard, on CPU."""
+    """(source rank, parameter) of the first such element among the chunks that arrived for `rank`'s
+    shard, on CPU.
+    """
     shard = bucket.spec.shard_numel
     for source in range(chunks.tensor.numel() // shard if shard else 0):
         index = _core.first_nonfinite(chunks.buffer.slice(source * shard, shard))

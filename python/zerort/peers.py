@@ -1,8 +1,9 @@
 """Which rank has gone, when a collective has failed: gloo tells an address, a person needs a rank.
 
-Every rank knows every other's host and process id from the start. After a failure two things are asked, for a moment:
-of this host, which processes are gone (one that is gone or a zombie was lost, one that is stopped was stopped); of all
-hosts, who has left word of what it waited for. A rank that waited for nothing has not come to the collective at all.
+Every rank knows every other's host and process id from the start. After a failure two things are
+asked, for a moment: of this host, which processes are gone (one that is gone or a zombie was lost,
+one that is stopped was stopped); of all hosts, who has left word of what it waited for. A rank that
+waited for nothing has not come to the collective at all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Protocol
 __all__ = ["Board", "Peer", "Peers", "myself"]
 
 PATIENCE = 1.0
-"""Seconds: a connection closes a little before its process is gone, and time-outs end one after another."""
+"""Seconds: a connection closes a little before its process is gone, and time-outs end one after
+another.
+"""
 
 _NOT_HERE = "makes fewer steps, waits for something else, or needs longer than zerort.timeout"
 
@@ -33,7 +36,9 @@ class Peer:
 
 
 class Board(Protocol):
-    """Where ranks leave word for one another without a collective: what is used of torch.distributed's Store."""
+    """Where ranks leave word for one another without a collective: what is used of
+    torch.distributed's Store.
+    """
 
     def set(self, key: str, value: str, /) -> None:
         """Leaves `value`."""
@@ -62,7 +67,8 @@ class Peers:
     def told(self, what: str) -> str:
         """One sentence on why `what`, a collective that this rank waited for, may have failed."""
         words: dict[int, str] = {}
-        # A board whose host hangs does not answer either: it may only keep a thread waiting that nobody waits for.
+        # A board whose host hangs does not answer either: it may only keep a thread waiting that
+        # nobody waits for.
         asking = threading.Thread(target=self._exchange, args=(what, words), daemon=True)
         asking.start()
         deadline = time.monotonic() + PATIENCE
@@ -75,7 +81,11 @@ class Peers:
     def _fates(self) -> dict[int, str]:
         """Of the other processes of this host: which are gone or stopped."""
         here = self.everyone[self.rank].host
-        others = ((rank, peer) for rank, peer in enumerate(self.everyone) if peer.host == here and rank != self.rank)
+        others = (
+            (rank, peer)
+            for rank, peer in enumerate(self.everyone)
+            if peer.host == here and rank != self.rank
+        )
         return {rank: fate for rank, peer in others if (fate := _fate(peer.process))}
 
     def _exchange(self, what: str, words: dict[int, str]) -> None:
@@ -94,14 +104,24 @@ class Peers:
             return  # the board has gone with its host; what came is told
 
     def _judged(self, what: str, words: Mapping[int, str]) -> str:
-        silent = [rank for rank in range(len(self.everyone)) if rank not in words and rank != self.rank]
-        elsewhere = [f"{self._named(rank)} waited for {word}" for rank, word in words.items() if word != what]
+        silent = [
+            rank for rank in range(len(self.everyone)) if rank not in words and rank != self.rank
+        ]
+        elsewhere = [
+            f"{self._named(rank)} waited for {word}" for rank, word in words.items() if word != what
+        ]
         if not words:
-            found = [f"every rank of this host is running, so one of them or of another host {_NOT_HERE}"]
+            found = [
+                f"every rank of this host is running, so one of them or of another host {_NOT_HERE}"
+            ]
         elif silent:
-            found = [f"{', '.join(map(self._named, silent))} did not come to this point: it {_NOT_HERE}"]
+            found = [
+                f"{', '.join(map(self._named, silent))} did not come to this point: it {_NOT_HERE}"
+            ]
         else:
-            found = [] if elsewhere else ["every rank waited for it: look at the network between them"]
+            found = (
+                [] if elsewhere else ["every rank waited for it: look at the network between them"]
+            )
         return "; ".join(found + elsewhere)
 
     def _named(self, rank: int) -> str:

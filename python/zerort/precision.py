@@ -19,7 +19,11 @@ from zerort.wire import FORMATS, NAMES
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 _COMPUTED_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What autocast computes in low precision; DeepSpeed's list."""
@@ -49,7 +53,9 @@ class FixedScale:
 
 @dataclass(frozen=True)
 class Precision:
-    """The configuration's precision: `compute` is the parameters' dtype, None where the model keeps its own."""
+    """The configuration's precision: `compute` is the parameters' dtype, None where the model keeps
+    its own.
+    """
 
     compute: torch.dtype | None
     loss_scale: LossScale
@@ -67,7 +73,8 @@ class Precision:
     def of(cls, config: Config) -> Precision:
         """Reads fp16, bf16, torch_autocast and communication_data_type.
 
-        Raises `ConfigError` for an unknown wire, a module class that is none, and two keys that name a wire.
+        Raises `ConfigError` for an unknown wire, a module class that is none, and two keys that
+        name a wire.
         """
         wire = config.zerort.wire or config.communication_data_type
         if wire is not None and wire not in FORMATS:
@@ -94,9 +101,11 @@ class Precision:
                 parameter.data = parameter.data.to(self.compute)
 
     def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:
-        """Tells the number of the wire format that the gradient of each of `module`'s parameters travels in.
+        """Tells the number of the wire format that the gradient of each of `module`'s parameters
+        travels in.
 
-        It is the configured one, else the dtype that autocast computes it in, else the parameter's; fp64 stays whole.
+        It is the configured one, else the dtype that autocast computes it in, else the parameter's;
+        fp64 stays whole.
         """
         low = {
             id(parameter)
@@ -119,29 +128,38 @@ class Precision:
         """The module's arguments, cast where fp16.auto_cast asks for it."""
         if not self.casts_inputs:
             return value
-        return tree_map_only(Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, value)
+        return tree_map_only(
+            Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, value
+        )
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs in."""
         if self.autocast:
             return torch.autocast(device.type, self.autocast)
-        return nullcontext() if self.compute is None or self.casts_inputs else _explained(self.compute)
+        return (
+            nullcontext() if self.compute is None or self.casts_inputs else _explained(self.compute)
+        )
 
 
 _ABOUT_TYPES = ("dtype", "scalar type", "should be the same")
-"""What torch's errors say of two tensors of different types: of a product, of a normalisation, of a convolution."""
+"""What torch's errors say of two tensors of different types: of a product, of a normalisation, of a
+convolution.
+"""
 
 
 @contextmanager
 def _explained(compute: torch.dtype) -> Iterator[None]:
-    """Within, an error about types gets a note (from Python 3.11 on): most often an input has not been cast."""
+    """Within, an error about types gets a note (from Python 3.11 on): most often an input has not
+    been cast.
+    """
     try:
         yield
     except RuntimeError as error:
         if any(sign in str(error) for sign in _ABOUT_TYPES) and hasattr(error, "add_note"):
             error.add_note(
-                f"zerort: the module's parameters are {compute} by the configuration, its inputs are not cast: cast "
-                f"floating-point inputs with .to({compute}), or use torch_autocast (for fp16 also fp16.auto_cast)"
+                f"zerort: the module's parameters are {compute} by the configuration, its inputs "
+                f"are not cast: cast floating-point inputs with .to({compute}), or use "
+                "torch_autocast (for fp16 also fp16.auto_cast)"
             )
         raise
 
@@ -154,8 +172,8 @@ def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...
         return _COMPUTED_LOW if wire is None else ()
     if wire is not None:
         raise ConfigError(
-            "torch_autocast.lower_precision_safe_modules chooses what travels in low precision, and so does "
-            f"communication_data_type or zerort.wire ({wire}): give one of them"
+            "torch_autocast.lower_precision_safe_modules chooses what travels in low precision, "
+            f"and so does communication_data_type or zerort.wire ({wire}): give one of them"
         )
     return tuple(_module_class(name) for name in names)
 
@@ -166,11 +184,13 @@ def _module_class(name: str) -> type[nn.Module]:
         found = getattr(importlib.import_module(package), last)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"torch_autocast.lower_precision_safe_modules: {name!r} cannot be imported ({error}): give the full name "
-            "of a class, as in torch.nn.Linear"
+            f"torch_autocast.lower_precision_safe_modules: {name!r} cannot be imported ({error}): "
+            "give the full name of a class, as in torch.nn.Linear"
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"torch_autocast.lower_precision_safe_modules: {name} is no class of modules")
+        raise ConfigError(
+            f"torch_autocast.lower_precision_safe_modules: {name} is no class of modules"
+        )
     return found
 
 

@@ -37,7 +37,9 @@ class Parts:
 
 
 class Readings(nn.Module):
-    """A module around `module` that tells where training stands. Unknown attributes are looked up on `module`."""
+    """A module around `module` that tells where training stands. Unknown attributes are looked up
+    on `module`.
+    """
 
     def __init__(self, module: nn.Module, parts: Parts) -> None:
         super().__init__()
@@ -97,7 +99,9 @@ class Readings(nn.Module):
         return self._applied
 
     def get_global_grad_norm(self) -> float | None:
-        """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None before the first."""
+        """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None
+        before the first.
+        """
         return self._parts.boundary.norm
 
     def get_lr(self) -> list[float]:
@@ -107,12 +111,15 @@ class Readings(nn.Module):
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of each parameter group."""
         return [
-            group["betas"] if "betas" in group else group.get("momentum", 0.0) for group in self.optimizer.param_groups
+            group["betas"] if "betas" in group else group.get("momentum", 0.0)
+            for group in self.optimizer.param_groups
         ]
 
     @property
     def exposed_communication(self) -> float:
-        """Seconds that the host stood still for collectives between the last two steps; on CUDA see the trace."""
+        """Seconds that the host stood still for collectives between the last two steps; on CUDA see
+        the trace.
+        """
         return self._parts.boundary.exposed
 
     def train_batch_size(self) -> int:
@@ -138,5 +145,7 @@ class Readings(nn.Module):
         except AttributeError as error:
             kind = type(self.module).__name__
             raise AttributeError(
-                f"neither the engine nor its module {kind} has {name!r}: {error}", name=name, obj=self
+                f"neither the engine nor its module {kind} has {name!r}: {error}",
+                name=name,
+                obj=self,
             ) from error

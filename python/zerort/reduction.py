@@ -1,18 +1,21 @@
-"""One pass after another over the schedule: from gradients in `.grad` to reduced shards in the accumulators.
+"""One pass after another over the schedule: from gradients in `.grad` to reduced shards in the
+accumulators.
 
-    idle ── begin ──> in pass ── finish ──> idle            reduced values are complete after `drain`
-                         └────── abort ───> idle            the rest of the list ran on zeros; peers' collectives paired
+    idle ── begin ──> in pass ── finish ──> idle      reduced values are complete after `drain`
+                         └────── abort ───> idle      the rest of the list ran on zeros
 
-Passes add: two backwards before a step are two passes, and the accumulators hold their sum until `reset`. A gradient
-that no pass took stays in `.grad`, and `leftover` counts it, so that the vote at the boundary can ask for one more.
+Passes add: two backwards before a step are two passes, and the accumulators hold their sum until
+`reset`. A gradient that no pass took stays in `.grad`, and `leftover` counts it, so that the vote
+at the boundary can ask for one more.
 
-The first pass observes. From the second one on a bucket has one hook, on its sentinel: the parameter of it whose
-gradient came last on this rank. The schedule is the same on all ranks; who is a sentinel need not be, and a wrong one
-costs time, never a gradient. When it has fired and some gradient of the bucket has not come, the bucket waits, and is
-looked at again when the next sentinel fires and when the pass ends. An unused sentinel needs no such care: its bucket
-leaves when the pass ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
-after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one hook per parameter,
-for good.
+The first pass observes. From the second one on a bucket has one hook, on its sentinel: the
+parameter of it whose gradient came last on this rank. The schedule is the same on all ranks; who is
+a sentinel need not be, and a wrong one costs time, never a gradient. When it has fired and some
+gradient of the bucket has not come, the bucket waits, and is looked at again when the next sentinel
+fires and when the pass ends. An unused sentinel needs no such care: its bucket leaves when the pass
+ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
+after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one
+hook per parameter, for good.
 """
 
 from __future__ import annotations
@@ -39,7 +42,12 @@ class Reduction:
     """Owns the two cursors (the core's reducer, the executor) and the hooks that move them."""
 
     def __init__(
-        self, plan: _core.Plan, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch
+        self,
+        plan: _core.Plan,
+        flat: FlatModel,
+        comm: Comm,
+        transports: Sequence[Transport],
+        watch: Watch,
     ) -> None:
         self.plan = plan
         self.passes = 0
@@ -55,8 +63,9 @@ class Reduction:
         self._arrivals.load(plan)
         self._active: list[bool] = []
         self._learnt = False
-        # On CUDA every hook notes the stream its gradient was made on, and a bucket waits for all of them: a sentinel
-        # would know of its own only. A trace tells when each bucket's first gradient came.
+        # On CUDA every hook notes the stream its gradient was made on, and a bucket waits for all
+        # of them: a sentinel would know of its own only. A trace tells when each bucket's first
+        # gradient came.
         self._sentinels = comm.device.type == "cpu" and not watch.enabled
         if self._sentinels:
             self._reducer.post_sentinels()
@@ -70,13 +79,16 @@ class Reduction:
 
     @property
     def fingerprint(self) -> int:
-        """64 bits over the schedule and over which parameters are frozen: equal on all ranks, or they must not step."""
+        """64 bits over the schedule and over which parameters are frozen: equal on all ranks, or
+        they must not step.
+        """
         return self.plan.digest ^ zlib.crc32(bytes(self._active))
 
     def follow(self) -> bool:
         """Verifies that every parameter is where it was, and follows freezing and unfreezing.
 
-        Returns whether something was frozen or unfrozen. Raises `StepError` naming a parameter that moved.
+        Returns whether something was frozen or unfrozen. Raises `StepError` naming a parameter that
+        moved.
         """
         self._flat.check()
         active = self._flat.active()
@@ -100,10 +112,12 @@ class Reduction:
             self._hooks.attach(watched)
 
     def arm(self, announce: Callable[[], None]) -> bool:
-        """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the gradient then belongs.
+        """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the
+        gradient then belongs.
 
-        Returns False, and changes nothing, when a gradient has come since an earlier `arm` and no hook has told of it:
-        the backward under way has been here before, or one before it has raised.
+        Returns False, and changes nothing, when a gradient has come since an earlier `arm` and no
+        hook has told of it: the backward under way has been here before, or one before it has
+        raised.
         """
         if self._arrivals.unannounced():
             return False
@@ -118,7 +132,9 @@ class Reduction:
         return True
 
     def disarm(self) -> bool:
-        """No gradient is awaited any more. Returns whether any has come since `arm` that no hook has told of."""
+        """No gradient is awaited any more. Returns whether any has come since `arm` that no hook
+        has told of.
+        """
         self._reducer.disarm()
         come = self._arrivals.unannounced()
         self._arrivals.end()
@@ -143,9 +159,11 @@ class Reduction:
         return self._executor.absent
 
     def abort(self, scale: float, *, travels: bool) -> None:
-        """The backward failed: runs the rest of the list on zeros, so that the peers' collectives pair with ours.
+        """The backward failed: runs the rest of the list on zeros, so that the peers' collectives
+        pair with ours.
 
-        `travels` says that the peers reduce in this micro-batch, whether or not this rank came as far as `begin`.
+        `travels` says that the peers reduce in this micro-batch, whether or not this rank came as
+        far as `begin`.
         """
         self.drop()
         if travels and not self.in_pass:
@@ -155,7 +173,9 @@ class Reduction:
         self.drain()
 
     def rerun(self, scale: float) -> None:
-        """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was late."""
+        """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was
+        late.
+        """
         self.dismiss_sentinels()
         self.begin(scale)
         self.finish()
@@ -174,7 +194,8 @@ class Reduction:
 
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
-        self.drain()  # a pass of the micro-batch before may still be sending from where gradients are to rest
+        # a pass of the micro-batch before may still be sending from where gradients are to rest
+        self.drain()
         for source in self._sources:
             source.collect()
         self._arrivals.hold()
@@ -193,9 +214,13 @@ class Reduction:
         return self._executor.waited
 
     def nonfinite(self) -> tuple[int, int] | None:
-        """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1 where unknown."""
+        """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
+        where unknown.
+        """
         found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.buckets)
-        return self._executor.nonfinite or next((place for place in found if place is not None), None)
+        return self._executor.nonfinite or next(
+            (place for place in found if place is not None), None
+        )
 
     def publish(self) -> None:
         """Brings updated shards to all ranks."""
@@ -214,12 +239,16 @@ class Reduction:
             source.reset()
 
     def learn(self) -> bool:
-        """Once, after the first boundary: launches follow the order in which rank 0 saw gradients arrive."""
+        """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
+        arrive.
+        """
         if self._learnt:
             return False
         self._learnt = True
         seen = self._reducer.observed if self._comm.rank == 0 else []
-        order = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64, device=self._comm.device)
+        order = torch.full(
+            (self.plan.num_params + 1,), -1, dtype=torch.int64, device=self._comm.device
+        )
         order[: len(seen)] = torch.tensor(seen, dtype=torch.int64, device=self._comm.device)
         self._comm.broadcast(order)
         self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])

@@ -35,12 +35,14 @@ class Saving(Readings):
         overwrite: bool | None = None,
         keep_last: int | None = None,
     ) -> bool:
-        """Writes all state to `save_dir`/`tag` (default `global_step{N}`). All ranks call it; returns True.
+        """Writes all state to `save_dir`/`tag` (default `global_step{N}`). All ranks call it;
+        returns True.
 
-        When it returns, the checkpoint is complete on every rank and survives a power loss. `client_state` (rank 0's
-        is kept) holds JSON values, tuples, integer keys and tensors. An existing tag is replaced with `overwrite`, and
-        only the newest `keep_last` stay; both default to the configuration. Gradients are not part of it: save after a
-        step. Raises the same `CheckpointError` on all ranks, and then what was there before is untouched.
+        When it returns, the checkpoint is complete on every rank and survives a power loss.
+        `client_state` (rank 0's is kept) holds JSON values, tuples, integer keys and tensors. An
+        existing tag is replaced with `overwrite`, and only the newest `keep_last` stay; both
+        default to the configuration. Gradients are not part of it: save after a step. Raises the
+        same `CheckpointError` on all ranks, and then what was there before is untouched.
         """
         self._settled()
         policy = self._parts.config.zerort.checkpoint
@@ -67,10 +69,11 @@ class Saving(Readings):
     ) -> tuple[str | None, Any]:
         """Continues from `load_dir`/`tag`, by default what `latest` names there. All ranks call it.
 
-        Any number of ranks, stage and bucket size may have saved it. Every byte is verified before the engine changes;
-        with `fallback` a damaged checkpoint is replaced by the newest that verifies. Random number generators and the
-        position in the data are restored where the number of ranks is the same. Returns the path and the client state,
-        or (None, {}) with a warning when there is no `latest`. Raises the same `CheckpointError` on all ranks.
+        Any number of ranks, stage and bucket size may have saved it. Every byte is verified before
+        the engine changes; with `fallback` a damaged checkpoint is replaced by the newest that
+        verifies. Random number generators and the position in the data are restored where the
+        number of ranks is the same. Returns the path and the client state, or (None, {}) with a
+        warning when there is no `latest`. Raises the same `CheckpointError` on all ranks.
         """
         self._settled()
         choice = Choice(
@@ -91,12 +94,15 @@ class Saving(Readings):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Writes the module's weights, in the dtype it computes with, into one file. All ranks call it; returns True.
+        """Writes the module's weights, in the dtype it computes with, into one file. All ranks call
+        it; returns True.
 
-        A name ending in `.safetensors` gives that format, any other one that `torch.load(weights_only=True)` reads.
-        Raises the same `CheckpointError` on all ranks.
+        A name ending in `.safetensors` gives that format, any other one that
+        `torch.load(weights_only=True)` reads. Raises the same `CheckpointError` on all ranks.
         """
-        return self._checkpoints.save_weights(save_dir, save_filename, exclude_frozen=exclude_frozen_parameters)
+        return self._checkpoints.save_weights(
+            save_dir, save_filename, exclude_frozen=exclude_frozen_parameters
+        )
 
     def _settled(self) -> None:
         """Nothing is under way any more."""

@@ -1,12 +1,14 @@
-"""Learning-rate schedules by name: DeepSpeed's five, with its parameters and formulas, and any of torch's.
+"""Learning-rate schedules by name: DeepSpeed's five, with its parameters and formulas, and any of
+torch's.
 
-A schedule here is a pure function of the iteration: `lr(i)` and `momentum(i)`, where `i` counts `step()` calls from 0
-and is -1 between construction and the first of them. `Schedule` does the rest: it writes the values into the groups of
-the optimizer and keeps the iteration. A saved state is the iteration alone, so that a run resumed with other parameters
-follows the new curve from where it is.
+A schedule here is a pure function of the iteration: `lr(i)` and `momentum(i)`, where `i` counts
+`step()` calls from 0 and is -1 between construction and the first of them. `Schedule` does the
+rest: it writes the values into the groups of the optimizer and keeps the iteration. A saved state
+is the iteration alone, so that a run resumed with other parameters follows the new curve from where
+it is.
 
-The classes keep DeepSpeed's interface rather than torch's `LRScheduler`: they need no more of an optimizer than its
-`param_groups`, and do not watch the order of calls.
+The classes keep DeepSpeed's interface rather than torch's `LRScheduler`: they need no more of an
+optimizer than its `param_groups`, and do not watch the order of calls.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ import torch
 from zerort.config.problems import did_you_mean, nearest
 from zerort.errors import ConfigError
 
-__all__ = ["LRRangeTest", "OneCycle", "Schedule", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "build"]
+__all__ = [
+    "LRRangeTest",
+    "OneCycle",
+    "Schedule",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "build",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +43,8 @@ class _HasGroups(Protocol):
 
 
 class Schedule:
-    """Sets the learning rate of each parameter group, and for `OneCycle` its first beta, once a step.
+    """Sets the learning rate of each parameter group, and for `OneCycle` its first beta, once a
+    step.
 
     `last_batch_iteration` is the iteration last applied; -1 applies the starting values at once.
     """
@@ -53,8 +64,12 @@ class Schedule:
         return None
 
     def step(self, batch_iteration: int | None = None) -> None:
-        """Goes to the next iteration, or to `batch_iteration`, and writes its values into the groups."""
-        self.last_batch_iteration = self.last_batch_iteration + 1 if batch_iteration is None else batch_iteration
+        """Goes to the next iteration, or to `batch_iteration`, and writes its values into the
+        groups.
+        """
+        self.last_batch_iteration = (
+            self.last_batch_iteration + 1 if batch_iteration is None else batch_iteration
+        )
         self._apply()
 
     def get_lr(self) -> list[float]:
@@ -82,10 +97,12 @@ class Schedule:
 
 
 class LRRangeTest(Schedule):
-    """A learning rate that grows without end, to find the largest that trains (Smith, arXiv:1803.09820).
+    """A learning rate that grows without end, to find the largest that trains (Smith,
+    arXiv:1803.09820).
 
-    It starts from `lr_range_test_min_lr` (one, or one a group) and gains `lr_range_test_step_rate` times that much
-    every `lr_range_test_step_size` steps, evenly or, with `lr_range_test_staircase`, at once.
+    It starts from `lr_range_test_min_lr` (one, or one a group) and gains `lr_range_test_step_rate`
+    times that much every `lr_range_test_step_size` steps, evenly or, with
+    `lr_range_test_staircase`, at once.
     """
 
     def __init__(
@@ -113,13 +130,16 @@ class LRRangeTest(Schedule):
 
 
 class OneCycle(Schedule):
-    """One cycle of the learning rate up and down, with the first beta down and up, then a decay (arXiv:1803.09820).
+    """One cycle of the learning rate up and down, with the first beta down and up, then a decay
+    (arXiv:1803.09820).
 
-    The cycle climbs from `cycle_min_lr` to `cycle_max_lr` in `cycle_first_step_size` steps and returns in
-    `cycle_second_step_size` (the same when None); a stair count holds it flat for each of that many stairs. Afterwards
-    the learning rate is divided, and the beta multiplied, by one plus its rate for every `decay_step_size` steps.
+    The cycle climbs from `cycle_min_lr` to `cycle_max_lr` in `cycle_first_step_size` steps and
+    returns in `cycle_second_step_size` (the same when None); a stair count holds it flat for each
+    of that many stairs. Afterwards the learning rate is divided, and the beta multiplied, by one
+    plus its rate for every `decay_step_size` steps.
 
-    Where momentum is cycled the second beta is 0.99, as in DeepSpeed. An optimizer without betas keeps its momentum.
+    Where momentum is cycled the second beta is 0.99, as in DeepSpeed. An optimizer without betas
+    keeps its momentum.
     """
 
     def __init__(
@@ -145,13 +165,19 @@ class OneCycle(Schedule):
         first = _positive("cycle_first_step_size", cycle_first_step_size)
         second = first if cycle_second_step_size is None else cycle_second_step_size
         self.steps = (first, _positive("cycle_second_step_size", second))
-        second_stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
+        second_stairs = (
+            cycle_first_stair_count
+            if cycle_second_stair_count is None
+            else cycle_second_stair_count
+        )
         self.stairs = (cycle_first_stair_count, second_stairs)
         self.decay_step_size = decay_step_size
         self.decay_rates = (decay_lr_rate, decay_mom_rate)
         self.cycle_momentum = cycle_momentum and "betas" in optimizer.param_groups[0]
         if cycle_momentum and not self.cycle_momentum:
-            _log.warning("OneCycle leaves the momentum alone: %s has no betas", type(optimizer).__name__)
+            _log.warning(
+                "OneCycle leaves the momentum alone: %s has no betas", type(optimizer).__name__
+            )
         super().__init__(optimizer, last_batch_iteration)
 
     def lr(self, iteration: int) -> list[float]:
@@ -177,8 +203,8 @@ class OneCycle(Schedule):
         return beta, 0.99
 
     def _height(self, iteration: int) -> float:
-        # 0 at the foot of the cycle, 1 at its top. Stairs are counted from the integer position: a height of 1 less one
-        # rounding error would lose the topmost stair.
+        # 0 at the foot of the cycle, 1 at its top. Stairs are counted from the integer position: a
+        # height of 1 less one rounding error would lose the topmost stair.
         first, second = self.steps
         position = iteration % (first + second)
         climbing = position <= first
@@ -187,7 +213,11 @@ class OneCycle(Schedule):
         return math.floor(done * stairs / length) / stairs if stairs > 0 else done / length
 
     def _decay_intervals(self, iteration: int) -> float:
-        return (iteration - sum(self.steps) + 1) / self.decay_step_size if self.decay_step_size else 0.0
+        return (
+            (iteration - sum(self.steps) + 1) / self.decay_step_size
+            if self.decay_step_size
+            else 0.0
+        )
 
 
 class _Warmup(Schedule):
@@ -203,7 +233,9 @@ class _Warmup(Schedule):
         # Over fewer than two steps the logarithm has no slope.
         self.warmup_num_steps = max(2, _positive("warmup_num_steps", warmup_num_steps))
         if warmup_type not in ("log", "linear"):
-            raise ConfigError(f'scheduler.params.warmup_type: expected "log" or "linear", got {warmup_type!r}')
+            raise ConfigError(
+                f'scheduler.params.warmup_type: expected "log" or "linear", got {warmup_type!r}'
+            )
         self.warmup_type = warmup_type
         super().__init__(optimizer, last_batch_iteration)
 
@@ -216,9 +248,11 @@ class _Warmup(Schedule):
 
 
 class WarmupLR(_Warmup):
-    """From `warmup_min_lr` to `warmup_max_lr` (one, or one a group) in `warmup_num_steps` steps, then constant.
+    """From `warmup_min_lr` to `warmup_max_lr` (one, or one a group) in `warmup_num_steps` steps,
+    then constant.
 
-    A `warmup_max_lr` of None is the first group's learning rate. `warmup_type` "log" rises fast and then slowly.
+    A `warmup_max_lr` of None is the first group's learning rate. `warmup_type` "log" rises fast and
+    then slowly.
     """
 
     def __init__(
@@ -240,7 +274,10 @@ class WarmupLR(_Warmup):
         """Between the two rates, by how far the schedule has come."""
         warm = iteration < self.warmup_num_steps
         height = self._warmth(iteration) if warm else self._after_warmup(iteration)
-        return [low + (high - low) * height for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
+        return [
+            low + (high - low) * height
+            for low, high in zip(self.min_lrs, self.max_lrs, strict=True)
+        ]
 
     def _after_warmup(self, iteration: int) -> float:
         return 1.0
@@ -271,11 +308,16 @@ class WarmupDecayLR(WarmupLR):
         )
 
     def _after_warmup(self, iteration: int) -> float:
-        return max(0.0, (self.total_num_steps - iteration) / max(1, self.total_num_steps - self.warmup_num_steps))
+        return max(
+            0.0,
+            (self.total_num_steps - iteration)
+            / max(1, self.total_num_steps - self.warmup_num_steps),
+        )
 
 
 class WarmupCosineLR(_Warmup):
-    """Each group's own learning rate times a ratio: `warmup_min_ratio` to 1, then half a cosine to `cos_min_ratio`.
+    """Each group's own learning rate times a ratio: `warmup_min_ratio` to 1, then half a cosine to
+    `cos_min_ratio`.
 
     The cosine ends at `total_num_steps` and stays at its end. Before the first step the ratio is 0.
     """
@@ -314,19 +356,23 @@ class WarmupCosineLR(_Warmup):
 
 
 _SCHEDULES: Mapping[str, Callable[..., Any]] = {
-    schedule.__name__: schedule for schedule in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
+    schedule.__name__: schedule
+    for schedule in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
 }
 
 
 def build(name: str, params: Mapping[str, Any], optimizer: _HasGroups) -> Any:
-    """The schedule `name` over `optimizer`: one of this module's, else one of `torch.optim.lr_scheduler`.
+    """The schedule `name` over `optimizer`: one of this module's, else one of
+    `torch.optim.lr_scheduler`.
 
-    Raises `ConfigError` for an unknown name or parameter, with the nearest known one, and for values that the schedule
-    does not take.
+    Raises `ConfigError` for an unknown name or parameter, with the nearest known one, and for
+    values that the schedule does not take.
     """
     known = {**_torch_schedules(), **_SCHEDULES}
     if name not in known:
-        raise ConfigError(f'scheduler.type: unknown schedule "{name}"{did_you_mean(nearest(name, known))}')
+        raise ConfigError(
+            f'scheduler.type: unknown schedule "{name}"{did_you_mean(nearest(name, known))}'
+        )
     schedule = known[name]
     signature = inspect.signature(schedule)
     for key in params:
@@ -347,7 +393,9 @@ def _torch_schedules() -> dict[str, Callable[..., Any]]:
     return {
         name: value
         for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, module.LRScheduler) and name in module.__all__
+        if inspect.isclass(value)
+        and issubclass(value, module.LRScheduler)
+        and name in module.__all__
     }
 
 
@@ -356,11 +404,21 @@ def _per_group(optimizer: _HasGroups, name: str, value: float | Sequence[float])
     if not isinstance(value, Sequence):
         return [value] * groups
     if len(value) != groups:
-        raise ConfigError(f"scheduler.params.{name}: expected {groups} values, one a parameter group, got {len(value)}")
+        raise ConfigError(
+            f"scheduler.params.{name}: expected {groups} values, one a parameter group, got "
+            f"{len(value)}"
+        )
     return list(value)
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
-        raise ConfigError(f"scheduler.params.{name}: expected an integer of at least 1, got {value!r}")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value != int(value)
+        or value < 1
+    ):
+        raise ConfigError(
+            f"scheduler.params.{name}: expected an integer of at least 1, got {value!r}"
+        )
     return int(value)

@@ -1,7 +1,7 @@
 """Where kernels of the reduction run: the only file with streams and events.
 
-On CPU everything happens in the order of the program. On CUDA gradients are packed on the stream that made them, sums
-run on one of their own, and no method makes the host wait.
+On CPU everything happens in the order of the program. On CUDA gradients are packed on the stream
+that made them, sums run on one of their own, and no method makes the host wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Streams(Protocol):
         """A gradient was written on the current stream."""
 
     def before_pack(self, *, shared: bool) -> None:
-        """The current stream may now read every gradient that was `produced`, and write into memory that sums read."""
+        """The current stream may now read every gradient that was `produced`, and write into memory
+        that sums read.
+        """
 
     def after_pack(self) -> None:
         """Gradients that were packed are about to be freed, to whoever allocates next."""
@@ -30,7 +32,9 @@ class Streams(Protocol):
         """Within, work goes to the stream of sums."""
 
     def begin(self) -> None:
-        """The stream of sums may overwrite the accumulators once the current stream is done with them."""
+        """The stream of sums may overwrite the accumulators once the current stream is done with
+        them.
+        """
 
     def join(self) -> None:
         """The current stream may now read the accumulators."""
@@ -60,7 +64,9 @@ class HostStreams:
 
 
 class CudaStreams:
-    """CUDA: gradients are packed on the stream that made the last of them, sums run beside the backward."""
+    """CUDA: gradients are packed on the stream that made the last of them, sums run beside the
+    backward.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,7 +88,9 @@ class CudaStreams:
                 current.wait_stream(stream)
 
     def after_pack(self) -> None:
-        """Memory goes back to the stream that allocated it, which could write into it before it has been read."""
+        """Memory goes back to the stream that allocated it, which could write into it before it has
+        been read.
+        """
         current = torch.cuda.current_stream(self._device)
         for stream in self._producers.values():
             if stream != current:
@@ -93,7 +101,9 @@ class CudaStreams:
         return torch.cuda.stream(self._side)
 
     def begin(self) -> None:
-        """Orders the next sums after the last optimizer step, and forgets the last pass's producers."""
+        """Orders the next sums after the last optimizer step, and forgets the last pass's
+        producers.
+        """
         self._producers.clear()
         self._side.wait_stream(torch.cuda.current_stream(self._device))
 

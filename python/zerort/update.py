@@ -1,9 +1,9 @@
 """The boundary: what all ranks decide together about a step, and the step.
 
-The vote is one small all-reduce. Every rank fills its own row, so the sum is everybody's row, in rank order on every
-rank: the norm is summed in one order everywhere, and a culprit has a number. It carries the squared norm, what is left
-in `.grad`, a poison flag and a fingerprint; the host reads it before the optimizer runs. No rank applies a step that
-any rank has reported as failed.
+The vote is one small all-reduce. Every rank fills its own row, so the sum is everybody's row, in
+rank order on every rank: the norm is summed in one order everywhere, and a culprit has a number. It
+carries the squared norm, what is left in `.grad`, a poison flag and a fingerprint; the host reads
+it before the optimizer runs. No rank applies a step that any rank has reported as failed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Verdict:
     """What all ranks know after the vote; equal on every rank."""
 
     norm: float
-    """Of the summed gradient, still times the loss scale; not finite when any element anywhere is not."""
+    """Of the summed gradient, still times the loss scale; not finite when any element anywhere is
+    not.
+    """
     leftover: int
     poisoned: tuple[int, ...]
     """Ranks that failed."""
@@ -54,7 +56,9 @@ class Verdict:
 
 
 def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
-    """Exchanges the ballots. One all-reduce of five doubles a rank, and the boundary's one host synchronisation."""
+    """Exchanges the ballots. One all-reduce of five doubles a rank, and the boundary's one host
+    synchronisation.
+    """
     rows = torch.zeros(comm.world, 5, dtype=torch.float64, device=comm.device)
     high, low = divmod(ballot.fingerprint, _HALF)
     facts = [float(ballot.leftover), float(ballot.poisoned), float(high), float(low)]
@@ -65,7 +69,8 @@ def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """What gradients of this norm are divided by, so that none is longer than `limit`; 0 turns clipping off.
+    """What gradients of this norm are divided by, so that none is longer than `limit`; 0 turns
+    clipping off.
 
     Mirrors DeepSpeed: max(1, (norm + 1e-6) / limit).
     """
@@ -84,7 +89,8 @@ def _count(rows: list[list[float]]) -> Verdict:
     for row in rows:
         squares += row[0]
     prints = [row[3:] for row in rows]
-    # Rounded to fp32 once: the fp64 sum differs in its last bits with where buckets are cut, the norm must not.
+    # Rounded to fp32 once: the fp64 sum differs in its last bits with where buckets are cut, the
+    # norm must not.
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().float().item()
     return Verdict(
         norm=norm,

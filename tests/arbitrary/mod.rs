@@ -53,9 +53,12 @@ pub fn plan() -> impl Strategy<Value = Plan> {
 
 /// `n` parameters of equal length in one group; `per_bucket` of them fill a bucket.
 pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
-    let params = vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; n];
+    let params =
+        vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; n];
     let cap = Cap::Elements(16 * per_bucket as u64);
-    Arc::new(Plan::new(PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap, window }).unwrap())
+    Arc::new(
+        Plan::new(PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap, window }).unwrap(),
+    )
 }
 
 pub fn ids(ids: &[u32]) -> Vec<ParamId> {

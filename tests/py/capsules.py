@@ -1,6 +1,8 @@
-"""DLPack capsules made by hand with ctypes: descriptors that no library would write, and deleters that count.
+"""DLPack capsules made by hand with ctypes: descriptors that no library would write, and deleters
+that count.
 
-Reads capsules as well, so that a test can look at what an export says without a library that understands it.
+Reads capsules as well, so that a test can look at what an export says without a library that
+understands it.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def make(
     version: tuple[int, int] | None = (1, 0),
     flags: int = 0,
 ) -> Made:
-    """A capsule over memory of its own, or over `address`. `version` None makes an unversioned one."""
+    """A capsule over memory of its own, or over `address`; without `version` unversioned."""
     made = Made()
     block = ctypes.create_string_buffer(numel * 8 + 64)
     made.address = -(-ctypes.addressof(block) // 64) * 64

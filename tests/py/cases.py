@@ -108,7 +108,9 @@ def penalize_the_curvature(engine: Any, at: Moment) -> None:
     """A Hessian-vector product in the loss: three graphs deep in the end."""
     loss, parameters = loss_of(engine, at), list(engine.module.parameters())
     slopes = torch.autograd.grad(loss, parameters, create_graph=True)
-    curvature = torch.autograd.grad(sum(slope.sum() for slope in slopes), parameters, create_graph=True)
+    curvature = torch.autograd.grad(
+        sum(slope.sum() for slope in slopes), parameters, create_graph=True
+    )
     engine.backward(loss + 0.01 * sum(product.square().sum() for product in curvature))
 
 
@@ -165,7 +167,9 @@ def evaluate_in_between(engine: Any, at: Moment) -> None:
 
 
 def use_drawn_branches(engine: Any, at: Moment) -> None:
-    """Another selection in another order for every rank, step and micro-batch; the first branch always trains."""
+    """Another selection in another order for every rank, step and micro-batch; the first branch
+    always trains.
+    """
     draw = random.Random(f"{at}")
     others = range(1, len(engine.module.branches))
     order = [0, *draw.sample(others, draw.randint(0, len(others)))]
@@ -208,7 +212,11 @@ def weights_and_biases(module: nn.Module) -> list[dict[str, Any]]:
     """Two groups; their parameters alternate in the model."""
     named = list(module.named_parameters())
     return [
-        {"params": [p for name, p in named if name.endswith("weight")], "lr": 0.1, "weight_decay": 0.2},
+        {
+            "params": [p for name, p in named if name.endswith("weight")],
+            "lr": 0.1,
+            "weight_decay": 0.2,
+        },
         {"params": [p for name, p in named if not name.endswith("weight")], "lr": 0.4},
     ]
 
@@ -249,7 +257,9 @@ CASES: dict[str, Case] = {
     "not_in_the_optimizer": Case(mlp, regress, groups=last_layer_only),
     "reused": Case(Reused, regress),
     "reused_checkpointed_reentrant": Case(partial(Reused, reentrant=True), regress),
-    "reused_more_often_checkpointed_reentrant": Case(partial(Reused, reentrant=True), reuse_more_often_on_rank_1),
+    "reused_more_often_checkpointed_reentrant": Case(
+        partial(Reused, reentrant=True), reuse_more_often_on_rank_1
+    ),
     "reused_checkpointed": Case(partial(Reused, reentrant=False), regress),
     "checkpointed_reentrant": Case(partial(Checkpointed, reentrant=True), regress),
     "checkpointed": Case(partial(Checkpointed, reentrant=False), regress),
@@ -270,12 +280,18 @@ CASES: dict[str, Case] = {
     "not_divided": Case(mlp, do_not_divide_by_accumulation),
     "evaluated_in_between": Case(mlp, evaluate_in_between),
     # between steps
-    "frozen_after_a_step": Case(mlp, regress, optimizer=adamw, before=partial(freeze_at, {1: True})),
-    "frozen_then_unfrozen": Case(mlp, regress, optimizer=momentum, before=partial(freeze_at, {1: True, 2: False})),
+    "frozen_after_a_step": Case(
+        mlp, regress, optimizer=adamw, before=partial(freeze_at, {1: True})
+    ),
+    "frozen_then_unfrozen": Case(
+        mlp, regress, optimizer=momentum, before=partial(freeze_at, {1: True, 2: False})
+    ),
     "frozen_then_unfrozen_with_adamw": Case(
         mlp, regress, optimizer=adamw, before=partial(freeze_at, {1: True, 3: False}), steps=5
     ),
-    "unfrozen_after_a_step": Case(partly_frozen, regress, optimizer=momentum, before=partial(freeze_at, {1: False})),
+    "unfrozen_after_a_step": Case(
+        partly_frozen, regress, optimizer=momentum, before=partial(freeze_at, {1: False})
+    ),
     # optimizers, clipping, schedules
     "momentum": Case(mlp, regress, optimizer=momentum),
     "nesterov": Case(mlp, regress, optimizer=nesterov),
@@ -292,10 +308,14 @@ WHOLE: dict[str, Case] = {
 }
 """Optimizers that look at whole parameters: for a stage that keeps them whole."""
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    WHOLE["muon"] = Case(mlp, regress, optimizer=partial(torch.optim.Muon, lr=0.01), groups=matrices)
+    WHOLE["muon"] = Case(
+        mlp, regress, optimizer=partial(torch.optim.Muon, lr=0.01), groups=matrices
+    )
 
 DRAWN: dict[str, Case] = {
-    f"drawn_{seed}": Case(partial(DrawnBranches, seed), use_drawn_branches, optimizer=momentum, clip=0.5)
+    f"drawn_{seed}": Case(
+        partial(DrawnBranches, seed), use_drawn_branches, optimizer=momentum, clip=0.5
+    )
     for seed in range(12)
 }
 """Models and uses at random, the same ones each time."""

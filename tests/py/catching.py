@@ -14,7 +14,11 @@ def caught(call: Callable[[], Any]) -> Exception | None:
     try:
         call()
     except Exception as error:
-        return error.with_traceback(None) if isinstance(error, ZerortError) else type(error)(str(error))
+        return (
+            error.with_traceback(None)
+            if isinstance(error, ZerortError)
+            else type(error)(str(error))
+        )
     return None
 
 

@@ -1,4 +1,6 @@
-"""A checker of Chrome's trace event format: what a viewer needs of each phase, and of the file as a whole."""
+"""A checker of Chrome's trace event format: what a viewer needs of each phase, and of the file as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def check_fields(event: dict[str, Any]) -> None:
     assert event["ph"] != "i" or event["s"] in {"g", "p", "t"}, f"scope of {event}"
     assert isinstance(event.get("args", {}), dict), f"args of {event}"
     if event["ph"] == "C":
-        assert event["args"] and all(type(value) in (int, float) for value in event["args"].values()), event
+        assert event["args"] and all(
+            type(value) in (int, float) for value in event["args"].values()
+        ), event
     if event["ph"] == "M":
         field, kind = METADATA[event["name"]]
         assert type(event["args"][field]) is kind, event
@@ -90,10 +94,16 @@ def check_nesting(events: list[dict[str, Any]]) -> None:
     for event in events:
         if event["ph"] != "X":
             continue
-        stack, start, end = stacks[event["pid"], event["tid"]], event["ts"], event["ts"] + event["dur"]
+        stack, start, end = (
+            stacks[event["pid"], event["tid"]],
+            event["ts"],
+            event["ts"] + event["dur"],
+        )
         while stack and stack[-1] <= start + FLOAT_STEP_US:
             stack.pop()
-        assert not stack or end <= stack[-1] + FLOAT_STEP_US, f"reaches out of the span around it: {event}"
+        assert not stack or end <= stack[-1] + FLOAT_STEP_US, (
+            f"reaches out of the span around it: {event}"
+        )
         stack.append(end)
 
 

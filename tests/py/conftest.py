@@ -1,4 +1,6 @@
-"""One thread for torch in the parent as in every rank, so that the twin's kernels round as the ranks' do."""
+"""One thread for torch in the parent as in every rank, so that the twin's kernels round as the
+ranks' do.
+"""
 
 import torch
 

@@ -1,8 +1,10 @@
-"""File systems that fail, and what a crash may leave: every prefix of the operations, and legal reorderings of them.
+"""File systems that fail, and what a crash may leave: every prefix of the operations, and legal
+reorderings of them.
 
-POSIX promises little. The data of a file is on disk after `sync` of the file and may be there in any part before; a
-name is on disk after `sync_folder` of its folder, and before that each operation on the folder may have arrived or
-not, whatever the order in which they were called. `states` plays this through on a tree in memory.
+POSIX promises little. The data of a file is on disk after `sync` of the file and may be there in
+any part before; a name is on disk after `sync_folder` of its folder, and before that each operation
+on the folder may have arrived or not, whatever the order in which they were called. `states` plays
+this through on a tree in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ NAMES = ("make_folder", "create", "rename", "exchange", "replace", "remove_file"
 
 
 class Watched(Disk):
-    """Calls `hook` before every operation that changes something, and before those that ask for room or the lock."""
+    """Calls `hook` before every operation that changes something, and before those that ask for
+    room or the lock.
+    """
 
     def hook(self, name: str, args: tuple[Any, ...]) -> None:
         raise NotImplementedError
@@ -55,7 +59,9 @@ for _name in (*MUTATING, "reserve", "lock"):
 
 
 class Failing(Watched):
-    """Fails at operation number `at`, before it has any effect: "kill", "raise" or "full". `seen` counts operations."""
+    """Fails at operation number `at`, before it has any effect: "kill", "raise" or "full". `seen`
+    counts operations.
+    """
 
     def __init__(self, at: int | None, how: str = "raise") -> None:
         self.at, self.how = at, how
@@ -113,14 +119,18 @@ for _name in MUTATING:
 
 @dataclass
 class Tree:
-    """Names and contents; a folder's content is None. Contents are keyed by the path of their creation."""
+    """Names and contents; a folder's content is None. Contents are keyed by the path of their
+    creation.
+    """
 
     nodes: dict[str, str | None] = field(default_factory=dict)
     stayed: list[dict[str, str]] = field(default_factory=list)
     """For every move that was lost, where the folders are by the names that they would have."""
 
     def lose(self, operation: Operation) -> None:
-        """It has not arrived. What was done inside of a folder that it moved happens where the folder still is."""
+        """It has not arrived. What was done inside of a folder that it moved happens where the
+        folder still is.
+        """
         if operation.name == "exchange":
             one, two = operation.paths
             self.stayed.append({one: two, two: one})
@@ -138,7 +148,9 @@ class Tree:
         first = self._now(operation.paths[0])
         if operation.name in ("make_folder", "create"):
             if str(Path(first).parent) in self.nodes and first not in self.nodes:
-                self.nodes[first] = None if operation.name == "make_folder" else f"new:{operation.paths[0]}"
+                self.nodes[first] = (
+                    None if operation.name == "make_folder" else f"new:{operation.paths[0]}"
+                )
         elif first not in self.nodes:
             return
         elif operation.name == "remove_file":
@@ -156,7 +168,11 @@ class Tree:
             self._put(operation.paths[1], moved)
 
     def _take(self, path: str) -> dict[str, str | None]:
-        inside = {name: node for name, node in self.nodes.items() if name == path or name.startswith(f"{path}/")}
+        inside = {
+            name: node
+            for name, node in self.nodes.items()
+            if name == path or name.startswith(f"{path}/")
+        }
         for name in inside:
             del self.nodes[name]
         return {name[len(path) :]: node for name, node in inside.items()}
@@ -167,7 +183,9 @@ class Tree:
 
 @dataclass
 class CrashState:
-    """What the disk holds: folders (None) and files, by path; and how many operations had been called."""
+    """What the disk holds: folders (None) and files, by path; and how many operations had been
+    called.
+    """
 
     after: int
     nodes: dict[str, bytes | None]
@@ -191,7 +209,8 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
 def states(
     before: dict[str, bytes | None], operations: list[Operation], seen: set[int], seed: int
 ) -> Iterator[CrashState]:
-    """States that a crash may leave, at every moment between the operations; contents that are in `seen` are left out.
+    """States that a crash may leave, at every moment between the operations; contents that are in
+    `seen` are left out.
 
     The states after the last operation come in any case, since more is promised of them.
     """
@@ -228,13 +247,17 @@ def _torn(chance: random.Random) -> Tear:
 
 
 def _losses(done: list[Operation], chance: random.Random) -> Iterator[frozenset[int]]:
-    """Sets of operations on names that have not arrived: none, all, each alone, all but each, and some at random."""
+    """Sets of operations on names that have not arrived: none, all, each alone, all but each, and
+    some at random.
+    """
     pending: list[int] = []
     for index, operation in enumerate(done):
         if operation.name in NAMES:
             pending.append(index)
         if operation.name == "sync_folder":
-            pending = [i for i in pending if str(Path(done[i].paths[0]).parent) != operation.paths[0]]
+            pending = [
+                i for i in pending if str(Path(done[i].paths[0]).parent) != operation.paths[0]
+            ]
     yield frozenset()
     yield frozenset(pending)
     for index in pending:

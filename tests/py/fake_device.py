@@ -29,7 +29,9 @@ class FakeEvent:
         self.device.passed_ms = max(self.device.passed_ms, self.at_ms)
 
     def elapsed_time(self, end):
-        assert self.query() and end.query(), "an event was asked for its time before the device had passed it"
+        assert self.query() and end.query(), (
+            "an event was asked for its time before the device had passed it"
+        )
         # CUDA's answer is a 32-bit float.
         return torch.tensor(end.at_ms - self.at_ms, dtype=torch.float32).item()
 

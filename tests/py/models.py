@@ -56,14 +56,15 @@ class Branches(nn.Module):
 
 
 class DrawnBranches(Branches):
-    """Up to eight branches of random widths, some frozen, two of which may share their first layer."""
+    """Up to eight branches of random widths, some frozen; two may share their first layer."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         draw = random.Random(seed)
         widths = [draw.choice([1, 3, 8, 16, 33]) for _ in range(draw.randint(2, 8))]
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH)) for width in widths
+            nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH))
+            for width in widths
         )
         if widths[0] == widths[-1]:
             self.branches[-1][0] = self.branches[0][0]
@@ -110,7 +111,11 @@ class Reused(nn.Module):
     def forward(self, x: Tensor, times: int = 3) -> Tensor:
         x = self.outside(x)
         for _ in range(times):
-            x = self._block(x) if self.reentrant is None else checkpoint(self._block, x, use_reentrant=self.reentrant)
+            x = (
+                self._block(x)
+                if self.reentrant is None
+                else checkpoint(self._block, x, use_reentrant=self.reentrant)
+            )
         return x
 
     def _block(self, x: Tensor) -> Tensor:
@@ -162,7 +167,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(2 * WIDTH) for _ in range(2))
         self.attention = _Attention()
-        self.mlp = nn.Sequential(nn.Linear(2 * WIDTH, 8 * WIDTH), nn.GELU(), nn.Linear(8 * WIDTH, 2 * WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * WIDTH, 8 * WIDTH), nn.GELU(), nn.Linear(8 * WIDTH, 2 * WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norms[0](x))
@@ -170,7 +177,9 @@ class _Layer(nn.Module):
 
 
 class TinyGPT(nn.Module):
-    """(batch, length <= 16) token ids -> the mean cross entropy of the next token; embedding and head are tied."""
+    """(batch, length <= 16) token ids -> the mean cross entropy of the next token; embedding and
+    head are tied.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +212,9 @@ class _AllReduceBackward(torch.autograd.Function):
 
 
 def _share_of_ranks_present() -> Tensor:
-    """1.0 if a collective pairs with the peers' same collective, something else if it pairs with another."""
+    """1.0 if a collective pairs with the peers' same collective, something else if it pairs with
+    another.
+    """
     count = torch.ones(())
     if dist.is_initialized():
         dist.all_reduce(count)
@@ -212,7 +223,9 @@ def _share_of_ranks_present() -> Tensor:
 
 
 class WithCollective(nn.Module):
-    """Layers with a collective of the user's own between them in the backward; one layer may be left out."""
+    """Layers with a collective of the user's own between them in the backward; one layer may be
+    left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,9 +240,11 @@ class WithCollective(nn.Module):
 
 
 class Terms(nn.Module):
-    """A loss that is linear in two vectors of zeros: SGD at rate 1 takes the weights to minus the gradient.
+    """A loss that is linear in two vectors of zeros: SGD at rate 1 takes the weights to minus the
+    gradient.
 
-    `forward(a, b)` is `a * sum(self.a) + b * sum(self.b)`; a coefficient of None leaves its vector out of the graph.
+    `forward(a, b)` is `a * sum(self.a) + b * sum(self.b)`; a coefficient of None leaves its vector
+    out of the graph.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -239,4 +254,6 @@ class Terms(nn.Module):
 
     def forward(self, a: float | None = None, b: float | None = None) -> Tensor:
         pairs = [(a, self.a), (b, self.b)]
-        return sum(coefficient * vector.sum() for coefficient, vector in pairs if coefficient is not None)
+        return sum(
+            coefficient * vector.sum() for coefficient, vector in pairs if coefficient is not None
+        )

@@ -1,10 +1,13 @@
-"""Runs one function on N real processes of one gloo group, and says what every one of them was doing when it fails.
+"""Runs one function on N real processes of one gloo group, and says what every one of them was
+doing when it fails.
 
-Every run gets fresh processes, forked from a server that has imported torch already (0.2 s for two ranks), and a fresh
-group on a port of its own: no run can see another's leftovers, and a rank that hangs or dies costs only its own run.
+Every run gets fresh processes, forked from a server that has imported torch already (0.2 s for two
+ranks), and a fresh group on a port of its own: no run can see another's leftovers, and a rank that
+hangs or dies costs only its own run.
 
-Guaranteed: `run` returns within its time limit, a few seconds of grace aside, and leaves no process behind. A failure
-carries, for each rank, the exception with its traceback, or the stack of every thread of a rank that did not come back.
+Guaranteed: `run` returns within its time limit, a few seconds of grace aside, and leaves no process
+behind. A failure carries, for each rank, the exception with its traceback, or the stack of every
+thread of a rank that did not come back.
 
 Not done here: several machines, GPUs, retries.
 """
@@ -83,8 +86,9 @@ T = TypeVar("T")
 def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Calls `fn(rank, world, *args)` on `world` processes; returns their results in rank order.
 
-    `fn` is a module-level function; arguments and results travel as pickles, tensors by value. A world of one has no
-    process group. Raises `RankFailure` unless every rank returned within `timeout` seconds.
+    `fn` is a module-level function; arguments and results travel as pickles, tensors by value. A
+    world of one has no process group. Raises `RankFailure` unless every rank returned within
+    `timeout` seconds.
     """
     outcomes = attempt(world, fn, *args, timeout=timeout, grace=GRACE)
     values = [outcome.value for outcome in outcomes if isinstance(outcome, Returned)]
@@ -94,15 +98,24 @@ def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
 
 
 def attempt(
-    world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, grace: float | None = None
+    world: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = TIMEOUT,
+    grace: float | None = None,
 ) -> list[Outcome]:
     """Like `run`, but returns what became of each rank, for tests in which a rank is meant to fail.
 
-    With `grace`, the others get that many seconds once the first has failed; without it, the whole time limit.
+    With `grace`, the others get that many seconds once the first has failed; without it, the whole
+    time limit.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
+    store = (
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
+    )
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        crew = [_Member(rank, world, store.port if store else 0, Path(folder)) for rank in range(world)]
+        crew = [
+            _Member(rank, world, store.port if store else 0, Path(folder)) for rank in range(world)
+        ]
         try:
             for member in crew:
                 member.start(fn, args)
@@ -116,7 +129,9 @@ def attempt(
 
 
 def once(maxsize: int | None) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """A cache for a function that calls `run`; it keeps a `RankFailure` too, so that it is not tried once a test."""
+    """A cache for a function that calls `run`; it keeps a `RankFailure` too, so that it is not
+    tried once a test.
+    """
 
     def keeping(fn: Callable[..., T]) -> Callable[..., T]:
         @lru_cache(maxsize)
@@ -205,10 +220,14 @@ def _collect(crew: Sequence[_Member], timeout: float, grace: float | None) -> No
 
 
 def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> None:
-    """The child's side: join the group, call the function, report, and stay until all others have reported."""
+    """The child's side: join the group, call the function, report, and stay until all others have
+    reported.
+    """
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
-        gc.freeze()  # a collection would touch, and so copy, all memory shared with the process this was forked from
+        # a collection would touch, and so copy, all memory shared with the process this was forked
+        # from
+        gc.freeze()
         torch.set_num_threads(1)
         fn, args = pickle.loads(pipe.recv_bytes())
         try:
@@ -216,11 +235,17 @@ def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> No
                 _join(rank, world, port)
             pipe.send_bytes(pickle.dumps(Returned(fn(rank, world, *args))))
         except BaseException as error:
-            pipe.send_bytes(pickle.dumps(Raised(type(error).__name__, str(error), traceback.format_exc())))
+            pipe.send_bytes(
+                pickle.dumps(Raised(type(error).__name__, str(error), traceback.format_exc()))
+            )
             _leave(1)  # as a crashing job would: without a farewell to its peers
         with contextlib.suppress(EOFError, OSError):
             pipe.recv_bytes()
-        _leave(0)  # all have reported, so nobody needs this rank: taking the group down would cost more than all else
+        _leave(
+            0
+            # all have reported, so nobody needs this rank: taking the group down would cost more
+            # than all else
+        )
 
 
 def _leave(code: int) -> None:
@@ -231,7 +256,9 @@ def _leave(code: int) -> None:
 
 def _join(rank: int, world: int, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
 
 
 def _report(fn: Callable[..., Any], timeout: float, outcomes: Sequence[Outcome]) -> str:

@@ -1,12 +1,14 @@
-"""The naive twin: what N ranks should have computed, by one process that loops over all of their data.
+"""The naive twin: what N ranks should have computed, by one process that loops over all of their
+data.
 
-A `Case` says what is trained: a model, an optimizer, and one function that runs a micro-batch on anything that quacks
-like an engine. The `Twin` runs it for every rank and micro-batch in turn with plain autograd, averages the gradients,
-and gives them to a plain torch optimizer over whole parameters. It knows no buckets, shards, views, hooks or schedules.
+A `Case` says what is trained: a model, an optimizer, and one function that runs a micro-batch on
+anything that quacks like an engine. The `Twin` runs it for every rank and micro-batch in turn with
+plain autograd, averages the gradients, and gives them to a plain torch optimizer over whole
+parameters. It knows no buckets, shards, views, hooks or schedules.
 
-Its arithmetic is that of the contract: a missing gradient is zero, a frozen parameter is untouched, gradients are
-clipped by `max(1, (norm + 1e-6) / limit)`, parameters of less than fp32 have fp32 masters. Sums are in fp64, so that a
-difference to the twin is the other side's rounding.
+Its arithmetic is that of the contract: a missing gradient is zero, a frozen parameter is untouched,
+gradients are clipped by `max(1, (norm + 1e-6) / limit)`, parameters of less than fp32 have fp32
+masters. Sums are in fp64, so that a difference to the twin is the other side's rounding.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def sgd(params: Any) -> Optimizer:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained. `micro(engine, moment)` runs forward and backward of one micro-batch, without `step`."""
+    """What is trained. `micro(engine, moment)` runs forward and backward of one micro-batch,
+    without `step`.
+    """
 
     model: Callable[[], nn.Module]
     micro: Callable[[Any, Moment], None]
@@ -96,7 +100,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype that parameters are cast to (None: as the model has them), a fixed loss scale, and autocast's dtype.
+    """The dtype that parameters are cast to (None: as the model has them), a fixed loss scale, and
+    autocast's dtype.
 
     With `gathers_sums` the mean of the ranks' gradients travels once more.
     """
@@ -129,12 +134,16 @@ class RankSums:
 
     def travel(self, weight: float) -> None:
         """A pass: what waits goes over its wire, and is multiplied by `weight` there."""
-        self.passes.append({p: _rounded(total, self.wires[p]) * weight for p, total in self.waiting.items()})
+        self.passes.append(
+            {p: _rounded(total, self.wires[p]) * weight for p, total in self.waiting.items()}
+        )
         self.waiting.clear()
 
 
 class Twin:
-    """All ranks in one process. `train` runs a case to its end; `micro` and `step` are the parts of its loop."""
+    """All ranks in one process. `train` runs a case to its end; `micro` and `step` are the parts of
+    its loop.
+    """
 
     def __init__(
         self,
@@ -179,7 +188,9 @@ class Twin:
     def micro(self, at: Moment) -> None:
         """One micro-batch of one rank."""
         travels = self._reduce_at == "micro_batch" or at.micro == self.accumulation - 1
-        engine = RankTwin(self.module, self.accumulation, self._precision, self._sums[at.rank], travels)
+        engine = RankTwin(
+            self.module, self.accumulation, self._precision, self._sums[at.rank], travels
+        )
         self.case.micro(engine, at)
         engine.add_direct_backwards()
 
@@ -228,11 +239,17 @@ class Twin:
 class RankTwin:
     """The part of an engine's surface that a micro-batch may use, for one rank and one micro-batch.
 
-    `travels` says whether gradients are reduced in this micro-batch: each of its backwards is a pass then.
+    `travels` says whether gradients are reduced in this micro-batch: each of its backwards is a
+    pass then.
     """
 
     def __init__(
-        self, module: nn.Module, accumulation: int, precision: Precision, sums: RankSums, travels: bool = True
+        self,
+        module: nn.Module,
+        accumulation: int,
+        precision: Precision,
+        sums: RankSums,
+        travels: bool = True,
     ) -> None:
         self.module = module
         self._accumulation = accumulation
@@ -243,11 +260,15 @@ class RankTwin:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.add_direct_backwards()
-        with torch.autocast("cpu", self._precision.autocast, enabled=self._precision.autocast is not None):
+        with torch.autocast(
+            "cpu", self._precision.autocast, enabled=self._precision.autocast is not None
+        ):
             return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
-        """Adds the gradient of the loss, divided by the accumulation steps unless told otherwise."""
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> None:
+        """Adds the gradient of the loss, divided by the accumulation steps unless asked not to."""
         self.add_direct_backwards()
         share = loss / self._accumulation if scale_wrt_gas else loss
         (share * self._precision.loss_scale).backward(retain_graph=retain_graph)
@@ -280,7 +301,9 @@ class RankTwin:
         return self.train(False)
 
     def add_direct_backwards(self) -> None:
-        """Takes over what a backward of the caller's own has left: divided when it is reduced, unless it was scaled."""
+        """Takes over what a backward of the caller's own has left: divided when it is reduced,
+        unless it was scaled.
+        """
         if any(parameter.grad is not None for parameter in self.module.parameters()):
             self._take(1.0 if self._scaled else 1.0 / self._accumulation)
             self._scaled = False

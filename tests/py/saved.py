@@ -1,4 +1,6 @@
-"""Engines to save and load, and a reader of checkpoints that shares no code with the one under test."""
+"""Engines to save and load, and a reader of checkpoints that shares no code with the one under
+test.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Refactored(Net):
     order = ("exit", "middle", "entry", "norm")
 
 
-def config_of(stage: int = 2, dtype: str = "fp32", bucket: int = 300, **more: Any) -> dict[str, Any]:
+def config_of(
+    stage: int = 2, dtype: str = "fp32", bucket: int = 300, **more: Any
+) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -57,13 +61,17 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, eps=1e-3)
 
 
-def engine_of(config: dict[str, Any], model: nn.Module | None = None, optimizer: Any = adamw, **more: Any) -> Any:
+def engine_of(
+    config: dict[str, Any], model: nn.Module | None = None, optimizer: Any = adamw, **more: Any
+) -> Any:
     engine, *_ = zerort.initialize(model=model or Net(), optimizer=optimizer, config=config, **more)
     return engine
 
 
 def train(engine: Any, rank: int, world: int, steps: range) -> None:
-    """Steps whose global batches do not depend on the number of ranks. `norm` is frozen in steps 1 and 2."""
+    """Steps whose global batches do not depend on the number of ranks. `norm` is frozen in steps 1
+    and 2.
+    """
     share = GLOBAL_BATCH // world
     for step in steps:
         engine.module.norm.requires_grad_(step not in (1, 2))
@@ -84,9 +92,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint by parameter: `NAME master` and `NAME state.KEY` in its shape, contiguous, and `NAME values`.
+    """All of a checkpoint by parameter: `NAME master` and `NAME state.KEY` in its shape,
+    contiguous, and `NAME values`.
 
-    Follows docs/checkpoints.md alone, with safetensors' own reader. What is not stored comes out as NaN.
+    Follows docs/checkpoints.md alone, with safetensors' own reader. What is not stored comes out as
+    NaN.
     """
     manifest = manifest_of(folder)
     found: dict[str, Any] = {}
@@ -97,7 +107,9 @@ def contents(folder: Path) -> dict[str, Any]:
                 keys = saved["state"]["tensors"] if saved["state"] else []
                 if kind == "master" or kind.removeprefix("state.") in keys:
                     shaped = torch.as_strided(flat, saved["shape"], saved["strides"], offset)
-                    found[f"{saved['name']} {kind}"] = shaped.clone(memory_format=torch.contiguous_format)
+                    found[f"{saved['name']} {kind}"] = shaped.clone(
+                        memory_format=torch.contiguous_format
+                    )
     for saved in manifest["params"]:
         found[f"{saved['name']} values"] = saved["state"] and saved["state"]["values"]
     return found
@@ -108,14 +120,18 @@ def _buffers(folder: Path, manifest: dict[str, Any], number: int) -> dict[str, T
     flats: dict[str, Tensor] = {}
     for rank in range(manifest["world"]):
         name = f"rank_{rank}.safetensors"
-        runs = {t["name"]: t["runs"] for t in manifest["tensors"] if t["file"] == name and "runs" in t}
+        runs = {
+            t["name"]: t["runs"] for t in manifest["tensors"] if t["file"] == name and "runs" in t
+        }
         with safe_open(folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 if not key.startswith(prefix):
                     continue
                 shard, done = file.get_tensor(key), 0
                 kind = key.removeprefix(prefix)
-                flat = flats.setdefault(kind, torch.full((bucket["numel"],), torch.nan, dtype=shard.dtype))
+                flat = flats.setdefault(
+                    kind, torch.full((bucket["numel"],), torch.nan, dtype=shard.dtype)
+                )
                 for start, length in runs[key]:
                     at = rank * bucket["shard_numel"] + start
                     flat[at : at + length] = shard[done : done + length]

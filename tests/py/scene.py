@@ -1,7 +1,8 @@
-"""Six vectors, two a bucket, and a loss that is linear in them: the weights tell exactly which gradients were applied.
+"""Six vectors, two a bucket, and a loss that is linear in them: the weights tell exactly which
+gradients were applied.
 
-What happens in a micro-batch is written as a line: a digit is the vector whose gradient came, a bar is a bucket that
-left. `54|32|10|` is a backward under which every bucket left as soon as it was full.
+What happens in a micro-batch is written as a line: a digit is the vector whose gradient came, a bar
+is a bucket that left. `54|32|10|` is a backward under which every bucket left when it was full.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SWAPPED = (0, 1, 2, 3, 5, 4)
 class Vectors(nn.Module):
     """Zeros, which SGD at rate 1 takes to minus their gradients: vector i's is i + 1 a use.
 
-    With `reentrant` each use is a segment of its own, whose gradient is accumulated when it is recomputed.
+    With `reentrant` each use is a segment of its own, whose gradient is accumulated when it is
+    recomputed.
     """
 
     def __init__(self, reentrant: bool = False) -> None:
@@ -42,7 +44,9 @@ class Vectors(nn.Module):
     def forward(self, order: Sequence[int], x: Tensor | None = None) -> Tensor:
         total = torch.zeros((), requires_grad=True) if x is None else x
         for index in order:
-            use = partial(checkpoint, self._add, use_reentrant=True) if self.reentrant else self._add
+            use = (
+                partial(checkpoint, self._add, use_reentrant=True) if self.reentrant else self._add
+            )
             total = use(total, index)
         return total
 
@@ -53,7 +57,9 @@ class Vectors(nn.Module):
 class Scene:
     """An engine over `Vectors`, and the line of what happened last."""
 
-    def __init__(self, stage: int = 2, gas: int = 1, model: Vectors | None = None, **sections: Any) -> None:
+    def __init__(
+        self, stage: int = 2, gas: int = 1, model: Vectors | None = None, **sections: Any
+    ) -> None:
         self.line = ""
         self.model = model or Vectors()
         for index, parameter in enumerate(self.model.vectors):
@@ -105,7 +111,11 @@ class Scene:
 
     def hooked(self) -> list[int]:
         """The vectors that have a hook of the engine's behind accumulation."""
-        return [index for index, vector in enumerate(self.model.vectors) if vector._post_accumulate_grad_hooks]
+        return [
+            index
+            for index, vector in enumerate(self.model.vectors)
+            if vector._post_accumulate_grad_hooks
+        ]
 
 
 def both(scenario: Callable[..., Any], *args: Any) -> Any:

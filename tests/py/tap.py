@@ -1,8 +1,10 @@
-"""Listens to torch.distributed: every collective this process starts, on which group, and the bytes it sends.
+"""Listens to torch.distributed: every collective this process starts, on which group, and the bytes
+it sends.
 
-Every public function with a `group` argument is wrapped, so that a collective nobody thought of is seen too; one whose
-bytes are not known here fails the test that used it. Bytes are what the algorithm has to send: who relays a broadcast
-for whom is the transport's affair, and `carried` reads what the sockets say of it.
+Every public function with a `group` argument is wrapped, so that a collective nobody thought of is
+seen too; one whose bytes are not known here fails the test that used it. Bytes are what the
+algorithm has to send: who relays a broadcast for whom is the transport's affair, and `carried`
+reads what the sockets say of it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """One collective, as this rank started it. `work` is torch's handle, None where the call blocked."""
+    """One collective, as this rank started it. `work` is torch's handle, None where the call
+    blocked.
+    """
 
     op: str
     on_default_group: bool
@@ -102,11 +106,20 @@ _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 
 
 def carried() -> int:
-    """Bytes that peers have acknowledged on all TCP connections of this process, since each was made."""
+    """Bytes that peers have acknowledged on all TCP connections of this process, since each was
+    made.
+    """
     total = 0
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+            if (
+                connection.family in (socket.AF_INET, socket.AF_INET6)
+                and connection.type == socket.SOCK_STREAM
+            ):
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
-                total += struct.unpack_from("Q", info, _BYTES_ACKED)[0] if len(info) >= _BYTES_ACKED + 8 else 0
+                total += (
+                    struct.unpack_from("Q", info, _BYTES_ACKED)[0]
+                    if len(info) >= _BYTES_ACKED + 8
+                    else 0
+                )
     return total

@@ -13,7 +13,9 @@ from models import Terms
 Weights = tuple[float, float]
 
 DEFAULTS: dict[str, Any] = {"reduce_bucket_size": 1, "stage": 0}
-"""zero_optimization where the configuration does not say: a scenario that holds at every stage leaves the stage out."""
+"""zero_optimization where the configuration does not say: a scenario that holds at every stage
+leaves the stage out.
+"""
 
 
 def at_each_stage(rank: int, world: int, chosen: int, scenario: Callable[[int, int], None]) -> None:
@@ -22,8 +24,12 @@ def at_each_stage(rank: int, world: int, chosen: int, scenario: Callable[[int, i
     scenario(rank, world)
 
 
-def engine_over_terms(changes: Mapping[str, Any] | None = None, accumulation: int = 1, **arguments: Any) -> Any:
-    """SGD at rate 1 without clipping, one parameter a bucket; `changes` replace sections of the configuration."""
+def engine_over_terms(
+    changes: Mapping[str, Any] | None = None, accumulation: int = 1, **arguments: Any
+) -> Any:
+    """SGD at rate 1 without clipping, one parameter a bucket; `changes` replace sections of the
+    configuration.
+    """
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

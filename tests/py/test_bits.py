@@ -1,6 +1,8 @@
-"""Equal to the bit: stages, bucket sizes and windows are ways to get the same numbers, not other numbers.
+"""Equal to the bit: stages, bucket sizes and windows are ways to get the same numbers, not other
+numbers.
 
-All variants of a case are trained one after another in one group; every variant is a test of its own against the first.
+All variants of a case are trained one after another in one group; every variant is a test of its
+own against the first.
 """
 
 import pytest
@@ -49,26 +51,34 @@ def digest_of(variant: str, world: int, name: str, gas: int, reduce_at: str) -> 
 @pytest.mark.parametrize("name", ["gpt_clipped", "odd_shapes_with_adamw", "unused_on_one_rank"])
 def test_stage_bucket_size_and_window_change_no_bit(name: str, gas: int, variant: str) -> None:
     first = next(iter(AT_BOUNDARY))
-    assert digest_of(variant, 2, name, gas, "boundary") == digest_of(first, 2, name, gas, "boundary")
+    assert digest_of(variant, 2, name, gas, "boundary") == digest_of(
+        first, 2, name, gas, "boundary"
+    )
 
 
 @pytest.mark.parametrize("variant", AT_BOUNDARY)
 def test_neither_do_they_on_three_ranks(variant: str) -> None:
     first = next(iter(AT_BOUNDARY))
-    assert digest_of(variant, 3, "groups", 1, "boundary") == digest_of(first, 3, "groups", 1, "boundary")
+    assert digest_of(variant, 3, "groups", 1, "boundary") == digest_of(
+        first, 3, "groups", 1, "boundary"
+    )
 
 
 @pytest.mark.parametrize("variant", AT_MICRO_BATCH)
 @pytest.mark.parametrize("name", ["gpt_clipped", "another_used_each_micro_batch"])
 def test_neither_do_they_when_every_micro_batch_is_reduced(name: str, variant: str) -> None:
     first = next(iter(AT_MICRO_BATCH))
-    assert digest_of(variant, 2, name, 3, "micro_batch") == digest_of(first, 2, name, 3, "micro_batch")
+    assert digest_of(variant, 2, name, 3, "micro_batch") == digest_of(
+        first, 2, name, 3, "micro_batch"
+    )
 
 
 @pytest.mark.parametrize("variant", AT_MICRO_BATCH)
 def test_with_one_micro_batch_both_times_of_reduction_agree(variant: str) -> None:
     first = next(iter(AT_BOUNDARY))
-    assert digest_of(variant, 2, "gpt_clipped", 1, "micro_batch") == digest_of(first, 2, "gpt_clipped", 1, "boundary")
+    assert digest_of(variant, 2, "gpt_clipped", 1, "micro_batch") == digest_of(
+        first, 2, "gpt_clipped", 1, "boundary"
+    )
 
 
 FAR_APART = [
@@ -79,7 +89,8 @@ FAR_APART = [
 ]
 
 
-# Which bucket has left when a gradient comes more often than it did depends on the buckets; the rest is summed later.
+# Which bucket has left when a gradient comes more often than it did depends on the buckets; the
+# rest is summed later.
 ALIKE = [name for name in CASES if name != "reused_more_often_checkpointed_reentrant"]
 
 
@@ -87,7 +98,11 @@ ALIKE = [name for name in CASES if name != "reused_more_often_checkpointed_reent
 @pytest.mark.parametrize("name", ALIKE)
 def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
     # What is not fp32 is rounded once more at stage 0, where the sums are gathered.
-    chosen = [variant for variant in FAR_APART if name != "mixed_dtypes" or not variant.startswith("stage_0")]
+    chosen = [
+        variant
+        for variant in FAR_APART
+        if name != "mixed_dtypes" or not variant.startswith("stage_0")
+    ]
     variants = [AT_BOUNDARY[variant] for variant in chosen]
     for found in ranks.run(2, train_all, name, gas, variants):
         assert dict(zip(chosen, found, strict=True)) == dict.fromkeys(chosen, found[0])
@@ -95,4 +110,6 @@ def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
 
 def test_the_comparison_notices_another_number() -> None:
     first = next(iter(AT_BOUNDARY))
-    assert digest_of(first, 2, "gpt_clipped", 1, "boundary") != digest_of(first, 2, "gpt_clipped", 3, "boundary")
+    assert digest_of(first, 2, "gpt_clipped", 1, "boundary") != digest_of(
+        first, 2, "gpt_clipped", 3, "boundary"
+    )

@@ -1,4 +1,6 @@
-"""Memory crosses the border without a copy, is freed once, and is refused when its descriptor can not be believed."""
+"""Memory crosses the border without a copy, is freed once, and is refused when its descriptor can
+not be believed.
+"""
 
 from __future__ import annotations
 
@@ -116,10 +118,15 @@ def test_versioned_and_unversioned_capsules_are_taken(max_version: tuple[int, in
     try:
         capsule = tensor.__dlpack__(max_version=max_version)
     except TypeError:
-        pytest.skip(f"torch {torch.__version__} exports unversioned capsules only, and takes no max_version")
+        pytest.skip(
+            f"torch {torch.__version__} exports unversioned capsules only, and takes no max_version"
+        )
     buffer = _core.Buffer(capsule)
     assert capsules.name(capsule).startswith("used_dltensor")
-    assert torch.from_dlpack(buffer.__dlpack__(max_version=max_version)).data_ptr() == tensor.data_ptr()
+    assert (
+        torch.from_dlpack(buffer.__dlpack__(max_version=max_version)).data_ptr()
+        == tensor.data_ptr()
+    )
     with pytest.raises(LayoutError, match="has been used"):
         _core.Buffer(capsule)
 
@@ -234,7 +241,9 @@ REFUSED_DESCRIPTORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("why", REFUSED_DESCRIPTORS)
-def test_a_descriptor_that_can_not_be_believed_is_refused_and_its_memory_freed_once(why: str) -> None:
+def test_a_descriptor_that_can_not_be_believed_is_refused_and_its_memory_freed_once(
+    why: str,
+) -> None:
     made = capsules.make(**REFUSED_DESCRIPTORS[why])
     with pytest.raises(LayoutError) as refused:
         _core.Buffer(made.capsule)
@@ -272,7 +281,9 @@ def test_an_object_whose_dlpack_is_no_capsule_is_refused() -> None:
         _core.Buffer(Wrong())
 
 
-@pytest.mark.parametrize(("start", "length"), [(0, 17), (17, 0), (16, 1), (-1, 2), (3, -1), (2**62, 2**62)])
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 17), (17, 0), (16, 1), (-1, 2), (3, -1), (2**62, 2**62)]
+)
 def test_a_slice_beyond_the_buffer_is_refused(start: int, length: int) -> None:
     with pytest.raises(LayoutError):
         _core.Buffer(torch.zeros(16)).slice(start, length)
@@ -303,7 +314,11 @@ class TestCuda:
     @pytest.fixture
     def made(self) -> capsules.Made:
         return capsules.make(
-            numel=0, address=self.ADDRESS, shape=[64], device=(capsules.CUDA, 3), dtype=(capsules.BFLOAT, 16, 1)
+            numel=0,
+            address=self.ADDRESS,
+            shape=[64],
+            device=(capsules.CUDA, 3),
+            dtype=(capsules.BFLOAT, 16, 1),
         )
 
     def test_a_cuda_descriptor_goes_through_unchanged(self, made: capsules.Made) -> None:
@@ -351,11 +366,19 @@ def test_pinned_memory_is_host_memory() -> None:
 
 
 class TestBuckets:
-    """The core keeps the partition's books: a bucket's buffer hands out its own shards and parameters."""
+    """The core keeps the partition's books: a bucket's buffer hands out its own shards and
+    parameters.
+    """
 
     @pytest.fixture
     def plan(self) -> _core.Plan:
-        params = [(3, "f32", 0, 0), (100, "f32", 0, 0), (0, "f32", 0, 0), (700, "f32", 0, 0), (5, "bf16", 1, 0)]
+        params = [
+            (3, "f32", 0, 0),
+            (100, "f32", 0, 0),
+            (0, "f32", 0, 0),
+            (700, "f32", 0, 0),
+            (5, "bf16", 1, 0),
+        ]
         return _core.Plan(params, world=3, stage=2, cap_elements=10_000)
 
     def test_shards_tile_the_buffer(self, plan: _core.Plan) -> None:
@@ -371,7 +394,9 @@ class TestBuckets:
         for bucket in plan.buckets:
             flat = torch.zeros(bucket.numel)
             buffer = _core.Buffer(flat, plan, bucket.id)
-            for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
+            for param, offset, numel in zip(
+                bucket.params, bucket.offsets, bucket.numels, strict=True
+            ):
                 view = torch.from_dlpack(buffer.fragment(param))
                 view += param + 1
                 assert view.numel() == numel
@@ -411,7 +436,9 @@ class TestBuckets:
             "unknown rank -1": lambda: buffer.shard(-1),
             "unknown parameter 5": lambda: buffer.fragment(5),
             "unknown parameter -1": lambda: buffer.fragment(-1),
-            f"lies in bucket {1 - bucket.id}, not in bucket {bucket.id}": lambda: buffer.fragment(0),
+            f"lies in bucket {1 - bucket.id}, not in bucket {bucket.id}": lambda: buffer.fragment(
+                0
+            ),
         }
         for why, call in refused.items():
             with pytest.raises(LayoutError, match=why):

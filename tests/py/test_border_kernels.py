@@ -73,13 +73,30 @@ def test_the_largest_finite_numbers_have_a_finite_norm() -> None:
     [
         (torch.zeros(7), torch.zeros(4), 2, "7 elements are not 2 chunks of 4"),
         (torch.zeros(4), torch.zeros(4), 0, "0 chunks"),
-        (torch.zeros(8), torch.zeros(4, dtype=torch.float64), 2, "f32 chunks and a f64 accumulator"),
-        (torch.zeros(8, dtype=torch.float64), torch.zeros(4), 2, "f64 chunks and a f32 accumulator"),
-        (torch.zeros(8), torch.zeros(4, dtype=torch.bfloat16), 2, "f32 chunks and a bf16 accumulator"),
+        (
+            torch.zeros(8),
+            torch.zeros(4, dtype=torch.float64),
+            2,
+            "f32 chunks and a f64 accumulator",
+        ),
+        (
+            torch.zeros(8, dtype=torch.float64),
+            torch.zeros(4),
+            2,
+            "f64 chunks and a f32 accumulator",
+        ),
+        (
+            torch.zeros(8),
+            torch.zeros(4, dtype=torch.bfloat16),
+            2,
+            "f32 chunks and a bf16 accumulator",
+        ),
         (torch.zeros(8, dtype=torch.uint8), torch.zeros(4), 2, "u8 chunks"),
     ],
 )
-def test_buffers_that_do_not_fit_are_refused(chunks: torch.Tensor, accum: torch.Tensor, world: int, why: str) -> None:
+def test_buffers_that_do_not_fit_are_refused(
+    chunks: torch.Tensor, accum: torch.Tensor, world: int, why: str
+) -> None:
     accum.fill_(5.0)
     with pytest.raises(LayoutError, match=why):
         _core.reduce(_core.Buffer(chunks), _core.Buffer(accum), world=world, scale=1.0, add=False)
@@ -124,7 +141,8 @@ def test_kernels_run_without_the_gil_and_never_write_the_same_memory_at_once() -
     deadline = time.monotonic() + 60
 
     def until_two_meet(kernel: Callable[[], object]) -> None:
-        # With the GIL held through a kernel, none could ever meet another, and the deadline ends the loop.
+        # With the GIL held through a kernel, none could ever meet another, and the deadline ends
+        # the loop.
         while not met.is_set() and time.monotonic() < deadline:
             try:
                 kernel()

@@ -1,4 +1,6 @@
-"""Plans and the reducer through the border: Python gets what the core says, and refusals are of our classes."""
+"""Plans and the reducer through the border: Python gets what the core says, and refusals are of our
+classes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ PARAMS = [
 
 
 def plan(**changes: Any) -> _core.Plan:
-    options: dict[str, Any] = {"params": PARAMS, "world": 2, "stage": 2, "cap_bytes": 8192} | changes
+    options: dict[str, Any] = {
+        "params": PARAMS,
+        "world": 2,
+        "stage": 2,
+        "cap_bytes": 8192,
+    } | changes
     return _core.Plan(options.pop("params"), **options)
 
 
@@ -35,7 +42,9 @@ class TestPlan:
             assert bucket.id == position
             assert bucket.numel == 2 * bucket.shard_numel
             assert bucket.numel % (2 * 128) == 0
-            for param, offset, numel in zip(bucket.params, bucket.offsets, bucket.numels, strict=True):
+            for param, offset, numel in zip(
+                bucket.params, bucket.offsets, bucket.numels, strict=True
+            ):
                 assert (numel, bucket.dtype, bucket.group, bucket.wire) == PARAMS[param]
                 assert offset * {"f32": 4, "bf16": 2}[bucket.dtype] % 64 == 0
                 assert offset + numel <= bucket.numel
@@ -60,21 +69,36 @@ class TestPlan:
 
     @pytest.mark.parametrize(
         ("stage", "placements"),
-        [(0, (False, False, False)), (1, (True, False, False)), (2, (True, True, False)), (3, (True, True, True))],
+        [
+            (0, (False, False, False)),
+            (1, (True, False, False)),
+            (2, (True, True, False)),
+            (3, (True, True, True)),
+        ],
     )
-    def test_a_stage_is_three_placements(self, stage: int, placements: tuple[bool, bool, bool]) -> None:
+    def test_a_stage_is_three_placements(
+        self, stage: int, placements: tuple[bool, bool, bool]
+    ) -> None:
         made = plan(stage=stage)
         assert (made.shards_optimizer, made.shards_gradient, made.shards_parameter) == placements
 
     def test_the_schedule_is_a_list_of_commands(self) -> None:
         made = plan(window=1)
         order = [bucket.id for bucket in made.buckets]
-        assert made.schedule == [(kind, bucket) for bucket in order for kind in ("launch", "retire")]
+        assert made.schedule == [
+            (kind, bucket) for bucket in order for kind in ("launch", "retire")
+        ]
         assert (made.world, made.window, made.num_params) == (2, 1, len(PARAMS))
         assert plan().window == len(order)
 
     def test_equal_plans_have_equal_digests_and_others_do_not(self) -> None:
-        others = [plan(stage=1), plan(world=3), plan(window=1), plan(cap_bytes=1024), plan(params=PARAMS[:-1])]
+        others = [
+            plan(stage=1),
+            plan(world=3),
+            plan(window=1),
+            plan(cap_bytes=1024),
+            plan(params=PARAMS[:-1]),
+        ]
         digests = {plan().digest, *(other.digest for other in others)}
         assert plan().digest == plan().digest
         assert len(digests) == 1 + len(others)
@@ -84,8 +108,12 @@ class TestPlan:
         made = plan()
         moved = made.reordered(list(range(len(PARAMS))))
         launched = [bucket for kind, bucket in moved.schedule if kind == "launch"]
-        assert launched == [bucket.id for bucket in sorted(made.buckets, key=lambda bucket: max(bucket.params))]
-        assert [bucket.offsets for bucket in moved.buckets] == [bucket.offsets for bucket in made.buckets]
+        assert launched == [
+            bucket.id for bucket in sorted(made.buckets, key=lambda bucket: max(bucket.params))
+        ]
+        assert [bucket.offsets for bucket in moved.buckets] == [
+            bucket.offsets for bucket in made.buckets
+        ]
         assert moved.digest != made.digest
 
     @pytest.mark.parametrize(
@@ -101,7 +129,10 @@ class TestPlan:
             ({"cap_bytes": None}, "needs a cap"),
             ({"cap_elements": 5}, "one cap"),
             ({"window": 0}, "window"),
-            ({"params": [(1, "f32", 0, 0), (-5, "f32", 0, 0)]}, "parameter 1 can not have -5 elements"),
+            (
+                {"params": [(1, "f32", 0, 0), (-5, "f32", 0, 0)]},
+                "parameter 1 can not have -5 elements",
+            ),
             (
                 {"params": [(1, "f32", 0, 0), (5, "int8", 0, 0)]},
                 'parameter 1 has dtype "int8": expected f32, f16, bf16 or f64',
@@ -109,7 +140,9 @@ class TestPlan:
             ({"params": [(2**62, "f64", 0, 0)]}, "parameter 0 makes its bucket longer"),
         ],
     )
-    def test_what_can_not_be_planned_is_refused_with_the_reason(self, changes: dict[str, Any], why: str) -> None:
+    def test_what_can_not_be_planned_is_refused_with_the_reason(
+        self, changes: dict[str, Any], why: str
+    ) -> None:
         with pytest.raises(PlanError, match=why):
             plan(**changes)
 
@@ -123,7 +156,9 @@ class TestPlan:
             (lambda made: made.reordered([-1]), "unknown parameter -1"),
         ],
     )
-    def test_what_a_plan_does_not_have_is_refused(self, ask: Callable[[_core.Plan], object], why: str) -> None:
+    def test_what_a_plan_does_not_have_is_refused(
+        self, ask: Callable[[_core.Plan], object], why: str
+    ) -> None:
         with pytest.raises(PlanError, match=why):
             ask(plan())
 
@@ -167,11 +202,15 @@ class TestReducer:
         everything = list(range(len(PARAMS)))
         assert learnt.watched == everything
         learnt.post_sentinels()
-        last = {min(bucket.params) for bucket in plan().buckets}  # the last to come was the first in the model
+        last = {
+            min(bucket.params) for bucket in plan().buckets
+        }  # the last to come was the first in the model
         assert learnt.watched == sorted(last)
         learnt.begin()
         assert not learnt.observing
-        assert [learnt.grad_ready(param) for param in reversed(learnt.watched)][-1] == len(plan().schedule)
+        assert [learnt.grad_ready(param) for param in reversed(learnt.watched)][-1] == len(
+            plan().schedule
+        )
         with pytest.raises(StepError):
             learnt.dismiss_sentinels()
         assert learnt.finish().absent == []
@@ -188,7 +227,9 @@ class TestReducer:
     def test_a_stuck_pass_explains_itself(self, learnt: _core.Reducer) -> None:
         assert learnt.explain() is None
         learnt.begin()
-        index, kind, bucket, lacking = learnt.explain() or pytest.fail("in a pass there is something to explain")
+        index, kind, bucket, lacking = learnt.explain() or pytest.fail(
+            "in a pass there is something to explain"
+        )
         assert (index, kind) == (0, "launch")
         assert lacking == sorted(plan().buckets[bucket].params)
 
@@ -206,7 +247,9 @@ class TestReducer:
         learnt.disarm()
         assert learnt.grad_ready(0) is None
 
-    def test_the_life_of_a_bucket_has_its_times_and_its_last_parameter(self, learnt: _core.Reducer) -> None:
+    def test_the_life_of_a_bucket_has_its_times_and_its_last_parameter(
+        self, learnt: _core.Reducer
+    ) -> None:
         assert learnt.life() == []
         learnt.begin()
         for now, param in enumerate((5, 4, 3, 2, 1, 0)):
@@ -220,13 +263,22 @@ class TestReducer:
     @pytest.mark.parametrize(
         ("call", "why"),
         [
-            (lambda reducer: reducer.finish(), "called between passes, but only allowed during a pass"),
+            (
+                lambda reducer: reducer.finish(),
+                "called between passes, but only allowed during a pass",
+            ),
             (
                 lambda reducer: (reducer.begin(), reducer.begin()),
                 "called during a pass, but only allowed between",
             ),
-            (lambda reducer: (reducer.begin(), reducer.set_active([True] * 6)), "only allowed between passes"),
-            (lambda reducer: (reducer.begin(), reducer.reorder(plan())), "only allowed between passes"),
+            (
+                lambda reducer: (reducer.begin(), reducer.set_active([True] * 6)),
+                "only allowed between passes",
+            ),
+            (
+                lambda reducer: (reducer.begin(), reducer.reorder(plan())),
+                "only allowed between passes",
+            ),
             (lambda reducer: reducer.set_active([True]), "each of 6 parameters, got 1"),
             (lambda reducer: reducer.reorder(plan(world=3)), "another layout"),
             (lambda reducer: reducer.grad_ready(6), "unknown parameter 6: the plan has 6"),
@@ -234,7 +286,9 @@ class TestReducer:
             (lambda reducer: reducer.grad_ready_at(2**40, 0), "unknown parameter 1099511627776"),
         ],
     )
-    def test_a_call_that_does_not_fit_is_a_step_error(self, call: Callable[[_core.Reducer], object], why: str) -> None:
+    def test_a_call_that_does_not_fit_is_a_step_error(
+        self, call: Callable[[_core.Reducer], object], why: str
+    ) -> None:
         with pytest.raises(StepError, match=why):
             call(_core.Reducer(plan()))
 
@@ -245,7 +299,9 @@ class TestReshard:
         source, target = plan(world=2), plan(world=3, cap_bytes=1024, params=PARAMS[::-1])
         came_from = list(reversed(range(len(PARAMS))))
         full = [torch.randn(numel) for numel, *_ in PARAMS]
-        held = {(b.id, rank): torch.zeros(b.shard_numel) for b in source.buckets for rank in range(2)}
+        held = {
+            (b.id, rank): torch.zeros(b.shard_numel) for b in source.buckets for rank in range(2)
+        }
         for (bucket, rank), shard in held.items():
             for part in source.fragments(bucket, rank):
                 values = full[part.param][part.param_start : part.param_start + part.length]
@@ -258,14 +314,19 @@ class TestReshard:
                 filled[start : start + length] = held[from_bucket, from_rank][at : at + length]
             expected = torch.zeros(bucket.shard_numel)
             for part in target.fragments(bucket.id, rank):
-                values = full[came_from[part.param]][part.param_start : part.param_start + part.length]
+                values = full[came_from[part.param]][
+                    part.param_start : part.param_start + part.length
+                ]
                 expected[part.shard_start : part.shard_start + part.length] = values
             assert torch.equal(filled, expected)
 
     def test_what_the_source_does_not_have_is_not_listed(self) -> None:
         made = plan()
         for bucket in made.buckets:
-            assert _core.reshard(made, made, bucket=bucket.id, rank=0, came_from=[-1] * len(PARAMS)) == []
+            assert (
+                _core.reshard(made, made, bucket=bucket.id, rank=0, came_from=[-1] * len(PARAMS))
+                == []
+            )
 
     @pytest.mark.parametrize(
         ("came_from", "why"),

@@ -1,7 +1,7 @@
 """Six bugs of DeepSpeed 0.19.8 that train on with wrong weights and no error, and their neighbours.
 
-The weights are minus the gradient (see `Terms`), so every assertion is the gradient that must have been applied. Each
-docstring says what an engine with the bug ends with.
+The weights are minus the gradient (see `Terms`), so every assertion is the gradient that must have
+been applied. Each docstring says what an engine with the bug ends with.
 """
 
 from typing import Any
@@ -25,7 +25,9 @@ def _use_one_vector_a_rank(rank: int, world: int, stage: int) -> Weights:
 
 @every_stage
 def test_h_1_ranks_that_use_different_parameters_do_not_swap_their_gradients(stage: int) -> None:
-    """Filling buckets by arrival pairs rank 0's `a` with rank 1's `b`: (-5.5, 0) and (0, -5.5), or the two swapped."""
+    """Filling buckets by arrival pairs rank 0's `a` with rank 1's `b`: (-5.5, 0) and (0, -5.5), or
+    the two swapped.
+    """
     assert ranks.run(2, _use_one_vector_a_rank, stage) == [(-0.5, -5.0)] * 2
 
 
@@ -38,7 +40,9 @@ def _leave_b_out_of_the_third_step(rank: int, world: int, stage: int) -> Weights
 
 @every_stage
 def test_h_2_a_parameter_unused_now_does_not_get_the_last_gradient_again(stage: int) -> None:
-    """A buffer that is not cleared for the parameter that did not come moves `b` once more: (-3, -3)."""
+    """A buffer that is not cleared for the parameter that did not come moves `b` once more: (-3,
+    -3).
+    """
     assert ranks.run(2, _leave_b_out_of_the_third_step, stage) == [(-3.0, -2.0)] * 2
 
 
@@ -58,7 +62,9 @@ def _go_back_twice(rank: int, world: int, stage: int, forwards_first: bool) -> W
 @every_stage
 @pytest.mark.parametrize("forwards_first", [False, True])
 def test_h_3_two_backwards_before_a_step_add_up(stage: int, forwards_first: bool) -> None:
-    """A second reduction that overwrites the first's result ends with the second gradient alone: (-2, -4)."""
+    """A second reduction that overwrites the first's result ends with the second gradient alone:
+    (-2, -4).
+    """
     assert ranks.run(2, _go_back_twice, stage, forwards_first) == [(-3.0, -5.0)] * 2
 
 
@@ -121,7 +127,7 @@ class _RaiseOnce(torch.autograd.Function):
 
 
 class _Fragile(Terms):
-    """`Terms` whose `a` comes after a node that may raise, and whose `b` has its gradient by then."""
+    """`Terms` whose `a` comes after a node that may raise; `b` has its gradient by then."""
 
     def forward(self, a: float, b: float) -> Tensor:
         return a * _RaiseOnce.apply(self.a).sum() + b * self.b.sum()
@@ -173,5 +179,7 @@ def _start_with_odd_shapes(rank: int, world: int, stage: int) -> float:
 
 @every_stage
 def test_scalar_and_transposed_parameters_keep_their_elements_apart(stage: int) -> None:
-    """Element (2, 1) is 5 and gets the scalar, 2, as its gradient; the scalar gets 5. Read in another order it is 4."""
+    """Element (2, 1) is 5 and gets the scalar, 2, as its gradient; the scalar gets 5. Read in
+    another order it is 4.
+    """
     assert ranks.run(2, _start_with_odd_shapes, stage) == [3.0 + 100 * -3.0] * 2

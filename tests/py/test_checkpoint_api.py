@@ -1,4 +1,6 @@
-"""What the calls promise: tags, `latest`, overwriting, pruning, client state, parts of a load, errors on all ranks."""
+"""What the calls promise: tags, `latest`, overwriting, pruning, client state, parts of a load,
+errors on all ranks.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +60,21 @@ def test_save_latest_false_leaves_latest_alone(engine: Any, tmp_path: Path) -> N
     assert (tmp_path / "latest").read_text() == "one\n"
 
 
-@pytest.mark.parametrize("tag", ["", ".", "..", "../up", "a/b", ".hidden", "latest", "-x", "a b", "ü", "x" * 129, 7])
-def test_a_tag_that_could_be_something_else_is_refused(tag: Any, engine: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tag", ["", ".", "..", "../up", "a/b", ".hidden", "latest", "-x", "a b", "ü", "x" * 129, 7]
+)
+def test_a_tag_that_could_be_something_else_is_refused(
+    tag: Any, engine: Any, tmp_path: Path
+) -> None:
     for call in (engine.save_checkpoint, engine.load_checkpoint):
         with pytest.raises(CheckpointError, match="tag"):
             call(tmp_path, tag)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_latest_nothing_is_loaded_and_a_warning_says_so(engine: Any, tmp_path: Path, caplog: Any) -> None:
+def test_without_latest_nothing_is_loaded_and_a_warning_says_so(
+    engine: Any, tmp_path: Path, caplog: Any
+) -> None:
     before = weights(engine)
     for folder in (tmp_path, tmp_path / "missing"):
         with caplog.at_level(logging.WARNING, "zerort"):
@@ -75,7 +83,9 @@ def test_without_latest_nothing_is_loaded_and_a_warning_says_so(engine: Any, tmp
     assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
 
 
-def test_a_tag_that_exists_is_refused_and_exchanged_with_overwrite(engine: Any, tmp_path: Path) -> None:
+def test_a_tag_that_exists_is_refused_and_exchanged_with_overwrite(
+    engine: Any, tmp_path: Path
+) -> None:
     engine.save_checkpoint(tmp_path, "best")
     old = manifest_of(tmp_path / "best")
     train(engine, 0, 1, range(2, 3))
@@ -110,7 +120,9 @@ def test_what_a_dead_save_left_is_swept_and_strangers_are_not(engine: Any, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"a", "latest", "notes", ".lock"}
 
 
-def test_a_second_job_that_saves_here_at_the_same_time_is_refused(engine: Any, tmp_path: Path) -> None:
+def test_a_second_job_that_saves_here_at_the_same_time_is_refused(
+    engine: Any, tmp_path: Path
+) -> None:
     engine.save_checkpoint(tmp_path, "a")
     with (tmp_path / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,7 +169,9 @@ def fail_everywhere(rank: int, world: int, folder: str) -> list[str]:
         lambda: engine.save_checkpoint(folder, "good"),
         lambda: engine.save_checkpoint(Path(folder) / "good" / "manifest.json", "bad"),
         lambda: engine.load_checkpoint(folder, "missing"),
-        lambda: engine.load_checkpoint(folder, "good", custom_load_fn=None, load_module_strict=True),
+        lambda: engine.load_checkpoint(
+            folder, "good", custom_load_fn=None, load_module_strict=True
+        ),
     ]
     if rank == 0:
         os.truncate(Path(folder) / "good" / "rank_1.safetensors", 10)
@@ -173,7 +187,9 @@ def fail_everywhere(rank: int, world: int, folder: str) -> list[str]:
 def test_every_failure_is_the_same_error_on_all_ranks(tmp_path: Path) -> None:
     one, other = ranks.run(2, fail_everywhere, str(tmp_path))
     assert one == other
-    for message, part in zip(one, ["object", "'../bad'", "exists", "", "does not exist", "rank_1"], strict=True):
+    for message, part in zip(
+        one, ["object", "'../bad'", "exists", "", "does not exist", "rank_1"], strict=True
+    ):
         assert message != "no error" and part in message
     assert names(tmp_path) == {"good", "latest"}
 
@@ -187,7 +203,11 @@ def test_client_state_comes_back_type_for_type(engine: Any, tmp_path: Path) -> N
         "numbers": [1, -(2**80), 1.5, float("inf"), True],
         "tuple": ((1, 2), [(3,)]),
         "by id": {3: "three", -1: {"$tuple": "no tag"}},
-        "tensors": [torch.arange(6.0).view(2, 3), torch.tensor(2, dtype=torch.int16), torch.empty(0, 2).bfloat16()],
+        "tensors": [
+            torch.arange(6.0).view(2, 3),
+            torch.tensor(2, dtype=torch.int16),
+            torch.empty(0, 2).bfloat16(),
+        ],
         "mask": torch.tensor([True, False]),
         "counter": Counter({5: 2}),
     }
@@ -195,7 +215,9 @@ def test_client_state_comes_back_type_for_type(engine: Any, tmp_path: Path) -> N
     _, found = fresh().load_checkpoint(tmp_path)
     tensors, expected = found.pop("tensors"), state.pop("tensors")
     assert torch.equal(found.pop("mask"), state.pop("mask"))
-    assert found == state and [type(v) for v in found["numbers"]] == [type(v) for v in state["numbers"]]
+    assert found == state and [type(v) for v in found["numbers"]] == [
+        type(v) for v in state["numbers"]
+    ]
     assert type(found["tuple"]) is tuple and type(found["counter"]) is Counter
     for one, other in zip(tensors, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
@@ -227,7 +249,9 @@ def test_client_state_that_contains_itself_is_an_error(engine: Any, tmp_path: Pa
 
 
 class Everything(nn.Module):
-    """Tied and frozen weights, buffers that are kept and not, a state of its own, and odd shapes and strides."""
+    """Tied and frozen weights, buffers that are kept and not, a state of its own, and odd shapes
+    and strides.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +287,9 @@ def everything(seed: int, optimizer: Any = torch.optim.NAdam) -> Any:
             parameter.add_(seed)
     model.base.weight.requires_grad_(False)
     trainable = [p for name, p in model.named_parameters() if not name.startswith("base.bias")]
-    return engine_of(config_of(2), model, lambda _: optimizer(trainable, lr=0.01), model_parameters=trainable)
+    return engine_of(
+        config_of(2), model, lambda _: optimizer(trainable, lr=0.01), model_parameters=trainable
+    )
 
 
 def step(engine: Any) -> None:
@@ -347,7 +373,11 @@ def test_schedule_loss_scale_counters_and_random_numbers_go_on(tmp_path: Path) -
     assert torch.equal(torch.rand(3), drawn[0]) and (random.random(), np.random.rand()) == drawn[1:]
     assert other.get_lr() == one.get_lr() and other.loss_scale == one.loss_scale
     assert other.lr_scheduler.state_dict() == one.lr_scheduler.state_dict()
-    assert (other.global_steps, other.global_samples, other.skipped_steps) == (2, 4, one.skipped_steps)
+    assert (other.global_steps, other.global_samples, other.skipped_steps) == (
+        2,
+        4,
+        one.skipped_steps,
+    )
     # The window that was half full is begun anew: its gradients are in no checkpoint.
     assert other.micro_steps == 4 and one.micro_steps == 5
 
@@ -362,7 +392,9 @@ def test_module_only_takes_weights_and_nothing_else(engine: Any, tmp_path: Path)
     assert same_weights(engine, other) and other.global_steps == 0 and other.get_lr() == [0.5]
 
 
-def test_another_optimizer_is_refused_unless_its_state_is_left_out(engine: Any, tmp_path: Path) -> None:
+def test_another_optimizer_is_refused_unless_its_state_is_left_out(
+    engine: Any, tmp_path: Path
+) -> None:
     engine.save_checkpoint(tmp_path)
     other = engine_of(config_of(1), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     with pytest.raises(CheckpointError, match=r"AdamW.*SGD.*load_optimizer_states=False"):
@@ -377,11 +409,15 @@ class Longer(Net):
         self.extra = nn.Linear(3, 3)
 
 
-def test_a_model_with_other_names_is_refused_unless_asked_not_to_be_strict(engine: Any, tmp_path: Path) -> None:
+def test_a_model_with_other_names_is_refused_unless_asked_not_to_be_strict(
+    engine: Any, tmp_path: Path
+) -> None:
     engine.save_checkpoint(tmp_path)
     other = engine_of(config_of(1), Longer())
     extra = other.module.extra.weight.clone()
-    with pytest.raises(CheckpointError, match=r"lacks extra\.weight, extra\.bias.*load_module_strict=False"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks extra\.weight, extra\.bias.*load_module_strict=False"
+    ):
         other.load_checkpoint(tmp_path)
     other.load_checkpoint(tmp_path, load_module_strict=False)
     assert torch.equal(other.module.extra.weight, extra)
@@ -396,7 +432,9 @@ def test_a_parameter_of_another_shape_is_named(engine: Any, tmp_path: Path) -> N
     model = Net()
     model.exit = nn.Linear(23, 11)
     other = engine_of(config_of(1), model)
-    with pytest.raises(CheckpointError, match=r"exit\.weight has shape \[11, 23\], in the checkpoint \[10, 23\]"):
+    with pytest.raises(
+        CheckpointError, match=r"exit\.weight has shape \[11, 23\], in the checkpoint \[10, 23\]"
+    ):
         other.load_checkpoint(tmp_path)
 
 
@@ -416,7 +454,9 @@ def test_a_custom_function_may_load_the_weights(engine: Any, tmp_path: Path) -> 
 def test_the_data_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     def made() -> Any:
         data = [torch.full((10,), float(i)) for i in range(8)]
-        return zerort.initialize(model=Net(), optimizer=adamw, training_data=data, config=config_of(1))
+        return zerort.initialize(
+            model=Net(), optimizer=adamw, training_data=data, config=config_of(1)
+        )
 
     (one, _, loader, _), (other, _, resumed, _) = made(), made()
     batches = iter(loader)

@@ -1,4 +1,6 @@
-"""Crashes: at every operation of a save, whatever the disk has kept, `latest` loads, and it is the old or the new."""
+"""Crashes: at every operation of a save, whatever the disk has kept, `latest` loads, and it is the
+old or the new.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def save_old(rank: int, world: int, folder: str, tag: str) -> None:
     engine.save_checkpoint(folder, tag)
 
 
-def record(rank: int, world: int, folder: str, tag: str, options: dict[str, Any]) -> list[Operation]:
+def record(
+    rank: int, world: int, folder: str, tag: str, options: dict[str, Any]
+) -> list[Operation]:
     engine = tiny_engine()
     engine.load_checkpoint(folder)
     step(engine)
@@ -50,9 +54,13 @@ def record(rank: int, world: int, folder: str, tag: str, options: dict[str, Any]
 
 
 def interleaved(of_rank_0: list[Operation], of_rank_1: list[Operation], at: int) -> list[Operation]:
-    """Rank 1 writes at some time between the temporary folder and the manifest: behind operation `at` of rank 0."""
+    """Rank 1 writes at some time between the temporary folder and the manifest: behind operation
+    `at` of rank 0.
+    """
     script = next(
-        i for i, op in enumerate(of_rank_0) if op.name == "create" and op.paths[0].endswith("zero_to_fp32.py")
+        i
+        for i, op in enumerate(of_rank_0)
+        if op.name == "create" and op.paths[0].endswith("zero_to_fp32.py")
     )
     assert 0 < at <= script
     return [*of_rank_0[:at], *of_rank_1, *of_rank_0[at:]]
@@ -68,17 +76,29 @@ def weights_after() -> dict[int, dict[str, torch.Tensor]]:
     return found
 
 
-def check(state: CrashState, folder: Path, engine: Any, expected: dict[int, dict[str, torch.Tensor]]) -> int:
-    """Loads what `latest` names and verifies all that has a name; returns the step, 1 for the old, 2 for the new."""
+def check(
+    state: CrashState, folder: Path, engine: Any, expected: dict[int, dict[str, torch.Tensor]]
+) -> int:
+    """Loads what `latest` names and verifies all that has a name; returns the step, 1 for the old,
+    2 for the new.
+    """
     folder.mkdir()
     state.write(folder)
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, f"after operation {state.after}: `latest` is gone"
-    for tag in (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        assert problems(folder, tag) == [], f"after operation {state.after}: {tag} is listed and not complete"
+    for tag in (
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    ):
+        assert problems(folder, tag) == [], (
+            f"after operation {state.after}: {tag} is listed and not complete"
+        )
     count = int(engine.global_steps)
     for name, value in weights(engine).items():
-        assert torch.equal(value, expected[count][name]), f"after operation {state.after}: {name} is mixed"
+        assert torch.equal(value, expected[count][name]), (
+            f"after operation {state.after}: {name} is mixed"
+        )
     return count
 
 
@@ -103,9 +123,13 @@ def test_every_crash_leaves_the_old_checkpoint_or_the_new_one(case: str, tmp_pat
         operations = interleaved(*recorded, at)
         found = []
         for state in states(before, operations, seen, seed=at):
-            found.append((state.after, check(state, tmp_path / f"{at}-{len(found)}", engine, expected)))
+            found.append(
+                (state.after, check(state, tmp_path / f"{at}-{len(found)}", engine, expected))
+            )
         assert {count for _, count in found} == {1, 2}
-        assert all(count == 2 for after, count in found if after == len(operations)), "a save that returned was lost"
+        assert all(count == 2 for after, count in found if after == len(operations)), (
+            "a save that returned was lost"
+        )
     engine.destroy()
     assert len(seen) >= 600, f"only {len(seen)} states"
 
@@ -118,7 +142,9 @@ def test_a_save_behind_one_that_died_unsynced_loses_nothing_either(tmp_path: Pat
     recorded = interleaved(*ranks.run(2, record, str(first), "best", {"overwrite": True}), 6)
     died = next(i for i, operation in enumerate(recorded) if operation.name == "exchange") + 1
     second.mkdir()
-    whole = next(state for state in states(before, recorded[:died], set(), seed=0) if state.after == died)
+    whole = next(
+        state for state in states(before, recorded[:died], set(), seed=0) if state.after == died
+    )
     whole.write(second)
     again = ranks.run(2, record, str(second), "best", {"overwrite": True})
     # Rank 1 writes once rank 0 has swept and made the new folder.
@@ -128,7 +154,9 @@ def test_a_save_behind_one_that_died_unsynced_loses_nothing_either(tmp_path: Pat
     for state in states(before, operations, seen, seed=1):
         found.append((state.after, check(state, tmp_path / str(len(found)), engine, expected)))
     assert {count for _, count in found} == {1, 2, 3}
-    assert all(count == 3 for after, count in found if after == len(operations)), "a save that returned was lost"
+    assert all(count == 3 for after, count in found if after == len(operations)), (
+        "a save that returned was lost"
+    )
     engine.destroy()
     assert len(seen) >= 600, f"only {len(seen)} states"
 
@@ -140,7 +168,9 @@ def count_operations(rank: int, world: int, folder: str) -> list[str]:
     return disk.seen
 
 
-def fail_at_each(rank: int, world: int, folder: str, failing_rank: int, how: str, count: int) -> list[str]:
+def fail_at_each(
+    rank: int, world: int, folder: str, failing_rank: int, how: str, count: int
+) -> list[str]:
     """Fails at one operation after another; returns what this rank raised, or "saved"."""
     engine, told = tiny_engine(), []
     step(engine)
@@ -157,17 +187,24 @@ def fail_at_each(rank: int, world: int, folder: str, failing_rank: int, how: str
 
 @pytest.mark.parametrize("how", ["raise", "full"])
 @pytest.mark.parametrize("failing_rank", [0, 1])
-def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(how: str, failing_rank: int, tmp_path: Path) -> None:
+def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(
+    how: str, failing_rank: int, tmp_path: Path
+) -> None:
     ranks.run(2, save_old, str(tmp_path), "old")
     seen = ranks.run(2, count_operations, str(tmp_path / "other"))[failing_rank]
-    # Making the folder `other` itself takes two operations, which are not part of a save into an existing folder.
+    # Making the folder `other` itself takes two operations, which are not part of a save into an
+    # existing folder.
     seen = seen[2:] if failing_rank == 0 else seen
     told = ranks.run(2, fail_at_each, str(tmp_path), failing_rank, how, len(seen))
     assert told[0] == told[1]
     reason = "the failpoint" if how == "raise" else "No space left on device"
     for at, message in enumerate(told[0]):
         # The lock is closed after the checkpoint is complete, and a failure there loses nothing.
-        assert reason in message or (seen[at] == "close" and message == "saved"), (at, seen[at], message)
+        assert reason in message or (seen[at] == "close" and message == "saved"), (
+            at,
+            seen[at],
+            message,
+        )
     engine = tiny_engine()
     assert engine.load_checkpoint(tmp_path)[0] is not None
     for path in tmp_path.iterdir():
@@ -185,7 +222,9 @@ def save_and_die(rank: int, world: int, folder: str, failing_rank: int, at: int)
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
-def test_a_rank_killed_at_any_operation_leaves_a_checkpoint_that_loads(failing_rank: int, tmp_path: Path) -> None:
+def test_a_rank_killed_at_any_operation_leaves_a_checkpoint_that_loads(
+    failing_rank: int, tmp_path: Path
+) -> None:
     seen = ranks.run(2, count_operations, str(tmp_path / "other"))[failing_rank]
     count = len(seen) - 2 if failing_rank == 0 else len(seen)
     for at in range(count):

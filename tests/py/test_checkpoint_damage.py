@@ -1,4 +1,6 @@
-"""Damage: whatever has changed in a checkpoint is found before a value reaches the model, and named."""
+"""Damage: whatever has changed in a checkpoint is found before a value reaches the model, and
+named.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,16 @@ def engine() -> Iterator[Any]:
 
 
 def refuses(engine: Any, folder: Path, *names: str, tag: str = "step2") -> str:
-    """Asserts that a load raises, naming all of `names`, and has changed nothing; returns the message."""
+    """Asserts that a load raises, naming all of `names`, and has changed nothing; returns the
+    message.
+    """
     before, moments, steps = weights(engine), state_of(engine), engine.global_steps
     with pytest.raises(CheckpointError) as caught:
         engine.load_checkpoint(folder, tag)
     assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
-    assert all(torch.equal(one, other) for one, other in zip(state_of(engine), moments, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(state_of(engine), moments, strict=True)
+    )
     assert engine.global_steps == steps
     for name in names:
         assert name in str(caught.value), str(caught.value)
@@ -82,15 +88,25 @@ def test_every_flipped_bit_is_found_by_verify_and_by_load(folder: Path, engine: 
         data[at] ^= bit
         path.write_bytes(data)
         refuses(engine, folder, path.name)
-        assert any(path.name in problem for problem in problems(folder, "step2")), (path.name, at, bit)
+        assert any(path.name in problem for problem in problems(folder, "step2")), (
+            path.name,
+            at,
+            bit,
+        )
         data[at] ^= bit
         path.write_bytes(data)
     assert engine.load_checkpoint(folder, "step2")[0] is not None
 
 
-def test_a_flipped_bit_names_the_tensor_and_the_checkpoint_that_verifies(folder: Path, engine: Any) -> None:
+def test_a_flipped_bit_names_the_tensor_and_the_checkpoint_that_verifies(
+    folder: Path, engine: Any
+) -> None:
     path = folder / "step2" / "rank_1.safetensors"
-    entry = next(t for t in manifest_of(folder / "step2")["tensors"] if t["file"] == path.name and "runs" in t)
+    entry = next(
+        t
+        for t in manifest_of(folder / "step2")["tensors"]
+        if t["file"] == path.name and "runs" in t
+    )
     data = bytearray(path.read_bytes())
     data[entry["start"]] ^= 1
     path.write_bytes(data)
@@ -120,19 +136,34 @@ def pipe(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut by a byte": (lambda c: cut(c / "step2/rank_1.safetensors", -1 + size(c)), "rank_1.safetensors"),
+    "cut by a byte": (
+        lambda c: cut(c / "step2/rank_1.safetensors", -1 + size(c)),
+        "rank_1.safetensors",
+    ),
     "cut in the header": (lambda c: cut(c / "step2/rank_1.safetensors", 20), "rank_1.safetensors"),
     "empty": (lambda c: cut(c / "step2/rank_0.safetensors", 0), "rank_0.safetensors"),
-    "a byte more": (lambda c: cut(c / "step2/rank_0.safetensors", 1 + size(c, 0)), "rank_0.safetensors"),
+    "a byte more": (
+        lambda c: cut(c / "step2/rank_0.safetensors", 1 + size(c, 0)),
+        "rank_0.safetensors",
+    ),
     "no manifest": (lambda c: (c / "step2/manifest.json").unlink(), "manifest"),
     "half a manifest": (lambda c: cut(c / "step2/manifest.json", 3000), "manifest.json"),
-    "swapped shards": (lambda c: swap(c / "step2/rank_0.safetensors", c / "step2/rank_1.safetensors"), "rank_0"),
+    "swapped shards": (
+        lambda c: swap(c / "step2/rank_0.safetensors", c / "step2/rank_1.safetensors"),
+        "rank_0",
+    ),
     "another step's shard": (
         lambda c: shutil.copy(c / "step1/rank_1.safetensors", c / "step2/rank_1.safetensors"),
         "rank_1",
     ),
-    "another step's manifest": (lambda c: shutil.copy(c / "step1/manifest.json", c / "step2/manifest.json"), "rank_"),
-    "a missing shard": (lambda c: (c / "step2/rank_1.safetensors").unlink(), "rank_1.safetensors is missing"),
+    "another step's manifest": (
+        lambda c: shutil.copy(c / "step1/manifest.json", c / "step2/manifest.json"),
+        "rank_",
+    ),
+    "a missing shard": (
+        lambda c: (c / "step2/rank_1.safetensors").unlink(),
+        "rank_1.safetensors is missing",
+    ),
     "an extra shard": (
         lambda c: shutil.copy(c / "step2/rank_1.safetensors", c / "step2/rank_2.safetensors"),
         "rank_2.safetensors does not belong",
@@ -167,7 +198,8 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def forge_body(folder: Path, body: bytes, number: int = 1) -> None:
-    head = f'{{"format": {number}, "xxh3_128": "{xxhash.xxh3_128_hexdigest(body)}", "manifest":\n'.encode()
+    digest = xxhash.xxh3_128_hexdigest(body)
+    head = f'{{"format": {number}, "xxh3_128": "{digest}", "manifest":\n'.encode()
     (folder / "manifest.json").write_bytes(head + body + b"\n}\n")
 
 
@@ -189,10 +221,15 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a huge tensor": (set_tensor(0, shape=[1 << 60]), "bytes"),
     "a product that overflows": (set_tensor(0, shape=[1 << 40, 1 << 40]), "bytes"),
     "overlapping tensors": (
-        lambda m: m["tensors"][1].update(start=m["tensors"][0]["start"], end=m["tensors"][0]["end"]),
+        lambda m: m["tensors"][1].update(
+            start=m["tensors"][0]["start"], end=m["tensors"][0]["end"]
+        ),
         "tensor",
     ),
-    "a tensor beyond its file": (lambda m: m["tensors"][0].update(start=1 << 40, end=(1 << 40) + 512), "tensor"),
+    "a tensor beyond its file": (
+        lambda m: m["tensors"][0].update(start=1 << 40, end=(1 << 40) + 512),
+        "tensor",
+    ),
     "a tensor in the header": (lambda m: m["tensors"][0].update(start=0), "tensor"),
     "an unknown dtype": (set_tensor(0, dtype="F128"), "dtype"),
     "a negative size": (set_tensor(0, start=-1), "start"),
@@ -202,7 +239,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a hash of other blocks": (lambda m: m["files"][0].update(xxh3_128="0" * 32), "blocks' hashes"),
     "a huge world": (lambda m: m.update(world=1 << 19), "files"),
     "runs that overlap": (set_tensor(0, runs=[[0, 1 << 50]]), "runs"),
-    "runs beyond the shard": (lambda m: m["tensors"][0].update(runs=[[1 << 30, m["tensors"][0]["shape"][0]]]), "runs"),
+    "runs beyond the shard": (
+        lambda m: m["tensors"][0].update(runs=[[1 << 30, m["tensors"][0]["shape"][0]]]),
+        "runs",
+    ),
     "a bucket of nothing": (set_bucket(params=[], offsets=[]), "layout"),
     "a bucket twice": (lambda m: m["buckets"].append(m["buckets"][0]), "bucket"),
     "a parameter that is not there": (set_bucket(params=[99]), "layout"),
@@ -211,7 +251,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "layout",
     ),
     "a bucket beyond memory": (set_bucket(numel=(1 << 61) - 256), "layout"),
-    "a parameter longer than its data": (lambda m: m["params"][0].update(shape=[1 << 50], strides=[1]), "longer"),
+    "a parameter longer than its data": (
+        lambda m: m["params"][0].update(shape=[1 << 50], strides=[1]),
+        "longer",
+    ),
     "strides that overlap": (lambda m: m["params"][0].update(strides=[1, 1]), "strides"),
     "strides beyond the data": (lambda m: m["params"][0].update(strides=[1 << 40, 1]), "strides"),
     "strides of another rank": (lambda m: m["params"][0].update(strides=[1]), "strides"),
@@ -219,8 +262,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an unknown key": (lambda m: m.update(surprise=1), "surprise"),
     "a string for a number": (lambda m: m["counters"].update(global_steps="1"), "global_steps"),
     "an unknown tag": (lambda m: m.update(client_state={"$code": "print()"}), "does not read"),
-    "a tensor that is not there": (lambda m: m.update(client_state={"$tensor": "x"}), "does not read|no tensor"),
-    "a scalar of many": (lambda m: m.update(client_state={"$scalar": ["F32", [1 << 40], 1.0]}), "does not read"),
+    "a tensor that is not there": (
+        lambda m: m.update(client_state={"$tensor": "x"}),
+        "does not read|no tensor",
+    ),
+    "a scalar of many": (
+        lambda m: m.update(client_state={"$scalar": ["F32", [1 << 40], 1.0]}),
+        "does not read",
+    ),
 }
 
 
@@ -245,7 +294,9 @@ def test_a_hostile_manifest_is_refused(attack: str, folder: Path, engine: Any) -
     ],
     ids=["brackets", "fewer brackets", "objects", "infinity", "a long number", "null", "no UTF-8"],
 )
-def test_a_manifest_that_is_no_manifest_is_refused(body: bytes, name: str, folder: Path, engine: Any) -> None:
+def test_a_manifest_that_is_no_manifest_is_refused(
+    body: bytes, name: str, folder: Path, engine: Any
+) -> None:
     forge_body(folder / "step2", body)
     message = refuses(engine, folder)
     assert any(part in message for part in name.split("|")), message
@@ -267,7 +318,11 @@ def bombs(manifest: dict[str, Any]) -> dict[str, bytes]:
         "names": {**manifest, "aliases": dict.fromkeys(map(str, range(many)), 0)},
     }
     bodies = {name: json.dumps(body, separators=(",", ":")).encode() for name, body in made.items()}
-    return {**bodies, "zeros": b'{"client_state":[' + b"0," * (30 << 20) + b"0]}", "deep": b"[" * (60 << 20)}
+    return {
+        **bodies,
+        "zeros": b'{"client_state":[' + b"0," * (30 << 20) + b"0]}",
+        "deep": b"[" * (60 << 20),
+    }
 
 
 def attacked(original: Path, base: Path) -> list[str]:
@@ -318,7 +373,9 @@ def test_no_attack_takes_more_than_a_gigabyte(folder: Path, tmp_path: Path) -> N
     ],
     ids=["huge", "above the limit", "no JSON", "open brackets", "no tensors"],
 )
-def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(head: bytes, folder: Path) -> None:
+def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(
+    head: bytes, folder: Path
+) -> None:
     path = folder / "step2" / "rank_1.safetensors"
     data = head + path.read_bytes()[len(head) :]
     path.write_bytes(data)
@@ -327,7 +384,9 @@ def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(head: bytes, f
     assert len(found) == 1 and ("header" in found[0] or "tensors end" in found[0]), found
 
 
-def test_a_tensor_renamed_in_the_header_is_refused_even_if_the_hashes_are_right(folder: Path) -> None:
+def test_a_tensor_renamed_in_the_header_is_refused_even_if_the_hashes_are_right(
+    folder: Path,
+) -> None:
     path = folder / "step2" / "rank_1.safetensors"
     data = path.read_bytes().replace(b'"bucket.0.master"', b'"bucket.9.master"')
     path.write_bytes(data)

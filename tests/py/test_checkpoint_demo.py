@@ -1,4 +1,6 @@
-"""The example is killed, interrupted with Ctrl-C, and resumed: its loss curve is the uninterrupted one."""
+"""The example is killed, interrupted with Ctrl-C, and resumed: its loss curve is the uninterrupted
+one.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,19 @@ class Job:
     """The example on two ranks, on a text of its own."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        files = [f"--text={folder / 'text'}", f"--config={folder / 'config.json'}", f"--checkpoints={folder / 'saved'}"]
-        command = [sys.executable, str(EXAMPLE), f"--steps={STEPS}", f"--save_every={TOLD}", *files, *options]
+        files = [
+            f"--text={folder / 'text'}",
+            f"--config={folder / 'config.json'}",
+            f"--checkpoints={folder / 'saved'}",
+        ]
+        command = [
+            sys.executable,
+            str(EXAMPLE),
+            f"--steps={STEPS}",
+            f"--save_every={TOLD}",
+            *files,
+            *options,
+        ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -36,8 +49,17 @@ class Job:
                 command,
                 env={
                     **os.environ,
-                    **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                    **{"OMP_NUM_THREADS": "1", "COLUMNS": "200", "ZERORT_TRACE": str(folder / "trace-{rank}.json")},
+                    **{
+                        "RANK": str(rank),
+                        "WORLD_SIZE": "2",
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port,
+                    },
+                    **{
+                        "OMP_NUM_THREADS": "1",
+                        "COLUMNS": "200",
+                        "ZERORT_TRACE": str(folder / "trace-{rank}.json"),
+                    },
                 },
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -70,18 +92,24 @@ class Job:
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Iterator[None]:
-    """Tests that a shell script runs in its background ignore Ctrl-C, and so would all that they start."""
+    """Tests that a shell script runs in its background ignore Ctrl-C, and so would all that they
+    start.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curve(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curve(
+    tmp_path: Path,
+) -> None:
     config = json.loads(EXAMPLE.with_suffix(".json").read_text())
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text").write_bytes(b"def f(x):\n    return x + 1\n" * 4000)
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, "train_micro_batch_size_per_gpu": 1}))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({**config, "train_micro_batch_size_per_gpu": 1})
+        )
 
     with Job(tmp_path / "whole") as whole:
         expected = dict(whole.losses())

@@ -1,4 +1,6 @@
-"""Weights for other programs: the 16-bit export, the stand-alone script, fp32 state dicts, and the command line."""
+"""Weights for other programs: the 16-bit export, the stand-alone script, fp32 state dicts, and the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def masters(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
     engine.load_checkpoint(folder)
     found = {}
     for bucket in engine._parts.boundary.flat.buckets:
-        for name, start, length in zip(bucket.names, bucket.spec.offsets, bucket.spec.numels, strict=True):
+        for name, start, length in zip(
+            bucket.names, bucket.spec.offsets, bucket.spec.numels, strict=True
+        ):
             found[name] = bucket.master.narrow(0, start, length).clone()
     return found
 
@@ -46,7 +50,10 @@ def test_both_formats_hold_the_weights_in_the_compute_dtype(tmp_path: Path) -> N
     zipped = torch.load(tmp_path / "deep" / "er" / "pytorch_model.bin", weights_only=True)
     for found in (zipped, load_file(tmp_path / "model.safetensors")):
         assert found.keys() == expected.keys()
-        assert all(value.dtype == torch.bfloat16 and torch.equal(value, expected[n]) for n, value in found.items())
+        assert all(
+            value.dtype == torch.bfloat16 and torch.equal(value, expected[n])
+            for n, value in found.items()
+        )
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
@@ -79,7 +86,9 @@ def test_tied_weights_stand_once_in_safetensors_and_twice_in_a_state_dict(tmp_pa
         assert torch.equal(plain.state_dict()[name], value), name
 
 
-def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = engine_of(config_of(1))
     engine.save_16bit_model(tmp_path)
     before = (tmp_path / "pytorch_model.bin").read_bytes()
@@ -94,7 +103,9 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path, mon
     assert (tmp_path / "pytorch_model.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["../up.bin", "a/b.bin", "/up.bin", "..", ".", "", ".hidden", "latest"])
+@pytest.mark.parametrize(
+    "name", ["../up.bin", "a/b.bin", "/up.bin", "..", ".", "", ".hidden", "latest"]
+)
 def test_an_export_whose_name_could_be_something_else_is_refused(name: str, tmp_path: Path) -> None:
     engine = engine_of(config_of(1))
     with pytest.raises(CheckpointError, match="cannot be the name"):
@@ -122,7 +133,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run_script(*argv: Any, hidden: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Runs the script of a checkpoint in a process that cannot import zerort."""
     code = ALONE.format(argv=list(map(str, argv)), hidden=hidden)
-    return subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_script_in_a_checkpoint_stands_alone(tmp_path: Path) -> None:
@@ -132,7 +145,9 @@ def test_the_script_in_a_checkpoint_stands_alone(tmp_path: Path) -> None:
     done = run_script(script, tmp_path, out, hidden=("xxhash",))
     assert done.returncode == 0 and "not verified" in done.stderr, done.stderr
     found = torch.load(out / "pytorch_model.bin", weights_only=True)
-    assert found.keys() == expected.keys() and all(torch.equal(v, expected[n]) for n, v in found.items())
+    assert found.keys() == expected.keys() and all(
+        torch.equal(v, expected[n]) for n, v in found.items()
+    )
     done = run_script(script, script.parent, out, "--safe_serialization", "--max_shard_size", "3KB")
     assert done.returncode == 0 and "not verified" not in done.stderr, done.stderr
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -140,7 +155,9 @@ def test_the_script_in_a_checkpoint_stands_alone(tmp_path: Path) -> None:
     files = set(index["weight_map"].values())
     assert len(files) > 1
     merged = {name: value for file in files for name, value in load_file(out / file).items()}
-    assert merged.keys() == expected.keys() and all(torch.equal(v, expected[n]) for n, v in merged.items())
+    assert merged.keys() == expected.keys() and all(
+        torch.equal(v, expected[n]) for n, v in merged.items()
+    )
 
 
 def test_the_script_knows_odd_models_and_damage(tmp_path: Path) -> None:
@@ -152,7 +169,9 @@ def test_the_script_knows_odd_models_and_damage(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = torch.load(out / "pytorch_model.bin", weights_only=True)
     for name, value in weights(engine).items():
-        assert (name not in found) if name == "base.weight" else torch.equal(found[name], value), name
+        assert (name not in found) if name == "base.weight" else torch.equal(found[name], value), (
+            name
+        )
     data = bytearray((tmp_path / "odd" / "rank_0.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "odd" / "rank_0.safetensors").write_bytes(data)
@@ -184,7 +203,9 @@ def test_ls_and_show_say_what_there_is(folder: Path, capsys: pytest.CaptureFixtu
     assert "norm.weight" in out and "exp_avg_sq" in out and "AdamW" in out and "37 x 10" in out
 
 
-def test_verify_finds_damage_and_its_status_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_damage_and_its_status_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["ckpt", "verify", str(folder)]) == 0
     os.truncate(folder / "step2" / "rank_0.safetensors", 9)
     assert main(["ckpt", "verify", str(folder)]) == 1

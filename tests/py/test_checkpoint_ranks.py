@@ -1,4 +1,6 @@
-"""Checkpoints on several ranks and of several jobs: what each has of its own, what moves to other worlds, refusals."""
+"""Checkpoints on several ranks and of several jobs: what each has of its own, what moves to other
+worlds, refusals.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,15 @@ def drawn() -> tuple[list[float], float, float]:
 
 
 def go_on(rank: int, world: int, folder: str) -> dict[str, Any]:
-    """Saves in the middle of an epoch; what comes next from the random numbers and the data, here and resumed."""
+    """Saves in the middle of an epoch; what comes next from the random numbers and the data, here
+    and resumed.
+    """
 
     def made() -> Any:
         data = [torch.full((10,), float(i)) for i in range(16)]
-        return zerort.initialize(model=Net(), optimizer=adamw, training_data=data, config=config_of(2))
+        return zerort.initialize(
+            model=Net(), optimizer=adamw, training_data=data, config=config_of(2)
+        )
 
     (one, _, loader, _), (other, _, resumed, _) = made(), made()
     torch.manual_seed(rank)
@@ -72,7 +78,9 @@ def test_each_rank_goes_on_with_its_own_random_numbers_and_data(tmp_path: Path) 
     for rank in told:
         assert rank["resumed"] == rank["here"]
     assert told[0]["here"][0] != told[1]["here"][0]
-    assert sorted(item for rank in told for item in rank["seen"] + rank["here"][1]) == list(range(16))
+    assert sorted(item for rank in told for item in rank["seen"] + rank["here"][1]) == list(
+        range(16)
+    )
 
 
 # To another world.
@@ -124,7 +132,9 @@ def move_everything(rank: int, world: int, folder: str, source: str | None, targ
     return weights(engine), engine.module.seen, tied
 
 
-def test_tied_and_frozen_weights_buffers_and_odd_shapes_move_to_other_worlds(tmp_path: Path) -> None:
+def test_tied_and_frozen_weights_buffers_and_odd_shapes_move_to_other_worlds(
+    tmp_path: Path,
+) -> None:
     two = ranks.run(2, move_everything, str(tmp_path), None, "two")
     three = ranks.run(3, move_everything, str(tmp_path), "two", "three")
     one = ranks.run(1, move_everything, str(tmp_path), "three", "one")
@@ -189,7 +199,11 @@ def test_a_folder_that_is_read_only_is_a_named_error_and_loads() -> None:
         one, other = ranks.run(2, save_where_nobody_may, str(folder))
         assert one == other
         for message in one[:3]:
-            assert "CheckpointError" in message and "Permission denied" in message and "saved" in message
+            assert (
+                "CheckpointError" in message
+                and "Permission denied" in message
+                and "saved" in message
+            )
         assert one[3] == "None"
         folder.chmod(0o755)
         assert sorted(os.listdir(folder)) == [".lock", "latest", "old"]
@@ -204,12 +218,18 @@ def save_again_and_again(rank: int, world: int, folder: str, job: str, other: st
     Path(folder, f".{job}").touch()
     while not Path(folder, f".{other}").exists():
         time.sleep(0.001)
-    return [repr(caught(lambda n=n: engine.save_checkpoint(folder, f"{job}{n}"))) for n in range(40)]
+    return [
+        repr(caught(lambda n=n: engine.save_checkpoint(folder, f"{job}{n}"))) for n in range(40)
+    ]
 
 
 def test_two_jobs_that_save_into_one_folder_save_or_are_refused(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        jobs = list(pool.map(lambda job: ranks.run(1, save_again_and_again, str(tmp_path), *job)[0], ("ab", "ba")))
+        jobs = list(
+            pool.map(
+                lambda job: ranks.run(1, save_again_and_again, str(tmp_path), *job)[0], ("ab", "ba")
+            )
+        )
     for told, job in zip(jobs, ("a", "b"), strict=True):
         for number, message in enumerate(told):
             saved = (tmp_path / f"{job}{number}").exists()

@@ -37,7 +37,9 @@ def name_of(world: int, stage: int, dtype: str) -> str:
 
 
 def save_all(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Trains at every stage and dtype, saves on the way, and returns the weights at the end of training."""
+    """Trains at every stage and dtype, saves on the way, and returns the weights at the end of
+    training.
+    """
     ends = {}
     for stage in STAGES:
         for dtype in DTYPES:
@@ -51,7 +53,9 @@ def save_all(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Te
 
 
 def load_all(rank: int, world: int, folder: str, again: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Resumes from every checkpoint at every stage, saves at once, and goes on to the end of training."""
+    """Resumes from every checkpoint at every stage, saves at once, and goes on to the end of
+    training.
+    """
     ends = {}
     for dtype in DTYPES:
         for stage in STAGES:
@@ -77,9 +81,11 @@ def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, torch.Tensor
 
 
 def same_arithmetic(source: str, target: str) -> bool:
-    """Whether the steps after a resume are the uninterrupted run's to the bit: as many ranks, and the same roundings.
+    """Whether the steps after a resume are the uninterrupted run's to the bit: as many ranks, and
+    the same roundings.
 
-    In bf16 stage 0 rounds the sums that several ranks gather; stages 1 and 2 step with the fp32 sums.
+    In bf16 stage 0 rounds the sums that several ranks gather; stages 1 and 2 step with the fp32
+    sums.
     """
     (world, stage, dtype), (new_world, new_stage, _) = source.split("-"), target.split("-")
     rounded = dtype == "bf16" and world != "w1" and (stage == "s0") != (new_stage == "s0")
@@ -87,7 +93,9 @@ def same_arithmetic(source: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, saved: Any, tmp_path: Path) -> None:
+def test_every_world_and_stage_resumes_from_every_other_to_the_bit(
+    world: int, saved: Any, tmp_path: Path
+) -> None:
     folder, ends = saved
     results = ranks.run(world, load_all, str(folder), str(tmp_path), timeout=150)
     assert len(results[0]) == 3 * 12 * 2
@@ -99,11 +107,19 @@ def test_every_world_and_stage_resumes_from_every_other_to_the_bit(world: int, s
             if same_arithmetic(source, target):
                 assert torch.equal(value, uninterrupted[name]), (resumed, name)
             else:
-                distance = (value.float() - uninterrupted[name].float()).norm() / uninterrupted[name].float().norm()
-                assert distance <= (2e-6 if target.endswith("fp32") else 4e-3), (resumed, name, float(distance))
+                distance = (value.float() - uninterrupted[name].float()).norm() / uninterrupted[
+                    name
+                ].float().norm()
+                assert distance <= (2e-6 if target.endswith("fp32") else 4e-3), (
+                    resumed,
+                    name,
+                    float(distance),
+                )
     for other in results[1:]:
         for resumed, end in other.items():
-            assert all(torch.equal(value, results[0][resumed][name]) for name, value in end.items()), resumed
+            assert all(
+                torch.equal(value, results[0][resumed][name]) for name, value in end.items()
+            ), resumed
 
 
 def test_plain_torch_goes_on_from_what_a_checkpoint_holds(tmp_path: Path) -> None:
@@ -152,7 +168,9 @@ def test_another_order_of_parameters_and_another_bucket_size_change_no_bit(tmp_p
 
 
 class Strided(nn.Module):
-    """Parameters that lie in one order of their elements or in another; `wide` has the same strides in both."""
+    """Parameters that lie in one order of their elements or in another; `wide` has the same strides
+    in both.
+    """
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -161,7 +179,9 @@ class Strided(nn.Module):
         self.conv = nn.Conv2d(6, 9, 3)
         self.wide = nn.Parameter(torch.randn(1, 31, 1))
         self.flat = nn.Parameter(torch.randn(17, 29) if one else torch.randn(29, 17).t())
-        self.cube = nn.Parameter(torch.randn(3, 8, 5) if one else torch.randn(5, 3, 8).permute(1, 2, 0))
+        self.cube = nn.Parameter(
+            torch.randn(3, 8, 5) if one else torch.randn(5, 3, 8).permute(1, 2, 0)
+        )
         self.none = nn.Parameter(torch.empty(4, 0, 3))
         if not one:
             self.to(memory_format=torch.channels_last)
@@ -171,8 +191,18 @@ class Strided(nn.Module):
         return torch.stack([(p.float() * x).square().sum() for p in self.parameters()]).sum()
 
 
-def turn(rank: int, world: int, folder: str, form: str, stage: int, dtype: str, tags: tuple[str | None, str]) -> Any:
-    """Loads the first tag or trains 2 steps, saves the second, steps once more; returns weights in their shape."""
+def turn(
+    rank: int,
+    world: int,
+    folder: str,
+    form: str,
+    stage: int,
+    dtype: str,
+    tags: tuple[str | None, str],
+) -> Any:
+    """Loads the first tag or trains 2 steps, saves the second, steps once more; returns weights in
+    their shape.
+    """
     engine = engine_of(config_of(stage, dtype, gradient_clipping=0.0), Strided(form))
     if tags[0] is not None:
         engine.load_checkpoint(folder, tags[0])
@@ -186,13 +216,22 @@ def turn(rank: int, world: int, folder: str, form: str, stage: int, dtype: str, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("forms", [("contiguous", "turned"), ("turned", "contiguous")], ids=str)
-def test_parameters_that_lie_otherwise_in_memory_are_turned(forms: tuple[str, str], dtype: str, tmp_path: Path) -> None:
+def test_parameters_that_lie_otherwise_in_memory_are_turned(
+    forms: tuple[str, str], dtype: str, tmp_path: Path
+) -> None:
     folder = str(tmp_path)
     two = ranks.run(2, turn, folder, forms[0], 2, dtype, (None, "two"))
     one = ranks.run(1, turn, folder, forms[1], 0, dtype, ("two", "one"))
     three = ranks.run(3, turn, folder, forms[0], 1, dtype, ("one", "three"))
-    strides = [{p["name"]: p["strides"] for p in manifest_of(tmp_path / tag)["params"]} for tag in ("two", "one")]
-    assert {name for name, lies in strides[0].items() if strides[1][name] != lies} == {"conv.weight", "flat", "cube"}
+    strides = [
+        {p["name"]: p["strides"] for p in manifest_of(tmp_path / tag)["params"]}
+        for tag in ("two", "one")
+    ]
+    assert {name for name, lies in strides[0].items() if strides[1][name] != lies} == {
+        "conv.weight",
+        "flat",
+        "cube",
+    }
     saved = contents(tmp_path / "two")
     assert {"cube master", "cube state.exp_avg", "cube state.exp_avg_sq"} <= saved.keys()
     assert_equal(contents(tmp_path / "one"), saved)
@@ -201,7 +240,9 @@ def test_parameters_that_lie_otherwise_in_memory_are_turned(forms: tuple[str, st
         assert_equal(end, two[0])
     for name, value in three[0].items():
         # A mean of three equal gradients is rounded.
-        assert torch.allclose(value, two[0][name], rtol=1e-6 if dtype == "fp32" else 2**-7, atol=1e-6), name
+        assert torch.allclose(
+            value, two[0][name], rtol=1e-6 if dtype == "fp32" else 2**-7, atol=1e-6
+        ), name
 
 
 def big_engine(stage: int, *, turned: bool = False) -> Any:
@@ -227,7 +268,9 @@ def load_big(rank: int, world: int, folder: str, stage: int, turned: bool) -> in
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_rank_reads_its_share_and_the_rest_of_its_blocks(stage: int, turned: bool, tmp_path: Path) -> None:
+def test_a_rank_reads_its_share_and_the_rest_of_its_blocks(
+    stage: int, turned: bool, tmp_path: Path
+) -> None:
     ranks.run(2, save_big, str(tmp_path))
     manifest = manifest_of(tmp_path / "t")
     assert len(manifest["buckets"]) == 1
@@ -235,7 +278,8 @@ def test_a_rank_reads_its_share_and_the_rest_of_its_blocks(stage: int, turned: b
     shards = sum(entry["end"] - entry["start"] for entry in manifest["tensors"] if "runs" in entry)
     slices = 2  # masters and one kind of state, each of which begins and ends within a block
     assert shards > 48_000_000 and sum(read) >= shards
-    # The turned parameter, a sixth of all, is the last one of the bucket: rank 3 has it whole, rank 2 a part.
+    # The turned parameter, a sixth of all, is the last one of the bucket: rank 3 has it whole, rank
+    # 2 a part.
     more = [0, 0, 1, 0] if turned else [0, 0, 0, 0]
     for share, whole in zip(read, more, strict=True):
         assert share <= shards / 4 + whole * shards / 6 + (1 + whole) * slices * 2 * BLOCK

@@ -20,7 +20,9 @@ def wide_terminal(monkeypatch):
 
 
 def record(path, *, rank=0, count=2, capacity=1000):
-    """`count` steps of 100 ms whose parts are known; rank r waits r ms longer. Returns the path as text."""
+    """`count` steps of 100 ms whose parts are known; rank r waits r ms longer. Returns the path as
+    text.
+    """
     sink, device = ChromeSink(path, rank, capacity), FakeDevice()
     sink.on_device(device.record)
     for number in range(count):
@@ -32,7 +34,15 @@ def record(path, *, rank=0, count=2, capacity=1000):
             wait(sink, device, 5 + rank)
             device.at_ms = began + 70
         moments = BucketLife(*(FakeEvent(device, began + offset) for offset in (22, 30, 42, 65)))
-        sink.life(1, moments, bytes=4096, dtype="f32", params=2, last="experts[0].w", waited_for="bucket 0")
+        sink.life(
+            1,
+            moments,
+            bytes=4096,
+            dtype="f32",
+            params=2,
+            last="experts[0].w",
+            waited_for="bucket 0",
+        )
         with sink.range("optimizer"):
             device.at_ms += 10
         with sink.range("publish"):
@@ -59,7 +69,9 @@ def test_the_parts_of_a_step_do_not_overlap_and_add_up(tmp_path):
         assert step.number == number
         assert step.wall == pytest.approx(100, abs=0.001)
         assert step.exposed == pytest.approx(9, abs=0.001)
-        assert step.parts == pytest.approx({"forward": 20, "backward": 45, "optimizer": 10, "publish": 6}, abs=0.001)
+        assert step.parts == pytest.approx(
+            {"forward": 20, "backward": 45, "optimizer": 10, "publish": 6}, abs=0.001
+        )
         assert step.other == pytest.approx(10, abs=0.001)
 
 
@@ -98,11 +110,47 @@ def test_the_summary_shows_buckets_steps_and_the_exposed_share_of_all_ranks(tmp_
     files = [record(tmp_path / f"{rank}.json", rank=rank) for rank in (1, 0)]
     assert main(["trace", "summary", *files]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["1", "4", "4,096", "8.00", "12.00", "23.00", "experts[0].w", "(4x)", "bucket", "0", "(4x)"] in shown
+    assert [
+        "1",
+        "4",
+        "4,096",
+        "8.00",
+        "12.00",
+        "23.00",
+        "experts[0].w",
+        "(4x)",
+        "bucket",
+        "0",
+        "(4x)",
+    ] in shown
     steps_shown = [row for row in shown if len(row) == 10 and row[0] in "01"]
-    assert [row[:2] for row in steps_shown] == [[rank, step] for rank in "01" for step in ("1", "2", "median")]
-    assert steps_shown[2] == ["0", "median", "20.00", "45.00", "9.00", "10.00", "6.00", "10.00", "100.00", "9.0%"]
-    assert ["exposed", "communication:", "9.5%", "of", "the", "time", "(steps:", "4,", "ranks:", "2)"] in shown
+    assert [row[:2] for row in steps_shown] == [
+        [rank, step] for rank in "01" for step in ("1", "2", "median")
+    ]
+    assert steps_shown[2] == [
+        "0",
+        "median",
+        "20.00",
+        "45.00",
+        "9.00",
+        "10.00",
+        "6.00",
+        "10.00",
+        "100.00",
+        "9.0%",
+    ]
+    assert [
+        "exposed",
+        "communication:",
+        "9.5%",
+        "of",
+        "the",
+        "time",
+        "(steps:",
+        "4,",
+        "ranks:",
+        "2)",
+    ] in shown
 
 
 def test_the_number_of_steps_shown_can_be_chosen(tmp_path, capsys):
@@ -124,9 +172,18 @@ def test_what_the_ring_forgot_is_said(tmp_path, capsys):
         (b"\xff\xfe", "not complete JSON"),
         (b"[]", "not a trace that zerort wrote"),
         (b'{"traceEvents":[]}', "not a trace that zerort wrote (KeyError: 'otherData')"),
-        (b'{"otherData":{"rank":0,"dropped":0},"traceEvents":[{"ph":"X"}]}', "lacks a field of its phase"),
-        (b'{"otherData":{"rank":0,"dropped":0},"traceEvents":[{"ph":"Z"}]}', "not a trace that zerort wrote"),
-        (b'{"otherData":{"rank":0,"dropped":0},"traceEvents":"none"}', "not a trace that zerort wrote"),
+        (
+            b'{"otherData":{"rank":0,"dropped":0},"traceEvents":[{"ph":"X"}]}',
+            "lacks a field of its phase",
+        ),
+        (
+            b'{"otherData":{"rank":0,"dropped":0},"traceEvents":[{"ph":"Z"}]}',
+            "not a trace that zerort wrote",
+        ),
+        (
+            b'{"otherData":{"rank":0,"dropped":0},"traceEvents":"none"}',
+            "not a trace that zerort wrote",
+        ),
     ],
 )
 def test_a_file_that_is_no_trace_is_named_with_the_reason(tmp_path, capsys, content, complaint):
@@ -157,7 +214,8 @@ def test_a_missing_file_and_two_files_of_one_rank_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [[], ["trace"], ["trace", "summary"], ["trace", "summary", "--steps", "-1", "f"], ["no"]]
+    "line",
+    [[], ["trace"], ["trace", "summary"], ["trace", "summary", "--steps", "-1", "f"], ["no"]],
 )
 def test_a_command_line_with_a_mistake_is_status_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -1,6 +1,8 @@
-"""torch.compile: a compiled module trains like the plain one, to the bit, and a compiled whole is told to be so.
+"""torch.compile: a compiled module trains like the plain one, to the bit, and a compiled whole is
+told to be so.
 
-The backends here capture graphs and run torch's own kernels, so that a difference can only be the engine's.
+The backends here capture graphs and run torch's own kernels, so that a difference can only be the
+engine's.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def checkpointed_blocks(model: nn.Module) -> nn.Module:
     for layer in model.layers:
         layer.compile(backend=BACKEND)
         plain = layer.forward
-        layer.forward = lambda x, plain=plain: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+        layer.forward = lambda x, plain=plain: torch.utils.checkpoint.checkpoint(
+            plain, x, use_reentrant=False
+        )
     return model
 
 
@@ -81,7 +85,9 @@ def engine_over(model: nn.Module, stage: int = 0, gas: int = 1, **more: Any) -> 
     )[0]
 
 
-def _trained(rank: int, stage: int, gas: int, way: Compile, act: Callable[[Any], Any] | None = None) -> Tensor:
+def _trained(
+    rank: int, stage: int, gas: int, way: Compile, act: Callable[[Any], Any] | None = None
+) -> Tensor:
     """All weights after a few steps on this rank's data."""
     torch.manual_seed(0)
     engine = engine_over(way(TinyGPT()), stage, gas)
@@ -116,10 +122,12 @@ def test_a_compiled_module_trains_like_the_plain_one_to_the_bit(stage: int, gas:
 
 
 def load_into_the_module_inside_a_wrapper(rank: int, world: int) -> tuple[float, float]:
-    """Weights after a load through the wrapped module, and after a step that changes nothing more."""
+    """Weights after a load through the wrapped module, and after a step that changes nothing."""
     inside = mlp()
     engine = engine_over(torch.compile(inside, backend=BACKEND), bf16={"enabled": True})
-    inside.load_state_dict({name: torch.full_like(value, 3.0) for name, value in inside.state_dict().items()})
+    inside.load_state_dict(
+        {name: torch.full_like(value, 3.0) for name, value in inside.state_dict().items()}
+    )
     engine.optimizer.param_groups[0]["lr"] = 0.0
     engine.backward(engine(torch.ones(2, 8, dtype=torch.bfloat16)).sum())
     engine.step()
@@ -141,7 +149,9 @@ def _lines(rank: int, world: int, way: Compile, times: int) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(("way", "times"), [(wrapped, 0), (in_place, 0), (as_it_is, 1), (as_it_is, 2), (in_place, 1)])
+@pytest.mark.parametrize(
+    ("way", "times"), [(wrapped, 0), (in_place, 0), (as_it_is, 1), (as_it_is, 2), (in_place, 1)]
+)
 def test_a_module_compiled_whole_is_told_once_by_rank_0(way: Compile, times: int) -> None:
     first, second = ranks.run(2, _lines, way, times)
     assert second == []

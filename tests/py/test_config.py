@@ -20,11 +20,19 @@ MIGRATION = Path(__file__).parents[2] / "docs" / "migration.md"
 
 # What a Trainer or Accelerate hands over after it has filled in its "auto" values.
 FILLED_IN = {
-    "fp16": {"enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
-             "min_loss_scale": 1},
+    "fp16": {
+        "enabled": False, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+        "hysteresis": 2, "min_loss_scale": 1,
+    },
     "bf16": {"enabled": True},
-    "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 500}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 3e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 500},
+    },
     "zero_optimization": {
         "stage": 2,
         "offload_optimizer": {"device": "none", "pin_memory": True},
@@ -65,24 +73,38 @@ def test_a_dict_a_path_base64_and_args_read_the_same(tmp_path: Path) -> None:
     encoded = base64.urlsafe_b64encode(json.dumps(FILLED_IN).encode()).decode()
     from_dict = load(FILLED_IN)
     assert load(path) == load(str(path)) == load(encoded) == from_dict
-    assert load(args=Namespace(deepspeed_config=str(path))) == load(config_params=FILLED_IN) == from_dict
+    assert (
+        load(args=Namespace(deepspeed_config=str(path)))
+        == load(config_params=FILLED_IN)
+        == from_dict
+    )
 
 
-@pytest.mark.parametrize("arguments", [{}, {"args": Namespace()}, {"args": Namespace(deepspeed_config=None)}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"args": Namespace()}, {"args": Namespace(deepspeed_config=None)}]
+)
 def test_no_configuration_is_an_error_that_names_the_three_ways(arguments: dict[str, Any]) -> None:
     message = refusal(None, **arguments)
-    assert message == "no configuration: give one of config, config_params and args.deepspeed_config"
+    assert (
+        message == "no configuration: give one of config, config_params and args.deepspeed_config"
+    )
 
 
 def test_two_configurations_are_an_error_that_names_both() -> None:
-    assert refusal({}, config_params={}) == "config and config_params are both given; give one configuration"
-    assert "config and args.deepspeed_config" in refusal({}, args=Namespace(deepspeed_config="x.json"))
+    assert (
+        refusal({}, config_params={})
+        == "config and config_params are both given; give one configuration"
+    )
+    assert "config and args.deepspeed_config" in refusal(
+        {}, args=Namespace(deepspeed_config="x.json")
+    )
 
 
 def test_a_missing_file_is_named() -> None:
     message = refusal("no/such/ds.json")
     assert message == (
-        f'configuration file "no/such/ds.json" cannot be read: No such file or directory (looked for in {Path.cwd()})'
+        'configuration file "no/such/ds.json" cannot be read: No such file or directory (looked '
+        f"for in {Path.cwd()})"
     )
 
 
@@ -97,7 +119,10 @@ def test_text_that_is_no_json_is_placed(tmp_path: Path) -> None:
 
 def test_every_key_given_twice_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"train_batch_size": 1, "fp16": {"enabled": true, "enabled": false}, "train_batch_size": 2}')
+    path.write_text(
+        '{"train_batch_size": 1, "fp16": {"enabled": true, "enabled": false}, "train_batch_size": '
+        "2}"
+    )
     message = refusal(path)
     assert "\n  enabled: given twice" in message
     assert "\n  train_batch_size: given twice" in message
@@ -135,15 +160,21 @@ def test_a_filled_in_integration_config_is_taken_whole() -> None:
         ("checkpoint.tag_validtion", "tag_validation"),
     ],
 )
-def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(path: str, nearest: str) -> None:
-    assert refusal(nested(path, 1)) == f'configuration: {path}: unknown key; did you mean "{nearest}"?'
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(
+    path: str, nearest: str
+) -> None:
+    assert (
+        refusal(nested(path, 1)) == f'configuration: {path}: unknown key; did you mean "{nearest}"?'
+    )
 
 
 def test_an_unknown_key_like_no_other_is_refused_without_a_guess() -> None:
     assert refusal({"xyzzy": 1}) == "configuration: xyzzy: unknown key"
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS.values() if key.fate is Fate.IGNORED], ids=lambda key: key.path)
+@pytest.mark.parametrize(
+    "key", [key for key in KEYS.values() if key.fate is Fate.IGNORED], ids=lambda key: key.path
+)
 def test_an_ignored_key_is_accepted_and_listed(key: Any) -> None:
     config = nested(key.path, {"x": 1})
     if "optimizer" in config:
@@ -151,10 +182,14 @@ def test_an_ignored_key_is_accepted_and_listed(key: Any) -> None:
     assert load(config).ignored == (key.path,)
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS.values() if key.fate is Fate.REFUSED], ids=lambda key: key.path)
+@pytest.mark.parametrize(
+    "key", [key for key in KEYS.values() if key.fate is Fate.REFUSED], ids=lambda key: key.path
+)
 def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: Any) -> None:
     assert load(nested(key.path, None)).ignored == ()
-    assert f"configuration: {key.path}: refused: {key.effect}" in refusal(nested(key.path, "something"))
+    assert f"configuration: {key.path}: refused: {key.effect}" in refusal(
+        nested(key.path, "something")
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +211,9 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
         ("bf16.bf16_optimizer_states", False, True),
     ],
 )
-def test_a_refused_key_may_stand_at_the_value_that_turns_it_off(path: str, harmless: Any, asking: Any) -> None:
+def test_a_refused_key_may_stand_at_the_value_that_turns_it_off(
+    path: str, harmless: Any, asking: Any
+) -> None:
     assert load(nested(path, harmless)).ignored == ()
     assert "refused" in refusal(nested(path, asking))
 
@@ -232,7 +269,9 @@ def test_auto_is_refused_wherever_it_is_left_and_says_who_fills_it_in() -> None:
         ("zerort.on_nonfinite", "warn", "expected 'skip' or 'raise', got \"warn\""),
     ],
 )
-def test_a_wrong_value_is_told_by_path_what_was_expected_and_what_was_found(path: str, value: Any, said: str) -> None:
+def test_a_wrong_value_is_told_by_path_what_was_expected_and_what_was_found(
+    path: str, value: Any, said: str
+) -> None:
     message = refusal(nested(path, value))
     assert message.startswith(f"configuration: {path}")
     assert message.endswith(f": {said}")
@@ -252,16 +291,25 @@ def test_two_precisions_at_once_are_refused(other: str) -> None:
 
 
 def test_two_bucket_sizes_are_refused() -> None:
-    message = refusal({"zero_optimization": {"reduce_bucket_size": 5}, "zerort": {"bucket_bytes": 5}})
+    message = refusal(
+        {"zero_optimization": {"reduce_bucket_size": 5}, "zerort": {"bucket_bytes": 5}}
+    )
     assert "zerort.bucket_bytes and zero_optimization.reduce_bucket_size" in message
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"stage": 2, "fp16": {"enabled": "yes"}, "amp": {"enabled": true}, "train_batch_size": -4}')
+    path.write_text(
+        '{"stage": 2, "fp16": {"enabled": "yes"}, "amp": {"enabled": true}, "train_batch_size": -4}'
+    )
     lines = refusal(path).splitlines()
     assert lines[0] == f"{path} has 4 errors:"
-    assert {line.split(":")[0].strip() for line in lines[1:]} == {"stage", "fp16.enabled", "amp", "train_batch_size"}
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "stage",
+        "fp16.enabled",
+        "amp",
+        "train_batch_size",
+    }
 
 
 # What the keys mean together
@@ -272,9 +320,21 @@ def test_the_defaults_are_the_contracts() -> None:
     assert (config.gradient_clipping, config.gradient_clipping_defaulted) == (1.0, True)
     assert not load({"gradient_clipping": 1.0}).gradient_clipping_defaulted
     assert (config.cap_bytes, config.cap_elements) == (25 * 2**20, None)
-    assert (config.fp16.dynamic, config.fp16.initial_scale, config.fp16.hysteresis) == (True, 65536.0, 2)
-    assert (config.compute_dtype, config.communication_data_type, config.steps_per_print) == ("fp32", None, None)
-    assert (config.zerort.timeout, config.zerort.trace.active, config.unused_parameters) == (300.0, False, "zero")
+    assert (config.fp16.dynamic, config.fp16.initial_scale, config.fp16.hysteresis) == (
+        True,
+        65536.0,
+        2,
+    )
+    assert (config.compute_dtype, config.communication_data_type, config.steps_per_print) == (
+        "fp32",
+        None,
+        None,
+    )
+    assert (config.zerort.timeout, config.zerort.trace.active, config.unused_parameters) == (
+        300.0,
+        False,
+        "zero",
+    )
 
 
 @pytest.mark.parametrize(("stage", "every"), [(0, False), (1, False), (2, True)])
@@ -333,15 +393,31 @@ def test_two_sizes_of_the_triad_give_the_third(
     train: int | None, micro: int | None, accumulation: int | None, world: int, batch: Batch
 ) -> None:
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    given = {key: size for key, size in zip(keys, (train, micro, accumulation), strict=True) if size is not None}
+    given = {
+        key: size
+        for key, size in zip(keys, (train, micro, accumulation), strict=True)
+        if size is not None
+    }
     assert load(given).resolve_batch(world) == batch
 
 
 @pytest.mark.parametrize(
     ("train", "micro", "accumulation", "world", "message"),
     [
-        (None, None, 2, 1, "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided"),
-        (None, None, None, 1, "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided"),
+        (
+            None,
+            None,
+            2,
+            1,
+            "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided",
+        ),
+        (
+            None,
+            None,
+            None,
+            1,
+            "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided",
+        ),
         (2, None, None, 4, "Micro batch size per gpu: 0 has to be greater than 0"),
         (4, 4, None, 2, "Gradient accumulation steps: 0 has to be greater than 0"),
         (8, None, 0, 2, "Gradient accumulation steps: 0 has to be greater than 0"),
@@ -350,16 +426,16 @@ def test_two_sizes_of_the_triad_give_the_third(
             4,
             2,
             4,
-            "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
-            "gradient_acc_step * world_size 33 != 4 * 2 * 4",
+            "Check batch related parameters. train_batch_size is not equal to "
+            "micro_batch_per_gpu * gradient_acc_step * world_size 33 != 4 * 2 * 4",
         ),
         (
             7,
             None,
             None,
             2,
-            "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
-            "gradient_acc_step * world_size 7 != 3 * 1 * 2",
+            "Check batch related parameters. train_batch_size is not equal to "
+            "micro_batch_per_gpu * gradient_acc_step * world_size 7 != 3 * 1 * 2",
         ),
     ],
 )
@@ -398,7 +474,9 @@ def test_no_key_stands_in_the_table_twice_and_every_section_is_a_key() -> None:
 def test_the_migration_page_holds_the_table() -> None:
     begin, end = "<!-- config keys -->\n", "<!-- end of config keys -->"
     page = MIGRATION.read_text(encoding="utf-8").split(begin)[1].split(end)[0].strip()
-    assert page == as_markdown().strip(), "paste the output of zerort.config.keys.as_markdown() into docs/migration.md"
+    assert page == as_markdown().strip(), (
+        "paste the output of zerort.config.keys.as_markdown() into docs/migration.md"
+    )
 
 
 # describe
@@ -406,19 +484,37 @@ def test_the_migration_page_holds_the_table() -> None:
 
 def test_describe_tells_of_every_key_of_a_file_what_it_will_do(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true, "offload_param": {"device": "none"}}}')
+    path.write_text(
+        '{"zero_optimization": {"stage": 2, "overlap_comm": true, "offload_param": {"device": '
+        '"none"}}}'
+    )
     assert describe(path) == [
         ("zero_optimization.stage", "2", KEYS["zero_optimization.stage"].effect),
-        ("zero_optimization.overlap_comm", "true", "ignored: communication always overlaps the backward"),
+        (
+            "zero_optimization.overlap_comm",
+            "true",
+            "ignored: communication always overlaps the backward",
+        ),
         ("zero_optimization.offload_param", '{"device": "none"}', "off, as it is here anyway"),
     ]
 
 
 def test_describe_shows_mistakes_in_their_rows() -> None:
-    rows = describe({"train_batch_sze": 8, "fp16": {"enabled": "yes"}, "optimizer": {}, "wandb": {"enabled": True}})
+    rows = describe(
+        {
+            "train_batch_sze": 8,
+            "fp16": {"enabled": "yes"},
+            "optimizer": {},
+            "wandb": {"enabled": True},
+        }
+    )
     assert rows == [
         ("train_batch_sze", "8", 'error: unknown key; did you mean "train_batch_size"?'),
         ("fp16.enabled", '"yes"', 'error: expected true or false, got "yes"'),
-        ("wandb", '{"enabled": true}', 'error: refused: monitors are not built yet (got {"enabled": true})'),
+        (
+            "wandb",
+            '{"enabled": true}',
+            'error: refused: monitors are not built yet (got {"enabled": true})',
+        ),
         ("optimizer.type", "", "error: required, but left out"),
     ]

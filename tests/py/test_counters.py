@@ -1,7 +1,7 @@
 """What the engine counts, when it steps, and the calls that steer accumulation.
 
-Every scenario runs on one rank without a group and on two; its name says what must hold. The weights are minus the
-summed gradients (see `Terms`).
+Every scenario runs on one rank without a group and on two; its name says what must hold. The
+weights are minus the summed gradients (see `Terms`).
 """
 
 import time
@@ -32,7 +32,14 @@ def a_step_is_counted_at_the_boundary_only(rank: int, world: int) -> None:
         step_with(engine, 1.0, 1.0)
         seen.append(counters(engine)[:3])
     samples = 6 * world
-    assert seen == [(1, 0, 0), (2, 0, 0), (3, 1, samples), (4, 1, samples), (5, 1, samples), (6, 2, 2 * samples)]
+    assert seen == [
+        (1, 0, 0),
+        (2, 0, 0),
+        (3, 1, samples),
+        (4, 1, samples),
+        (5, 1, samples),
+        (6, 2, 2 * samples),
+    ]
 
 
 def weights_move_at_the_boundary_only(rank: int, world: int) -> None:
@@ -116,7 +123,9 @@ def the_scheduler_steps_at_boundaries(rank: int, world: int) -> None:
     model = Terms()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    engine = engine_over_terms(accumulation=2, model=model, optimizer=optimizer, lr_scheduler=scheduler)
+    engine = engine_over_terms(
+        accumulation=2, model=model, optimizer=optimizer, lr_scheduler=scheduler
+    )
     seen = []
     for _ in range(4):
         step_with(engine, 1.0, 1.0)
@@ -159,7 +168,11 @@ def a_skipped_step_counts_but_moves_nothing(rank: int, world: int) -> None:
 
 def batch_sizes_follow_the_configuration(rank: int, world: int) -> None:
     engine = engine_over_terms({"train_micro_batch_size_per_gpu": 2}, accumulation=3)
-    sizes = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    sizes = (
+        engine.train_batch_size(),
+        engine.train_micro_batch_size_per_gpu(),
+        engine.gradient_accumulation_steps(),
+    )
     assert sizes == (6 * world, 2, 3)
 
 
@@ -292,7 +305,9 @@ class _Long(Terms):
 def _hold_while_the_peer_is_slow(rank: int, world: int) -> Weights:
     engine = engine_over_terms(at_stage(2), model=_Long())
     step_with(engine, 0.0, 0.0)
-    time.sleep(0.5 * rank)  # rank 0's pass is still under way when its next gradients look for a place to rest
+    time.sleep(
+        0.5 * rank
+    )  # rank 0's pass is still under way when its next gradients look for a place to rest
     engine.backward(engine(1.0, 1.0))
     with engine.no_sync():
         engine.backward(engine(8.0, 8.0))

@@ -1,6 +1,8 @@
-"""The pages say what is there: every message in docs/errors.md is raised somewhere, and every one raised is in it.
+"""The pages say what is there: every message in docs/errors.md is raised somewhere, and every one
+raised is in it.
 
-Messages are compared as templates: what is filled in at run time is `…`, in the page as in the sources.
+Messages are compared as templates: what is filled in at run time is `…`, in the page as in the
+sources.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ MIGRATION = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 CLASSES = [*(kind for kind in vars(zerort.errors).values() if isinstance(kind, type)), TraceError]
 LAST = "Not an error, but said"
 RAISED = {kind.__name__ for kind in CLASSES} - {"CheckpointError"}
-"""What has to be in the page message by message; those of checkpoints are many, and all begin with their file."""
+"""What has to be in the page message by message; those of checkpoints are many, and all begin with
+their file.
+"""
 
 
 def sections() -> dict[str, list[str]]:
@@ -38,11 +42,15 @@ def sections() -> dict[str, list[str]]:
 
 
 def template(node: ast.expr) -> str:
-    """The text of a string expression, with `…` for what is filled in; empty for any other expression."""
+    """The text of a string expression, with `…` for what is filled in; empty for any other
+    expression.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%[dsrg]|\{\w*\}", "…", node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values
+        )
     return ""
 
 
@@ -53,10 +61,17 @@ def python_trees() -> Iterator[ast.AST]:
 
 def texts() -> list[str]:
     """Every string in the sources, as a template."""
-    python = [template(node) for tree in python_trees() for node in ast.walk(tree) if isinstance(node, ast.expr)]
+    python = [
+        template(node)
+        for tree in python_trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.expr)
+    ]
     rust = [path.read_text(encoding="utf-8") for path in (ROOT / "rust").rglob("*.rs")]
     literals = [
-        re.sub(r"\{[^}]*\}", "…", text) for source in rust for text in re.findall(r'"((?:[^"\\]|\\.)*)"', source)
+        re.sub(r"\{[^}]*\}", "…", text)
+        for source in rust
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', source)
     ]
     return [text for text in python + literals if text]
 
@@ -65,7 +80,12 @@ def raised() -> Iterator[tuple[str, str]]:
     """(class, message) of every error that is made with a text of its own."""
     for tree in python_trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RAISED and node.args:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in RAISED
+                and node.args
+            ):
                 message = template(node.args[0])
                 if re.search(r"\w", message):
                     yield node.func.id, message
@@ -79,13 +99,19 @@ def test_every_class_of_error_has_a_section() -> None:
 @pytest.mark.parametrize("section", sections())
 def test_every_message_in_the_page_is_in_the_sources(section: str) -> None:
     known = texts()
-    missing = [phrase for phrase in sections()[section] if not any(phrase in text for text in known)]
+    missing = [
+        phrase for phrase in sections()[section] if not any(phrase in text for text in known)
+    ]
     assert missing == []
 
 
 def test_every_message_that_is_raised_is_in_the_page_under_its_class() -> None:
     told = sections()
-    missing = [(kind, message) for kind, message in raised() if not any(phrase in message for phrase in told[kind])]
+    missing = [
+        (kind, message)
+        for kind, message in raised()
+        if not any(phrase in message for phrase in told[kind])
+    ]
     assert missing == []
 
 
@@ -108,7 +134,9 @@ ROW = re.compile(r"^\| `(\w+)(\([^`]*\))?` \| (\w+) \| (.*) \|$")
 
 
 def calls(section: str) -> dict[str, tuple[list[str] | None, str]]:
-    """Name -> (parameters or None for an attribute, fate) of the table between the comments that name `section`."""
+    """Name -> (parameters or None for an attribute, fate) of the table between the comments that
+    name `section`.
+    """
     table = MIGRATION.split(f"<!-- {section} -->\n")[1].split(f"<!-- end of {section} -->")[0]
     rows = [ROW.match(line) for line in table.strip().splitlines()[2:]]
     assert all(rows), "a row that has another form"
@@ -121,19 +149,27 @@ def calls(section: str) -> dict[str, tuple[list[str] | None, str]]:
 
 
 @pytest.mark.parametrize(("section", "owner"), [("engine", zerort.Engine), ("module", zerort)])
-def test_what_the_page_calls_the_same_is_there_with_its_parameters(section: str, owner: object) -> None:
-    same = {name: parameters for name, (parameters, fate) in calls(section).items() if fate == "same"}
+def test_what_the_page_calls_the_same_is_there_with_its_parameters(
+    section: str, owner: object
+) -> None:
+    same = {
+        name: parameters for name, (parameters, fate) in calls(section).items() if fate == "same"
+    }
     assert len(same) > 2
     for name, parameters in same.items():
         if parameters is not None:
             signature = inspect.signature(getattr(owner, name))
-            assert [p for p in signature.parameters if p != "self"][: len(parameters)] == parameters, name
+            assert [p for p in signature.parameters if p != "self"][
+                : len(parameters)
+            ] == parameters, name
         elif name not in ("module", "device"):
             assert isinstance(inspect.getattr_static(owner, name), property), name
 
 
 @pytest.mark.parametrize("section", ["engine", "module"])
-def test_a_call_is_the_same_or_differs_or_is_refused_and_what_is_refused_is_not_there(section: str) -> None:
+def test_a_call_is_the_same_or_differs_or_is_refused_and_what_is_refused_is_not_there(
+    section: str,
+) -> None:
     there = dir(zerort.Engine) if section == "engine" else zerort.__all__
     for name, (_, fate) in calls(section).items():
         assert fate in ("same", "differs", "absent"), name
@@ -163,7 +199,9 @@ def imports() -> Iterator[tuple[str, str]]:
 
 def test_imports_go_one_way_as_the_picture_shows() -> None:
     line = layers()
-    wrong = [(a, b) for a, b in imports() if a != "__init__" and not line.get(b, 99) < line.get(a, -1)]
+    wrong = [
+        (a, b) for a, b in imports() if a != "__init__" and not line.get(b, 99) < line.get(a, -1)
+    ]
     assert wrong == []
 
 

@@ -1,6 +1,8 @@
-"""Random models, parameters used at random on each rank, random bucket sizes and windows: always the twin.
+"""Random models, parameters used at random on each rank, random bucket sizes and windows: always
+the twin.
 
-The draws are the same in every run, and a failing one is shrunk to the plainest configuration that still fails.
+The draws are the same in every run, and a failing one is shrunk to the plainest configuration that
+still fails.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """A real run's trace: what the file of each rank holds, and what listening costs.
 
-Two ranks train a small GPT for a few steps at stage 2 with two micro-batches each, so that a bucket lives twice a step.
+Two ranks train a small GPT for a few steps at stage 2 with two micro-batches each, so that a bucket
+lives twice a step.
 """
 
 from __future__ import annotations
@@ -33,11 +34,17 @@ Event = dict[str, Any]
 def record(rank: int, world: int, folder: str, changes: Config) -> list[tuple[int, int, str]]:
     """Trains with a trace; returns (padded elements, parameters, dtype) of every bucket."""
     case = CASES["gpt"]
-    traced = {**changes, "zerort": {"trace": {"path": f"{folder}/trace-{{rank}}.json"}, "window": 3}}
+    traced = {
+        **changes,
+        "zerort": {"trace": {"path": f"{folder}/trace-{{rank}}.json"}, "window": 3},
+    }
     engine = engine_for(case, config_of(case, GAS, traced))
     for step in range(STEPS):
         take_step(engine, case, rank, step, GAS)
-    buckets = [(bucket.numel, len(bucket.params), bucket.dtype) for bucket in engine._parts.reduction.plan.buckets]
+    buckets = [
+        (bucket.numel, len(bucket.params), bucket.dtype)
+        for bucket in engine._parts.reduction.plan.buckets
+    ]
     engine.destroy()
     return buckets
 
@@ -61,13 +68,17 @@ every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
 
 
 def track_names(events: list[Event]) -> dict[int, str]:
-    return {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    return {
+        event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
 
 
 def spans(events: list[Event], track: str) -> list[Event]:
     """The spans of the tracks whose names begin so."""
     names = track_names(events)
-    return [event for event in events if event["ph"] == "X" and names[event["tid"]].startswith(track)]
+    return [
+        event for event in events if event["ph"] == "X" and names[event["tid"]].startswith(track)
+    ]
 
 
 def passes(stage: int) -> int:
@@ -88,10 +99,16 @@ def test_every_bucket_lives_once_a_pass_and_says_what_it_carries(runs: Any, stag
     names = {name for name, _ in CASES["gpt"].seeded_model().named_parameters()}
     for events in run.events:
         found = lives(events)
-        assert Counter(life.bucket for life in found) == dict.fromkeys(range(len(run.buckets)), passes(stage))
+        assert Counter(life.bucket for life in found) == dict.fromkeys(
+            range(len(run.buckets)), passes(stage)
+        )
         for life in found:
             numel, params, dtype = run.buckets[life.bucket]
-            assert (life.args["bytes"], life.args["params"], life.args["dtype"]) == (2 * numel, params, dtype)
+            assert (life.args["bytes"], life.args["params"], life.args["dtype"]) == (
+                2 * numel,
+                params,
+                dtype,
+            )
             assert life.args["last"] in names
             assert min(life.filling, life.queued, life.in_flight) >= 0
 
@@ -100,7 +117,9 @@ def test_every_bucket_lives_once_a_pass_and_says_what_it_carries(runs: Any, stag
 def test_each_collective_of_a_bucket_is_a_span_with_its_bytes(runs: Any, stage: int) -> None:
     run = runs(stage)
     for events in run.events:
-        seen = Counter((event["name"], event["args"]["bytes"]) for event in spans(events, "collectives"))
+        seen = Counter(
+            (event["name"], event["args"]["bytes"]) for event in spans(events, "collectives")
+        )
         expected: Counter[tuple[str, int]] = Counter()
         for index, (numel, _, _) in enumerate(run.buckets):
             expected[f"reduce_scatter b{index}", 2 * numel] = passes(stage)
@@ -137,10 +156,13 @@ def test_files_of_both_ranks_open_together(runs: Any) -> None:
     first, second = runs(2).events
     assert [{event["pid"] for event in events} for events in (first, second)] == [{0}, {1}]
     named = [event for event in first + second if event["ph"] == "M"]
-    timed = sorted((event for event in first + second if event["ph"] != "M"), key=lambda event: event["ts"])
+    timed = sorted(
+        (event for event in first + second if event["ph"] != "M"), key=lambda event: event["ts"]
+    )
     check([*named, *timed])
     (start, end), (other_start, other_end) = (
-        (min(times), max(times)) for times in ([e["ts"] for e in events if "ts" in e] for events in (first, second))
+        (min(times), max(times))
+        for times in ([e["ts"] for e in events if "ts" in e] for events in (first, second))
     )
     assert max(start, other_start) < min(end, other_end), "the ranks' times do not lie on one axis"
 
@@ -162,7 +184,10 @@ def test_a_life_tells_what_travels_and_not_what_is_trained(tmp_path: Path, wire:
     size, dtype = {"fp32": (4, "f32"), "bf16": (2, "bf16")}[wire]
     for events in run.events:
         for life in lives(events):
-            assert (life.args["bytes"], life.args["dtype"]) == (size * run.buckets[life.bucket][0], dtype)
+            assert (life.args["bytes"], life.args["dtype"]) == (
+                size * run.buckets[life.bucket][0],
+                dtype,
+            )
 
 
 # ---- what listening costs, counted
@@ -217,7 +242,9 @@ def count_calls(rank: int, world: int, per_bucket: int, folder: str | None) -> C
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 16 * per_bucket},
         "zerort": {"trace": {"path": folder and f"{folder}/trace-{{rank}}.json"}},
     }
-    engine, *_ = zerort.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    engine, *_ = zerort.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
+    )
     sink = counting[0]
     for _ in range(2):
         sink.calls.clear()
@@ -229,7 +256,9 @@ def count_calls(rank: int, world: int, per_bucket: int, folder: str | None) -> C
 
 
 def test_calls_of_the_sink_grow_with_buckets_and_not_with_parameters(tmp_path: Path) -> None:
-    few, many = (ranks.run(WORLD, count_calls, per_bucket, str(tmp_path))[0] for per_bucket in (1, 16))
+    few, many = (
+        ranks.run(WORLD, count_calls, per_bucket, str(tmp_path))[0] for per_bucket in (1, 16)
+    )
     assert few == many
     assert few["life"] == LAYERS
     assert few["span"] == 2 * LAYERS  # a reduce-scatter and an all-gather each
@@ -241,7 +270,9 @@ def test_without_a_trace_the_sink_hears_of_ranges_and_steps_only() -> None:
         assert counts == {"range": 4, "step": 1}
 
 
-def test_a_trace_from_the_environment_needs_no_configuration(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_trace_from_the_environment_needs_no_configuration(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("ZERORT_TRACE", str(tmp_path / "run.json"))
     engine = engine_for(CASES["mlp"], config_of(CASES["mlp"], 1))
     take_step(engine, CASES["mlp"], 0, 0)

@@ -1,8 +1,9 @@
-"""What can go wrong, on one rank or on all: an error that names it, on every rank, within a time limit, and an engine
-that goes on with right answers.
+"""What can go wrong, on one rank or on all: an error that names it, on every rank, within a time
+limit, and an engine that goes on with right answers.
 
-A scenario returns, per rank, the errors it caught; then it takes a clean step and returns
-the weights too. Weights are minus the mean gradient (see `Terms`): whatever an aborted step left behind would show.
+A scenario returns, per rank, the errors it caught; then it takes a clean step and returns the
+weights too. Weights are minus the mean gradient (see `Terms`): whatever an aborted step left behind
+would show.
 """
 
 from __future__ import annotations
@@ -80,13 +81,17 @@ def _break_on_rank_1(rank: int, world: int, stage: int, accumulation: int) -> li
 @every_stage
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_exception_in_one_ranks_backward_is_raised_on_all(stage: int, accumulation: int) -> None:
-    (innocent, culprit) = (story[0] for story in ranks.run(2, _break_on_rank_1, stage, accumulation, timeout=LIMIT))
+    (innocent, culprit) = (
+        story[0] for story in ranks.run(2, _break_on_rank_1, stage, accumulation, timeout=LIMIT)
+    )
     assert_told(innocent[0], StepError, "rank 1", "the user's own backward")
     assert_told(culprit[0], ArithmeticError, "the user's own backward")
     assert innocent[1] == culprit[1] == CLEAN
 
 
-def _break_early_in_a_window(rank: int, world: int, stage: int) -> tuple[list[Exception | None], Weights]:
+def _break_early_in_a_window(
+    rank: int, world: int, stage: int
+) -> tuple[list[Exception | None], Weights]:
     engine = engine_over_terms(at_stage(stage), 3, model=_MayBreak())
 
     def take(micro: int) -> None:
@@ -101,7 +106,9 @@ def _break_early_in_a_window(rank: int, world: int, stage: int) -> tuple[list[Ex
 
 @every_stage
 def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None:
-    (innocent, after_0), (culprit, after_1) = ranks.run(2, _break_early_in_a_window, stage, timeout=LIMIT)
+    (innocent, after_0), (culprit, after_1) = ranks.run(
+        2, _break_early_in_a_window, stage, timeout=LIMIT
+    )
     assert innocent[:2] == [None, None]
     assert_told(innocent[2], StepError, "rank 1", "the user's own backward")
     assert_told(culprit[0], ArithmeticError)
@@ -109,11 +116,19 @@ def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None
     assert after_0 == after_1 == CLEAN
 
 
-def _step_all_the_same(rank: int, world: int, stage: int) -> tuple[list[Exception | None], tuple[int, int], Weights]:
+def _step_all_the_same(
+    rank: int, world: int, stage: int
+) -> tuple[list[Exception | None], tuple[int, int], Weights]:
     engine = engine_over_terms(at_stage(stage), 2, model=_MayBreak())
     errors = []
     for micro in range(2):
-        errors.append(caught(lambda micro=micro: engine.backward(engine(64.0, 64.0, breaks=(rank, micro) == (1, 0)))))
+        errors.append(
+            caught(
+                lambda micro=micro: engine.backward(
+                    engine(64.0, 64.0, breaks=(rank, micro) == (1, 0))
+                )
+            )
+        )
         errors.append(caught(engine.step))
     counts = engine.micro_steps, engine.global_steps
     step_with(engine, 2.0, 4.0)
@@ -123,7 +138,9 @@ def _step_all_the_same(rank: int, world: int, stage: int) -> tuple[list[Exceptio
 @every_stage
 def test_a_step_after_a_backward_whose_error_was_caught_is_void(stage: int) -> None:
     """Counted, it would put the rank one micro-batch ahead of its peers."""
-    (innocent, counts_0, after_0), (culprit, counts_1, after_1) = ranks.run(2, _step_all_the_same, stage, timeout=LIMIT)
+    (innocent, counts_0, after_0), (culprit, counts_1, after_1) = ranks.run(
+        2, _step_all_the_same, stage, timeout=LIMIT
+    )
     assert innocent[:3] == [None, None, None]
     assert_told(innocent[3], StepError, "rank 1", "the user's own backward")
     assert_told(culprit[0], ArithmeticError)
@@ -231,12 +248,17 @@ def _bring_a_nan_on_rank_1(
 
 @every_stage
 def test_a_nan_on_one_rank_skips_the_step_on_all(stage: int) -> None:
-    assert ranks.run(2, _bring_a_nan_on_rank_1, stage, "skip", timeout=LIMIT) == [(None, (0.0, 0.0), 1, CLEAN)] * 2
+    assert (
+        ranks.run(2, _bring_a_nan_on_rank_1, stage, "skip", timeout=LIMIT)
+        == [(None, (0.0, 0.0), 1, CLEAN)] * 2
+    )
 
 
 @every_stage
 def test_a_nan_on_one_rank_is_raised_on_all_when_asked_for(stage: int) -> None:
-    for error, untouched, _, after in ranks.run(2, _bring_a_nan_on_rank_1, stage, "raise", timeout=LIMIT):
+    for error, untouched, _, after in ranks.run(
+        2, _bring_a_nan_on_rank_1, stage, "raise", timeout=LIMIT
+    ):
         assert_told(error, NonFiniteGradient, "rank 1", "parameter b")
         assert (untouched, after) == ((0.0, 0.0), CLEAN)
 
@@ -328,7 +350,9 @@ def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) ->
 
 
 def _fail_beside_what_waits(rank: int, world: int, dtype: str) -> Story:
-    engine = engine_over_terms({dtype: {"enabled": True}} if dtype != "fp32" else {}, model=_MayBreak())
+    engine = engine_over_terms(
+        {dtype: {"enabled": True}} if dtype != "fp32" else {}, model=_MayBreak()
+    )
     with engine.no_sync():
         engine.backward(engine(64.0, 64.0))
 
@@ -404,10 +428,14 @@ class _Sparse(Terms):
         return loss if word is None else loss + self.words(torch.tensor([word])).sum()
 
 
-def _train_a_sparse_embedding(rank: int, world: int, policy: str, stage: int) -> tuple[Exception | None, list[float]]:
+def _train_a_sparse_embedding(
+    rank: int, world: int, policy: str, stage: int
+) -> tuple[Exception | None, list[float]]:
     def take() -> list[float]:
         torch.manual_seed(0)
-        engine = engine_over_terms({"zerort": {"sparse_gradients": policy}, **at_stage(stage)}, model=_Sparse())
+        engine = engine_over_terms(
+            {"zerort": {"sparse_gradients": policy}, **at_stage(stage)}, model=_Sparse()
+        )
         before = engine.module.words.weight.detach().clone()
         engine.backward(engine(1.0, 1.0, word=rank))
         engine.step()
@@ -435,7 +463,9 @@ def test_a_sparse_gradient_is_made_dense_when_asked_for(stage: int) -> None:
 
 LEAVINGS: dict[str, Callable[[nn.Module], Any]] = {
     "double_and_back": lambda module: module.double().float(),
-    "assigned": lambda module: module.load_state_dict({"a": torch.ones(4), "b": torch.ones(4)}, assign=True),
+    "assigned": lambda module: module.load_state_dict(
+        {"a": torch.ones(4), "b": torch.ones(4)}, assign=True
+    ),
     "new_data": lambda module: setattr(module.a, "data", torch.ones(4)),
 }
 

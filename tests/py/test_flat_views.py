@@ -1,6 +1,8 @@
-"""What leaves the engine and what comes back: files, copies, pickles, and the layouts of odd parameters.
+"""What leaves the engine and what comes back: files, copies, pickles, and the layouts of odd
+parameters.
 
-`test_views` has what training needs of the views; here a module is treated as the ordinary module it must remain.
+`test_views` has what training needs of the views; here a module is treated as the ordinary module
+it must remain.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def trained(model: nn.Module, changes: Any = None, size: int = WIDTH) -> Any:
 
 
 def same_values(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 # ---- files
@@ -166,11 +170,15 @@ def transposed_weights_stay_transposed(rank: int, world: int) -> None:
 
 def the_optimizer_keeps_its_group_dictionaries(rank: int, world: int) -> None:
     model = Terms()
-    optimizer = torch.optim.SGD([{"params": [model.a], "lr": 1.0}, {"params": [model.b], "lr": 3.0}])
+    optimizer = torch.optim.SGD(
+        [{"params": [model.a], "lr": 1.0}, {"params": [model.b], "lr": 3.0}]
+    )
     groups = list(optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     engine = engine_over_terms(model=model, optimizer=optimizer, lr_scheduler=schedule)
-    assert all(mine is theirs for mine, theirs in zip(groups, engine.optimizer.param_groups, strict=True))
+    assert all(
+        mine is theirs for mine, theirs in zip(groups, engine.optimizer.param_groups, strict=True)
+    )
     assert step_with(engine, 1.0, 1.0) == (-1.0, -3.0)
     assert step_with(engine, 1.0, 1.0) == (-1.5, -4.5)
 

@@ -1,4 +1,6 @@
-"""On CUDA: buffers shared with the core, the engine on one device, and NCCL against gloo. Skipped without a GPU."""
+"""On CUDA: buffers shared with the core, the engine on one device, and NCCL against gloo. Skipped
+without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def _why_no_nccl() -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     shared = torch.cuda.nccl.version() >= (2, 30)
-    return None if torch.cuda.device_count() >= 2 or shared else "needs two GPUs, or NCCL 2.30 to share one"
+    return (
+        None
+        if torch.cuda.device_count() >= 2 or shared
+        else "needs two GPUs, or NCCL 2.30 to share one"
+    )
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,10 +68,14 @@ def _train(device: str, stage: int) -> tuple[dict[str, torch.Tensor], float]:
     engine, *_ = zerort.initialize(model=model, config=config)
     draw = torch.Generator().manual_seed(1)
     for _ in range(8):
-        engine.backward(engine(torch.randn(4, 32, generator=draw).to(engine.device)).square().mean())
+        engine.backward(
+            engine(torch.randn(4, 32, generator=draw).to(engine.device)).square().mean()
+        )
         engine.step()
     assert engine.device.type == device
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}, engine.get_global_grad_norm()
+    return {
+        name: tensor.cpu() for name, tensor in model.state_dict().items()
+    }, engine.get_global_grad_norm()
 
 
 @pytest.mark.gpu
@@ -83,7 +93,9 @@ def test_one_gpu_trains_like_the_cpu(stage: int, monkeypatch: pytest.MonkeyPatch
 def _torchrun(output: Path, stage: int, accumulation: int, environment: dict[str, str]) -> Any:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [str(HERE / "train_small.py"), str(stage), str(accumulation), str(output)]
-    subprocess.run([*command, *arguments], env={**os.environ, **environment}, check=True, timeout=150)
+    subprocess.run(
+        [*command, *arguments], env={**os.environ, **environment}, check=True, timeout=150
+    )
     return torch.load(output, weights_only=True)
 
 
@@ -91,7 +103,9 @@ def _torchrun(output: Path, stage: int, accumulation: int, environment: dict[str
 @nccl
 @pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 2)])
 def test_two_ranks_on_nccl_train_like_gloo(stage: int, accumulation: int, tmp_path: Path) -> None:
-    over_nccl = _torchrun(tmp_path / "nccl.pt", stage, accumulation, {"NCCL_MULTI_RANK_GPU_ENABLE": "1"})
+    over_nccl = _torchrun(
+        tmp_path / "nccl.pt", stage, accumulation, {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    )
     over_gloo = _torchrun(tmp_path / "gloo.pt", stage, accumulation, {"CUDA_VISIBLE_DEVICES": ""})
     assert (over_nccl["device"], over_gloo["device"]) == ("cuda", "cpu")
     assert over_nccl["norm"] == pytest.approx(over_gloo["norm"], rel=1e-4)

@@ -1,4 +1,6 @@
-"""`initialize(training_data=...)`: every sample once an epoch over the ranks, and a position that can be restored."""
+"""`initialize(training_data=...)`: every sample once an epoch over the ranks, and a position that
+can be restored.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def _initialize(**more: Any) -> Any:
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
     data = TensorDataset(torch.arange(SAMPLES, dtype=torch.float32).reshape(-1, 1))
-    return zerort.initialize(model=nn.Linear(1, 1), training_data=data, **{"config": config, **more})
+    return zerort.initialize(
+        model=nn.Linear(1, 1), training_data=data, **{"config": config, **more}
+    )
 
 
 def _values(batch: list[Tensor]) -> list[int]:
@@ -74,7 +78,9 @@ def test_the_users_collate_function_makes_the_batches() -> None:
 
 def test_the_configuration_may_come_from_the_command_line(tmp_path: Any) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}}))
+    path.write_text(
+        json.dumps({"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}})
+    )
     parser = zerort.add_config_arguments(argparse.ArgumentParser())
     args = parser.parse_args(["--deepspeed", "--deepspeed_config", str(path)])
     engine, *_ = zerort.initialize(args=args, model=nn.Linear(2, 1))

@@ -1,4 +1,6 @@
-"""What the log says: nothing is ignored in silence, and what was asked for is told, by rank 0 alone."""
+"""What the log says: nothing is ignored in silence, and what was asked for is told, by rank 0
+alone.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def test_keys_without_effect_are_listed_once_by_rank_0() -> None:
     first, second = ranks.run(2, _lines, changes, _nothing)
     assert second == []
     (line,) = first
-    assert "zero_optimization.overlap_comm" in line and "zero_optimization.allgather_bucket_size" in line
+    assert (
+        "zero_optimization.overlap_comm" in line
+        and "zero_optimization.allgather_bucket_size" in line
+    )
 
 
 def test_a_clipping_norm_that_nobody_gave_is_said_once() -> None:
@@ -51,7 +56,9 @@ def _lines_with_default_clipping(rank: int, world: int) -> list[str]:
     def act(_: Any) -> None:
         model = Terms()
         config = {"train_micro_batch_size_per_gpu": 1}
-        zerort.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+        zerort.initialize(
+            model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)
+        )
 
     return _lines(rank, world, {}, act)
 

@@ -1,7 +1,9 @@
-"""Memory of a rank, by counting the bytes under every tensor that is alive: the formulas, and buckets in flight.
+"""Memory of a rank, by counting the bytes under every tensor that is alive: the formulas, and
+buckets in flight.
 
-P stands for the elements of all parameters, N for the ranks. Counted at rest, between one `step` and the next
-`backward`, and in the middle of an accumulation window; activations are none of the engine's business.
+P stands for the elements of all parameters, N for the ranks. Counted at rest, between one `step`
+and the next `backward`, and in the middle of an accumulation window; activations are none of the
+engine's business.
 """
 
 from __future__ import annotations
@@ -61,12 +63,18 @@ def covered(tensors: Iterable[Tensor]) -> int:
 
 
 def alive() -> list[Tensor]:
-    """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a parameter holds."""
+    """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a
+    parameter holds.
+    """
     time.sleep(0.05)  # gloo's workers let go of their last collective a moment after it is complete
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
-        found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.device.type == "cpu"]
+        found = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, Tensor) and thing.device.type == "cpu"
+        ]
     return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
 
 
@@ -90,7 +98,9 @@ def _weigh_one(variant: Variant) -> Bytes:
     engine, *_ = zerort.initialize(model=model, config=config)
     with tapped() as calls:
         _window(engine, variant.gas)
-    flights = [tensor for call in calls if call.op == "all_to_all_single" for tensor in call.tensors]
+    flights = [
+        tensor for call in calls if call.op == "all_to_all_single" for tensor in call.tensors
+    ]
     in_flight = covered(flights)
     calls.clear()
     del flights
@@ -129,7 +139,9 @@ def of_every_rank(world: int, variant: Variant) -> list[Bytes]:
 
 
 def parts(variant: Variant, world: int) -> int:
-    """Parameters; and of this rank's part: moments, accumulator, and an fp32 master where they are not fp32."""
+    """Parameters; and of this rank's part: moments, accumulator, and an fp32 master where they are
+    not fp32.
+    """
     owned = TOTAL if variant.stage == 0 else TOTAL // world
     master = 4 if variant.dtype == "bf16" else 0
     return TOTAL * WIRE[variant.dtype] + owned * (8 + WIRE[variant.sums] + master)
@@ -158,10 +170,14 @@ def test_a_window_keeps_no_more_than_the_formula(world: int, variant: Variant) -
 
 @pytest.mark.parametrize("variant", NARROW, ids=str)
 @every_world
-def test_sums_of_low_precision_save_two_bytes_of_every_gradient_that_is_kept(world: int, variant: Variant) -> None:
+def test_sums_of_low_precision_save_two_bytes_of_every_gradient_that_is_kept(
+    world: int, variant: Variant
+) -> None:
     kept = TOTAL // world if variant.stage == 2 else TOTAL
     for found in of_every_rank(world, variant):
-        assert found.in_window <= 1.02 * (TOTAL * FORMULAS[variant.stage, variant.dtype](world) - 2 * kept)
+        assert found.in_window <= 1.02 * (
+            TOTAL * FORMULAS[variant.stage, variant.dtype](world) - 2 * kept
+        )
         assert 0 <= found.in_window - parts(variant, world) < SMALL
 
 
@@ -183,7 +199,9 @@ def test_a_rank_keeps_parameters_moments_masters_and_accumulators_and_nothing_el
 
 @pytest.mark.parametrize("variant", PLACEMENTS + WINDOWS, ids=str)
 @every_world
-def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(world: int, variant: Variant) -> None:
+def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(
+    world: int, variant: Variant
+) -> None:
     window = LAYERS if variant.window == "all" else variant.window
     for found in of_every_rank(world, variant):
         assert found.in_flight == window * 2 * BUCKET * WIRE[variant.dtype]
@@ -194,7 +212,8 @@ def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(world: int,
 def test_between_micro_batches_gradients_rest_in_send_buffers_or_are_summed_where_they_arrive(
     world: int, variant: Variant
 ) -> None:
-    # bf16 micro-batches are summed in fp32, of which the accumulator is a part; at stage 0 it is the whole
+    # bf16 micro-batches are summed in fp32, of which the accumulator is a part; at stage 0 it is
+    # the whole
     held = 4 * (TOTAL - TOTAL // world) if variant.dtype == "bf16" and variant.stage == 1 else 0
     for found in of_every_rank(world, variant):
         assert 0 <= found.in_window - parts(variant, world) - held < SMALL

@@ -1,6 +1,8 @@
-"""What is easily done to an engine by mistake: said at once on every rank, or harmless, and the engine goes on.
+"""What is easily done to an engine by mistake: said at once on every rank, or harmless, and the
+engine goes on.
 
-The weights are minus the mean gradient (see `Terms`): what a mistake left behind would show in the step after it.
+The weights are minus the mean gradient (see `Terms`): what a mistake left behind would show in the
+step after it.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ WRONG: dict[Callable[[Any], None], str] = {
 }
 
 
-def _do_wrong(rank: int, world: int, act: Callable[[Any], None]) -> tuple[Exception | None, Weights]:
+def _do_wrong(
+    rank: int, world: int, act: Callable[[Any], None]
+) -> tuple[Exception | None, Weights]:
     model = Terms()
     engine = engine_over_terms(
         {"fp16": {"enabled": True, "loss_scale": 4.0}},
@@ -112,7 +116,9 @@ def evaluation_under_inference_mode_leaves_training_alone(rank: int, world: int)
 def an_engine_is_neither_copied_nor_pickled(rank: int, world: int) -> None:
     engine = engine_over_terms()
     for call in (copy.copy, copy.deepcopy, pickle.dumps, torch.optim.swa_utils.AveragedModel):
-        assert_told(caught(lambda call=call: call(engine)), StepError, "engine.module", "save_checkpoint")
+        assert_told(
+            caught(lambda call=call: call(engine)), StepError, "engine.module", "save_checkpoint"
+        )
     assert step_with(engine, 2.0, 4.0) == CLEAN
 
 
@@ -124,7 +130,11 @@ def groups_of_the_optimizer_stay_as_they_were(rank: int, world: int) -> None:
         engine = engine_over_terms()
         kept = [dict(group) for group in engine.optimizer.param_groups]
         change(engine.optimizer)
-        assert_told(caught(lambda engine=engine: step_with(engine, 64.0, 64.0)), StepError, "add_param_group")
+        assert_told(
+            caught(lambda engine=engine: step_with(engine, 64.0, 64.0)),
+            StepError,
+            "add_param_group",
+        )
         engine.optimizer.param_groups[:] = kept
         assert step_with(engine, 2.0, 4.0) == CLEAN
 
@@ -132,7 +142,12 @@ def groups_of_the_optimizer_stay_as_they_were(rank: int, world: int) -> None:
 def the_batch_size_does_not_change_within_a_window(rank: int, world: int) -> None:
     engine = engine_over_terms(accumulation=2)
     step_with(engine, 2.0, 4.0)
-    assert_told(caught(lambda: engine.set_train_batch_size(3 * world)), StepError, "from 2 to 3 steps", "boundary")
+    assert_told(
+        caught(lambda: engine.set_train_batch_size(3 * world)),
+        StepError,
+        "from 2 to 3 steps",
+        "boundary",
+    )
     engine.set_train_batch_size(2 * world)  # what it is already
     assert engine.train_batch_size() == 2 * world
     assert step_with(engine, 2.0, 4.0) == CLEAN
@@ -141,7 +156,9 @@ def the_batch_size_does_not_change_within_a_window(rank: int, world: int) -> Non
 def nor_between_a_backward_and_its_step(rank: int, world: int) -> None:
     engine = engine_over_terms()
     engine.backward(engine(2.0, 4.0))
-    assert_told(caught(lambda: engine.set_train_batch_size(2 * world)), StepError, "from 1 to 2 steps")
+    assert_told(
+        caught(lambda: engine.set_train_batch_size(2 * world)), StepError, "from 1 to 2 steps"
+    )
     engine.step()
     assert weights(engine) == CLEAN
 
@@ -230,7 +247,9 @@ def test_a_rank_whose_forward_raised_gives_up_on_all_by_a_step(stage: int) -> No
         assert after == CLEAN
 
 
-def _misname_an_argument_of_the_scheduler(rank: int, world: int) -> tuple[Exception | None, Weights]:
+def _misname_an_argument_of_the_scheduler(
+    rank: int, world: int
+) -> tuple[Exception | None, Weights]:
     model = Terms()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -262,7 +281,9 @@ def _break_the_optimizer_on_rank_1(
     rank: int, world: int, stage: int, folder: str
 ) -> tuple[Exception | None, Exception | None, Weights]:
     model = Terms()
-    engine = engine_over_terms(at_stage(stage), model=model, optimizer=_Breaking(model.parameters(), lr=1.0))
+    engine = engine_over_terms(
+        at_stage(stage), model=model, optimizer=_Breaking(model.parameters(), lr=1.0)
+    )
     engine.save_checkpoint(folder)
     _Breaking.broken = rank == 1
     first = caught(lambda: step_with(engine, 64.0, 64.0))
@@ -273,14 +294,22 @@ def _break_the_optimizer_on_rank_1(
 
 
 @every_stage
-def test_an_optimizer_that_raises_on_one_rank_stops_all_until_a_checkpoint_is_loaded(stage: int) -> None:
-    """Going on would leave ranks with different weights at stage 0, and half an update at the others."""
+def test_an_optimizer_that_raises_on_one_rank_stops_all_until_a_checkpoint_is_loaded(
+    stage: int,
+) -> None:
+    """Going on would leave ranks with different weights at stage 0, and half an update at the
+    others.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        innocent, culprit = ranks.run(2, _break_the_optimizer_on_rank_1, stage, folder, timeout=LIMIT)
+        innocent, culprit = ranks.run(
+            2, _break_the_optimizer_on_rank_1, stage, folder, timeout=LIMIT
+        )
     assert innocent[0] is None
     assert_told(culprit[0], ArithmeticError, "user's own")
     for _, second, after in (innocent, culprit):
-        assert_told(second, StepError, "rank 1", "an optimizer of the user's own", "load a checkpoint")
+        assert_told(
+            second, StepError, "rank 1", "an optimizer of the user's own", "load a checkpoint"
+        )
         assert after == CLEAN
 
 
@@ -356,4 +385,6 @@ def _train_two_that_meet(rank: int, world: int, way: str) -> tuple[Weights, Weig
 
 @pytest.mark.parametrize("way", ["freeze", "drop"])
 def test_an_engine_that_anothers_backward_reaches_can_be_frozen_or_drop_it(way: str) -> None:
-    assert ranks.run(2, _train_two_that_meet, way, timeout=LIMIT) == [((-3.0, -4.0), (-7.0, -8.0))] * 2
+    assert (
+        ranks.run(2, _train_two_that_meet, way, timeout=LIMIT) == [((-3.0, -4.0), (-7.0, -8.0))] * 2
+    )

@@ -1,4 +1,6 @@
-"""Optimizers by name: which class a configuration's name and options mean. How they train is in `test_twin`."""
+"""Optimizers by name: which class a configuration's name and options mean. How they train is in
+`test_twin`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def built(name: str, **options: Any) -> torch.optim.Optimizer:
         ("NAdam", {}, torch.optim.NAdam),
     ],
 )
-def test_a_name_means_a_class(name: str, options: dict[str, Any], kind: type[torch.optim.Optimizer]) -> None:
+def test_a_name_means_a_class(
+    name: str, options: dict[str, Any], kind: type[torch.optim.Optimizer]
+) -> None:
     optimizer = built(name, lr=0.25, **options)
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.25
@@ -45,7 +49,9 @@ def test_torchs_fused_implementation_is_used_unless_another_is_asked_for(name: s
 
 
 def test_a_name_of_neither_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer.type: 'AdmaW' is no optimizer .*did you mean AdamW"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.type: 'AdmaW' is no optimizer .*did you mean AdamW"
+    ):
         built("AdmaW")
 
 

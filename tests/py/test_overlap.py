@@ -1,7 +1,8 @@
-"""Communication runs under the backward: shown by the order in which things happen, never by how long they take.
+"""Communication runs under the backward: shown by the order in which things happen, never by how
+long they take.
 
-The layers differ in width and each fills a bucket of its own, so that a collective's size tells whose it is. A hook
-registered before the engine's own notes when a gradient arrives.
+The layers differ in width and each fills a bucket of its own, so that a collective's size tells
+whose it is. A hook registered before the engine's own notes when a gradient arrives.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ Event = tuple[str, int]
 
 
 class Widths(nn.Module):
-    """`LAYERS` vectors, the i-th of (i + 1) x UNIT elements; `order` is the order of their use in the forward.
+    """`LAYERS` vectors, the i-th of (i + 1) x UNIT elements; `order` is the order of their use in
+    the forward.
 
-    Autograd works backwards, so their gradients arrive in the opposite order, each of them all ones.
+    Autograd works backwards, so their gradients arrive in the opposite order, each of them all
+    ones.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ParameterList(nn.Parameter(torch.zeros((i + 1) * UNIT)) for i in range(LAYERS))
+        self.layers = nn.ParameterList(
+            nn.Parameter(torch.zeros((i + 1) * UNIT)) for i in range(LAYERS)
+        )
 
     def forward(self, order: Sequence[int], x: Tensor | None = None) -> Tensor:
         total = torch.zeros(()) if x is None else x
@@ -51,7 +56,9 @@ class Scene:
         model = Widths()
         self.events: list[Event] = []
         for index, parameter in enumerate(model.layers):
-            parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.events.append(("gradient", index)))
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, index=index: self.events.append(("gradient", index))
+            )
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
@@ -83,7 +90,9 @@ def launches(events: list[Event]) -> list[int]:
     return [layer for kind, layer in events if kind == "launch"]
 
 
-def two_steps(rank: int, world: int, orders: list[list[int]], window: int | str) -> list[list[Event]]:
+def two_steps(
+    rank: int, world: int, orders: list[list[int]], window: int | str
+) -> list[list[Event]]:
     scene = Scene(window)
     return [scene.step(orders[rank]) for _ in range(2)]
 
@@ -93,7 +102,9 @@ FORWARD = [0, 1, 2, 3]
 
 def test_red_2_a_bucket_leaves_right_behind_its_last_gradient() -> None:
     for _, events in ranks.run(2, two_steps, [FORWARD] * 2, "all"):
-        assert events == [(kind, layer) for layer in (3, 2, 1, 0) for kind in ("gradient", "launch")]
+        assert events == [
+            (kind, layer) for layer in (3, 2, 1, 0) for kind in ("gradient", "launch")
+        ]
 
 
 def test_all_buckets_but_the_last_leave_before_the_last_gradient() -> None:
@@ -120,7 +131,9 @@ def test_a_gradient_that_comes_out_of_turn_waits_for_the_lists_head() -> None:
 
 
 class Meeting(torch.autograd.Function):
-    """The identity. Its backward is the last of all; rank 0's tells rank 1, which has been waiting for it."""
+    """The identity. Its backward is the last of all; rank 0's tells rank 1, which has been waiting
+    for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at_the_end: Any) -> Tensor:
@@ -133,7 +146,9 @@ class Meeting(torch.autograd.Function):
         return gradient, None
 
 
-def step_while_the_peer_waits(rank: int, world: int, window: int | str, stage: int) -> tuple[int, list[bool], float]:
+def step_while_the_peer_waits(
+    rank: int, world: int, window: int | str, stage: int
+) -> tuple[int, list[bool], float]:
     """(launches, completions) of rank 0 at the end of its backward, and a weight afterwards.
 
     Rank 1 starts no collective before rank 0 has come through all of its hooks.
@@ -145,7 +160,9 @@ def step_while_the_peer_waits(rank: int, world: int, window: int | str, stage: i
 
         def tell() -> None:
             if rank == 0:
-                seen.extend(call.work.is_completed() for call in calls if call.op == "all_to_all_single")
+                seen.extend(
+                    call.work.is_completed() for call in calls if call.op == "all_to_all_single"
+                )
                 dist.send(torch.ones(1), 1)
 
         if rank == 1:
@@ -157,8 +174,12 @@ def step_while_the_peer_waits(rank: int, world: int, window: int | str, stage: i
 
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize(("window", "launched"), [(1, 1), (2, 2), ("all", LAYERS)])
-def test_red_5_no_hook_blocks_when_a_peer_is_late(window: int | str, launched: int, stage: int) -> None:
-    (count, completed, weight), (_, _, other) = ranks.run(2, step_while_the_peer_waits, window, stage, timeout=20)
+def test_red_5_no_hook_blocks_when_a_peer_is_late(
+    window: int | str, launched: int, stage: int
+) -> None:
+    (count, completed, weight), (_, _, other) = ranks.run(
+        2, step_while_the_peer_waits, window, stage, timeout=20
+    )
     assert (count, completed) == (launched, [False] * launched)
     assert weight == other == -2.0
 
@@ -173,7 +194,9 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.counts[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
@@ -195,7 +218,9 @@ def backward_with_engine(rank: int, world: int, stage: int) -> Counter[str]:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 2 * (16 * 16 + 16)},
     }
-    engine, *_ = zerort.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    engine, *_ = zerort.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
+    )
     for _ in range(2):
         engine.backward(engine(x).sum())
         engine.step()
@@ -209,7 +234,8 @@ def backward_with_engine(rank: int, world: int, stage: int) -> Counter[str]:
     return seen.counts - plain.counts
 
 
-# At stage 0 a sum that has arrived by the end of the backward is sent on; whether one has is a matter of time.
+# At stage 0 a sum that has arrived by the end of the backward is sent on; whether one has is a
+# matter of time.
 SENT_ON = {"c10d.broadcast_.default", "aten.split.Tensor"}
 
 
@@ -218,8 +244,11 @@ def test_a_bucket_costs_the_backward_one_batched_copy_and_one_collective(stage: 
     buckets = LINEARS // 2
     for beyond in ranks.run(2, backward_with_engine, stage):
         steady = {name: count for name, count in beyond.items() if stage > 0 or name not in SENT_ON}
-        assert steady.pop("aten.detach.default") <= 2, "the loss that is returned; torch 2.6 counts it twice"
-        # No aten._local_scalar_dense among them, which is what .item() is: the host asks no tensor for its value.
+        assert steady.pop("aten.detach.default") <= 2, (
+            "the loss that is returned; torch 2.6 counts it twice"
+        )
+        # No aten._local_scalar_dense among them, which is what .item() is: the host asks no tensor
+        # for its value.
         assert steady == {
             "aten._foreach_copy_.default": buckets,
             "c10d.alltoall_base_.default": buckets,

@@ -36,22 +36,31 @@ HUGE = 60000.0  # a gradient that overflows fp16 as soon as it is scaled
 def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
     histories = ranks.run(2, train, name, gas, {**BF16, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when))
+    assert_same(
+        histories, twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when)
+    )
 
 
 @every_stage
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
-def test_fp16_trains_like_the_twin_under_a_static_loss_scale(name: str, gas: int, stage: int) -> None:
+def test_fp16_trains_like_the_twin_under_a_static_loss_scale(
+    name: str, gas: int, stage: int
+) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
     histories = ranks.run(2, train, name, gas, {**STATIC_FP16, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, gas, Precision(torch.float16, 256.0, gathers_sums=stage == 0), when))
+    assert_same(
+        histories,
+        twin_of(name, 2, gas, Precision(torch.float16, 256.0, gathers_sums=stage == 0), when),
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_an_fp32_wire_loses_nothing_of_a_bf16_window(stage: int) -> None:
     changes = {**BF16, **at_stage(stage), "communication_data_type": "fp32"}
-    assert_same(ranks.run(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16)))
+    assert_same(
+        ranks.run(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16))
+    )
 
 
 @pytest.mark.parametrize("gas", [1, 3])
@@ -60,12 +69,25 @@ def test_gathered_sums_do_not_depend_on_buckets_and_windows(dtype: Config, gas: 
     def variant(size: int, window: int | str) -> Config:
         return {**dtype, **at_stage(0, reduce_bucket_size=size), "zerort": {"window": window}}
 
-    variants = [variant(150, "all"), variant(150, 1), variant(150, 2), variant(900, 2), variant(10**6, "all")]
-    assert len({found for rank in ranks.run(2, train_all, "gpt", gas, variants) for found in rank}) == 1
+    variants = [
+        variant(150, "all"),
+        variant(150, 1),
+        variant(150, 2),
+        variant(900, 2),
+        variant(10**6, "all"),
+    ]
+    assert (
+        len({found for rank in ranks.run(2, train_all, "gpt", gas, variants) for found in rank})
+        == 1
+    )
 
 
 def _sum_beyond_fp16(rank: int, world: int) -> tuple[Weights, int]:
-    config = {"fp16": {"enabled": True, "loss_scale": 1.0}, "gradient_allreduce_op": "sum", **at_stage(0)}
+    config = {
+        "fp16": {"enabled": True, "loss_scale": 1.0},
+        "gradient_allreduce_op": "sum",
+        **at_stage(0),
+    }
     engine = engine_over_terms(config)
     after = step_with(engine, HUGE, 1.0)  # finite on each rank, and in fp32 their sum is too
     return after, engine.skipped_steps
@@ -95,7 +117,8 @@ def test_what_comes_after_the_first_pass_of_a_window_is_added_to_it(stage: int) 
 UNSCALED = {"direct", "bypass_direct"}  # refused under a loss scale
 OTHERWISE_ROUNDED = {
     "mixed_dtypes",  # all of them would become one dtype
-    "reused_more_often_checkpointed_reentrant",  # what comes late travels in a pass of its own, so it loses less
+    # what comes late travels in a pass of its own, so it loses less
+    "reused_more_often_checkpointed_reentrant",
 }
 AS_CAST = [name for name in CASES if name not in OTHERWISE_ROUNDED]
 
@@ -109,7 +132,9 @@ LOW = [
 
 
 @pytest.mark.parametrize(("name", "stage", "dtype"), LOW)
-def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(name: str, stage: int, dtype: str) -> None:
+def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(
+    name: str, stage: int, dtype: str
+) -> None:
     changes, precision = {
         "bf16": (BF16, Precision(torch.bfloat16, gathers_sums=stage == 0)),
         "fp16": (STATIC_FP16, Precision(torch.float16, 256.0, gathers_sums=stage == 0)),
@@ -141,7 +166,9 @@ def hold_by_the_boundary(engine: Any) -> None:
 def hold_by_the_batch_size(engine: Any) -> None:
     engine.set_train_batch_size(MANY * engine.train_batch_size())
     for micro in range(MANY):
-        engine.backward(engine(2.0**-9 if micro else 1.0, 2.0**-9 if micro else 1.0), scale_wrt_gas=False)
+        engine.backward(
+            engine(2.0**-9 if micro else 1.0, 2.0**-9 if micro else 1.0), scale_wrt_gas=False
+        )
         engine.step()
 
 
@@ -185,7 +212,9 @@ def _underflow_without_scale(rank: int, world: int, stage: int) -> tuple[Weights
 
 @every_stage
 def test_h_5_fp16_scales_the_loss_at_every_stage(stage: int) -> None:
-    """2^-26 is no fp16 number, its 2^12-fold is. Unscaled it would be 0, divided without scaling 2^-12 of its value."""
+    """2^-26 is no fp16 number, its 2^12-fold is. Unscaled it would be 0, divided without scaling
+    2^-12 of its value.
+    """
     expected = (-(2.0**-6), -(2.0**-6)), pytest.approx(2.0**-26 * 8**0.5)
     assert ranks.run(2, _underflow_without_scale, stage) == [expected] * 2
 
@@ -210,10 +239,14 @@ def test_an_overflow_on_one_rank_lowers_the_scale_on_all(stage: int) -> None:
     assert ranks.run(2, _overflow_once, stage) == [expected] * 2
 
 
-def _overflow_early_in_a_window(rank: int, world: int, stage: int) -> tuple[Weights, float, int, bool]:
+def _overflow_early_in_a_window(
+    rank: int, world: int, stage: int
+) -> tuple[Weights, float, int, bool]:
     model = Terms()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
-    engine = engine_over_terms({**dynamic(8), **at_stage(stage)}, 3, model=model, optimizer=optimizer)
+    engine = engine_over_terms(
+        {**dynamic(8), **at_stage(stage)}, 3, model=model, optimizer=optimizer
+    )
     for window in range(3):
         for micro in range(3):
             step_with(engine, HUGE if (rank, window, micro) == (1, 1, 0) else 1.0, 1.0)
@@ -277,7 +310,9 @@ def _train_with(rank: int, world: int, changes: Config) -> Weights:
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
-def test_scaling_and_dtypes_of_the_wire_leave_the_answer(changes: Config, expected: Weights, stage: int) -> None:
+def test_scaling_and_dtypes_of_the_wire_leave_the_answer(
+    changes: Config, expected: Weights, stage: int
+) -> None:
     assert ranks.run(2, _train_with, {**changes, **at_stage(stage)}) == [expected] * 2
 
 
@@ -290,14 +325,19 @@ def _add_a_little_to_one(rank: int, world: int, dtype: str) -> Weights:
     return weights(engine)
 
 
-@pytest.mark.parametrize(("dtype", "a"), [("fp32", -(1 + 2.0**-9)), ("bf16", -1.0), ("fp16", -(1 + 2.0**-9))])
+@pytest.mark.parametrize(
+    ("dtype", "a"), [("fp32", -(1 + 2.0**-9)), ("bf16", -1.0), ("fp16", -(1 + 2.0**-9))]
+)
 def test_passes_are_added_up_in_the_configured_dtype(dtype: str, a: float) -> None:
     """1 + 2^-9 is an fp16 number and no bf16 number."""
     assert ranks.run(2, _add_a_little_to_one, dtype) == [(a, -2.0)] * 2
 
 
 def _scale_under_autocast(rank: int, world: int, path: str) -> list[float]:
-    config = {"torch_autocast": {"enabled": True, "dtype": "float16"}, "zerort": {"trace": {"path": path}}}
+    config = {
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+        "zerort": {"trace": {"path": path}},
+    }
     engine = engine_over_terms(config)
     scales = []
     for _ in range(2):  # the first overflow only uses up the hysteresis
@@ -308,9 +348,15 @@ def _scale_under_autocast(rank: int, world: int, path: str) -> list[float]:
 
 
 def test_autocast_in_fp16_has_a_loss_scale_and_the_trace_shows_it(tmp_path: Path) -> None:
-    assert ranks.run(2, _scale_under_autocast, str(tmp_path / "{rank}.json")) == [[65536.0, 32768.0]] * 2
+    assert (
+        ranks.run(2, _scale_under_autocast, str(tmp_path / "{rank}.json"))
+        == [[65536.0, 32768.0]] * 2
+    )
     events = json.loads((tmp_path / "0.json").read_text())["traceEvents"]
-    assert [event["args"]["value"] for event in events if event["name"] == "loss scale"] == [65536.0, 32768.0]
+    assert [event["args"]["value"] for event in events if event["name"] == "loss scale"] == [
+        65536.0,
+        32768.0,
+    ]
 
 
 class _Seeing(torch.nn.Linear):
@@ -321,9 +367,16 @@ class _Seeing(torch.nn.Linear):
         return super().forward(x.to(self.weight.dtype))
 
 
-def _notes_on_a_failed_forward(rank: int, world: int, layer: nn.Module, given: Tensor, config: Config) -> list[str]:
+def _notes_on_a_failed_forward(
+    rank: int, world: int, layer: nn.Module, given: Tensor, config: Config
+) -> list[str]:
     engine, *_ = zerort.initialize(
-        model=layer, config={"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 1.0}}, **config}
+        model=layer,
+        config={
+            "train_batch_size": 1,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+            **config,
+        },
     )
     with pytest.raises(RuntimeError) as raised:
         engine(given)
@@ -337,7 +390,9 @@ def _notes_on_a_failed_forward(rank: int, world: int, layer: nn.Module, given: T
     [(nn.Linear(4, 4), (2, 4)), (nn.Conv1d(4, 4, 1), (2, 4, 3)), (nn.LayerNorm(4), (2, 4))],
     ids=["linear", "convolution", "norm"],
 )
-def test_an_input_that_was_not_cast_is_explained(layer: nn.Module, shape: tuple[int, ...], config: Config) -> None:
+def test_an_input_that_was_not_cast_is_explained(
+    layer: nn.Module, shape: tuple[int, ...], config: Config
+) -> None:
     (note,) = ranks.run(1, _notes_on_a_failed_forward, layer, torch.zeros(shape), config)[0]
     dtype = "torch.bfloat16" if "bf16" in config else "torch.float16"
     assert f"cast floating-point inputs with .to({dtype})" in note
@@ -351,18 +406,26 @@ def test_another_error_of_a_forward_is_not() -> None:
 def _cast_inputs(rank: int, world: int, auto_cast: bool) -> tuple[torch.dtype, ...]:
     config = {"fp16": {"enabled": True, "loss_scale": 4.0, "auto_cast": auto_cast}}
     engine = engine_over_terms(config, model=_Seeing(4, 4))
-    engine(torch.ones(2, 4), more={"inside": torch.ones(2), "numbers": torch.ones(2, dtype=torch.int64)})
+    engine(
+        torch.ones(2, 4),
+        more={"inside": torch.ones(2), "numbers": torch.ones(2, dtype=torch.int64)},
+    )
     return engine.module.seen
 
 
 @pytest.mark.parametrize(("auto_cast", "dtype"), [(True, torch.float16), (False, torch.float32)])
-def test_auto_cast_casts_floating_point_inputs_wherever_they_are(auto_cast: bool, dtype: torch.dtype) -> None:
+def test_auto_cast_casts_floating_point_inputs_wherever_they_are(
+    auto_cast: bool, dtype: torch.dtype
+) -> None:
     assert ranks.run(1, _cast_inputs, auto_cast) == [(dtype, dtype, torch.int64)]
 
 
 AUTOCASTS = {
     "bf16": ({"enabled": True, "dtype": "bf16"}, Precision(autocast=torch.bfloat16)),
-    "fp16": ({"enabled": True, "dtype": "fp16"}, Precision(autocast=torch.float16, loss_scale=65536.0)),
+    "fp16": (
+        {"enabled": True, "dtype": "fp16"},
+        Precision(autocast=torch.float16, loss_scale=65536.0),
+    ),
 }
 
 
@@ -370,7 +433,9 @@ AUTOCASTS = {
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("dtype", AUTOCASTS)
 @pytest.mark.parametrize("name", ["mlp", "gpt", "unused_on_one_rank"])
-def test_autocast_trains_like_the_twin_under_it(name: str, dtype: str, gas: int, stage: int) -> None:
+def test_autocast_trains_like_the_twin_under_it(
+    name: str, dtype: str, gas: int, stage: int
+) -> None:
     section, precision = AUTOCASTS[dtype]
     precision = replace(precision, gathers_sums=stage == 0)
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
@@ -401,8 +466,14 @@ def _wires_under_autocast(rank: int, world: int, autocast: Config, more: Config)
         engine.backward(engine(torch.ones(1, 2, 4)).float().square().mean())
         engine.step()
     sent = Counter(call.tensors[0].dtype for call in calls if call.op == "all_to_all_single")
-    names = {name: NAMES[bucket.spec.wire] for bucket in engine._parts.boundary.flat.buckets for name in bucket.names}
-    assert sent == Counter(FORMATS[NAMES[bucket.spec.wire]].dtype for bucket in engine._parts.boundary.flat.buckets)
+    names = {
+        name: NAMES[bucket.spec.wire]
+        for bucket in engine._parts.boundary.flat.buckets
+        for name in bucket.names
+    }
+    assert sent == Counter(
+        FORMATS[NAMES[bucket.spec.wire]].dtype for bucket in engine._parts.boundary.flat.buckets
+    )
     return names
 
 
@@ -422,7 +493,9 @@ ALL = {f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias")}
     ],
     ids=str,
 )
-def test_gradients_of_safe_modules_travel_in_autocasts_dtype(autocast: Config, more: Config, low: set[str]) -> None:
+def test_gradients_of_safe_modules_travel_in_autocasts_dtype(
+    autocast: Config, more: Config, low: set[str]
+) -> None:
     expected = {name: "bf16" if name in low else "fp32" for name in ALL}
     assert ranks.run(2, _wires_under_autocast, autocast, more) == [expected] * 2
 
@@ -442,7 +515,9 @@ def _refused(rank: int, world: int, autocast: Config, more: Config) -> str:
         (["torch.nn.Linear"], {"communication_data_type": "fp32"}, "give one of them"),
     ],
 )
-def test_what_cannot_be_a_safe_module_is_refused(modules: list[str], more: Config, told: str) -> None:
+def test_what_cannot_be_a_safe_module_is_refused(
+    modules: list[str], more: Config, told: str
+) -> None:
     for message in ranks.run(2, _refused, {"lower_precision_safe_modules": modules}, more):
         assert "torch_autocast.lower_precision_safe_modules" in message and told in message
 
@@ -451,7 +526,9 @@ class LinearAlone(torch.nn.Linear):
     """No class that is known to be computed low."""
 
 
-def _train_under_autocast(rank: int, world: int, kind: type[torch.nn.Linear], stage: int) -> list[list[float]]:
+def _train_under_autocast(
+    rank: int, world: int, kind: type[torch.nn.Linear], stage: int
+) -> list[list[float]]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(kind(6, 5), torch.nn.Tanh(), kind(5, 3))
     config = {"torch_autocast": {"enabled": True, "dtype": "bf16"}, **at_stage(stage)}

@@ -1,4 +1,6 @@
-"""The harness itself: results by rank, tracebacks, stacks of a rank that hangs, and nothing left behind."""
+"""The harness itself: results by rank, tracebacks, stacks of a rank that hangs, and nothing left
+behind.
+"""
 
 import multiprocessing
 import os
@@ -43,17 +45,25 @@ def test_results_come_back_in_rank_order(world: int) -> None:
 
 
 def test_an_exception_comes_back_with_its_rank_and_traceback() -> None:
-    with pytest.raises(ranks.RankFailure, match=r"(?s)rank 1 raised.*_raise_on_the_last.*the last rank's own words"):
+    with pytest.raises(
+        ranks.RankFailure, match=r"(?s)rank 1 raised.*_raise_on_the_last.*the last rank's own words"
+    ):
         ranks.run(2, _raise_on_the_last)
 
 
 def test_a_rank_that_hangs_shows_its_stack() -> None:
-    with pytest.raises(ranks.RankFailure, match=r"(?s)rank 0 did not come back.*_sleep_on_the_first.*rank 1 returned"):
+    with pytest.raises(
+        ranks.RankFailure,
+        match=r"(?s)rank 0 did not come back.*_sleep_on_the_first.*rank 1 returned",
+    ):
         ranks.run(2, _sleep_on_the_first, timeout=2)
 
 
 def test_a_rank_that_dies_is_told_from_one_that_returns() -> None:
-    assert ranks.attempt(2, _kill_the_first) == [ranks.Died(-signal.SIGKILL), ranks.Returned("alive")]
+    assert ranks.attempt(2, _kill_the_first) == [
+        ranks.Died(-signal.SIGKILL),
+        ranks.Returned("alive"),
+    ]
 
 
 def test_no_process_outlives_its_run() -> None:

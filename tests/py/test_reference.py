@@ -1,4 +1,6 @@
-"""The twin is only as good as this: it is compared with one process that has the whole batch, written out by hand."""
+"""The twin is only as good as this: it is compared with one process that has the whole batch,
+written out by hand.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,9 @@ WORLD, GAS = 2, 3
 def whole_batch_loss(module: torch.nn.Module, step: int) -> torch.Tensor:
     """The mean over all that the ranks see in one step."""
     moments = [Moment(rank, step, micro) for rank in range(WORLD) for micro in range(GAS)]
-    return sum(loss_of(RankTwin(module, GAS, Precision(), RankSums({})), at) for at in moments) / len(moments)
+    return sum(
+        loss_of(RankTwin(module, GAS, Precision(), RankSums({})), at) for at in moments
+    ) / len(moments)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
@@ -32,11 +36,15 @@ def test_the_twin_is_one_process_with_the_whole_batch(clip: float) -> None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         for name, parameter in module.named_parameters():
-            assert_near(history.weights[step][name], parameter.detach(), name, 1e-5 if clip else 1e-6)
+            assert_near(
+                history.weights[step][name], parameter.detach(), name, 1e-5 if clip else 1e-6
+            )
 
 
 def test_the_ways_to_call_backward_agree() -> None:
-    first, *others = (Twin(CASES[name], WORLD, GAS).train() for name in ("mlp", "direct", "scaled_by_hand"))
+    first, *others = (
+        Twin(CASES[name], WORLD, GAS).train() for name in ("mlp", "direct", "scaled_by_hand")
+    )
     for other in others:
         assert other.norms == pytest.approx(first.norms, rel=1e-6)
 
@@ -63,4 +71,6 @@ def test_bf16_parameters_have_masters_in_fp32() -> None:
     before = twin.module[0].weight.detach().clone()
     twin.train()
     assert twin.module[0].weight.dtype == torch.bfloat16
-    assert not torch.equal(twin.module[0].weight, before), "steps below a bf16 rounding add up in the master"
+    assert not torch.equal(twin.module[0].weight, before), (
+        "steps below a bf16 rounding add up in the master"
+    )

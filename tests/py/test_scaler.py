@@ -12,7 +12,13 @@ from zerort._core import LossScale
 from zerort.errors import ConfigError
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "loss_scale.json").read_text())["rows"]
-DEFAULTS = {"initial": 65536.0, "window": 1000, "hysteresis": 2, "consecutive": False, "minimum": 1.0}
+DEFAULTS = {
+    "initial": 65536.0,
+    "window": 1000,
+    "hysteresis": 2,
+    "consecutive": False,
+    "minimum": 1.0,
+}
 
 
 def scale_of(row: dict[str, Any]) -> LossScale:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from zerort.errors import ConfigError
 from zerort.schedules import OneCycle, WarmupLR, build
 
-RECORDED = json.loads((Path(__file__).parents[1] / "data" / "lr_schedules.json").read_text())["rows"]
+RECORDED = json.loads((Path(__file__).parents[1] / "data" / "lr_schedules.json").read_text())[
+    "rows"
+]
 IDS = [f"{row['scheduler']}-{index}" for index, row in enumerate(RECORDED)]
 
 
@@ -56,7 +58,9 @@ def test_every_recorded_value_is_reproduced(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", RECORDED, ids=IDS)
 @given(stop=st.integers(0, 200))
-def test_a_resumed_schedule_has_the_values_of_the_uninterrupted_one(row: dict[str, Any], stop: int) -> None:
+def test_a_resumed_schedule_has_the_values_of_the_uninterrupted_one(
+    row: dict[str, Any], stop: int
+) -> None:
     whole, resumed = adam(*row["base_lr"]), adam(*row["base_lr"])
     first = build(row["scheduler"], row["params"], whole)
     for _ in range(stop):
@@ -72,7 +76,11 @@ def test_a_resumed_schedule_has_the_values_of_the_uninterrupted_one(row: dict[st
 def test_a_rate_per_group_follows_its_own_curve() -> None:
     optimizer = adam(0.1, 0.1)
     schedule = WarmupLR(
-        optimizer, warmup_min_lr=[0.0, 1.0], warmup_max_lr=[1.0, 3.0], warmup_num_steps=4, warmup_type="linear"
+        optimizer,
+        warmup_min_lr=[0.0, 1.0],
+        warmup_max_lr=[1.0, 3.0],
+        warmup_num_steps=4,
+        warmup_type="linear",
     )
     schedule.step(2)
     assert schedule.get_last_lr() == [0.5, 2.0]
@@ -85,7 +93,9 @@ def test_warmup_without_a_top_ends_at_the_first_groups_rate() -> None:
     assert schedule.get_last_lr() == [0.25, 0.25]
 
 
-def test_a_cycle_over_an_optimizer_without_betas_says_so_and_cycles_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cycle_over_an_optimizer_without_betas_says_so_and_cycles_the_rate(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
     with caplog.at_level(logging.WARNING, logger="zerort"):
         schedule = OneCycle(optimizer, 0.1, 0.5, cycle_first_step_size=2)
@@ -109,13 +119,18 @@ def test_a_schedule_of_torch_is_built_by_its_name() -> None:
     ("name", "params", "message"),
     [
         ("warmuplr", {}, 'scheduler.type: unknown schedule "warmuplr"; did you mean "WarmupLR"?'),
-        ("WarmupCosinLR", {}, 'scheduler.type: unknown schedule "WarmupCosinLR"; did you mean "WarmupCosineLR"?'),
+        (
+            "WarmupCosinLR",
+            {},
+            'scheduler.type: unknown schedule "WarmupCosinLR"; did you mean "WarmupCosineLR"?',
+        ),
         ("xyzzy", {}, 'scheduler.type: unknown schedule "xyzzy"'),
         ("Optimizer", {}, 'scheduler.type: unknown schedule "Optimizer"'),
         (
             "WarmupLR",
             {"warmup_num_step": 10},
-            'scheduler.params.warmup_num_step: no parameter of WarmupLR; did you mean "warmup_num_steps"?',
+            "scheduler.params.warmup_num_step: no parameter of WarmupLR; did you mean "
+            '"warmup_num_steps"?',
         ),
         (
             "WarmupLR",
@@ -134,7 +149,9 @@ def test_a_schedule_of_torch_is_built_by_its_name() -> None:
         ),
     ],
 )
-def test_what_makes_no_schedule_is_refused_by_name(name: str, params: dict[str, Any], message: str) -> None:
+def test_what_makes_no_schedule_is_refused_by_name(
+    name: str, params: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         build(name, params, adam(0.1))
     assert str(caught.value) == message
@@ -142,5 +159,7 @@ def test_what_makes_no_schedule_is_refused_by_name(name: str, params: dict[str, 
 
 @pytest.mark.parametrize("name", ["OneCycle", "WarmupDecayLR", "WarmupCosineLR", "StepLR"])
 def test_a_required_parameter_left_out_is_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"scheduler.params: {name} does not take them: .*missing .*required"):
+    with pytest.raises(
+        ConfigError, match=rf"scheduler.params: {name} does not take them: .*missing .*required"
+    ):
         build(name, {}, adam(0.1))

@@ -1,4 +1,5 @@
-"""One hook a bucket once the order is known: who has it, what leaves when, and that no gradient depends on it.
+"""One hook a bucket once the order is known: who has it, what leaves when, and that no gradient
+depends on it.
 
 The lines are explained in `scene`.
 """
@@ -43,26 +44,35 @@ def look_at_the_hooks(rank: int, world: int, stage: int, gas: int) -> tuple[list
     scene = Scene(stage, gas)
     for _ in range(2 * gas):
         scene.step()
-    crossings = sum(vector._post_accumulate_grad_hooks is not None for vector in scene.model.vectors)
+    crossings = sum(
+        vector._post_accumulate_grad_hooks is not None for vector in scene.model.vectors
+    )
     own = sum(len(vector._backward_hooks or ()) for vector in scene.model.vectors)
     return scene.hooked(), crossings, own
 
 
 @pytest.mark.parametrize("gas", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_after_two_steps_each_bucket_has_one_hook_and_the_users_are_left(stage: int, gas: int) -> None:
+def test_after_two_steps_each_bucket_has_one_hook_and_the_users_are_left(
+    stage: int, gas: int
+) -> None:
     assert both(look_at_the_hooks, stage, gas) == ([0, 2, 4], 3, VECTORS)
 
 
 def leave_no_hook_behind(rank: int, world: int, observed: bool) -> list[tuple[Any, bool]]:
     model = Vectors()
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
-    engine, *_ = zerort.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config)
+    engine, *_ = zerort.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config
+    )
     for _ in range(2 if observed else 1):
         engine.backward(engine(FORWARD))
         engine.step()
     engine.destroy()
-    return [(vector._backward_hooks, bool(vector._post_accumulate_grad_hooks)) for vector in model.vectors]
+    return [
+        (vector._backward_hooks, bool(vector._post_accumulate_grad_hooks))
+        for vector in model.vectors
+    ]
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -86,7 +96,12 @@ def test_a_trace_is_told_of_every_gradient(tmp_path: Path) -> None:
 
 
 def run_steps(
-    rank: int, world: int, orders: list[Sequence[int]], stage: int = 2, gas: int = 1, reentrant: bool = False
+    rank: int,
+    world: int,
+    orders: list[Sequence[int]],
+    stage: int = 2,
+    gas: int = 1,
+    reentrant: bool = False,
 ) -> tuple[list[str], list[float], list[int]]:
     scene = Scene(stage, gas, Vectors(reentrant))
     return scene.steps(*orders), scene.uses(), scene.hooked()
@@ -111,13 +126,17 @@ def test_red_2_a_sentinel_that_comes_first_is_not_believed() -> None:
 
 def test_every_rank_has_sentinels_of_its_own() -> None:
     orders = [FORWARD, SWAPPED]
-    (ours, uses, hooked), (theirs, others, hooked_there) = ranks.run(2, run_steps_in_own_order, orders)
+    (ours, uses, hooked), (theirs, others, hooked_there) = ranks.run(
+        2, run_steps_in_own_order, orders
+    )
     assert (ours, theirs) == ([OBSERVED, STEADY], ["453210|||", "45|32|10|"])
     assert uses == others == [2.0] * VECTORS
     assert (hooked, hooked_there) == ([0, 2, 4], [0, 2, 5])
 
 
-def run_steps_in_own_order(rank: int, world: int, orders: list[Sequence[int]]) -> tuple[list[str], list[float], Any]:
+def run_steps_in_own_order(
+    rank: int, world: int, orders: list[Sequence[int]]
+) -> tuple[list[str], list[float], Any]:
     return run_steps(rank, world, [orders[rank]] * 2)
 
 
@@ -127,7 +146,9 @@ def test_a_new_order_of_all_vectors_costs_time_only() -> None:
     assert uses == [4.0] * VECTORS
 
 
-def swap_at_the_boundary(rank: int, world: int, stage: int, direct: bool) -> tuple[list[str], list[float], list[int]]:
+def swap_at_the_boundary(
+    rank: int, world: int, stage: int, direct: bool
+) -> tuple[list[str], list[float], list[int]]:
     scene = Scene(stage, gas=2)
     orders = [*[FORWARD] * 5, SWAPPED, *[FORWARD] * 2]
     return [scene.step(order, direct=direct) for order in orders], scene.uses(), scene.hooked()
@@ -135,7 +156,9 @@ def swap_at_the_boundary(rank: int, world: int, stage: int, direct: bool) -> tup
 
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_what_an_earlier_micro_batch_has_left_is_no_sign_that_a_gradient_has_come(stage: int, direct: bool) -> None:
+def test_what_an_earlier_micro_batch_has_left_is_no_sign_that_a_gradient_has_come(
+    stage: int, direct: bool
+) -> None:
     lines, uses, hooked = both(swap_at_the_boundary, stage, direct)
     quiet = "543210"
     assert lines == [quiet, OBSERVED, quiet, STEADY, quiet, "4532||10|", quiet, STEADY]
@@ -163,8 +186,12 @@ def test_a_bucket_that_was_not_seen_whole_keeps_all_its_hooks() -> None:
 # ---- late gradients
 
 
-def late_on_rank_0(rank: int, world: int, stage: int) -> tuple[list[str], list[float], list[int], list[int]]:
-    """Vector 5 comes twice before the sentinel; in the third step once before and once after it, on rank 0."""
+def late_on_rank_0(
+    rank: int, world: int, stage: int
+) -> tuple[list[str], list[float], list[int], list[int]]:
+    """Vector 5 comes twice before the sentinel; in the third step once before and once after it, on
+    rank 0.
+    """
     scene = Scene(stage, model=Vectors(reentrant=True))
     twice, apart = (*FORWARD, 5), (0, 1, 2, 3, 5, 4, 5)
     lines = scene.steps(twice, twice)
@@ -175,9 +202,13 @@ def late_on_rank_0(rank: int, world: int, stage: int) -> tuple[list[str], list[f
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_red_3_a_part_behind_its_bucket_is_added_and_all_hooks_come_back_on_all_ranks(stage: int) -> None:
+def test_red_3_a_part_behind_its_bucket_is_added_and_all_hooks_come_back_on_all_ranks(
+    stage: int,
+) -> None:
     observed, steady = "5543210|||", "554|32|10|"
-    (ours, uses, before, after), (theirs, others, _, after_there) = ranks.run(2, late_on_rank_0, stage)
+    (ours, uses, before, after), (theirs, others, _, after_there) = ranks.run(
+        2, late_on_rank_0, stage
+    )
     assert ours == [observed, steady, "54|532|10||||", "545|32|10|", steady]
     assert theirs == [observed, steady, f"{steady}|||", steady, steady]
     assert uses == others == [5.0] * 5 + [10.0]
@@ -203,7 +234,9 @@ def test_a_sentinel_that_comes_twice_is_waited_for_twice() -> None:
 # ---- freezing
 
 
-def freeze_and_unfreeze(rank: int, world: int, index: int) -> tuple[list[str], list[float], list[list[int]]]:
+def freeze_and_unfreeze(
+    rank: int, world: int, index: int
+) -> tuple[list[str], list[float], list[list[int]]]:
     scene = Scene()
     lines, hooked = scene.steps(FORWARD, FORWARD), []
     for trains in (False, True):
@@ -213,15 +246,21 @@ def freeze_and_unfreeze(rank: int, world: int, index: int) -> tuple[list[str], l
     return lines[2:], scene.uses(), hooked
 
 
-@pytest.mark.parametrize(("index", "line", "hooked"), [(4, "5|32|10|", [0, 2, 5]), (5, "4|32|10|", [0, 2, 4])])
-def test_a_frozen_sentinel_is_relieved_and_takes_over_again(index: int, line: str, hooked: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("index", "line", "hooked"), [(4, "5|32|10|", [0, 2, 5]), (5, "4|32|10|", [0, 2, 4])]
+)
+def test_a_frozen_sentinel_is_relieved_and_takes_over_again(
+    index: int, line: str, hooked: list[int]
+) -> None:
     lines, uses, seen = both(freeze_and_unfreeze, index)
     assert lines == [line, STEADY]
     assert uses == [3.0 if i == index else 4.0 for i in FORWARD]
     assert seen == [hooked, [0, 2, 4]]
 
 
-def unfreeze_what_is_new(rank: int, world: int, direct: bool) -> tuple[list[str], list[float], list[int]]:
+def unfreeze_what_is_new(
+    rank: int, world: int, direct: bool
+) -> tuple[list[str], list[float], list[int]]:
     scene = Scene()
     scene.model.vectors[4].requires_grad_(False)
     lines = scene.steps(FORWARD, FORWARD)
@@ -241,7 +280,9 @@ def test_what_is_unfrozen_for_the_first_time_is_observed_with_everything_else(di
 # ---- backwards of the user's own
 
 
-def go_back_directly(rank: int, world: int, orders: list[Sequence[int]], gas: int) -> tuple[list[str], list[float]]:
+def go_back_directly(
+    rank: int, world: int, orders: list[Sequence[int]], gas: int
+) -> tuple[list[str], list[float]]:
     scene = Scene(1, gas)
     lines = [scene.step(order, direct=True) for order in orders]
     return lines, [uses * gas for uses in scene.uses()]
@@ -266,7 +307,9 @@ def test_so_is_one_that_adds_to_what_an_earlier_micro_batch_has_left() -> None:
     assert uses == [7.0, 8.0] * 3
 
 
-def look_at_slopes_between_micro_batches(rank: int, world: int) -> tuple[int, list[float], list[int]]:
+def look_at_slopes_between_micro_batches(
+    rank: int, world: int
+) -> tuple[int, list[float], list[int]]:
     scene = Scene(1, gas=2)
     scene.steps(*[FORWARD] * 5)
     slopes = torch.autograd.grad(scene.engine(FORWARD), list(scene.model.parameters()))
@@ -280,7 +323,10 @@ def test_what_an_earlier_micro_batch_has_left_is_no_sign_of_a_backward() -> None
 
 
 def go_back_unscaled(rank: int, world: int) -> tuple[Exception | None, list[float], list[float]]:
-    two_a_bucket = {"stage": 2, "reduce_bucket_size": 4 * ELEMENTS}  # 64 bytes apart, which is twice as many elements
+    two_a_bucket = {
+        "stage": 2,
+        "reduce_bucket_size": 4 * ELEMENTS,
+    }  # 64 bytes apart, which is twice as many elements
     scene = Scene(fp16={"enabled": True, "loss_scale": 4.0}, zero_optimization=two_a_bucket)
     scene.steps(FORWARD, FORWARD)
     assert scene.hooked() == [0, 2, 4]
@@ -299,13 +345,17 @@ def test_an_unscaled_backward_that_touches_no_sentinel_is_refused() -> None:
         assert after == [3.0, 4.0] * 3
 
 
-def break_off_on_rank_1(rank: int, world: int, steps_anyway: bool) -> tuple[Exception | None, list[float]]:
+def break_off_on_rank_1(
+    rank: int, world: int, steps_anyway: bool
+) -> tuple[Exception | None, list[float]]:
     """Its direct backward raises behind vector 5's gradient, before that of any sentinel."""
     scene = Scene()
     scene.steps(FORWARD, FORWARD)
     x = torch.zeros((), requires_grad=True)
     error = caught(scene.engine([5], Raising.apply(x) if rank == 1 else x).backward)
-    assert rank == 0 or [i for i, vector in enumerate(scene.model.vectors) if vector.grad is not None] == [5]
+    assert rank == 0 or [
+        i for i, vector in enumerate(scene.model.vectors) if vector.grad is not None
+    ] == [5]
     if rank == 0 or steps_anyway:
         error = caught(scene.engine.step)
     scene.step()
@@ -313,7 +363,9 @@ def break_off_on_rank_1(rank: int, world: int, steps_anyway: bool) -> tuple[Exce
 
 
 @pytest.mark.parametrize("steps_anyway", [False, True])
-def test_a_direct_backward_that_raises_before_any_sentinel_is_raised_on_all(steps_anyway: bool) -> None:
+def test_a_direct_backward_that_raises_before_any_sentinel_is_raised_on_all(
+    steps_anyway: bool,
+) -> None:
     (innocent, after), (culprit, after_there) = ranks.run(2, break_off_on_rank_1, steps_anyway)
     assert_told(innocent, StepError, "rank 1")
     assert_told(culprit, StepError if steps_anyway else ArithmeticError)
@@ -321,7 +373,9 @@ def test_a_direct_backward_that_raises_before_any_sentinel_is_raised_on_all(step
 
 
 def break_off_and_go_back_again(rank: int, world: int) -> list[float]:
-    """The second loss was made before the first one's backward raised; nothing has told the engine of that."""
+    """The second loss was made before the first one's backward raised; nothing has told the engine
+    of that.
+    """
     scene = Scene()
     scene.steps(FORWARD, FORWARD)
     broken = scene.engine([5], Raising.apply(torch.zeros((), requires_grad=True)))
@@ -357,7 +411,9 @@ UNSTEADY = [
 ]
 
 
-def train_both_ways(rank: int, world: int, names: list[str], gas: int, stage: int) -> dict[str, bool]:
+def train_both_ways(
+    rank: int, world: int, names: list[str], gas: int, stage: int
+) -> dict[str, bool]:
     """Whether a case ends with the same bits with sentinels and with a hook on every parameter."""
     engine_for = training.engine_for
 

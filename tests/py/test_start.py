@@ -38,14 +38,22 @@ def _start_with_another_model(rank: int, world: int, odd: type[Terms]) -> Except
     return caught(lambda: engine_over_terms(model=odd() if rank == 1 else Terms()))
 
 
-@pytest.mark.parametrize(("odd", "words"), [(_Wider, ["b [4]", "b [6]", "rank 1"]), (_Longer, ["rank 1", "extra"])])
-def test_ranks_with_different_models_name_the_first_difference(odd: type[Terms], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("odd", "words"), [(_Wider, ["b [4]", "b [6]", "rank 1"]), (_Longer, ["rank 1", "extra"])]
+)
+def test_ranks_with_different_models_name_the_first_difference(
+    odd: type[Terms], words: list[str]
+) -> None:
     for error in ranks.run(2, _start_with_another_model, odd, timeout=LIMIT):
         assert_told(error, PlanMismatch, *words)
 
 
 def _start_with_other_buckets(rank: int, world: int) -> Exception | None:
-    return caught(lambda: engine_over_terms({"zero_optimization": {"reduce_bucket_size": 1 if rank == 0 else 100}}))
+    return caught(
+        lambda: engine_over_terms(
+            {"zero_optimization": {"reduce_bucket_size": 1 if rank == 0 else 100}}
+        )
+    )
 
 
 def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
@@ -56,7 +64,10 @@ def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gradient_clipping": ({"gradient_clipping": 1.0}, {"gradient_clipping": 2.0}),
     "gradient_accumulation_steps": ({}, {"gradient_accumulation_steps": 2}),
-    "fp16.loss_scale": ({"fp16": {"enabled": True, "loss_scale": 2.0}}, {"fp16": {"enabled": True, "loss_scale": 4.0}}),
+    "fp16.loss_scale": (
+        {"fp16": {"enabled": True, "loss_scale": 2.0}},
+        {"fp16": {"enabled": True, "loss_scale": 4.0}},
+    ),
     "zerort.timeout": ({"zerort": {"timeout": 10}}, {}),
     "optimizer.params.lr": (
         {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}},
@@ -76,7 +87,9 @@ def test_ranks_with_different_settings_name_the_first_key(key: str) -> None:
 
 
 def _print_on_rank_0(rank: int, world: int) -> Exception | None:
-    return caught(lambda: engine_over_terms({"steps_per_print": 10, "dump_state": True} if rank == 0 else {}))
+    return caught(
+        lambda: engine_over_terms({"steps_per_print": 10, "dump_state": True} if rank == 0 else {})
+    )
 
 
 def test_what_is_printed_may_differ_between_ranks() -> None:
@@ -162,7 +175,10 @@ def used_optimizer() -> dict[str, Any]:
 
 def foreign_parameter() -> dict[str, Any]:
     model = Terms()
-    return {"model": model, "optimizer": torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0)}
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(7))], lr=1.0),
+    }
 
 
 def optimizer_of_another_model() -> dict[str, Any]:
@@ -202,20 +218,64 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
     "nothing_to_train": (lambda: {"model": all_frozen()}, PlanError, ["train"]),
     "shared_storage": (lambda: {"model": _Shared()}, PlanError, ["a", "b"]),
     "columns": (lambda: {"model": _Columns()}, PlanError, ["a and b", "interleaved", "clone()"]),
-    "lazy": (lambda: {"model": nn.LazyLinear(4), **BY_NAME}, PlanError, ["parameter weight", "forward"]),
-    "meta": (lambda: {"model": nn.Linear(4, 4, device="meta")}, PlanError, ["parameter weight", "to_empty"]),
-    "no_parameters": (lambda: {"model": nn.ReLU(), **BY_NAME}, PlanError, ["ReLU", "no parameters"]),
-    "made_for_inference": (lambda: {"model": made_for_inference()}, PlanError, ["parameter a", "inference_mode"]),
-    "integer_parameter": (lambda: {"model": _Integer()}, PlanError, ["parameter steps", "int64", "cast"]),
+    "lazy": (
+        lambda: {"model": nn.LazyLinear(4), **BY_NAME},
+        PlanError,
+        ["parameter weight", "forward"],
+    ),
+    "meta": (
+        lambda: {"model": nn.Linear(4, 4, device="meta")},
+        PlanError,
+        ["parameter weight", "to_empty"],
+    ),
+    "no_parameters": (
+        lambda: {"model": nn.ReLU(), **BY_NAME},
+        PlanError,
+        ["ReLU", "no parameters"],
+    ),
+    "made_for_inference": (
+        lambda: {"model": made_for_inference()},
+        PlanError,
+        ["parameter a", "inference_mode"],
+    ),
+    "integer_parameter": (
+        lambda: {"model": _Integer()},
+        PlanError,
+        ["parameter steps", "int64", "cast"],
+    ),
     "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
     "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
     "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),
-    "layer_wise_optimizer": (lambda: with_optimizer(_LayerWise, lr=1.0), ConfigError, ["_LayerWise", "stage 0"]),
-    "adafactor": (lambda: with_optimizer(torch.optim.Adafactor), ConfigError, ["Adafactor", "stage 0"]),
-    "closure_optimizer": (lambda: with_optimizer(torch.optim.LBFGS), ConfigError, ["LBFGS", "every stage", "closure"]),
-    "optimizer_of_another_model": (optimizer_of_another_model, PlanError, ["not the model's, 2 of 2"]),
-    "no_module": (lambda: {"model": "gpt2", "optimizer": None}, ConfigError, ["torch.nn.Module", "str"]),
-    "data_parallel": (lambda: {"model": nn.DataParallel(Terms())}, ConfigError, ["DataParallel", "model.module"]),
+    "layer_wise_optimizer": (
+        lambda: with_optimizer(_LayerWise, lr=1.0),
+        ConfigError,
+        ["_LayerWise", "stage 0"],
+    ),
+    "adafactor": (
+        lambda: with_optimizer(torch.optim.Adafactor),
+        ConfigError,
+        ["Adafactor", "stage 0"],
+    ),
+    "closure_optimizer": (
+        lambda: with_optimizer(torch.optim.LBFGS),
+        ConfigError,
+        ["LBFGS", "every stage", "closure"],
+    ),
+    "optimizer_of_another_model": (
+        optimizer_of_another_model,
+        PlanError,
+        ["not the model's, 2 of 2"],
+    ),
+    "no_module": (
+        lambda: {"model": "gpt2", "optimizer": None},
+        ConfigError,
+        ["torch.nn.Module", "str"],
+    ),
+    "data_parallel": (
+        lambda: {"model": nn.DataParallel(Terms())},
+        ConfigError,
+        ["DataParallel", "model.module"],
+    ),
 }
 
 
@@ -248,7 +308,12 @@ def test_an_optimizer_of_whole_parameters_names_the_stage_that_works(kind: str, 
     if not hasattr(torch.optim, kind):
         pytest.skip(f"this torch has no {kind}")
     for error in ranks.run(2, _start_whole, kind, stage, timeout=LIMIT):
-        assert_told(error, ConfigError, f"optimizer {kind} cannot run on shards", "zero_optimization.stage 0")
+        assert_told(
+            error,
+            ConfigError,
+            f"optimizer {kind} cannot run on shards",
+            "zero_optimization.stage 0",
+        )
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
@@ -260,22 +325,33 @@ def test_optimizers_that_no_stage_can_run_are_refused_at_stage_0(kind: Callable[
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"learning_rate": 1.0}, "unexpected keyword argument 'learning_rate'; it takes lr, betas, eps"),
+        (
+            {"learning_rate": 1.0},
+            "unexpected keyword argument 'learning_rate'; it takes lr, betas, eps",
+        ),
         ({"lr": -1.0}, "AdamW cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0"),
     ],
 )
-def test_an_optimizer_that_cannot_be_built_says_what_it_takes(params: dict[str, Any], message: str) -> None:
+def test_an_optimizer_that_cannot_be_built_says_what_it_takes(
+    params: dict[str, Any], message: str
+) -> None:
     error = caught(lambda: engine_over_terms({"optimizer": {"type": "AdamW", "params": params}}))
     assert_told(error, ConfigError, message)
 
 
 def test_a_refused_option_of_adam_is_told_without_a_second_complaint() -> None:
-    error = caught(lambda: engine_over_terms({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}))
+    error = caught(
+        lambda: engine_over_terms(
+            {"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}
+        )
+    )
     assert str(error).startswith("optimizer.params.bias_correction: expected true")
 
 
 def test_a_name_that_neither_engine_nor_module_has_names_both() -> None:
-    with pytest.raises(AttributeError, match="neither the engine nor its module Terms has 'save_chekpoint'"):
+    with pytest.raises(
+        AttributeError, match="neither the engine nor its module Terms has 'save_chekpoint'"
+    ):
         engine_over_terms().save_chekpoint("folder")
 
 
@@ -285,7 +361,9 @@ def _start_with_environment(rank: int, world: int, environment: dict[str, str]) 
 
 
 def test_a_rank_without_a_master_address_is_told_what_is_missing() -> None:
-    (error,) = ranks.run(1, _start_with_environment, {"RANK": "1", "WORLD_SIZE": "2"}, timeout=LIMIT)
+    (error,) = ranks.run(
+        1, _start_with_environment, {"RANK": "1", "WORLD_SIZE": "2"}, timeout=LIMIT
+    )
     assert_told(error, ZerortError, "MASTER_ADDR")
 
 

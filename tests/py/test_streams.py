@@ -1,4 +1,6 @@
-"""The order that CUDA streams are put into, on streams that only remember what has happened before them."""
+"""The order that CUDA streams are put into, on streams that only remember what has happened before
+them.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def _produce(device: Device, streams: CudaStreams, stream: Stream, gradient: str
         streams.produced()
 
 
-def test_a_bucket_is_packed_after_the_streams_of_all_its_gradients(device: Device, streams: CudaStreams) -> None:
+def test_a_bucket_is_packed_after_the_streams_of_all_its_gradients(
+    device: Device, streams: CudaStreams
+) -> None:
     other = Stream()
     streams.begin()
     _produce(device, streams, other, "one")
@@ -73,7 +77,9 @@ def test_a_bucket_is_packed_after_the_streams_of_all_its_gradients(device: Devic
     assert {"one", "two"} <= device.current.before
 
 
-def test_memory_of_a_packed_gradient_is_not_written_before_it_was_read(device: Device, streams: CudaStreams) -> None:
+def test_memory_of_a_packed_gradient_is_not_written_before_it_was_read(
+    device: Device, streams: CudaStreams
+) -> None:
     other = Stream()
     streams.begin()
     _produce(device, streams, other, "one")
@@ -84,7 +90,9 @@ def test_memory_of_a_packed_gradient_is_not_written_before_it_was_read(device: D
     assert "pack" in other.before
 
 
-def test_a_bucket_waits_for_the_sum_of_the_one_whose_memory_it_takes(device: Device, streams: CudaStreams) -> None:
+def test_a_bucket_waits_for_the_sum_of_the_one_whose_memory_it_takes(
+    device: Device, streams: CudaStreams
+) -> None:
     streams.begin()
     with streams.side():
         device.current.run("sum")
@@ -94,7 +102,9 @@ def test_a_bucket_waits_for_the_sum_of_the_one_whose_memory_it_takes(device: Dev
     assert "sum" in device.current.before
 
 
-def test_sums_run_between_the_step_before_and_the_step_after(device: Device, streams: CudaStreams) -> None:
+def test_sums_run_between_the_step_before_and_the_step_after(
+    device: Device, streams: CudaStreams
+) -> None:
     device.current.run("the step before")
     streams.begin()
     with streams.side():
@@ -105,7 +115,9 @@ def test_sums_run_between_the_step_before_and_the_step_after(device: Device, str
     assert "sum" in device.current.before
 
 
-def test_a_pass_forgets_the_streams_of_the_pass_before(device: Device, streams: CudaStreams) -> None:
+def test_a_pass_forgets_the_streams_of_the_pass_before(
+    device: Device, streams: CudaStreams
+) -> None:
     other = Stream()
     streams.begin()
     _produce(device, streams, other, "one")
@@ -162,5 +174,8 @@ def test_the_executor_tells_streams_of_each_pack_and_each_sum(window: int) -> No
     (calls,) = ranks.run(1, _what_streams_are_told, window)
     pack = [f"before_pack shared={window == 1}", "after_pack"]
     sums = [*pack, "side", *pack, "side"] if window == 1 else [*pack, *pack, "side", "side"]
-    assert [call for call in calls[: calls.index("end of backward")] if call != "join"] == ["begin", *sums]
+    assert [call for call in calls[: calls.index("end of backward")] if call != "join"] == [
+        "begin",
+        *sums,
+    ]
     assert calls[-1] == "join"

@@ -53,7 +53,9 @@ def one_step(sink, number=0):
             sink.span("collectives", f"reduce-scatter b{bucket}", start, sink.mark(), bytes=4096)
             sink.wait(start, sink.mark(), bucket=bucket)
             moments = BucketLife(at, at + MS, start, sink.mark())
-            sink.life(bucket, moments, bytes=4096, dtype="f32", params=3, last=f"layers.{bucket}.weight")
+            sink.life(
+                bucket, moments, bytes=4096, dtype="f32", params=3, last=f"layers.{bucket}.weight"
+            )
     with sink.range("optimizer"):
         pass
     sink.step(number)
@@ -66,17 +68,31 @@ def test_a_step_becomes_a_file_in_chromes_format(sink):
     assert named(events, "process_name")[0]["args"] == {"name": "rank 2"}
     rows = [event["args"]["name"] for event in named(events, "thread_name")]
     assert rows == ["main", "buckets", "collectives"]
-    for name in ("forward", "backward", "optimizer", "wait", "reduce-scatter b1", "bytes in flight", "step"):
+    for name in (
+        "forward",
+        "backward",
+        "optimizer",
+        "wait",
+        "reduce-scatter b1",
+        "bytes in flight",
+        "step",
+    ):
         assert named(events, name), name
 
 
 def test_a_buckets_life_shows_its_phases_and_what_is_known_of_it(sink):
     moments = BucketLife(first=1 * MS, full=3 * MS, launched=7 * MS, retired=15 * MS)
-    sink.life(5, moments, bytes=64, dtype="bf16", params=2, last="head.weight", waited_for="bucket 4")
+    sink.life(
+        5, moments, bytes=64, dtype="bf16", params=2, last="head.weight", waited_for="bucket 4"
+    )
     events = [event for event in written(sink) if event.get("cat") == "buckets"]
     begun = {event["name"]: event["ts"] for event in events if event["ph"] == "b"}
-    lasted = {event["name"]: event["ts"] - begun[event["name"]] for event in events if event["ph"] == "e"}
-    assert lasted == pytest.approx({"bucket 5": 14e3, "filling": 2e3, "queued": 4e3, "in flight": 8e3}, abs=0.05)
+    lasted = {
+        event["name"]: event["ts"] - begun[event["name"]] for event in events if event["ph"] == "e"
+    }
+    assert lasted == pytest.approx(
+        {"bucket 5": 14e3, "filling": 2e3, "queued": 4e3, "in flight": 8e3}, abs=0.05
+    )
     assert events[0]["args"] == {
         "bucket": 5,
         "bytes": 64,
@@ -90,7 +106,11 @@ def test_a_buckets_life_shows_its_phases_and_what_is_known_of_it(sink):
 def test_lives_that_overlap_are_told_apart(sink):
     for bucket, first in ((0, 0), (1, 2), (0, 4)):
         sink.life(bucket, BucketLife(*(first * MS + phase * MS for phase in (1, 2, 3, 9))))
-    lives = [event for event in written(sink) if event["name"].startswith("bucket ") and event["ph"] == "b"]
+    lives = [
+        event
+        for event in written(sink)
+        if event["name"].startswith("bucket ") and event["ph"] == "b"
+    ]
     assert len({event["id"] for event in lives}) == 3
 
 
@@ -162,7 +182,9 @@ def test_device_times_are_resolved_after_the_device_passed_them(sink):
     assert device.passed_ms == 1025, "a flush waits for the rest"
     assert named(events, "forward")[0]["dur"] == pytest.approx(20e3, abs=0.1)
     assert named(events, "wait")[0]["dur"] == pytest.approx(5e3, abs=0.1)
-    assert named(events, "wait")[0]["ts"] == pytest.approx(named(events, "forward")[0]["ts"] + 20e3, abs=0.1)
+    assert named(events, "wait")[0]["ts"] == pytest.approx(
+        named(events, "forward")[0]["ts"] + 20e3, abs=0.1
+    )
 
 
 def test_device_times_stay_exact_over_hours(sink):
@@ -186,7 +208,9 @@ def test_host_and_device_moments_share_one_axis(sink):
     sink.step(0)
     sink.counter("bytes in flight", after, 2)
     order = [
-        event["name"] for event in written(sink) if event["ph"] in "Ci" and event["name"] != "exposed communication"
+        event["name"]
+        for event in written(sink)
+        if event["ph"] in "Ci" and event["name"] != "exposed communication"
     ]
     assert order == ["bytes in flight", "step", "bytes in flight"]
 
@@ -247,7 +271,9 @@ def test_the_environment_overrides_the_configured_path(tmp_path, monkeypatch):
         ("/dev/null", 1, "'/dev/null': it exists and is not a regular file"),
     ],
 )
-def test_a_path_that_cannot_be_written_is_refused_at_once_and_named(tmp_path, monkeypatch, path, world, complaint):
+def test_a_path_that_cannot_be_written_is_refused_at_once_and_named(
+    tmp_path, monkeypatch, path, world, complaint
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ZERORT_TRACE", raising=False)
     with pytest.raises(ConfigError, match=complaint):
@@ -270,7 +296,13 @@ with sink.range("backward"):
     {end or "pass"}
 """
     environment = {**os.environ, "ZERORT_TRACE": ""}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert (ran.returncode == 0) == (end == ""), ran.stderr
     assert named(check_file(path), "backward"), ran.stderr
 
@@ -286,7 +318,9 @@ sink.flush()
 sink.step(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", program], env={**os.environ, "ZERORT_TRACE": ""}, check=False)
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "ZERORT_TRACE": ""}, check=False
+    )
     assert len(named(check_file(path), "step")) == 1
 
 
@@ -320,7 +354,11 @@ def test_every_sink_of_the_table_takes_every_call(tmp_path):
 
 
 def test_every_sink_has_the_protocols_signatures(tmp_path):
-    calls = [name for name, member in vars(TraceSink).items() if inspect.isfunction(member) and name[0] != "_"]
+    calls = [
+        name
+        for name, member in vars(TraceSink).items()
+        if inspect.isfunction(member) and name[0] != "_"
+    ]
     assert "life" in calls
     for sink in every_sink(tmp_path):
         for name in set(calls) - {"now", "mark"}:  # these may be the clock itself
@@ -340,7 +378,10 @@ def test_without_a_trace_nothing_is_kept_or_allocated(monkeypatch):
 @pytest.mark.parametrize("traced", [False, True])
 def test_torchs_profiler_shows_the_same_names(tmp_path, traced):
     sink = ProfilerSink(ChromeSink(tmp_path / "trace.json", 0, 10) if traced else NullSink())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, sink.range("forward"):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        sink.range("forward"),
+    ):
         torch.ones(1) + 1
     assert "forward" in {event.key for event in profile.key_averages()}
     if traced:
@@ -366,11 +407,15 @@ def test_the_core_counts_what_the_ring_forgot_and_shows_every_kind_of_argument(t
     trace = _core.Trace(0, 2)
     row = trace.track("main")
     for at in range(5):
-        trace.instant(row, "step", at, {"at": at, "huge": 1 << 80, "norm": float("nan"), "name": 'a\u2028"b'})
+        trace.instant(
+            row, "step", at, {"at": at, "huge": 1 << 80, "norm": float("nan"), "name": 'a\u2028"b'}
+        )
     assert (len(trace), trace.dropped) == (2, 3)
     trace.write(str(tmp_path / "trace.json"))
     shown = [event["args"] for event in named(check_file(tmp_path / "trace.json"), "step")]
-    assert shown == [{"at": at, "huge": float(1 << 80), "norm": "NaN", "name": 'a\u2028"b'} for at in (3, 4)]
+    assert shown == [
+        {"at": at, "huge": float(1 << 80), "norm": "NaN", "name": 'a\u2028"b'} for at in (3, 4)
+    ]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -387,8 +432,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         ({"name": "x", "ph": "X", "pid": 0, "tid": 1, "ts": 1.0}, "dur of"),
         ({"name": "x", "ph": "X", "pid": "0", "tid": 1, "ts": 1.0, "dur": 0}, "pid of"),
         ({"name": "x", "ph": "Q", "pid": 0, "tid": 1}, "unknown phase"),
-        ({"name": "x", "ph": "e", "pid": 0, "tid": 1, "ts": 1.0, "cat": "c", "id": "0x1"}, "an end without its begin"),
-        ({"name": "x", "ph": "b", "pid": 0, "tid": 1, "ts": 1.0, "cat": "c", "id": "0x1"}, "begins without an end"),
+        (
+            {"name": "x", "ph": "e", "pid": 0, "tid": 1, "ts": 1.0, "cat": "c", "id": "0x1"},
+            "an end without its begin",
+        ),
+        (
+            {"name": "x", "ph": "b", "pid": 0, "tid": 1, "ts": 1.0, "cat": "c", "id": "0x1"},
+            "begins without an end",
+        ),
         ({"name": "x", "ph": "i", "pid": 0, "tid": 9, "ts": 1.0, "s": "t"}, "rows without a name"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Parameters are views of flat buffers. What users do with parameters goes on working, or is refused by name.
+"""Parameters are views of flat buffers. What users do with parameters goes on working, or is
+refused by name.
 
 (What moves a parameter out of its buffer is in `test_failures`.)
 """
@@ -32,7 +33,9 @@ def a_saver_that_keeps_one_name_per_storage_keeps_all(rank: int, world: int) -> 
 
 
 def a_saved_model_has_the_size_of_its_tensors(rank: int, world: int) -> None:
-    engine = engine_over_terms({"zero_optimization": {"reduce_bucket_size": 10**8}}, model=nn.Linear(100, 100))
+    engine = engine_over_terms(
+        {"zero_optimization": {"reduce_bucket_size": 10**8}}, model=nn.Linear(100, 100)
+    )
     alone, all_of_it = io.BytesIO(), io.BytesIO()
     torch.save(engine.module.state_dict()["bias"], alone)
     torch.save(engine.module.state_dict(), all_of_it)
@@ -55,7 +58,9 @@ def a_loaded_state_dict_reaches_the_masters(rank: int, world: int) -> None:
 
 def a_write_in_place_reaches_the_masters_and_costs_no_other_its_bits(rank: int, world: int) -> None:
     model = Terms()
-    engine = engine_over_terms(BF16, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=2.0**-12))
+    engine = engine_over_terms(
+        BF16, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=2.0**-12)
+    )
     with torch.no_grad():
         model.b.fill_(1.0)
     for _ in range(8):
@@ -75,7 +80,9 @@ def a_parameter_written_in_place_is_trained_from(rank: int, world: int) -> None:
     assert step_with(engine, 1.0, 1.0) == (9.0, -2.0)
 
 
-def a_step_of_the_optimizers_own_that_was_left_in_the_loop_changes_nothing(rank: int, world: int) -> None:
+def a_step_of_the_optimizers_own_that_was_left_in_the_loop_changes_nothing(
+    rank: int, world: int
+) -> None:
     engine = engine_over_terms()
     step_with(engine, 1.0, 1.0)
     engine.optimizer.step()

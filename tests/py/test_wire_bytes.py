@@ -1,8 +1,8 @@
 """What travels is what theory says: bytes and collectives of every rank, counted over a whole step.
 
-With N ranks and M the padded bytes of all buckets, a rank sends (N-1)/N x M to reduce them once and (N-1)/N x M to
-gather them once: summed gradients at stage 0, parameters above. Beside that there is the vote, one small all-reduce.
-The first step also agrees on a launch order and is left out.
+With N ranks and M the padded bytes of all buckets, a rank sends (N-1)/N x M to reduce them once and
+(N-1)/N x M to gather them once: summed gradients at stage 0, parameters above. Beside that there is
+the vote, one small all-reduce. The first step also agrees on a launch order and is left out.
 """
 
 import sys
@@ -39,7 +39,10 @@ class Variant:
 
     @property
     def config(self) -> Config:
-        placement = {"zero_optimization": {"stage": self.stage}, "zerort": {"reduce_at": self.reduce_at}}
+        placement = {
+            "zero_optimization": {"stage": self.stage},
+            "zerort": {"reduce_at": self.reduce_at},
+        }
         return {**WIRES[self.dtype], **placement}
 
 
@@ -118,7 +121,9 @@ def test_a_rank_sends_exactly_the_bytes_that_theory_asks_for(world: int, variant
 
 @every_variant
 @every_world
-def test_a_bucket_costs_one_reduce_scatter_a_pass_and_one_broadcast_a_rank(world: int, variant: Variant) -> None:
+def test_a_bucket_costs_one_reduce_scatter_a_pass_and_one_broadcast_a_rank(
+    world: int, variant: Variant
+) -> None:
     for found in of_every_rank(world, variant):
         assert found.buckets > 5
         assert found.calls == {
@@ -130,7 +135,9 @@ def test_a_bucket_costs_one_reduce_scatter_a_pass_and_one_broadcast_a_rank(world
 
 @every_world
 def test_no_step_uses_the_users_group(world: int) -> None:
-    assert [found.on_default_group for rows in counted(world) for found in rows] == [0] * (world * len(VARIANTS))
+    assert [found.on_default_group for rows in counted(world) for found in rows] == [0] * (
+        world * len(VARIANTS)
+    )
 
 
 @every_world
@@ -152,7 +159,9 @@ def sockets(rank: int, world: int, stage: int) -> tuple[int, int]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDE * WIDE},
     }
-    engine, *_ = zerort.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+    engine, *_ = zerort.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
+    )
     with tapped() as calls:
         before = carried()
         for _ in range(2):

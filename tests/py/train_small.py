@@ -1,4 +1,5 @@
-"""Trains a small model under torchrun and lets rank 0 write its weights: the same program on gloo and on NCCL.
+"""Trains a small model under torchrun and lets rank 0 write its weights: the same program on gloo
+and on NCCL.
 
 torchrun --nproc_per_node=2 train_small.py STAGE ACCUMULATION OUTPUT
 """
@@ -32,7 +33,14 @@ def main(stage: int, accumulation: int, output: str) -> None:
         engine.step()
     if torch.distributed.get_rank() == 0:
         weights = {name: tensor.cpu() for name, tensor in engine.module.state_dict().items()}
-        torch.save({"device": engine.device.type, "norm": engine.get_global_grad_norm(), "weights": weights}, output)
+        torch.save(
+            {
+                "device": engine.device.type,
+                "norm": engine.get_global_grad_norm(),
+                "weights": weights,
+            },
+            output,
+        )
     engine.destroy()
     torch.distributed.destroy_process_group()
 

@@ -12,7 +12,17 @@ from torch import Tensor
 
 import zerort
 from cases import CASES, DRAWN, WHOLE
-from reference import AS_IT_IS, MICRO_BATCH, Case, History, Moment, Precision, ReduceAt, Twin, weights_of
+from reference import (
+    AS_IT_IS,
+    MICRO_BATCH,
+    Case,
+    History,
+    Moment,
+    Precision,
+    ReduceAt,
+    Twin,
+    weights_of,
+)
 
 # Elements per bucket: small, so that the smallest models have several.
 SMALL_BUCKET = 150
@@ -54,7 +64,9 @@ def engine_for(case: Case, config: Config) -> Any:
     return engine
 
 
-def train(rank: int, world: int, name: str, accumulation: int, changes: Mapping[str, Any]) -> History:
+def train(
+    rank: int, world: int, name: str, accumulation: int, changes: Mapping[str, Any]
+) -> History:
     """Runs a case of the table to its end on this rank."""
     case = TABLE[name]
     engine = engine_for(case, config_of(case, accumulation, changes))
@@ -76,12 +88,16 @@ def take_step(engine: Any, case: Case, rank: int, step: int, accumulation: int =
         engine.step()
 
 
-def train_each(rank: int, world: int, name: str, accumulation: int, variants: list[Config]) -> list[History]:
+def train_each(
+    rank: int, world: int, name: str, accumulation: int, variants: list[Config]
+) -> list[History]:
     """Every variant's history, trained one after another in one group."""
     return [train(rank, world, name, accumulation, variant) for variant in variants]
 
 
-def train_all(rank: int, world: int, name: str, accumulation: int, variants: list[Config]) -> list[str]:
+def train_all(
+    rank: int, world: int, name: str, accumulation: int, variants: list[Config]
+) -> list[str]:
     """The digest of every variant's history, trained one after another in one group."""
     return [digest(train(rank, world, name, accumulation, variant)) for variant in variants]
 
@@ -109,8 +125,12 @@ def digest(history: History) -> str:
 
 
 def assert_same(histories: list[History], expected: History, tolerance: float = TOLERANCE) -> None:
-    """Every rank's weights, norms and learning rates at every step are the twin's; the ranks agree to the bit."""
-    assert len({digest(history) for history in histories}) == 1, "the ranks ended with different weights"
+    """Every rank's weights, norms and learning rates at every step are the twin's; the ranks agree
+    to the bit.
+    """
+    assert len({digest(history) for history in histories}) == 1, (
+        "the ranks ended with different weights"
+    )
     history = histories[0]
     for step, (weights, truth) in enumerate(zip(history.weights, expected.weights, strict=True)):
         assert weights.keys() == truth.keys()
@@ -120,12 +140,16 @@ def assert_same(histories: list[History], expected: History, tolerance: float = 
     low = any(tensor.dtype.itemsize < 4 for tensor in history.weights[0].values())
     near = (20 if low else 2) * tolerance
     for step, (norm, truth_norm) in enumerate(zip(history.norms, expected.norms, strict=True)):
-        assert abs(norm - truth_norm) <= near * truth_norm, f"norm of step {step}: {norm} != {truth_norm}"
+        assert abs(norm - truth_norm) <= near * truth_norm, (
+            f"norm of step {step}: {norm} != {truth_norm}"
+        )
     assert history.rates == expected.rates
 
 
 def assert_near(tensor: Tensor, truth: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Norm-relative distance within the tolerance; below fp32, a few last bits that rounded the other way."""
+    """Norm-relative distance within the tolerance; below fp32, a few last bits that rounded the
+    other way.
+    """
     assert tensor.dtype == truth.dtype and tensor.shape == truth.shape, what
     distance = (tensor.double() - truth.double()).abs()
     if tensor.dtype.itemsize < 4:
@@ -133,4 +157,6 @@ def assert_near(tensor: Tensor, truth: Tensor, what: str, tolerance: float = TOL
         assert (distance <= ulp).all() and (distance > 0).sum() <= 1 + tensor.numel() // 50, what
         return
     size = truth.double().norm()
-    assert distance.norm() <= tolerance * size, f"{what}: off by {float(distance.norm() / size):.3g}, relative"
+    assert distance.norm() <= tolerance * size, (
+        f"{what}: off by {float(distance.norm() / size):.3g}, relative"
+    )

@@ -1,8 +1,9 @@
-"""Files in blocks of 1 MiB, each with a hash: written once and hashed meanwhile, read in slices that are verified.
+"""Files in blocks of 1 MiB, each with a hash: written once and hashed meanwhile, read in slices
+that are verified.
 
-A block is the unit of trust. A rank that needs a slice of a file reads the blocks that cover it and no others, and a
-byte that `BlockReader.read` has delivered belongs to a block whose hash was right. The hashes themselves stand in the
-manifest; this module neither stores nor finds them.
+A block is the unit of trust. A rank that needs a slice of a file reads the blocks that cover it and
+no others, and a byte that `BlockReader.read` has delivered belongs to a block whose hash was right.
+The hashes themselves stand in the manifest; this module neither stores nor finds them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ WhatLiesAt = Callable[[int, int], str]
 
 @dataclass(frozen=True)
 class Hashes:
-    """What a file was when it was written: its length and its blocks' xxh3-128, as hexadecimal digits."""
+    """What a file was when it was written: its length and its blocks' xxh3-128, as hexadecimal
+    digits.
+    """
 
     bytes: int
     blocks: str
@@ -46,7 +49,9 @@ class Hashes:
 
 
 class HashedFile:
-    """A file that is written once, front to back, and hashed on the way. `size` is how long it will be, if known."""
+    """A file that is written once, front to back, and hashed on the way. `size` is how long it will
+    be, if known.
+    """
 
     def __init__(self, disk: Disk, path: Path, size: int = 0) -> None:
         self._disk, self._path = disk, path
@@ -77,7 +82,9 @@ class HashedFile:
             rest = rest[len(chunk) :]
 
     def finish(self) -> Hashes:
-        """Syncs and closes the file. It survives a power loss from here on, once its folder is synced too."""
+        """Syncs and closes the file. It survives a power loss from here on, once its folder is
+        synced too.
+        """
         with _naming(self._path):
             self._disk.sync(self._descriptor())
         self.close()
@@ -132,7 +139,7 @@ class Want:
 
 
 class BlockReader:
-    """Reads slices of files; verifies every block that it reads, and reads none twice in a sweep."""
+    """Reads slices of files; verifies each block it reads, and reads none twice in a sweep."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -141,14 +148,22 @@ class BlockReader:
         """From disk, in whole blocks."""
 
     def read(self, path: Path, hashes: Hashes, wants: Iterable[Want], what: WhatLiesAt) -> None:
-        """Fills all `wants` in one sweep. Raises `CheckpointError` naming the file and `what` is damaged; `OSError`."""
+        """Fills all `wants` in one sweep. Raises `CheckpointError` naming the file and `what` is
+        damaged; `OSError`.
+        """
         with self._opened(path, hashes) as file:
             for index, touched in _by_block(wants):
                 start = index * BLOCK
                 end = min(start + BLOCK, hashes.bytes)
                 # A want that covers the block is read in place; the others get a copy.
-                whole = next((want for want in touched if want.start <= start and want.end >= end), None)
-                block = whole.into[start - whole.start : end - whole.start] if whole else self._buffer[: end - start]
+                whole = next(
+                    (want for want in touched if want.start <= start and want.end >= end), None
+                )
+                block = (
+                    whole.into[start - whole.start : end - whole.start]
+                    if whole
+                    else self._buffer[: end - start]
+                )
                 self._fill(path, file, start, block)
                 if xxhash.xxh3_128_hexdigest(block) != hashes.of_block(index):
                     raise damaged(path, start, end, what)
@@ -157,7 +172,9 @@ class BlockReader:
                         _copy(block, start, want)
 
     def verify(self, path: Path, hashes: Hashes, what: WhatLiesAt, head: int = 0) -> bytes:
-        """Reads all of a file and verifies all blocks. Returns its first `head` bytes. Raises as `read` does."""
+        """Reads all of a file and verifies all blocks. Returns its first `head` bytes. Raises as
+        `read` does.
+        """
         first = bytearray()
         with self._opened(path, hashes) as file:
             for start in range(0, hashes.bytes, BLOCK):

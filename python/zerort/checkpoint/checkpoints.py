@@ -1,4 +1,6 @@
-"""The engine's checkpoints: what `save_checkpoint` and `load_checkpoint` do, behind the engine's thin methods."""
+"""The engine's checkpoints: what `save_checkpoint` and `load_checkpoint` do, behind the engine's
+thin methods.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _log = logging.getLogger("zerort")
 
 
 class Checkpoints:
-    """Saves and loads one engine, and remembers which tag it came from, so that no pruning deletes that one."""
+    """Saves and loads one engine, and remembers which tag it came from, so that no pruning deletes
+    that one.
+    """
 
     def __init__(self, state: EngineState, config: Config) -> None:
         self.state = state
@@ -49,9 +53,13 @@ class Checkpoints:
         folder = Path(save_dir)
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
         name = agreed_tag(comm, wanted, self._config.checkpoint.tag_validation)
-        loaded = frozenset(loaded for where, loaded in self._loaded.items() if where == folder.resolve())
+        loaded = frozenset(
+            loaded for where, loaded in self._loaded.items() if where == folder.resolve()
+        )
         what = f"checkpoint {folder / name} was not saved"
-        snapshot = vote(comm, what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen))
+        snapshot = vote(
+            comm, what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
+        )
         Save(comm, self.disk, folder, name, replace(wishes, keep=loaded)).run(snapshot)
         return True
 
@@ -71,18 +79,24 @@ class Checkpoints:
         self.bytes_read = loading.bytes_read
         if loaded is None:
             if self.state.comm.rank == 0:
-                _log.warning("%s holds no file `latest`: nothing was loaded; give a tag to load one", folder)
+                _log.warning(
+                    "%s holds no file `latest`: nothing was loaded; give a tag to load one", folder
+                )
             return None, {}
         name, client_state = loaded
         self._loaded[folder.resolve()] = name
         return str(folder / name), client_state
 
-    def save_weights(self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool) -> bool:
+    def save_weights(
+        self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool
+    ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
         folder = Path(save_dir)
         on_first(
             self.state.comm,
             f"{folder / name} was not saved",
-            lambda: save_weights(self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen),
+            lambda: save_weights(
+                self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen
+            ),
         )
         return True

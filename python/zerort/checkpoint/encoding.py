@@ -1,11 +1,14 @@
-"""Python values as JSON, with typed tags for what JSON lacks: tuples, integer keys, infinities, counters, tensors.
+"""Python values as JSON, with typed tags for what JSON lacks: tuples, integer keys, infinities,
+counters, tensors.
 
-`decode(encode(value)) == value`, type for type; what cannot be kept so is refused with its path, never approximated.
-Nothing is pickled, so reading a checkpoint runs no code. A tag is an object with one key that begins with `$`:
+`decode(encode(value)) == value`, type for type; what cannot be kept so is refused with its path,
+never approximated. Nothing is pickled, so reading a checkpoint runs no code. A tag is an object
+with one key that begins with `$`:
 
-    {"$tuple": [...]}   {"$dict": [[key, value], ...]}   {"$counter": [[key, count], ...]}   {"$float": "inf"}
+    {"$tuple": [...]}   {"$dict": [[key, value], ...]}   {"$counter": [[key, count], ...]}
+    {"$float": "inf"}
     {"$scalar": ["F32", [], 5.0]}   a tensor of one element: dtype, shape, value
-    {"$tensor": "client_state.0"}   a tensor in the file of rank 0 (or of the rank whose value it is)
+    {"$tensor": "client_state.0"}   a tensor in rank 0's file, or its owner's
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from zerort.errors import CheckpointError
 __all__ = ["Json", "decode", "encode"]
 
 Json = Any
-"""None, a bool, an integer, a finite float, a string, a list of these, or a dict of these with strings as keys."""
+"""None, a bool, an integer, a finite float, a string, a list of these, or a dict of these with
+strings as keys.
+"""
 
 _DEPTH = 64
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Json:
-    """`value` as JSON. Tensors of more than one element are put into `tensors`, under names that begin with `where`.
+    """`value` as JSON. Tensors of more than one element are put into `tensors`, under names that
+    begin with `where`.
 
     Raises `CheckpointError` with the path to what cannot be kept.
     """
@@ -57,35 +63,53 @@ class _Encoder:
         if isinstance(value, dict):
             return self._mapping(value, path, depth)
         raise CheckpointError(
-            f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: JSON values, tuples, "
-            "dicts with string or integer keys, and tensors can be kept; convert it"
+            f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: "
+            "JSON values, tuples, dicts with string or integer keys, and tensors can be kept; "
+            "convert it"
         )
 
     def _mapping(self, value: dict[Any, Any], path: str, depth: int) -> Json:
         if isinstance(value, Counter):
             return {"$counter": self._pairs(value, path, depth)}
         if all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()}
+            return {
+                key: self.encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()
+            }
         return {"$dict": self._pairs(value, path, depth)}
 
     def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[Json]:
         for key in value:
             if type(key) not in (str, int):
-                raise CheckpointError(f"{path} has the key {key!r}: keys that can be kept are strings and integers")
-        return [[key, self.encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()]
+                raise CheckpointError(
+                    f"{path} has the key {key!r}: keys that can be kept are strings and integers"
+                )
+        return [
+            [key, self.encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()
+        ]
 
     def _tensor(self, value: Tensor, path: str) -> Json:
         if value.layout != torch.strided or value.dtype not in CODES:
-            raise CheckpointError(f"{path} is a {value.layout} tensor of {value.dtype}, which a checkpoint cannot hold")
+            raise CheckpointError(
+                f"{path} is a {value.layout} tensor of {value.dtype}, which a checkpoint cannot "
+                "hold"
+            )
         if value.numel() == 1 and not value.is_complex():
-            return {"$scalar": [CODES[value.dtype], list(value.shape), self.encode(value.item(), path, _DEPTH)]}
+            return {
+                "$scalar": [
+                    CODES[value.dtype],
+                    list(value.shape),
+                    self.encode(value.item(), path, _DEPTH),
+                ]
+            }
         name = f"{self.prefix}.{len(self.tensors)}"
         self.tensors[name] = value.detach()
         return {"$tensor": name}
 
 
 def decode(value: Json, tensor: Callable[[str], Tensor]) -> Any:
-    """The value that was encoded; `tensor` finds one by its name. Raises `CheckpointError` for an unknown tag."""
+    """The value that was encoded; `tensor` finds one by its name. Raises `CheckpointError` for an
+    unknown tag.
+    """
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
@@ -97,7 +121,9 @@ def decode(value: Json, tensor: Callable[[str], Tensor]) -> Any:
         (content,) = value.values()
         return _untagged(tag, content, tensor)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"the manifest holds a value that does not read: {str(value)[:80]}") from error
+        raise CheckpointError(
+            f"the manifest holds a value that does not read: {str(value)[:80]}"
+        ) from error
 
 
 def _untagged(tag: str, content: Json, tensor: Callable[[str], Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """Weights for other programs: one state dict out of a checkpoint, or out of a running engine.
 
-From a checkpoint come the fp32 masters, read and verified as a load does; from an engine the parameters as the module
-computes with them. Nothing here needs the number of ranks that saved.
+From a checkpoint come the fp32 masters, read and verified as a load does; from an engine the
+parameters as the module computes with them. Nothing here needs the number of ranks that saved.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from zerort.checkpoint.tags import LATEST, TEMPORARY, latest, read_manifest
 from zerort.checkpoint.tensors import DTYPES, Stored, as_bytes, place
 from zerort.errors import CheckpointError
 
-__all__ = ["get_fp32_state_dict", "load_state_dict_from_zero_checkpoint", "save_weights", "state_dict_of"]
+__all__ = [
+    "get_fp32_state_dict",
+    "load_state_dict_from_zero_checkpoint",
+    "save_weights",
+    "state_dict_of",
+]
 
 
 def get_fp32_state_dict(
-    checkpoint_dir: str | os.PathLike[str], tag: str | None = None, exclude_frozen_parameters: bool = False
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
 ) -> dict[str, Tensor]:
-    """The fp32 masters of a checkpoint, with buffers, under the module's names, on CPU; aliases share a tensor.
+    """The fp32 masters of a checkpoint, with buffers, under the module's names, on CPU; aliases
+    share a tensor.
 
-    `tag` is what `latest` names when left out. Floating-point values of other dtypes are cast. Raises
-    `CheckpointError` for a checkpoint that is missing or damaged.
+    `tag` is what `latest` names when left out. Floating-point values of other dtypes are cast.
+    Raises `CheckpointError` for a checkpoint that is missing or damaged.
     """
     disk, folder = Disk(), Path(checkpoint_dir)
     found = tag if tag is not None else latest(disk, folder)
@@ -51,21 +59,29 @@ def get_fp32_state_dict(
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> nn.Module:
-    """Loads a checkpoint's weights into a plain module, on CPU, and returns it. Raises as `get_fp32_state_dict`."""
+    """Loads a checkpoint's weights into a plain module, on CPU, and returns it. Raises as
+    `get_fp32_state_dict`.
+    """
     model = model.cpu()
     model.load_state_dict(get_fp32_state_dict(checkpoint_dir, tag), strict=False)
     return model
 
 
-def state_dict_of(reader: Reader, *, as_saved: bool = False, exclude_frozen: bool = False) -> dict[str, Tensor]:
-    """All weights of a checkpoint. With `as_saved` in the dtypes of the module that saved it, else in fp32."""
+def state_dict_of(
+    reader: Reader, *, as_saved: bool = False, exclude_frozen: bool = False
+) -> dict[str, Tensor]:
+    """All weights of a checkpoint. With `as_saved` in the dtypes of the module that saved it, else
+    in fp32.
+    """
     manifest = reader.manifest
     plan = _one_rank(manifest)
     origins = [param if entry.stored else -1 for param, entry in enumerate(manifest.params)]
     found: dict[str, Tensor] = {}
     flats = []
     for bucket in plan.buckets:
-        flat = torch.zeros(bucket.numel, dtype=torch.float64 if bucket.dtype == "f64" else torch.float32)
+        flat = torch.zeros(
+            bucket.numel, dtype=torch.float64 if bucket.dtype == "f64" else torch.float32
+        )
         Shard(plan, 0).want(reader, bucket.id, "master", origins, flat)
         flats.append(flat)
     for entry in manifest.tensors:
@@ -90,7 +106,9 @@ def _one_rank(manifest: Manifest) -> _core.Plan:
 
 def _shaped(flat: Tensor, offset: int, saved: ParamEntry) -> Tensor:
     """A parameter out of the flat buffer, contiguous, in memory of its own."""
-    return torch.as_strided(flat, saved.shape, saved.strides, offset).clone(memory_format=torch.contiguous_format)
+    return torch.as_strided(flat, saved.shape, saved.strides, offset).clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, as_saved: bool) -> Tensor:
@@ -99,19 +117,26 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, as_saved: bool) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def save_weights(module: nn.Module, folder: Path, name: str, disk: Disk, *, exclude_frozen: bool) -> None:
-    """Writes a module's state dict in its own dtypes into `folder` / `name`, by a temporary file and a rename.
+def save_weights(
+    module: nn.Module, folder: Path, name: str, disk: Disk, *, exclude_frozen: bool
+) -> None:
+    """Writes a module's state dict in its own dtypes into `folder` / `name`, by a temporary file
+    and a rename.
 
-    A name that ends in `.safetensors` gives that format, in which a tied weight stands once, under its first name;
-    any other name gives torch's zip format, which `torch.load(weights_only=True)` reads. What an export that died left
-    of this file is deleted. Raises `CheckpointError` for a name that could be something else, and `OSError`.
+    A name that ends in `.safetensors` gives that format, in which a tied weight stands once, under
+    its first name; any other name gives torch's zip format, which `torch.load(weights_only=True)`
+    reads. What an export that died left of this file is deleted. Raises `CheckpointError` for a
+    name that could be something else, and `OSError`.
     """
     if not name or Path(name).name != name or name.startswith(".") or name == LATEST:
         raise CheckpointError(
-            f"{name!r} cannot be the name of a file of weights: no folders, no dot first, not {LATEST!r}"
+            f"{name!r} cannot be the name of a file of weights: no folders, no dot first, not "
+            f"{LATEST!r}"
         )
     path = folder / name
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {
+        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     weights = {
         name: value.detach()
         for name, value in module.state_dict().items()

@@ -1,8 +1,9 @@
 """The file system, one operation a method: the only place of this package that touches it.
 
-What it guarantees: a file is created, never reopened for writing; nothing is followed through a symbolic link; nothing
-is replaced unless the method's name says so. What it does not do: it knows no protocol. The order of operations, which
-is what makes a save safe, stands in `save`; tests put another `Disk` below, which records them or fails at one.
+What it guarantees: a file is created, never reopened for writing; nothing is followed through a
+symbolic link; nothing is replaced unless the method's name says so. What it does not do: it knows
+no protocol. The order of operations, which is what makes a save safe, stands in `save`; tests put
+another `Disk` below, which records them or fails at one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Disk:
-    """The operations of POSIX that a checkpoint needs. Descriptors are plain integers; all errors are `OSError`."""
+    """The operations of POSIX that a checkpoint needs. Descriptors are plain integers; all errors
+    are `OSError`.
+    """
 
     def make_folder(self, path: Path) -> None:
         """A new folder; an existing one is an error."""
@@ -34,12 +37,16 @@ class Disk:
 
     def create(self, path: Path) -> int:
         """A new file, open for writing; an existing one is an error."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
 
     def reserve(self, file: int, size: int) -> None:
-        """Room for `size` bytes, where the file system can promise it; the file stays as long as it is.
+        """Room for `size` bytes, where the file system can promise it; the file stays as long as it
+        is.
 
-        Blocks asked for one write at a time cost more than the writing: saves of 1 GB took three times as long.
+        Blocks asked for one write at a time cost more than the writing: saves of 1 GB took three
+        times as long.
         """
         if _libc.fallocate(file, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size)) != 0:
             number = ctypes.get_errno()
@@ -75,19 +82,23 @@ class Disk:
             if error.errno not in _NOT_HERE:
                 raise
             if os.path.lexists(target):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+                raise FileExistsError(
+                    errno.EEXIST, os.strerror(errno.EEXIST), str(target)
+                ) from error
             source.rename(target)
 
     def exchange(self, first: Path, second: Path) -> None:
-        """Two names change places in one instant. Raises `CheckpointError` where the file system has no such call."""
+        """Two names change places in one instant. Raises `CheckpointError` where the file system
+        has no such call.
+        """
         try:
             _renameat2(first, second, _EXCHANGE)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
             raise CheckpointError(
-                f"the file system of {second.parent} cannot exchange two folders in one instant, so {second.name} "
-                "cannot be overwritten safely: save under another tag"
+                f"the file system of {second.parent} cannot exchange two folders in one instant, "
+                f"so {second.name} cannot be overwritten safely: save under another tag"
             ) from error
 
     def replace(self, source: Path, target: Path) -> None:
@@ -126,13 +137,17 @@ class Disk:
         return os.path.lexists(path)
 
     def open(self, path: Path) -> int:
-        """A regular file, for reading. Raises `CheckpointError` for anything else, symbolic links included."""
+        """A regular file, for reading. Raises `CheckpointError` for anything else, symbolic links
+        included.
+        """
         try:
             # O_NONBLOCK: a pipe in the place of a file must not make the reader wait for a writer.
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise CheckpointError(f"{path} is a symbolic link: a checkpoint holds plain files only") from error
+                raise CheckpointError(
+                    f"{path} is a symbolic link: a checkpoint holds plain files only"
+                ) from error
             raise
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)

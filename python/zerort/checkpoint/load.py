@@ -1,12 +1,13 @@
-"""Loading a checkpoint into an engine of any world size, stage, bucket size and order of parameters.
+"""Loading a checkpoint into an engine of any world size, stage, bucket size and order of
+parameters.
 
     find the tag, read the manifest   all ranks act on rank 0's bytes
-    match                             does it fit? An error names the first difference, before anything is read
+    match                             does it fit? Names the first difference, before reading
     stage                             read and verify what this rank needs; vote
     apply                             only now the engine changes
 
-Damage found on the way is `Damaged`: with `fallback` the newest tag that verifies is loaded instead, and without it the
-error names that tag.
+Damage found on the way is `Damaged`: with `fallback` the newest tag that verifies is loaded
+instead, and without it the error names that tag.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Damaged(CheckpointError):
 
 @dataclass
 class Load:
-    """One load. `custom` is DeepSpeed's `custom_load_fn(src=state dict, dst=module)`, which then loads the weights."""
+    """One load. `custom` is DeepSpeed's `custom_load_fn(src=state dict, dst=module)`, which then
+    loads the weights.
+    """
 
     state: EngineState
     disk: Disk
@@ -54,7 +57,8 @@ class Load:
     """By this rank, from the files of tensors."""
 
     def run(self, tag: str | None, *, fallback: bool) -> tuple[str, Any] | None:
-        """Loads `tag`, or what `latest` names; returns the tag and the client state, or None when there is no `latest`.
+        """Loads `tag`, or what `latest` names; returns the tag and the client state, or None when
+        there is no `latest`.
 
         Raises `CheckpointError` on all ranks alike; no value of the engine has changed then.
         """
@@ -67,11 +71,13 @@ class Load:
         except Damaged as error:
             other = newest_good(self.state.comm, self.disk, self.folder, found)
             if other is None:
-                raise CheckpointError(f"{error}; no other checkpoint in {self.folder} verifies") from error
+                raise CheckpointError(
+                    f"{error}; no other checkpoint in {self.folder} verifies"
+                ) from error
             if not fallback:
                 raise CheckpointError(
-                    f"{error}; the newest checkpoint there that verifies is {other}: load it by tag, or with "
-                    "fallback=True"
+                    f"{error}; the newest checkpoint there that verifies is {other}: load it by "
+                    "tag, or with fallback=True"
                 ) from error
             if self.state.comm.rank == 0:
                 _log.warning("%s; loading %s instead", error, other)

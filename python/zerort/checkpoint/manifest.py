@@ -1,14 +1,15 @@
-"""The manifest: everything about a checkpoint but its tensors' values. A JSON file, typed, hashed and limited.
+"""The manifest: everything about a checkpoint but its tensors' values. A JSON file, typed, hashed
+and limited.
 
-It says enough for another program to read the tensors without this one: the buckets' layouts stand in it in figures.
-The file has three parts, and its hash is that of the bytes of the second:
+It says enough for another program to read the tensors without this one: the buckets' layouts stand
+in it in figures. The file has three parts, and its hash is that of the bytes of the second:
 
     {"format": 1, "xxh3_128": "<32 hexadecimal digits>", "manifest":
     <a JSON object, in one or several lines>
     }
 
-What it guarantees: what `dump` has written `parsing.parse` reads. What it does not do: it reads no file, and believes
-nothing about the files it describes.
+What it guarantees: what `dump` has written `parsing.parse` reads. What it does not do: it reads no
+file, and believes nothing about the files it describes.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ MANIFEST_LIMIT = 64 << 20
 """Bytes of a manifest."""
 TENSOR_LIMIT = 10**6
 VALUE_LIMIT = 6 * 10**6
-"""JSON values of a manifest: a list of 30 million zeros would fit into the bytes, and not into memory."""
+"""JSON values of a manifest: a list of 30 million zeros would fit into the bytes, and not into
+memory.
+"""
 
 HEAD = re.compile(rb'\{"format": (\d{1,9}), "xxh3_128": "([0-9a-f]{32})", "manifest":\n')
 TAIL = b"\n}\n"
 
-_Stop = Field(fail_fast=True)  # at the first of many wrong values; an error for each of a million takes gigabytes
+_Stop = Field(
+    fail_fast=True
+)  # at the first of many wrong values; an error for each of a million takes gigabytes
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Code = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
@@ -104,7 +109,9 @@ class TensorEntry(Entry):
     start: _Count
     end: _Count
     runs: Annotated[tuple[tuple[_Count, _Count], ...], _Stop] | None = None
-    """A part of a shard: (start, length), in elements of the shard, of the stretches that are stored, in order."""
+    """A part of a shard: (start, length), in elements of the shard, of the stretches that are
+    stored, in order.
+    """
 
 
 class ParamState(Entry):
@@ -124,7 +131,8 @@ class ParamEntry(Entry):
     name: str
     shape: Annotated[tuple[_Count, ...], _Stop]
     strides: Annotated[tuple[_Count, ...], _Stop]
-    """How its elements lie in memory, hence in its bucket: dense, in any order of the dimensions."""
+    """How its elements lie in memory, hence in its bucket: dense, in any order of the dimensions.
+    """
     dtype: Annotated[str, Field(pattern="^(F64|F32|F16|BF16)$")]
     group: _Count
     frozen: bool
@@ -139,7 +147,9 @@ class ParamEntry(Entry):
 
 
 class BucketEntry(Entry):
-    """Parameters in one flat buffer of `numel` elements, cut into one shard of `shard_numel` for each rank."""
+    """Parameters in one flat buffer of `numel` elements, cut into one shard of `shard_numel` for
+    each rank.
+    """
 
     params: Annotated[tuple[_Count, ...], _Stop]
     offsets: Annotated[tuple[_Count, ...], _Stop]
@@ -180,12 +190,16 @@ class Manifest(Entry):
     aliases: dict[str, str]
     """Further names of parameters and buffers, and the first name of each."""
     frozen: Annotated[tuple[str, ...], _Stop]
-    """Names of the frozen parameters that the optimizer does not hold: `param.NAME`, unless they were left out."""
+    """Names of the frozen parameters that the optimizer does not hold: `param.NAME`, unless they
+    were left out.
+    """
     buckets: Annotated[tuple[BucketEntry, ...], _Stop]
     optimizer: OptimizerEntry
     scheduler: JsonValue
     loss_scale: tuple[float, int, int, int] | None
-    """Of a dynamic loss scale: the scale, hysteresis left, boundaries seen, boundary of the last overflow."""
+    """Of a dynamic loss scale: the scale, hysteresis left, boundaries seen, boundary of the last
+    overflow.
+    """
     client_state: JsonValue
     extra_state: dict[str, JsonValue]
     """What modules return from `get_extra_state`, by their name."""
@@ -216,7 +230,9 @@ class Manifest(Entry):
 
     @cached_property
     def plan(self) -> _core.Plan:
-        """The layout from which the shards come. Raises `CheckpointError` when the buckets do not tile."""
+        """The layout from which the shards come. Raises `CheckpointError` when the buckets do not
+        tile.
+        """
         params: Any = [(entry.numel, entry.dtype.lower(), entry.group, 0) for entry in self.params]
         buckets = [(entry.params, entry.offsets, entry.numel) for entry in self.buckets]
         try:
@@ -226,7 +242,9 @@ class Manifest(Entry):
 
     def in_file(self, name: str) -> list[TensorEntry]:
         """The tensors of one file by their position."""
-        return sorted((entry for entry in self.tensors if entry.file == name), key=lambda entry: entry.start)
+        return sorted(
+            (entry for entry in self.tensors if entry.file == name), key=lambda entry: entry.start
+        )
 
     def what(self, name: str) -> _Contents:
         """Says what lies between two bytes of a file."""
@@ -238,7 +256,11 @@ class _Contents:
         self._manifest, self._name = manifest, name
 
     def __call__(self, start: int, end: int) -> str:
-        inside = [entry for entry in self._manifest.in_file(self._name) if entry.start < end and entry.end > start]
+        inside = [
+            entry
+            for entry in self._manifest.in_file(self._name)
+            if entry.start < end and entry.end > start
+        ]
         if not inside:
             return "its header" if self._manifest.in_file(self._name) else "no tensor lies there"
         return f"tensor {inside[0].name}{f' and {len(inside) - 1} more' if len(inside) > 1 else ''}"
@@ -247,14 +269,15 @@ class _Contents:
 def dump(manifest: Manifest) -> bytes:
     """The file. Raises `CheckpointError` when it is longer than a reader would accept."""
     body = manifest.model_dump_json(exclude_defaults=True).encode()
-    head = f'{{"format": {FORMAT}, "xxh3_128": "{xxhash.xxh3_128_hexdigest(body)}", "manifest":\n'.encode()
+    digest = xxhash.xxh3_128_hexdigest(body)
+    head = f'{{"format": {FORMAT}, "xxh3_128": "{digest}", "manifest":\n'.encode()
     data = head + body + TAIL
     values = count_values(body)
     if len(data) > MANIFEST_LIMIT or len(manifest.tensors) > TENSOR_LIMIT or values > VALUE_LIMIT:
         raise CheckpointError(
-            f"the manifest has {len(data)} bytes, {len(manifest.tensors)} tensors and {values} values, the limits are "
-            f"{MANIFEST_LIMIT}, {TENSOR_LIMIT} and {VALUE_LIMIT}: use larger buckets, or keep less in client_state, or "
-            "keep it there in tensors"
+            f"the manifest has {len(data)} bytes, {len(manifest.tensors)} tensors and {values} "
+            f"values, the limits are {MANIFEST_LIMIT}, {TENSOR_LIMIT} and {VALUE_LIMIT}: use "
+            "larger buckets, or keep less in client_state, or keep it there in tensors"
         )
     return data
 

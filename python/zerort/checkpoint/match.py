@@ -1,7 +1,9 @@
-"""Whether a checkpoint fits an engine, and what of it goes where: parameters by name, groups by their parameters.
+"""Whether a checkpoint fits an engine, and what of it goes where: parameters by name, groups by
+their parameters.
 
-Pure decisions: nothing is read or changed, and every rank comes to the same ones. A difference is an error that names
-the parameter and says what to do, unless the caller has said that names may be missing.
+Pure decisions: nothing is read or changed, and every rank comes to the same ones. A difference is
+an error that names the parameter and says what to do, unless the caller has said that names may be
+missing.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ class Match:
     origins: list[int]
     """For each parameter of the engine the checkpoint's id, or -1: it stays as it is."""
     turned: dict[int, tuple[int, ...]]
-    """Strides of the engine's parameters whose elements lie in another order in the checkpoint, by id."""
+    """Strides of the engine's parameters whose elements lie in another order in the checkpoint, by
+    id.
+    """
     states: list[ParamState | None]
     """For each parameter of the engine what the checkpoint's optimizer kept for it."""
     groups: list[int | None]
-    """For each group of the optimizer the checkpoint's group whose options it takes; None: it keeps its own."""
+    """For each group of the optimizer the checkpoint's group whose options it takes; None: it keeps
+    its own.
+    """
     loose: list[str]
     """The buffers and unplanned parameters that are taken."""
 
@@ -49,7 +55,10 @@ class Match:
 def match(manifest: Manifest, state: EngineState, choice: Choice) -> Match:
     """Raises `CheckpointError` when the two do not fit."""
     names = state.flat.names
-    known = [manifest.param.get(name, manifest.param.get(manifest.aliases.get(name, ""), -1)) for name in names]
+    known = [
+        manifest.param.get(name, manifest.param.get(manifest.aliases.get(name, ""), -1))
+        for name in names
+    ]
     if choice.strict:
         _check_names(manifest, state, known)
     origins = [param if param >= 0 and manifest.params[param].stored else -1 for param in known]
@@ -76,17 +85,21 @@ def _check_names(manifest: Manifest, state: EngineState, known: Sequence[int]) -
     loose_names = {name for name, _ in loose(state.module, state.flat)}
     extra = {name for name, _ in extra_states(state.module)}
     missing = [name for name, param in zip(state.flat.names, known, strict=True) if param < 0]
-    stored = {entry.name for entry in manifest.tensors if entry.name.startswith(("param.", "buffer."))}
-    missing += sorted(loose_names - stored - {f"param.{name}" for name in manifest.frozen}) + sorted(
-        extra - manifest.extra_state.keys()
-    )
+    stored = {
+        entry.name for entry in manifest.tensors if entry.name.startswith(("param.", "buffer."))
+    }
+    missing += sorted(
+        loose_names - stored - {f"param.{name}" for name in manifest.frozen}
+    ) + sorted(extra - manifest.extra_state.keys())
     taken = set(known)
     unexpected = [entry.name for param, entry in enumerate(manifest.params) if param not in taken]
     unexpected += sorted(stored - loose_names) + sorted(manifest.extra_state.keys() - extra)
     told = [f"the checkpoint lacks {_some(missing)}"] if missing else []
     told += [f"the model lacks {_some(unexpected)}"] if unexpected else []
     if told:
-        raise CheckpointError(f"{', and '.join(told)}; load_module_strict=False takes what both have")
+        raise CheckpointError(
+            f"{', and '.join(told)}; load_module_strict=False takes what both have"
+        )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -95,15 +108,17 @@ def _some(names: Sequence[str]) -> str:
 
 def _check_shape(name: str, shape: tuple[int, ...], saved: ParamEntry) -> None:
     if shape != saved.shape:
-        raise CheckpointError(f"parameter {name} has shape {list(shape)}, in the checkpoint {list(saved.shape)}")
+        raise CheckpointError(
+            f"parameter {name} has shape {list(shape)}, in the checkpoint {list(saved.shape)}"
+        )
 
 
 def _check_optimizer(manifest: Manifest, state: EngineState) -> None:
     have = type(state.optimizer.optimizer).__qualname__
     if have != manifest.optimizer.name:
         raise CheckpointError(
-            f"the checkpoint holds the state of {manifest.optimizer.name}, and the optimizer is {have}: "
-            "load_optimizer_states=False takes the weights without it"
+            f"the checkpoint holds the state of {manifest.optimizer.name}, and the optimizer is "
+            f"{have}: load_optimizer_states=False takes the weights without it"
         )
 
 
@@ -118,8 +133,8 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
     for index, groups in enumerate(sources):
         if any(group >= len(saved) or saved[group] != saved[min(groups)] for group in groups):
             raise CheckpointError(
-                f"parameters of the optimizer's group {index} come from the checkpoint's groups {sorted(groups)}, "
-                "which have different options: group them as they were"
+                f"parameters of the optimizer's group {index} come from the checkpoint's groups "
+                f"{sorted(groups)}, which have different options: group them as they were"
             )
         chosen.append(min(groups, default=None))
     return chosen
@@ -128,7 +143,11 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
 def _loose(manifest: Manifest, state: EngineState, choice: Choice) -> list[str]:
     if not choice.weights:
         return []
-    stored = {entry.name: entry for entry in manifest.tensors if entry.name.startswith(("param.", "buffer."))}
+    stored = {
+        entry.name: entry
+        for entry in manifest.tensors
+        if entry.name.startswith(("param.", "buffer."))
+    }
     taken = []
     for name, tensor in loose(state.module, state.flat):
         if name in stored:

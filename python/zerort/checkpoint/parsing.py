@@ -1,8 +1,9 @@
 """A manifest's bytes, from whoever wrote them, as a `Manifest` that can be relied on.
 
-What it guarantees: a `Manifest` that `parse` returned is consistent in itself. Every tensor lies inside its file, none
-overlaps another, the runs of a shard fit into it, names of files cannot leave the folder. Refusing one takes no more
-memory than accepting one of `VALUE_LIMIT` values. What it does not do: it looks at no file that the manifest describes.
+What it guarantees: a `Manifest` that `parse` returned is consistent in itself. Every tensor lies
+inside its file, none overlaps another, the runs of a shard fit into it, names of files cannot leave
+the folder. Refusing one takes no more memory than accepting one of `VALUE_LIMIT` values. What it
+does not do: it looks at no file that the manifest describes.
 """
 
 from __future__ import annotations
@@ -54,20 +55,28 @@ def parse(data: bytes) -> Manifest:
     """The manifest in a file's bytes, checked. Raises `CheckpointError` saying what is wrong."""
     match = HEAD.match(data)
     if match is None or not data.endswith(TAIL):
-        raise CheckpointError(f"{MANIFEST} is damaged: it does not begin and end as a manifest does")
+        raise CheckpointError(
+            f"{MANIFEST} is damaged: it does not begin and end as a manifest does"
+        )
     if int(match[1]) != FORMAT:
-        raise CheckpointError(f"{MANIFEST} has format {int(match[1])}, this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{MANIFEST} has format {int(match[1])}, this version reads format {FORMAT}"
+        )
     body = data[match.end() : -len(TAIL)]
     if xxhash.xxh3_128_hexdigest(body).encode() != match[2]:
         raise CheckpointError(f"{MANIFEST} is damaged: its hash is not the one it was written with")
     if (values := count_values(body)) > VALUE_LIMIT:
-        raise CheckpointError(f"{MANIFEST} has {values} values, more than the {VALUE_LIMIT} allowed")
+        raise CheckpointError(
+            f"{MANIFEST} has {values} values, more than the {VALUE_LIMIT} allowed"
+        )
     _check_keys(body)
     try:
         manifest = Manifest.model_validate_json(body)
     except ValidationError as error:
         if error.error_count() > 1000:  # which would take a kilobyte each to be told
-            raise CheckpointError(f"{MANIFEST} has {error.error_count()} values that do not belong there") from None
+            raise CheckpointError(
+                f"{MANIFEST} has {error.error_count()} values that do not belong there"
+            ) from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{MANIFEST}: {place}: {first['msg']}") from error
@@ -79,7 +88,8 @@ def parse(data: bytes) -> Manifest:
 def _check_keys(body: bytes) -> None:
     """Raises `CheckpointError` where an object has not the keys that it should have.
 
-    pydantic would keep the whole object once for every key that is missing, and an error for every one too many.
+    pydantic would keep the whole object once for every key that is missing, and an error for every
+    one too many.
     """
     try:
         found = from_json(body, cache_strings=False)
@@ -102,7 +112,14 @@ def _check_keys(body: bytes) -> None:
 def _compare_keys(where: str, found: object, model: type[Entry]) -> None:
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is no object")
-    missing = next((key for key, field in model.model_fields.items() if field.is_required() and key not in found), None)
+    missing = next(
+        (
+            key
+            for key, field in model.model_fields.items()
+            if field.is_required() and key not in found
+        ),
+        None,
+    )
     if missing is not None:
         raise CheckpointError(f"{where} lacks the key {missing!r}")
     surplus = next((key for key in found if key not in model.model_fields), None)
@@ -113,7 +130,10 @@ def _compare_keys(where: str, found: object, model: type[Entry]) -> None:
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     if len(manifest.tensors) > TENSOR_LIMIT:
         yield f"{len(manifest.tensors)} tensors are more than {TENSOR_LIMIT}"
-    expected = {SCRIPT, *(rank_file(rank) for rank in range(min(manifest.world, len(manifest.files))))}
+    expected = {
+        SCRIPT,
+        *(rank_file(rank) for rank in range(min(manifest.world, len(manifest.files)))),
+    }
     if len(manifest.files) != manifest.world + 1 or manifest.file.keys() != expected:
         yield f"its files are not the {manifest.world + 1} of a world of {manifest.world}"
     if len(manifest.ranks) != manifest.world:
@@ -127,18 +147,21 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "a name stands twice"
     for param in manifest.params:
         if not _dense(param):
-            yield f"the strides {list(param.strides)} of {param.name} do not fill the shape {list(param.shape)}"
+            strides, shape = list(param.strides), list(param.shape)
+            yield f"the strides {strides} of {param.name} do not fill the shape {shape}"
     yield from _misplaced_tensors(manifest)
     yield from _misfitting_runs(manifest)
     yield from _misfilled_buckets(manifest)
 
 
 def _dense(param: ParamEntry) -> bool:
-    """Whether the strides give each element a place of its own, from 0 to the last without a gap."""
+    """Whether the strides give each element its own place, from 0 on without a gap."""
     if len(param.strides) != len(param.shape):
         return False
     end = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(param.strides, param.shape, strict=True)):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(param.strides, param.shape, strict=True)
+    ):
         if size > 1 and param.numel:
             if stride != end:
                 return False
@@ -152,9 +175,10 @@ def _misplaced_tensors(manifest: Manifest) -> Iterator[str]:
         if entry.file not in manifest.file:
             yield f"tensor {entry.name} lies in {entry.file!r}, which is no file of it"
         elif size_of(entry.dtype, entry.shape) != entry.end - entry.start:
-            yield f"tensor {entry.name}, {entry.dtype} {list(entry.shape)}, has {entry.end - entry.start} bytes"
+            size = entry.end - entry.start
+            yield f"tensor {entry.name}, {entry.dtype} {list(entry.shape)}, has {size} bytes"
         elif entry.start < ends.get(entry.file, 8) or entry.end > manifest.file[entry.file].bytes:
-            yield f"tensor {entry.name} of {entry.file} overlaps its neighbour or the end of the file"
+            yield f"tensor {entry.name} of {entry.file} overlaps its neighbour or the file's end"
         ends[entry.file] = entry.end
 
 
@@ -162,7 +186,8 @@ def _misfitting_runs(manifest: Manifest) -> Iterator[str]:
     for entry in manifest.tensors:
         match = re.fullmatch(r"bucket\.(\d{1,9})\.(master|state\..+)", entry.name)
         if (match is None) != (entry.runs is None):
-            yield f"tensor {entry.name} should {'have no' if match is None else 'say which'} runs of a shard"
+            what = "have no" if match is None else "say which"
+            yield f"tensor {entry.name} should {what} runs of a shard"
         if match is None or entry.runs is None:
             continue
         if int(match[1]) >= len(manifest.buckets):
@@ -184,8 +209,11 @@ def _misfilled_buckets(manifest: Manifest) -> Iterator[str]:
         if entry.runs is not None:
             held[entry.name] += sum(length for _, length in entry.runs)
     for index, bucket in enumerate(manifest.buckets):
-        if bucket.numel != manifest.world * bucket.shard_numel or len(bucket.params) != len(bucket.offsets):
-            yield f"bucket {index} is no layout: {bucket.numel} elements in shards of {bucket.shard_numel}"
+        if bucket.numel != manifest.world * bucket.shard_numel or len(bucket.params) != len(
+            bucket.offsets
+        ):
+            size = f"{bucket.numel} elements in shards of {bucket.shard_numel}"
+            yield f"bucket {index} is no layout: {size}"
         elif any(param >= len(manifest.params) for param in bucket.params):
             yield f"bucket {index} is no layout: it holds a parameter that is not there"
         # What is promised must be there before anybody makes room for it.

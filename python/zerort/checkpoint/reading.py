@@ -1,8 +1,10 @@
-"""Reading a checkpoint: slices of its tensors are asked for one by one, and read and verified in one sweep a file.
+"""Reading a checkpoint: slices of its tensors are asked for one by one, and read and verified in
+one sweep a file.
 
-Two plans meet here, the one that saved and the one that is to be filled. The core says which segments of which saved
-shards fill a shard, and `Shard.want` asks for those and nothing else. A parameter whose elements lie in another order
-now (saved contiguous, channels-last today) has no such segments: a rank that needs a part of it reads the whole.
+Two plans meet here, the one that saved and the one that is to be filled. The core says which
+segments of which saved shards fill a shard, and `Shard.want` asks for those and nothing else. A
+parameter whose elements lie in another order now (saved contiguous, channels-last today) has no
+such segments: a rank that needs a part of it reads the whole.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Reader:
         self._rest: list[Callable[[], object]] = []
 
     def check_names(self) -> None:
-        """Raises `CheckpointError` for a file that is missing or does not belong. Hidden files are let be."""
+        """Raises `CheckpointError` for a file that is missing or does not belong. Hidden files are
+        let be.
+        """
         have = {name for name in self._disk.names(self.folder) if not name.startswith(".")}
         want = {MANIFEST, *self.manifest.file}
         told = [f"{name} is missing" for name in sorted(want - have)]
@@ -52,7 +56,9 @@ class Reader:
             self.blocks.check_size(self.folder / entry.name, entry.hashes)
 
     def want(self, entry: TensorEntry, start: int, into: Tensor) -> None:
-        """Asks for the elements from `start` on, as many as `into` (1-D, contiguous, on CPU) holds, in its dtype."""
+        """Asks for the elements from `start` on, as many as `into` (1-D, contiguous, on CPU) holds,
+        in its dtype.
+        """
         dtype = DTYPES[entry.dtype]
         landing = into
         if dtype != into.dtype:
@@ -80,7 +86,9 @@ class Reader:
         return entry
 
     def fill(self) -> None:
-        """Reads and verifies what was asked for. Raises `CheckpointError` naming file and tensor, and `OSError`."""
+        """Reads and verifies what was asked for. Raises `CheckpointError` naming file and tensor,
+        and `OSError`.
+        """
         wants, self._wants = self._wants, {}
         for file, wanted in wants.items():
             hashes = self.manifest.file[file].hashes
@@ -101,23 +109,32 @@ class Shard:
     plan: _core.Plan
     rank: int
     turned: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """Strides of the plan's parameters whose elements lie in another order than in the checkpoint, by id."""
+    """Strides of the plan's parameters whose elements lie in another order than in the checkpoint,
+    by id.
+    """
 
-    def want(self, reader: Reader, bucket: int, kind: str, origins: Sequence[int], into: Tensor) -> None:
-        """Asks for what fills this rank's shard of `bucket` (shard_numel,) with `kind`, "master" or "state.KEY".
+    def want(
+        self, reader: Reader, bucket: int, kind: str, origins: Sequence[int], into: Tensor
+    ) -> None:
+        """Asks for what fills this rank's shard of `bucket` (shard_numel,) with `kind`, "master" or
+        "state.KEY".
 
-        `origins` says for each parameter which saved one it is, or -1. What has no origin keeps its value in `into`.
-        Raises `CheckpointError` when the checkpoint lacks a part.
+        `origins` says for each parameter which saved one it is, or -1. What has no origin keeps its
+        value in `into`. Raises `CheckpointError` when the checkpoint lacks a part.
         """
         straight = [-1 if param in self.turned else origin for param, origin in enumerate(origins)]
-        rows = _core.reshard(reader.manifest.plan, self.plan, bucket=bucket, rank=self.rank, came_from=straight)
+        rows = _core.reshard(
+            reader.manifest.plan, self.plan, bucket=bucket, rank=self.rank, came_from=straight
+        )
         _want_rows(reader, kind, rows, into)
         for fragment in self.plan.fragments(bucket, self.rank) if self.turned else ():
             origin = origins[fragment.param]
             if fragment.param in self.turned and origin >= 0:
                 self._want_turned(reader, kind, fragment, origin, into)
 
-    def _want_turned(self, reader: Reader, kind: str, fragment: _core.Fragment, origin: int, into: Tensor) -> None:
+    def _want_turned(
+        self, reader: Reader, kind: str, fragment: _core.Fragment, origin: int, into: Tensor
+    ) -> None:
         saved = reader.manifest.params[origin]
         whole = _core.Plan([(saved.numel, "f32", 0, 0)], world=1, stage=0, cap_bytes=1)
         rows = _core.reshard(reader.manifest.plan, whole, bucket=0, rank=0, came_from=[origin])
@@ -125,10 +142,14 @@ class Shard:
         _want_rows(reader, kind, rows, flat)
         part = into.narrow(0, fragment.shard_start, fragment.length)
         strides, start = self.turned[fragment.param], fragment.param_start
-        reader.then(lambda: part.copy_(_turned(flat, saved, strides).narrow(0, start, fragment.length)))
+        reader.then(
+            lambda: part.copy_(_turned(flat, saved, strides).narrow(0, start, fragment.length))
+        )
 
 
-def _want_rows(reader: Reader, kind: str, rows: Sequence[tuple[int, int, int, int, int]], into: Tensor) -> None:
+def _want_rows(
+    reader: Reader, kind: str, rows: Sequence[tuple[int, int, int, int, int]], into: Tensor
+) -> None:
     """Asks for the segments that the core has named."""
     for start, source_rank, source_bucket, source_start, length in rows:
         entry = reader.entry(rank_file(source_rank), f"bucket.{source_bucket}.{kind}")
@@ -136,7 +157,9 @@ def _want_rows(reader: Reader, kind: str, rows: Sequence[tuple[int, int, int, in
 
 
 def _turned(flat: Tensor, saved: ParamEntry, strides: tuple[int, ...]) -> Tensor:
-    """A parameter's elements (numel,) as they lie with `strides`, from `flat` (numel,), where they lie as saved."""
+    """A parameter's elements (numel,) as they lie with `strides`, from `flat` (numel,), where they
+    lie as saved.
+    """
     turned = torch.empty_like(flat)
     turned.as_strided(saved.shape, strides).copy_(flat.as_strided(saved.shape, saved.strides))
     return turned
@@ -150,5 +173,6 @@ def _stored_at(entry: TensorEntry, start: int, length: int) -> int:
             return stored + start - run_start
         stored += run_length
     raise CheckpointError(
-        f"tensor {entry.name} of {entry.file} lacks elements {start} to {start + length} of its shard"
+        f"tensor {entry.name} of {entry.file} lacks elements {start} to {start + length} of its "
+        "shard"
     )

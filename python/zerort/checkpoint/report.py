@@ -32,7 +32,10 @@ def verify(folder: Path, tag: str | None, console: Console) -> int:
     for name in tags:
         found = problems(folder, name)
         bad += bool(found)
-        console.print(f"{escape(name)}: {'[red]damaged[/red]' if found else '[green]ok[/green]'}", highlight=False)
+        console.print(
+            f"{escape(name)}: {'[red]damaged[/red]' if found else '[green]ok[/green]'}",
+            highlight=False,
+        )
         for problem in found:
             console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
     return 1 if bad else 0
@@ -50,7 +53,13 @@ def ls(folder: Path, console: Console) -> int:
             continue
         found = entry.manifest
         counts = (str(found.counters.global_steps), str(found.world), str(found.stage))
-        table.add_row(escape(entry.tag) + star, *counts, decimal(_size(found)), found.saved, escape(found.zerort))
+        table.add_row(
+            escape(entry.tag) + star,
+            *counts,
+            decimal(_size(found)),
+            found.saved,
+            escape(found.zerort),
+        )
     console.print(table)
     return 0
 
@@ -83,7 +92,9 @@ def _size(manifest: Manifest) -> int:
 def _tensors(manifest: Manifest) -> Table:
     table = Table("tensor", "shape", "dtype", "optimizer state", "")
     for entry in manifest.params:
-        kept = [*entry.state.tensors, *entry.state.whole, *entry.state.values] if entry.state else []
+        kept = (
+            [*entry.state.tensors, *entry.state.whole, *entry.state.values] if entry.state else []
+        )
         note = "frozen" if entry.frozen else ""
         note = note if entry.stored else "frozen, left out"
         table.add_row(escape(entry.name), _shape(entry.shape), entry.dtype, ", ".join(kept), note)
@@ -100,7 +111,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def diff(one: Path, other: Path, console: Console) -> int:
-    """Compares the weights of two checkpoints (DIR/TAG each), verified; returns 1 when they differ."""
+    """Compares the weights of two checkpoints (DIR/TAG), verified; returns 1 when they differ."""
     weights = [get_fp32_state_dict(path.parent, path.name) for path in (one, other)]
     table = Table("tensor", "difference", "largest", "norm, relative")
     for row in _differences(*weights):
@@ -112,15 +123,27 @@ def diff(one: Path, other: Path, console: Console) -> int:
     return 1
 
 
-def _differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[tuple[str, str, str, str]]:
+def _differences(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> Iterator[tuple[str, str, str, str]]:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             yield name, f"only in the {'second' if name in theirs else 'first'}", "", ""
         elif ours[name].shape != theirs[name].shape:
-            yield name, f"{_shape(tuple(ours[name].shape))} and {_shape(tuple(theirs[name].shape))}", "", ""
+            yield (
+                name,
+                f"{_shape(tuple(ours[name].shape))} and {_shape(tuple(theirs[name].shape))}",
+                "",
+                "",
+            )
         elif not torch.equal(ours[name], theirs[name]):
             wide = torch.complex128 if ours[name].is_complex() else torch.float64
             a, b = ours[name].to(wide), theirs[name].to(wide)
             count = int((a != b).sum())
             relative = float((a - b).norm() / a.norm().clamp_min(1e-300))
-            yield name, f"{count} of {a.numel()} elements", f"{float((a - b).abs().max()):.3g}", f"{relative:.3g}"
+            yield (
+                name,
+                f"{count} of {a.numel()} elements",
+                f"{float((a - b).abs().max()):.3g}",
+                f"{relative:.3g}",
+            )

@@ -1,7 +1,9 @@
-"""From a checkpoint that fits into an engine, in two halves: `stage` reads and changes nothing, `apply` changes all.
+"""From a checkpoint that fits into an engine, in two halves: `stage` reads and changes nothing,
+`apply` changes all.
 
-Between the two stands the vote of all ranks. `apply` has collectives in it where ranks hold what only one has read:
-the optimizer where it is replicated, buffers, and the parameters that follow from the masters.
+Between the two stands the vote of all ranks. `apply` has collectives in it where ranks hold what
+only one has read: the optimizer where it is replicated, buffers, and the parameters that follow
+from the masters.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ def stage(reader: Reader, state: EngineState, match: Match, choice: Choice) -> S
     if not choice.module_only:
         if choice.optimizer_states:
             _stage_optimizer(reader, state, match, shard, staged)
-        if choice.scheduler_states and state.scheduler is not None and manifest.scheduler is not None:
+        if (
+            choice.scheduler_states
+            and state.scheduler is not None
+            and manifest.scheduler is not None
+        ):
             staged.scheduler = reader.value(manifest.scheduler)
         if manifest.world == state.comm.world:
             staged.own = reader.value(manifest.ranks[state.comm.rank], state.comm.rank)
@@ -67,7 +73,9 @@ def stage(reader: Reader, state: EngineState, match: Match, choice: Choice) -> S
     return staged
 
 
-def _stage_weights(reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged) -> None:
+def _stage_weights(
+    reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
+) -> None:
     for bucket in state.flat.buckets:
         spec = bucket.spec
         if all(match.origins[param] >= 0 for param in spec.params):
@@ -79,18 +87,26 @@ def _stage_weights(reader: Reader, state: EngineState, match: Match, shard: Shar
     if state.comm.rank == 0:
         staged.loose = {name: reader.whole(rank_file(0), name) for name in match.loose}
     known = reader.manifest.extra_state
-    staged.extra = {name: reader.value(known[name]) for name, _ in extra_states(state.module) if name in known}
+    staged.extra = {
+        name: reader.value(known[name]) for name, _ in extra_states(state.module) if name in known
+    }
 
 
-def _stage_optimizer(reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged) -> None:
+def _stage_optimizer(
+    reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
+) -> None:
     manifest = reader.manifest
     for bucket in state.flat.buckets:
         spec = bucket.spec
         held = [(param, kept) for param in spec.params if (kept := match.states[param]) is not None]
         for key in sorted({key for _, kept in held for key in kept.tensors}):
             holders = {param for param, kept in held if key in kept.tensors}
-            origins = [origin if param in holders else -1 for param, origin in enumerate(match.origins)]
-            dtype = _dtype_of(manifest, key, [match.origins[param] for param in holders], bucket.master.dtype)
+            origins = [
+                origin if param in holders else -1 for param, origin in enumerate(match.origins)
+            ]
+            dtype = _dtype_of(
+                manifest, key, [match.origins[param] for param in holders], bucket.master.dtype
+            )
             into = torch.zeros(spec.shard_numel, dtype=dtype)
             shard.want(reader, spec.id, f"state.{key}", origins, into)
             staged.states[spec.id, key] = into
@@ -99,19 +115,29 @@ def _stage_optimizer(reader: Reader, state: EngineState, match: Match, shard: Sh
                 name = f"optimizer.{match.origins[param]}.{key}"
                 staged.whole[param, key] = reader.whole(rank_file(0), name)
     saved = manifest.optimizer.groups
-    staged.options = [None if source is None else reader.value(saved[source]) for source in match.groups]
+    staged.options = [
+        None if source is None else reader.value(saved[source]) for source in match.groups
+    ]
 
 
-def _dtype_of(manifest: Manifest, key: str, sources: Sequence[int], master: torch.dtype) -> torch.dtype:
-    """What a kind of state is kept in: the masters' dtype if it was saved in that, else what it was saved in."""
-    home = {param: index for index, bucket in enumerate(manifest.buckets) for param in bucket.params}
+def _dtype_of(
+    manifest: Manifest, key: str, sources: Sequence[int], master: torch.dtype
+) -> torch.dtype:
+    """What a kind of state is kept in: the masters' dtype if it was saved in that, else what it was
+    saved in.
+    """
+    home = {
+        param: index for index, bucket in enumerate(manifest.buckets) for param in bucket.params
+    }
     dtypes = manifest.dtype_of
     name = f"bucket.{home[min(sources)]}"
     saved = dtypes[f"{name}.state.{key}"]
     return master if saved == dtypes.get(f"{name}.master") else DTYPES[saved]
 
 
-def apply(state: EngineState, manifest: Manifest, match: Match, staged: Staged, choice: Choice) -> None:
+def apply(
+    state: EngineState, manifest: Manifest, match: Match, staged: Staged, choice: Choice
+) -> None:
     """Writes what was staged into the engine, on all ranks together."""
     with torch.no_grad():
         if choice.weights:
@@ -186,10 +212,15 @@ def _give(
         return
     group = optimizer.param_groups[segment.bucket.spec.group]
     values = {
-        key: _at_home(key, decode(value, _no_tensor), segment.tensor, group) for key, value in kept.values.items()
+        key: _at_home(key, decode(value, _no_tensor), segment.tensor, group)
+        for key, value in kept.values.items()
     }
     whole = {key: staged.whole[param, key].to(segment.tensor.device) for key in kept.whole}
-    optimizer.state[segment.tensor] = {**values, **{key: segment.of(owned[key]) for key in kept.tensors}, **whole}
+    optimizer.state[segment.tensor] = {
+        **values,
+        **{key: segment.of(owned[key]) for key in kept.tensors},
+        **whole,
+    }
 
 
 def _no_tensor(name: str) -> Tensor:
@@ -197,8 +228,12 @@ def _no_tensor(name: str) -> Tensor:
 
 
 def _at_home(key: str, value: Any, parameter: nn.Parameter, group: dict[str, Any]) -> Any:
-    """A single value where torch's optimizers want it: a step count on CPU unless its kernel counts on the device."""
-    if not isinstance(value, Tensor) or (key == "step" and not (group.get("capturable") or group.get("fused"))):
+    """A single value where torch's optimizers want it: a step count on CPU unless its kernel counts
+    on the device.
+    """
+    if not isinstance(value, Tensor) or (
+        key == "step" and not (group.get("capturable") or group.get("fused"))
+    ):
         return value
     return value.to(parameter.device)
 

@@ -1,4 +1,6 @@
-"""The random number generators of a process: Python's, torch's, the device's, and numpy's where it is in use."""
+"""The random number generators of a process: Python's, torch's, the device's, and numpy's where it
+is in use.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,22 @@ __all__ = ["random_states", "restore_random_states"]
 def random_states(device: torch.device) -> dict[str, Any]:
     """The states, as values that a checkpoint can hold."""
     version, words, gauss = random.getstate()
-    states: dict[str, Any] = {"python": (version, torch.tensor(words), gauss), "torch": torch.get_rng_state()}
+    states: dict[str, Any] = {
+        "python": (version, torch.tensor(words), gauss),
+        "torch": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
-        states["numpy"] = (kind, torch.tensor(keys.tolist()), int(position), int(has_gauss), float(cached))
+        states["numpy"] = (
+            kind,
+            torch.tensor(keys.tolist()),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        )
     return states
 
 

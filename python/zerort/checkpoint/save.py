@@ -1,15 +1,18 @@
-"""The save protocol: a checkpoint is complete on every rank and survives a power loss, or it is not listed.
+"""The save protocol: a checkpoint is complete on every rank and survives a power loss, or it is not
+listed.
 
-    rank 0   lock DIR, sweep what dead saves left, refuse an occupied tag, create DIR/.tmp-TAG-NONCE/     `open`
-    all      write rank_R.safetensors there, hash on the way, sync; vote                                  `write`
-    rank 0   write the script, manifest.json and the next `latest`, sync them and the folder              `seal`
-    rank 0   rename the folder to DIR/TAG, or exchange the two; vote                                      `commit`
-    rank 0   sync DIR, rename the next `latest` over the old one, sync DIR                                `point`
-    rank 0   delete what `keep_last` lets go; vote; unlock                                                `prune`
+    `open`     rank 0   lock DIR, sweep what dead saves left, refuse an occupied tag,
+                        create DIR/.tmp-TAG-NONCE/
+    `write`    all      write rank_R.safetensors there, hash on the way, sync; vote
+    `seal`     rank 0   write the script, manifest.json and the next `latest`, sync all
+    `commit`   rank 0   rename the folder to DIR/TAG, or exchange the two; vote
+    `point`    rank 0   sync DIR, rename the next `latest` over the old one, sync DIR
+    `prune`    rank 0   delete what `keep_last` lets go; vote; unlock
 
-What needs space happens before the rename, so a full disk leaves nothing half done behind it. Whatever fails, all ranks
-raise the same `CheckpointError`, and `DIR/TAG` and `latest` are as they were, or, after the rename, `DIR/TAG` is
-complete. The steps use one `Save` and no global state, so that they can run on a thread of their own.
+What needs space happens before the rename, so a full disk leaves nothing half done behind it.
+Whatever fails, all ranks raise the same `CheckpointError`, and `DIR/TAG` and `latest` are as they
+were, or, after the rename, `DIR/TAG` is complete. The steps use one `Save` and no global state, so
+that they can run on a thread of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from typing import Literal
 
 from zerort.checkpoint.blocks import HashedFile, Hashes
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import MANIFEST, SCRIPT, FileEntry, Manifest, ParamState, TensorEntry, dump, rank_file
+from zerort.checkpoint.manifest import (
+    MANIFEST,
+    SCRIPT,
+    FileEntry,
+    Manifest,
+    ParamState,
+    TensorEntry,
+    dump,
+    rank_file,
+)
 from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, TEMPORARY, check_tag, latest, listed
 from zerort.checkpoint.tensors import as_bytes, place
@@ -60,10 +72,13 @@ class Written:
 
 
 def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL"]) -> str:
-    """Rank 0's tag, checked. Raises `CheckpointError` on all ranks when they differ and `validation` is FAIL."""
+    """Rank 0's tag, checked. Raises `CheckpointError` on all ranks when they differ and
+    `validation` is FAIL.
+    """
     tags = together(comm, "cannot save", lambda: check_tag(tag))
     if len(set(tags)) > 1 and validation != "IGNORE":
-        told = f"ranks name different tags: {', '.join(f'{rank}: {name}' for rank, name in enumerate(tags[:8]))}"
+        named = ", ".join(f"{rank}: {name}" for rank, name in enumerate(tags[:8]))
+        told = f"ranks name different tags: {named}"
         if validation == "FAIL":
             raise CheckpointError(f"{told}; checkpoint.tag_validation is FAIL")
         if comm.rank == 0:
@@ -90,9 +105,16 @@ class Save:
         return self.folder / self.tag
 
     def run(self, snapshot: Snapshot) -> None:
-        """The whole protocol. Raises the same `CheckpointError` on all ranks, or `CommError` when a rank has gone."""
-        not_saved = f"checkpoint {self.target} was not saved, and what was there before is untouched"
-        not_named = f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power loss"
+        """The whole protocol. Raises the same `CheckpointError` on all ranks, or `CommError` when a
+        rank has gone.
+        """
+        not_saved = (
+            f"checkpoint {self.target} was not saved, and what was there before is untouched"
+        )
+        not_named = (
+            f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power "
+            "loss"
+        )
         try:
             self._name(on_first(self.comm, not_saved, self.open))
             written = together(self.comm, not_saved, lambda: self.write(snapshot))
@@ -110,8 +132,9 @@ class Save:
         self._take_lock()
         if not self.wishes.overwrite and self.disk.exists(self.target):
             raise CheckpointError(
-                "the tag exists already: save under another, or with overwrite=True (configuration key "
-                "zerort.checkpoint.overwrite), which exchanges the two in one instant"
+                "the tag exists already: save under another, or with overwrite=True "
+                "(configuration key zerort.checkpoint.overwrite), which exchanges the two in one "
+                "instant"
             )
         nonce = secrets.token_hex(8)
         self._name(nonce)
@@ -131,7 +154,13 @@ class Save:
             hashes = file.finish()
         tensors = tuple(
             TensorEntry(
-                name=at.name, file=name, dtype=at.code, shape=at.shape, start=at.start, end=at.end, runs=stored.runs
+                name=at.name,
+                file=name,
+                dtype=at.code,
+                shape=at.shape,
+                start=at.start,
+                end=at.end,
+                runs=stored.runs,
             )
             for stored, at in placed
         )
@@ -139,13 +168,19 @@ class Save:
 
     def seal(self, written: list[Written], snapshot: Snapshot) -> None:
         """Writes what describes the checkpoint, and all that will be renamed later."""
-        script = self._write(self.temporary / SCRIPT, files(__package__).joinpath(SCRIPT).read_bytes())
+        script = self._write(
+            self.temporary / SCRIPT, files(__package__).joinpath(SCRIPT).read_bytes()
+        )
         params = snapshot.shared["params"]
-        states = merged_states((rank.states for rank in written), [entry["name"] for entry in params])
+        states = merged_states(
+            (rank.states for rank in written), [entry["name"] for entry in params]
+        )
         manifest = Manifest.model_validate(
             {
                 **snapshot.shared,
-                "params": tuple({**entry, "state": states.get(param)} for param, entry in enumerate(params)),
+                "params": tuple(
+                    {**entry, "state": states.get(param)} for param, entry in enumerate(params)
+                ),
                 "ranks": tuple(rank.own for rank in written),
                 "files": (*(rank.file for rank in written), script),
                 "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
@@ -157,7 +192,7 @@ class Save:
             self._write(self.next_latest, f"{self.tag}\n".encode())
 
     def commit(self, written: list[Written], snapshot: Snapshot) -> None:
-        """Seals the folder and gives it its name: the instant in which the checkpoint comes to be."""
+        """Seals the folder and gives it its name: the instant in which the checkpoint is."""
         self.seal(written, snapshot)
         try:
             self.disk.rename(self.temporary, self.target)
@@ -168,7 +203,9 @@ class Save:
             self.disk.exchange(self.temporary, self.target)
 
     def point(self) -> None:
-        """The name survives a power loss, and then `latest` names it, and then old checkpoints may go."""
+        """The name survives a power loss, and then `latest` names it, and then old checkpoints may
+        go.
+        """
         self.disk.sync_folder(self.folder)
         if self.wishes.save_latest:
             self.disk.replace(self.next_latest, self.folder / LATEST)
@@ -181,16 +218,21 @@ class Save:
             return
         try:
             keep = {self.tag, latest(self.disk, self.folder), *self.wishes.keep}
-            good = [entry.tag for entry in listed(self.disk, self.folder) if entry.manifest is not None]
+            good = [
+                entry.tag for entry in listed(self.disk, self.folder) if entry.manifest is not None
+            ]
             gone = []
             for tag in good[self.wishes.keep_last :]:
                 if tag not in keep:
-                    # Under a temporary name it is no checkpoint any more, however far the deletion comes.
+                    # Under a temporary name it is no checkpoint any more, however far the deletion
+                    # comes.
                     gone.append(self.folder / f"{TEMPORARY}{tag}-{secrets.token_hex(8)}")
                     self.disk.rename(self.folder / tag, gone[-1])
             self._delete(gone)
         except OSError as error:
-            _log.warning("checkpoint %s is saved, but old ones could not be deleted: %s", self.target, error)
+            _log.warning(
+                "checkpoint %s is saved, but old ones could not be deleted: %s", self.target, error
+            )
 
     # What the steps need.
 
@@ -202,21 +244,35 @@ class Save:
         if folder.is_dir():
             return
         self._make_folders(folder.parent)
-        with suppress(FileExistsError):  # another job's, a moment ago; the next operation tells if it is no folder
+        with suppress(
+            FileExistsError
+        ):  # another job's, a moment ago; the next operation tells if it is no folder
             self.disk.make_folder(folder)
         self.disk.sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
-        """Raises `CheckpointError` while another job saves here; with the lock, deletes what dead saves have left."""
+        """Raises `CheckpointError` while another job saves here; with the lock, deletes what dead
+        saves have left.
+        """
         try:
             self._lock = self.disk.lock(self.folder / LOCK)
         except BlockingIOError as error:
-            raise CheckpointError(f"another job is saving into {self.folder} at this moment") from error
+            raise CheckpointError(
+                f"another job is saving into {self.folder} at this moment"
+            ) from error
         if self._lock is not None:
-            self._delete([self.folder / name for name in self.disk.names(self.folder) if name.startswith(TEMPORARY)])
+            self._delete(
+                [
+                    self.folder / name
+                    for name in self.disk.names(self.folder)
+                    if name.startswith(TEMPORARY)
+                ]
+            )
 
     def _delete(self, paths: list[Path]) -> None:
-        """Deletes what has temporary names, once those are on disk: a crash might bring back the names before them."""
+        """Deletes what has temporary names, once those are on disk: a crash might bring back the
+        names before them.
+        """
         if paths:
             self.disk.sync_folder(self.folder)
         for path in paths:
@@ -231,7 +287,9 @@ class Save:
         """Removes what is temporary, as far as that can be done, and lets go of the lock."""
         if hasattr(self, "temporary"):
             with suppress(OSError):
-                self._delete([path for path in (self.temporary, self.next_latest) if self.disk.exists(path)])
+                self._delete(
+                    [path for path in (self.temporary, self.next_latest) if self.disk.exists(path)]
+                )
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with suppress(OSError):

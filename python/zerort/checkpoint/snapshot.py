@@ -1,8 +1,9 @@
-"""Collects an engine's state for a save: the tensors of this rank's file, and what goes into the manifest.
+"""Collects an engine's state for a save: the tensors of this rank's file, and what goes into the
+manifest.
 
-The tensors are views of the engine's own memory, so a snapshot costs no memory and holds good until the next step. What
-is the same on all ranks is collected by rank 0 alone; what the optimizer keeps of a parameter is told by every rank
-that owns a part of it, and must agree.
+The tensors are views of the engine's own memory, so a snapshot costs no memory and holds good until
+the next step. What is the same on all ranks is collected by rank 0 alone; what the optimizer keeps
+of a parameter is told by every rank that owns a part of it, and must agree.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Snapshot:
 
 
 def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen: bool) -> Snapshot:
-    """This rank's snapshot. Raises `CheckpointError` for a value that a checkpoint cannot hold, with its path."""
+    """This rank's snapshot. Raises `CheckpointError` for a value that a checkpoint cannot hold,
+    with its path.
+    """
     snapshot, beside = Snapshot(), dict[str, Tensor]()
     state.flat.take_writes()
     for bucket in state.flat.buckets:
@@ -54,24 +57,39 @@ def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen:
     snapshot.own.update(_own(state, beside))
     if state.comm.rank == 0:
         snapshot.shared.update(_shared(state, client_state, beside, exclude_frozen=exclude_frozen))
-        left_out = {f"param.{name}" for name in snapshot.shared["frozen"]} if exclude_frozen else set()
-        kept = ((name, tensor) for name, tensor in loose(state.module, state.flat) if name not in left_out)
+        left_out = (
+            {f"param.{name}" for name in snapshot.shared["frozen"]} if exclude_frozen else set()
+        )
+        kept = (
+            (name, tensor)
+            for name, tensor in loose(state.module, state.flat)
+            if name not in left_out
+        )
         snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in kept)
     snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in beside.items())
     return snapshot
 
 
-def merged_states(all_states: Iterable[dict[int, ParamState]], names: list[str]) -> dict[int, ParamState]:
-    """What the optimizer keeps of each parameter. Raises `CheckpointError` naming one about which ranks disagree."""
+def merged_states(
+    all_states: Iterable[dict[int, ParamState]], names: list[str]
+) -> dict[int, ParamState]:
+    """What the optimizer keeps of each parameter. Raises `CheckpointError` naming one about which
+    ranks disagree.
+    """
     merged: dict[int, ParamState] = {}
     for states in all_states:
         for param, found in states.items():
             if merged.setdefault(param, found) != found:
-                raise CheckpointError(f"ranks disagree about the optimizer's state of {names[param]}: its step counts?")
+                raise CheckpointError(
+                    f"ranks disagree about the optimizer's state of {names[param]}: its step "
+                    "counts?"
+                )
     return merged
 
 
-def _collect_bucket(state: EngineState, bucket: FlatBucket, snapshot: Snapshot, *, exclude_frozen: bool) -> None:
+def _collect_bucket(
+    state: EngineState, bucket: FlatBucket, snapshot: Snapshot, *, exclude_frozen: bool
+) -> None:
     spec = bucket.spec
     lo = state.comm.rank * spec.shard_numel - bucket.start
     window = (lo, lo + spec.shard_numel)
@@ -89,12 +107,16 @@ def _collect_bucket(state: EngineState, bucket: FlatBucket, snapshot: Snapshot, 
             if region.start < window[1] and region.end > window[0]:
                 snapshot.states[region.param] = told
             if state.comm.rank == 0:
-                snapshot.tensors.extend(Stored.of(f"optimizer.{region.param}.{key}", held[key]) for key in whole)
+                snapshot.tensors.extend(
+                    Stored.of(f"optimizer.{region.param}.{key}", held[key]) for key in whole
+                )
     for key, found in pieces.items():
         snapshot.tensors.extend(_part(f"{name}.state.{key}", found, spans, window))
 
 
-def _segments_with_state(state: EngineState, bucket: FlatBucket) -> Iterator[tuple[Segment, dict[str, Any]]]:
+def _segments_with_state(
+    state: EngineState, bucket: FlatBucket
+) -> Iterator[tuple[Segment, dict[str, Any]]]:
     for segment in state.optimizer.segments:
         held = state.optimizer.optimizer.state.get(segment.tensor)
         if segment.bucket is bucket and held:
@@ -102,7 +124,9 @@ def _segments_with_state(state: EngineState, bucket: FlatBucket) -> Iterator[tup
 
 
 def _sorted(held: dict[str, Any], segment: Segment) -> tuple[list[str], list[str], dict[str, Json]]:
-    """Keys of what has a value for each element, keys of tensors of other shapes, and the single values, encoded."""
+    """Keys of what has a value for each element, keys of tensors of other shapes, and the single
+    values, encoded.
+    """
     elementwise: list[str] = []
     whole: list[str] = []
     values: dict[str, Json] = {}
@@ -115,7 +139,9 @@ def _sorted(held: dict[str, Any], segment: Segment) -> tuple[list[str], list[str
             whole.append(key)
         else:
             shape = list(value.shape)
-            raise CheckpointError(f"the optimizer's state {key!r} of shape {shape} belongs to no element of a shard")
+            raise CheckpointError(
+                f"the optimizer's state {key!r} of shape {shape} belongs to no element of a shard"
+            )
     return elementwise, whole, values
 
 
@@ -133,8 +159,12 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Spans:
     return joined
 
 
-def _part(name: str, pieces: list[tuple[int, Tensor]], spans: Spans, window: tuple[int, int]) -> list[Stored]:
-    """This rank's part of flat tensors: what of `pieces` (start, elements) lies in both `spans` and `window`."""
+def _part(
+    name: str, pieces: list[tuple[int, Tensor]], spans: Spans, window: tuple[int, int]
+) -> list[Stored]:
+    """This rank's part of flat tensors: what of `pieces` (start, elements) lies in both `spans` and
+    `window`.
+    """
     found: list[Tensor] = []
     runs: Spans = []
     for at, piece in pieces:
@@ -157,7 +187,11 @@ def _own(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json]:
 
 
 def _shared(
-    state: EngineState, client_state: dict[str, Any], beside: dict[str, Tensor], *, exclude_frozen: bool
+    state: EngineState,
+    client_state: dict[str, Any],
+    beside: dict[str, Tensor],
+    *,
+    exclude_frozen: bool,
 ) -> dict[str, Any]:
     now = time_ns()
     optimizer = state.optimizer.optimizer
@@ -189,9 +223,13 @@ def _shared(
         ),
         "optimizer": {
             "name": type(optimizer).__qualname__,
-            "groups": tuple(_options(group, index, beside) for index, group in enumerate(optimizer.param_groups)),
+            "groups": tuple(
+                _options(group, index, beside) for index, group in enumerate(optimizer.param_groups)
+            ),
         },
-        "scheduler": None if state.scheduler is None else encode(state.scheduler.state_dict(), "scheduler", beside),
+        "scheduler": None
+        if state.scheduler is None
+        else encode(state.scheduler.state_dict(), "scheduler", beside),
         "loss_scale": scale.state() if isinstance(scale, _core.LossScale) else None,
         "client_state": encode(client_state, "client_state", beside),
         "extra_state": {
@@ -203,7 +241,11 @@ def _shared(
 
 def _options(group: dict[str, Any], index: int, beside: dict[str, Tensor]) -> dict[str, Json]:
     where = f"param_groups[{index}]"
-    return {key: encode(value, f"{where}[{key!r}]", beside) for key, value in group.items() if key != "params"}
+    return {
+        key: encode(value, f"{where}[{key!r}]", beside)
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def _params(state: EngineState, *, exclude_frozen: bool) -> list[dict[str, Any]]:
@@ -218,5 +260,7 @@ def _params(state: EngineState, *, exclude_frozen: bool) -> list[dict[str, Any]]
             "frozen": not parameter.requires_grad,
             "stored": parameter.requires_grad or not exclude_frozen,
         }
-        for param, (name, parameter) in enumerate(zip(state.flat.names, state.flat.params, strict=True))
+        for param, (name, parameter) in enumerate(
+            zip(state.flat.names, state.flat.params, strict=True)
+        )
     ]

@@ -1,8 +1,10 @@
-"""What an engine's state is, for saving and loading alike: the parts that hold it, and how they are found.
+"""What an engine's state is, for saving and loading alike: the parts that hold it, and how they are
+found.
 
-Three kinds. *Planned*: masters and optimizer state, in shards, cut along the plan. *Loose*: buffers, and parameters
-that the optimizer does not hold; every rank has them whole, and rank 0's are the ones that count. *Small*: counters,
-schedules, options, a rank's own random numbers; values rather than tensors, encoded into the manifest.
+Three kinds. *Planned*: masters and optimizer state, in shards, cut along the plan. *Loose*:
+buffers, and parameters that the optimizer does not hold; every rank has them whole, and rank 0's
+are the ones that count. *Small*: counters, schedules, options, a rank's own random numbers; values
+rather than tensors, encoded into the manifest.
 """
 
 from __future__ import annotations
@@ -47,13 +49,19 @@ class EngineState:
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
-    """Strides as the tensor lies in its bucket; 0 for dimensions of one element, whose stride means nothing."""
+    """Strides as the tensor lies in its bucket; 0 for dimensions of one element, whose stride means
+    nothing.
+    """
     dense = torch.empty_like(tensor, device="meta").stride()
-    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, dense, strict=True))
+    return tuple(
+        stride if size > 1 else 0 for size, stride in zip(tensor.shape, dense, strict=True)
+    )
 
 
 def loose(module: nn.Module, flat: FlatModel) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the module's state that no bucket holds: `buffer.NAME` and `param.NAME`, each once."""
+    """Tensors of the module's state that no bucket holds: `buffer.NAME` and `param.NAME`, each
+    once.
+    """
     planned = {id(parameter) for parameter in flat.params}
     for name, parameter in module.named_parameters():
         if id(parameter) not in planned:

@@ -1,4 +1,4 @@
-"""Names in a folder of checkpoints: tags, `latest`, the lock, and what a save that died has left."""
+"""Names in a folder of checkpoints: tags, `latest`, the lock, and what a dead save has left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from zerort.checkpoint.manifest import MANIFEST, MANIFEST_LIMIT, Manifest
 from zerort.checkpoint.parsing import parse
 from zerort.errors import CheckpointError
 
-__all__ = ["LATEST", "LOCK", "TEMPORARY", "Listed", "check_tag", "latest", "listed", "read_manifest"]
+__all__ = [
+    "LATEST",
+    "LOCK",
+    "TEMPORARY",
+    "Listed",
+    "check_tag",
+    "latest",
+    "listed",
+    "read_manifest",
+]
 
 LATEST = "latest"
 """The file that names the newest tag, on one line."""
@@ -33,17 +42,21 @@ class Listed:
 
 
 def check_tag(tag: object) -> str:
-    """The tag. Raises `CheckpointError` for a name that could leave the folder or stand for something else in it."""
+    """The tag. Raises `CheckpointError` for a name that could leave the folder or stand for
+    something else in it.
+    """
     if not isinstance(tag, str) or not _TAG.fullmatch(tag) or tag == LATEST:
         raise CheckpointError(
-            f"{tag!r} cannot be the tag of a checkpoint: letters, digits, '.', '_' and '-', at most 128, beginning "
-            f"with a letter or digit, and not {LATEST!r}"
+            f"{tag!r} cannot be the tag of a checkpoint: letters, digits, '.', '_' and '-', at "
+            f"most 128, beginning with a letter or digit, and not {LATEST!r}"
         )
     return tag
 
 
 def latest(disk: Disk, folder: Path) -> str | None:
-    """The tag that `latest` names, or None where there is no such file. Raises `CheckpointError` for nonsense in it."""
+    """The tag that `latest` names, or None where there is no such file. Raises `CheckpointError`
+    for nonsense in it.
+    """
     try:
         data = disk.read_whole(folder / LATEST, 256)
     except (FileNotFoundError, NotADirectoryError):
@@ -59,18 +72,26 @@ def read_manifest(disk: Disk, folder: Path, tag: str) -> bytes:
     try:
         return disk.read_whole(folder / check_tag(tag) / MANIFEST, MANIFEST_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
-        kind = "is no checkpoint: it has no manifest" if disk.exists(folder / tag) else "does not exist"
+        kind = (
+            "is no checkpoint: it has no manifest"
+            if disk.exists(folder / tag)
+            else "does not exist"
+        )
         raise CheckpointError(f"{folder / tag} {kind}") from error
 
 
 def listed(disk: Disk, folder: Path) -> list[Listed]:
-    """All checkpoints of a folder, the newest first; those that cannot be read come last, with the reason."""
+    """All checkpoints of a folder, the newest first; those that cannot be read come last, with the
+    reason.
+    """
     found = [
         _look(disk, folder, name)
         for name in disk.names(folder)
         if _TAG.fullmatch(name) and disk.exists(folder / name / MANIFEST)
     ]
-    return sorted(found, key=lambda entry: (-entry.manifest.saved_ns if entry.manifest else 1, entry.tag))
+    return sorted(
+        found, key=lambda entry: (-entry.manifest.saved_ns if entry.manifest else 1, entry.tag)
+    )
 
 
 def _look(disk: Disk, folder: Path, tag: str) -> Listed:

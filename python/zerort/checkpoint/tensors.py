@@ -1,7 +1,9 @@
-"""Tensors as the safetensors format lays them out: 8 bytes of length, a JSON header, then the data in one piece.
+"""Tensors as the safetensors format lays them out: 8 bytes of length, a JSON header, then the data
+in one piece.
 
-What it guarantees: a tensor's data is written from where it lies, without a copy on CPU, and the data of a file starts
-on 64 bytes; a header is read with limits and nothing in it is believed before it has been checked.
+What it guarantees: a tensor's data is written from where it lies, without a copy on CPU, and the
+data of a file starts on 64 bytes; a header is read with limits and nothing in it is believed before
+it has been checked.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from torch import Tensor
 
 from zerort.errors import CheckpointError
 
-__all__ = ["CODES", "DTYPES", "Placed", "Stored", "as_bytes", "header", "place", "read_header", "size_of"]
+__all__ = [
+    "CODES",
+    "DTYPES",
+    "Placed",
+    "Stored",
+    "as_bytes",
+    "header",
+    "place",
+    "read_header",
+    "size_of",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -65,7 +77,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor lies in its file: bytes `start` to `end`, counted from the file's beginning."""
+    """Where a tensor lies in its file: bytes `start` to `end` from the file's beginning."""
 
     name: str
     code: str
@@ -80,14 +92,16 @@ def size_of(code: str, shape: Iterable[int]) -> int:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements in order, as bytes: the tensor's own memory where it is contiguous and on CPU."""
+    """The elements in order, as bytes: the tensor's own memory where contiguous and on CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def place(tensors: Sequence[Stored]) -> tuple[bytes, list[tuple[Stored, Placed]]]:
-    """The beginning of a file, up to its data, and the tensors in their order, each with where it lies."""
+    """The beginning of a file, up to its data, and the tensors in their order, each with where it
+    lies.
+    """
     # The widest dtypes first, as the format's own writer has it, so that all are aligned.
     order = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     offsets, end = [], 0
@@ -95,19 +109,30 @@ def place(tensors: Sequence[Stored]) -> tuple[bytes, list[tuple[Stored, Placed]]
         start, end = end, end + size_of(CODES[tensor.dtype], tensor.shape)
         offsets.append((start, end))
     listed = {
-        tensor.name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(span)}
+        tensor.name: {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": list(span),
+        }
         for tensor, span in zip(order, offsets, strict=True)
     }
     head = header(listed)
     placed = [
-        (tensor, Placed(tensor.name, CODES[tensor.dtype], tensor.shape, len(head) + start, len(head) + end))
+        (
+            tensor,
+            Placed(
+                tensor.name, CODES[tensor.dtype], tensor.shape, len(head) + start, len(head) + end
+            ),
+        )
         for tensor, (start, end) in zip(order, offsets, strict=True)
     ]
     return head, placed
 
 
 def header(listed: dict[str, Any]) -> bytes:
-    """Length and header, padded with spaces, as the format allows, so that the data starts on 64 bytes."""
+    """Length and header, padded with spaces, as the format allows, so that the data starts on 64
+    bytes.
+    """
     text = json.dumps({"__metadata__": {"format": "pt"}, **listed}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
@@ -117,12 +142,15 @@ def header_bytes(first: bytes, file_bytes: int) -> int:
     """Length of the beginning up to the data, from the first 8 bytes. Raises `CheckpointError`."""
     length = int.from_bytes(first[:8], "little")
     if len(first) < 8 or length > min(HEADER_LIMIT, file_bytes - 8):
-        raise CheckpointError(f"a header of {length} bytes in a file of {file_bytes}: not a safetensors file")
+        raise CheckpointError(
+            f"a header of {length} bytes in a file of {file_bytes}: not a safetensors file"
+        )
     return 8 + length
 
 
 def read_header(head: bytes, file_bytes: int) -> list[Placed]:
-    """All tensors of a file by their position, from its beginning up to the data, which they must tile.
+    """All tensors of a file by their position, from its beginning up to the data, which they must
+    tile.
 
     Raises `CheckpointError` for whatever the format forbids.
     """
@@ -133,11 +161,17 @@ def read_header(head: bytes, file_bytes: int) -> list[Placed]:
     if not isinstance(listed, dict):
         raise CheckpointError("the header is no JSON object")
     listed.pop("__metadata__", None)
-    found = sorted((_placed(name, entry, len(head)) for name, entry in listed.items()), key=lambda t: (t.start, t.end))
+    found = sorted(
+        (_placed(name, entry, len(head)) for name, entry in listed.items()),
+        key=lambda t: (t.start, t.end),
+    )
     end = len(head)
     for tensor in found:
         if tensor.start != end:
-            raise CheckpointError(f"tensor {tensor.name!r} starts at byte {tensor.start}, not at {end}: gap or overlap")
+            raise CheckpointError(
+                f"tensor {tensor.name!r} starts at byte {tensor.start}, not at {end}: gap or "
+                "overlap"
+            )
         end = tensor.end
     if end != file_bytes:
         raise CheckpointError(f"the tensors end at byte {end} of {file_bytes}")
@@ -147,9 +181,14 @@ def read_header(head: bytes, file_bytes: int) -> list[Placed]:
 def _placed(name: str, entry: Any, data: int) -> Placed:
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and size_of(code, shape) == end - start
+        good = (
+            all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            and size_of(code, shape) == end - start
+        )
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"tensor {name!r} is described as {str(entry)[:80]}") from error
     if not good:
-        raise CheckpointError(f"tensor {name!r}: {code} {shape} does not fill bytes {start} to {end}")
+        raise CheckpointError(
+            f"tensor {name!r}: {code} {shape} does not fill bytes {start} to {end}"
+        )
     return Placed(name, code, tuple(shape), data + start, data + end)

@@ -1,7 +1,7 @@
 """An attempt on all ranks that succeeds on all or raises the same error on all.
 
-No rank goes on alone after a peer has failed, and no rank waits for one that has raised: what became of each is
-gathered before anyone acts on it.
+No rank goes on alone after a peer has failed, and no rank waits for one that has raised: what
+became of each is gathered before anyone acts on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def vote(comm: Comm, what: str, attempt: Callable[[], T], kind: Kind = Checkpoin
     return mine.value
 
 
-def together(comm: Comm, what: str, attempt: Callable[[], T], kind: Kind = CheckpointError) -> list[T]:
+def together(
+    comm: Comm, what: str, attempt: Callable[[], T], kind: Kind = CheckpointError
+) -> list[T]:
     """`vote`, but returns every rank's result."""
     mine = _attempted(attempt)
     told = comm.gather_objects((mine.reason, mine.value))
@@ -66,5 +68,8 @@ def _refuse(what: str, reasons: list[str | None], mine: _Attempt[T], kind: Kind)
     if not failed:
         return
     same = len(set(failed.values())) == 1
-    told = [reason if same else f"rank {rank}: {reason}" for rank, reason in list(failed.items())[: 1 if same else 8]]
+    told = [
+        reason if same else f"rank {rank}: {reason}"
+        for rank, reason in list(failed.items())[: 1 if same else 8]
+    ]
     raise kind(f"{what}: {'; '.join(told)}") from mine.cause

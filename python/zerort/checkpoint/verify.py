@@ -1,7 +1,8 @@
-"""Whether a checkpoint is what was written: every byte against its hash, every header against the manifest.
+"""Whether a checkpoint is what was written: every byte against its hash, every header against the
+manifest.
 
-`problems` finds all there is to find and changes nothing. Ranks can share the work: each looks at its part of the
-files. What a checkpoint means (whether it fits a model) is not asked here.
+`problems` finds all there is to find and changes nothing. Ranks can share the work: each looks at
+its part of the files. What a checkpoint means (whether it fits a model) is not asked here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from zerort.errors import CheckpointError
 __all__ = ["newest_good", "problems"]
 
 
-def problems(folder: Path, tag: str, disk: Disk | None = None, part: int = 0, parts: int = 1) -> list[str]:
+def problems(
+    folder: Path, tag: str, disk: Disk | None = None, part: int = 0, parts: int = 1
+) -> list[str]:
     """What is wrong with the checkpoint DIR/TAG, a sentence each; empty when nothing is.
 
     With `parts`, only every `parts`-th file is read, from number `part` on.
@@ -36,7 +39,9 @@ def problems(folder: Path, tag: str, disk: Disk | None = None, part: int = 0, pa
     except (CheckpointError, OSError) as error:
         return [str(error)]
     return [
-        problem for entry in manifest.files[part::parts] for problem in _of_file(disk, folder / tag, manifest, entry)
+        problem
+        for entry in manifest.files[part::parts]
+        for problem in _of_file(disk, folder / tag, manifest, entry)
     ]
 
 
@@ -53,7 +58,9 @@ def _of_file(disk: Disk, folder: Path, manifest: Manifest, entry: FileEntry) -> 
             disk.read(file, 0, memoryview(head))
         finally:
             disk.close(file)
-        found = {(t.name, t.code, t.shape, t.start, t.end) for t in read_header(bytes(head), entry.bytes)}
+        found = {
+            (t.name, t.code, t.shape, t.start, t.end) for t in read_header(bytes(head), entry.bytes)
+        }
     except (CheckpointError, OSError) as error:
         yield str(error)
         return
@@ -63,8 +70,12 @@ def _of_file(disk: Disk, folder: Path, manifest: Manifest, entry: FileEntry) -> 
 
 
 def newest_good(comm: Comm, disk: Disk, folder: Path, skip: str | None) -> str | None:
-    """The newest tag, other than `skip`, without a problem; all ranks look at their part of the files."""
-    tags = together(comm, str(folder), lambda: _candidates(disk, folder, skip) if comm.rank == 0 else [])[0]
+    """The newest tag, other than `skip`, without a problem; all ranks look at their part of the
+    files.
+    """
+    tags = together(
+        comm, str(folder), lambda: _candidates(disk, folder, skip) if comm.rank == 0 else []
+    )[0]
     for tag in tags:
         found = comm.gather_objects(problems(folder, tag, disk, comm.rank, comm.world))
         if not any(found):
@@ -73,4 +84,8 @@ def newest_good(comm: Comm, disk: Disk, folder: Path, skip: str | None) -> str |
 
 
 def _candidates(disk: Disk, folder: Path, skip: str | None) -> list[str]:
-    return [entry.tag for entry in listed(disk, folder) if entry.manifest is not None and entry.tag != skip]
+    return [
+        entry.tag
+        for entry in listed(disk, folder)
+        if entry.manifest is not None and entry.tag != skip
+    ]

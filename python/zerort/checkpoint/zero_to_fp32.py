@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Rebuilds the fp32 weights of a checkpoint into one state dict. Stands alone: needs torch, numpy and safetensors.
+"""Rebuilds the fp32 weights of a checkpoint into one state dict. Stands alone: needs torch, numpy
+and safetensors.
 
-    python zero_to_fp32.py CHECKPOINT_DIR OUTPUT [-t TAG] [--max_shard_size 5GB] [--safe_serialization]
+    python zero_to_fp32.py CHECKPOINT_DIR OUTPUT [-t TAG] [--max_shard_size 5GB]
+                           [--safe_serialization]
 
-CHECKPOINT_DIR is a folder of checkpoints, or one checkpoint of it. OUTPUT is a folder, which gets `pytorch_model.bin`
-or, with --safe_serialization, `model.safetensors`; weights of more than --max_shard_size are split into several files
-with an index. A copy of this script lies in every checkpoint, so that it can be read without the program that wrote it.
+CHECKPOINT_DIR is a folder of checkpoints, or one checkpoint of it. OUTPUT is a folder, which gets
+`pytorch_model.bin` or, with --safe_serialization, `model.safetensors`; weights of more than
+--max_shard_size are split into several files with an index. A copy of this script lies in every
+checkpoint, so that it can be read without the program that wrote it.
 
-Where the module xxhash can be imported every file is verified first, and otherwise a line says that it is not.
+Where the module xxhash can be imported every file is verified first, and otherwise a line says that
+it is not.
 """
 
 from __future__ import annotations
@@ -49,13 +53,25 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Rebuilds the fp32 weights of a checkpoint into one state dict.")
+    parser = argparse.ArgumentParser(
+        description="Rebuilds the fp32 weights of a checkpoint into one state dict."
+    )
     parser.add_argument("checkpoint_dir", help="a folder of checkpoints, or one checkpoint")
     parser.add_argument("output", help="the folder to write into")
-    parser.add_argument("-t", "--tag", help="which checkpoint; by default the one that the file `latest` names")
-    parser.add_argument("--max_shard_size", type=byte_count, default="5GB", help="largest file, such as 5GB")
-    parser.add_argument("--safe_serialization", action="store_true", help="write safetensors instead of torch's format")
-    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out")
+    parser.add_argument(
+        "-t", "--tag", help="which checkpoint; by default the one that the file `latest` names"
+    )
+    parser.add_argument(
+        "--max_shard_size", type=byte_count, default="5GB", help="largest file, such as 5GB"
+    )
+    parser.add_argument(
+        "--safe_serialization",
+        action="store_true",
+        help="write safetensors instead of torch's format",
+    )
+    parser.add_argument(
+        "--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out"
+    )
     return parser.parse_args()
 
 
@@ -105,8 +121,12 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
             sys.exit(f"{folder / entry['name']} is damaged: use another checkpoint")
 
 
-def read_weights(folder: Path, manifest: dict[str, Any], *, exclude_frozen: bool = False) -> dict[str, Tensor]:
-    """All weights by name: fp32 (fp64 where trained so), buffers in floating point as fp32, the others as they are."""
+def read_weights(
+    folder: Path, manifest: dict[str, Any], *, exclude_frozen: bool = False
+) -> dict[str, Tensor]:
+    """All weights by name: fp32 (fp64 where trained so), buffers in floating point as fp32, the
+    others as they are.
+    """
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
         files = {
@@ -127,7 +147,9 @@ def read_weights(folder: Path, manifest: dict[str, Any], *, exclude_frozen: bool
                 if saved["stored"] and not (exclude_frozen and saved["frozen"]):
                     view = torch.as_strided(flat, saved["shape"], saved["strides"], offset)
                     weights[saved["name"]] = view.clone(memory_format=torch.contiguous_format)
-    show(f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} elements\n")
+    show(
+        f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} elements\n"
+    )
     aliases = manifest["aliases"].items()
     return weights | {alias: weights[name] for alias, name in aliases if name in weights}
 
@@ -158,7 +180,9 @@ def write_weights(weights: dict[str, Tensor], folder: Path, limit: int, *, safe:
     parts = list(split(once(weights) if safe else weights, limit))
     names = [stem + suffix]
     if len(parts) > 1:
-        names = [f"{stem}-{index + 1:05d}-of-{len(parts):05d}{suffix}" for index in range(len(parts))]
+        names = [
+            f"{stem}-{index + 1:05d}-of-{len(parts):05d}{suffix}" for index in range(len(parts))
+        ]
         where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = sum(tensor.nbytes for part in parts for tensor in part.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -174,11 +198,17 @@ def write_weights(weights: dict[str, Tensor], folder: Path, limit: int, *, safe:
 def once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights without second names of the same tensor, which safetensors does not allow."""
     kept: dict[int, str] = {}
-    return {name: tensor for name, tensor in weights.items() if kept.setdefault(id(tensor), name) == name}
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if kept.setdefault(id(tensor), name) == name
+    }
 
 
 def split(weights: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """The weights in order, in parts of at most `limit` bytes; a larger tensor is a part of its own."""
+    """The weights in order, in parts of at most `limit` bytes; a larger tensor is a part of its
+    own.
+    """
     part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in weights.items():

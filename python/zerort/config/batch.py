@@ -1,6 +1,8 @@
-"""The batch triad: samples a step, samples a backward, backwards a step. Any two of them give the third.
+"""The batch triad: samples a step, samples a backward, backwards a step. Any two of them give the
+third.
 
-DeepSpeed's rules, floor divisions included, and its messages: who searches for one finds the answers written for it.
+DeepSpeed's rules, floor divisions included, and its messages: who searches for one finds the
+answers written for it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ __all__ = ["Batch"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Batch sizes of a run; `train == micro * accumulation * world` holds for the world it was resolved for."""
+    """Batch sizes of a run; `train == micro * accumulation * world` holds for the world it was
+    resolved for.
+    """
 
     train: int
     """Samples of one optimizer step, over all ranks."""
@@ -24,16 +28,20 @@ class Batch:
     """Backwards of one optimizer step."""
 
     @classmethod
-    def resolve(cls, train: int | None, micro: int | None, accumulation: int | None, world: int) -> Batch:
+    def resolve(
+        cls, train: int | None, micro: int | None, accumulation: int | None, world: int
+    ) -> Batch:
         """Completes the triad for `world` data-parallel ranks.
 
-        Raises `ConfigError` when neither `train` nor `micro` is given, when a size comes out as zero, and when the
-        three do not multiply up.
+        Raises `ConfigError` when neither `train` nor `micro` is given, when a size comes out as
+        zero, and when the three do not multiply up.
         """
         _check_positive(train, micro, accumulation)
         if train is None:
             if micro is None:
-                raise ConfigError("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")
+                raise ConfigError(
+                    "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided"
+                )
             accumulation = 1 if accumulation is None else accumulation
             train = micro * accumulation * world
         elif micro is None:
@@ -44,8 +52,9 @@ class Batch:
         _check_positive(train, micro, accumulation)
         if train != micro * accumulation * world:
             raise ConfigError(
-                "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
-                f"gradient_acc_step * world_size {train} != {micro} * {accumulation} * {world}"
+                "Check batch related parameters. train_batch_size is not equal to "
+                f"micro_batch_per_gpu * gradient_acc_step * world_size {train} != {micro} * "
+                f"{accumulation} * {world}"
             )
         return cls(train, micro, accumulation)
 

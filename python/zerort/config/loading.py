@@ -1,7 +1,8 @@
-"""From a dict, a file or base64 text to a `Config`: find the source, read it, screen its keys, check its values.
+"""From a dict, a file or base64 text to a `Config`: find the source, read it, screen its keys,
+check its values.
 
-Screening follows the table in `keys` and comes first, so that the models see only keys they have; the problems of both
-are reported together.
+Screening follows the table in `keys` and comes first, so that the models see only keys they have;
+the problems of both are reported together.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ ConfigLike = Mapping[str, Any] | str | os.PathLike[str]
 """A dict, the path of a JSON file, or a JSON object in base64."""
 
 _AUTO = (
-    'is "auto", which an integration (the Trainer of transformers, Accelerate) replaces by a value before it comes '
-    "here; give a value, or start from that integration"
+    'is "auto", which an integration (the Trainer of transformers, Accelerate) replaces by a '
+    "value before it comes here; give a value, or start from that integration"
 )
 _SECTIONS = frozenset(path.rpartition(".")[0] for path in KEYS if "." in path)
 
 
-def load(config: ConfigLike | None = None, args: Any = None, config_params: ConfigLike | None = None) -> Config:
-    """The configuration given in exactly one of `config`, `config_params` and `args.deepspeed_config`.
+def load(
+    config: ConfigLike | None = None, args: Any = None, config_params: ConfigLike | None = None
+) -> Config:
+    """The configuration given in exactly one of `config`, `config_params` and
+    `args.deepspeed_config`.
 
-    Raises `ConfigError` when none or several are given, when the file cannot be read, and for everything that is wrong
-    in it, one line a key: unknown keys, refused features, wrong types and ranges, keys that contradict each other.
+    Raises `ConfigError` when none or several are given, when the file cannot be read, and for
+    everything that is wrong in it, one line a key: unknown keys, refused features, wrong types and
+    ranges, keys that contradict each other.
     """
     source = _read(_choose(config, args, config_params))
     loaded, problems = _check(source)
@@ -50,15 +55,18 @@ def load(config: ConfigLike | None = None, args: Any = None, config_params: Conf
 def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     """What each key of a configuration does here: rows of key path, value as JSON, and effect.
 
-    Mistakes are rows too ("error: ..."), so that one reading shows all. Raises `ConfigError` when there is nothing to
-    read.
+    Mistakes are rows too ("error: ..."), so that one reading shows all. Raises `ConfigError` when
+    there is nothing to read.
     """
     source = _read(config)
     _, problems = _check(source)
     wrong: dict[str, str] = {}
     for problem in problems:
         wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
-    rows = [(path, shown(value), wrong.pop(path, "") or _effect(path, value)) for path, value in _leaves(source.data)]
+    rows = [
+        (path, shown(value), wrong.pop(path, "") or _effect(path, value))
+        for path, value in _leaves(source.data)
+    ]
     return rows + [(path, "", text) for path, text in wrong.items()]
 
 
@@ -104,7 +112,9 @@ def _choose(config: ConfigLike | None, args: Any, config_params: ConfigLike | No
     }
     named = {name: value for name, value in given.items() if value is not None}
     if not named:
-        raise ConfigError("no configuration: give one of config, config_params and args.deepspeed_config")
+        raise ConfigError(
+            "no configuration: give one of config, config_params and args.deepspeed_config"
+        )
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)} are both given; give one configuration")
     return next(iter(named.values()))
@@ -114,7 +124,9 @@ def _read(config: ConfigLike) -> _Source:
     if isinstance(config, Mapping):
         return _Source("configuration", dict(config))
     if not isinstance(config, str | os.PathLike):
-        raise ConfigError(f"configuration: expected a dict, a path or base64 text, got {type(config).__name__}")
+        raise ConfigError(
+            f"configuration: expected a dict, a path or base64 text, got {type(config).__name__}"
+        )
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8")
@@ -122,7 +134,8 @@ def _read(config: ConfigLike) -> _Source:
         decoded = _from_base64(config) if isinstance(config, str) else None
         if decoded is None:
             raise ConfigError(
-                f"configuration file {shown(str(path))} cannot be read: {_reason(error)}{_sought(path)}"
+                f"configuration file {shown(str(path))} cannot be read: "
+                f"{_reason(error)}{_sought(path)}"
             ) from error
         return _parse("configuration in base64", decoded)
     return _parse(str(path), text)
@@ -139,7 +152,9 @@ def _sought(path: Path) -> str:
 
 def _from_base64(text: str) -> str | None:
     try:
-        decoded = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True).decode("utf-8")
+        decoded = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True).decode(
+            "utf-8"
+        )
     except (binascii.Error, UnicodeDecodeError, ValueError):
         return None
     return decoded if decoded.lstrip().startswith("{") else None
@@ -152,13 +167,17 @@ def _parse(origin: str, text: str) -> _Source:
         section = dict(pairs)
         if len(section) < len(pairs):
             names = [name for name, _ in pairs]
-            duplicates.extend(Problem(name, "given twice") for name in section if names.count(name) > 1)
+            duplicates.extend(
+                Problem(name, "given twice") for name in section if names.count(name) > 1
+            )
         return section
 
     try:
         data = json.loads(text, object_pairs_hook=closed)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{origin}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise ConfigError(
+            f"{origin}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{origin}: expected an object, got {shown(data)}")
     return _Source(origin, data, duplicates)
@@ -173,7 +192,9 @@ def _screen(data: Mapping[str, Any]) -> _Screened:
     screened = _Screened()
     for name, canonical in ALIASES.items():
         if name in data and canonical in data:
-            screened.problems.append(Problem(name, f'an old spelling of "{canonical}", which is given too'))
+            screened.problems.append(
+                Problem(name, f'an old spelling of "{canonical}", which is given too')
+            )
     screened.kept = _screen_section("", data, screened)
     return screened
 

@@ -1,15 +1,24 @@
 """The typed configuration: every key that zerort acts upon, with its type, range and default.
 
-A field's name is the key in the file, its default DeepSpeed's unless a comment says otherwise. Models are strict (no
-"true" for true), frozen and closed: which other keys exist, and what becomes of them, is the table in `keys`.
-What a scheduler, optimizer or wire format is called is known where they are built, and checked there.
+A field's name is the key in the file, its default DeepSpeed's unless a comment says otherwise.
+Models are strict (no "true" for true), frozen and closed: which other keys exist, and what becomes
+of them, is the table in `keys`. What a scheduler, optimizer or wire format is called is known where
+they are built, and checked there.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 
 from zerort.config.batch import Batch
 
@@ -33,7 +42,13 @@ DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
 
 DtypeName = Literal["fp32", "fp16", "bf16"]
 
-_DTYPE_SPELLINGS = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+_DTYPE_SPELLINGS = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+}
 
 
 def _whole(value: Any) -> Any:
@@ -62,7 +77,10 @@ def _built(stage: int) -> int:
 
 def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
     if "max_grad_norm" in params:
-        raise ValueError("max_grad_norm is not an optimizer parameter; clip by the top-level key gradient_clipping")
+        raise ValueError(
+            "max_grad_norm is not an optimizer parameter; clip by the top-level key "
+            "gradient_clipping"
+        )
     return params
 
 
@@ -79,7 +97,9 @@ class Zero(_Section):
 
     stage: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=3), AfterValidator(_built)] = 0
     reduce_bucket_size: _Positive | None = None
-    """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to overlap."""
+    """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to
+    overlap.
+    """
     ignore_unused_parameters: bool = True
 
 
@@ -115,12 +135,13 @@ class Bf16(_Section):
 
 
 class Autocast(_Section):
-    """`torch_autocast`: fp32 parameters, operations that torch chooses computed in low precision."""
+    """`torch_autocast`: fp32 parameters; torch chooses what is computed in low precision."""
 
     enabled: bool = False
     dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
     lower_precision_safe_modules: list[str] | None = None
-    """Classes of modules whose gradients travel in `dtype`, by their dotted names; None means linear and convolution.
+    """Classes of modules whose gradients travel in `dtype`, by their dotted names; None means
+    linear and convolution.
 
     Their operations are computed in `dtype`, so that is all their gradients hold.
     """
@@ -137,7 +158,9 @@ class Optimizer(_Section):
     """`optimizer`: a name and the keyword arguments of its constructor."""
 
     type: str
-    params: Annotated[dict[str, Any], AfterValidator(_without_clipping)] = Field(default_factory=dict)
+    params: Annotated[dict[str, Any], AfterValidator(_without_clipping)] = Field(
+        default_factory=dict
+    )
 
 
 class Scheduler(_Section):
@@ -186,7 +209,9 @@ class Runtime(_Section):
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
     reduce_at: Literal["micro_batch", "boundary"] | None = None
-    """When gradients travel; None means at the boundary below stage 2 and every micro-batch from stage 2."""
+    """When gradients travel; None means at the boundary below stage 2 and every micro-batch from
+    stage 2.
+    """
     on_nonfinite: Literal["skip", "raise"] = "skip"
     unused_parameters: Literal["zero", "raise"] | None = None
     """A parameter without a gradient: None follows `ignore_unused_parameters`."""
@@ -198,7 +223,9 @@ class Runtime(_Section):
 
 
 class Config(_Section):
-    """A whole configuration. Made by `zerort.config.load`; the properties are what the keys mean together."""
+    """A whole configuration. Made by `zerort.config.load`; the properties are what the keys mean
+    together.
+    """
 
     train_batch_size: _Positive | None = None
     train_micro_batch_size_per_gpu: _Positive | None = None
@@ -233,7 +260,9 @@ class Config(_Section):
 
     @property
     def gradient_clipping_defaulted(self) -> bool:
-        """Whether the file left clipping out, so that the default of 1.0 is worth a line in the log."""
+        """Whether the file left clipping out, so that the default of 1.0 is worth a line in the
+        log.
+        """
         return "gradient_clipping" not in self.model_fields_set
 
     @property
@@ -256,7 +285,9 @@ class Config(_Section):
         return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
 
     def reduces_every_micro_batch(self, by_stage: bool) -> bool:
-        """Whether gradients travel in every backward; `by_stage` is what the stage's rules say where nobody asked."""
+        """Whether gradients travel in every backward; `by_stage` is what the stage's rules say
+        where nobody asked.
+        """
         return by_stage if self.zerort.reduce_at is None else self.zerort.reduce_at == "micro_batch"
 
     @property
@@ -267,20 +298,31 @@ class Config(_Section):
         return "zero" if self.zero_optimization.ignore_unused_parameters else "raise"
 
     def resolve_batch(self, world: int) -> Batch:
-        """Batch sizes for `world` data-parallel ranks. Raises `ConfigError`, see `Batch.resolve`."""
+        """Batch sizes for `world` ranks. Raises `ConfigError`, see `Batch.resolve`."""
         return Batch.resolve(
-            self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps, world
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+            world,
         )
 
     @model_validator(mode="after")
     def _one_precision(self) -> Config:
-        enabled = [name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled]
+        enabled = [
+            name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled
+        ]
         if len(enabled) > 1:
             raise ValueError(f"{' and '.join(enabled)} cannot be enabled together; choose one")
         return self
 
     @model_validator(mode="after")
     def _one_bucket_size(self) -> Config:
-        if self.zero_optimization.reduce_bucket_size is not None and self.zerort.bucket_bytes is not None:
-            raise ValueError("zerort.bucket_bytes and zero_optimization.reduce_bucket_size are both given; give one")
+        if (
+            self.zero_optimization.reduce_bucket_size is not None
+            and self.zerort.bucket_bytes is not None
+        ):
+            raise ValueError(
+                "zerort.bucket_bytes and zero_optimization.reduce_bucket_size are both given; "
+                "give one"
+            )
         return self

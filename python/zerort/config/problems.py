@@ -1,6 +1,8 @@
-"""What is wrong with a configuration, in one line each: key path, what was expected, what was found.
+"""What is wrong with a configuration, in one line each: key path, what was expected, what was
+found.
 
-Problems are collected, not raised one by one: whoever wrote five mistakes into a file reads of all five.
+Problems are collected, not raised one by one: whoever wrote five mistakes into a file reads of all
+five.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from pydantic_core import ErrorDetails
 from zerort.config.keys import KEYS
 from zerort.errors import ConfigError
 
-__all__ = ["Problem", "did_you_mean", "expected", "from_validation", "nearest", "several", "shown", "unknown_key"]
+__all__ = [
+    "Problem",
+    "did_you_mean",
+    "expected",
+    "from_validation",
+    "nearest",
+    "several",
+    "shown",
+    "unknown_key",
+]
 
 _LONGEST_VALUE = 60
 
@@ -53,7 +64,9 @@ def shown(value: Any) -> str:
 
 
 def unknown_key(path: str) -> Problem:
-    """A key that is not in the table, with the nearest that is: a sibling, else the same name in another section."""
+    """A key that is not in the table, with the nearest that is: a sibling, else the same name in
+    another section.
+    """
     section, _, name = path.rpartition(".")
     known = [key.rpartition(".") for key in KEYS]
     guess = nearest(name, [leaf for parent, _, leaf in known if parent == section])
@@ -69,14 +82,18 @@ def did_you_mean(guess: str | None) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that is most like `name` in any case of letters; None when none is much like it."""
+    """The one of `names` that is most like `name` in any case of letters; None when none is much
+    like it.
+    """
     by_lower = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
     return by_lower[close[0]] if close else None
 
 
 def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
-    """The problems that pydantic found in `data`; a union's complaints about one key become one line."""
+    """The problems that pydantic found in `data`; a union's complaints about one key become one
+    line.
+    """
     details = error.errors(include_url=False)
     merged: dict[str, list[ErrorDetails]] = {}
     for detail in details:
@@ -85,7 +102,8 @@ def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Pro
 
 
 def _path(detail: ErrorDetails) -> str:
-    # A union adds the name of its branch to the location: keep what the table knows, and the key a value lies under.
+    # A union adds the name of its branch to the location: keep what the table knows, and the key a
+    # value lies under.
     path = ""
     for part in detail["loc"]:
         longer = f"{path}.{part}" if path else str(part)

@@ -1,6 +1,7 @@
 """Optimizers: any `torch.optim.Optimizer` that treats each element alone works on a shard.
 
-A configured name is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here and a row.
+A configured name is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here
+and a row.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ __all__ = ["NAMED", "Lion", "ShardOptimizer", "build", "has_stepped"]
 Params = Iterable[Any]
 
 
-def _adam(params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, **options: Any) -> Optimizer:
-    """DeepSpeed's Adam: decoupled decay unless adam_w_mode is false. `torch_adam` asks for what this is anyway."""
+def _adam(
+    params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, **options: Any
+) -> Optimizer:
+    """DeepSpeed's Adam: decoupled decay unless adam_w_mode is false. `torch_adam` asks for what
+    this is anyway.
+    """
     if not options.pop("bias_correction", True):
-        raise ConfigError("optimizer.params.bias_correction: expected true, got false: torch's Adam always corrects")
+        raise ConfigError(
+            "optimizer.params.bias_correction: expected true, got false: torch's Adam always "
+            "corrects"
+        )
     return _fused(torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(params, **options)
 
 
@@ -54,18 +62,30 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
 
     Raises `ConfigError` for an unknown name or option.
     """
-    classes = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type) and kind is not Optimizer}
+    classes = {
+        key: kind
+        for key, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and kind is not Optimizer
+    }
     construct = NAMED.get(name.lower()) or classes.get(name)
     if construct is None:
         known = [*NAMED, *classes]
         near = get_close_matches(name, known, 1) or get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"optimizer.type: {name!r} is no optimizer known here or in torch.optim{hint}")
+        raise ConfigError(
+            f"optimizer.type: {name!r} is no optimizer known here or in torch.optim{hint}"
+        )
     try:
         return construct(params, **options)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        takes = [key for key in inspect.signature(construct).parameters if key not in ("params", "options")]
+        takes = [
+            key
+            for key in inspect.signature(construct).parameters
+            if key not in ("params", "options")
+        ]
         hint = f"; it takes {', '.join(takes)}" if isinstance(error, TypeError) else ""
-        raise ConfigError(f"optimizer.params: {name} cannot be built with {options}: {error}{hint}") from error
+        raise ConfigError(
+            f"optimizer.params: {name} cannot be built with {options}: {error}{hint}"
+        ) from error

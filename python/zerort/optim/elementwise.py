@@ -1,7 +1,8 @@
 """Where an optimizer may run: on shards, on whole parameters only, or nowhere.
 
-One that does not treat each element alone (Muon, LAMB, Adafactor) is wrong on a shard. One whose step runs forward and
-backward by itself (LBFGS) cannot follow a gradient that has been summed over ranks already.
+One that does not treat each element alone (Muon, LAMB, Adafactor) is wrong on a shard. One whose
+step runs forward and backward by itself (LBFGS) cannot follow a gradient that has been summed over
+ranks already.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def why_never(optimizer: Optimizer) -> str | None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return (
-            "its step needs a closure that repeats forward and backward, and engine.step() applies gradients that have "
-            "been summed over ranks already; use an optimizer whose step() needs no closure, such as AdamW"
+            "its step needs a closure that repeats forward and backward, and engine.step() "
+            "applies gradients that have been summed over ranks already; use an optimizer whose "
+            "step() needs no closure, such as AdamW"
         )
     return None
 
@@ -51,8 +53,9 @@ def why_never(optimizer: Optimizer) -> str | None:
 def why_not_elementwise(optimizer: Optimizer) -> str | None:
     """None when the optimizer may run on shards, else the reason it may not.
 
-    A class that is not on the list of known ones is probed: three steps over 256 elements must equal three steps over
-    the two halves. A subclass of a known class may have changed `step`, so it is probed too.
+    A class that is not on the list of known ones is probed: three steps over 256 elements must
+    equal three steps over the two halves. A subclass of a known class may have changed `step`, so
+    it is probed too.
     """
     if type(optimizer) in _KNOWN:
         return None
@@ -66,10 +69,15 @@ def why_not_elementwise(optimizer: Optimizer) -> str | None:
         return f"it cannot step on a flat tensor: {error}"
     if torch.allclose(whole, halves, rtol=1e-5, atol=1e-7):
         return None
-    return "three steps over 256 elements differ from the same steps over two halves of 128: it looks at whole tensors"
+    return (
+        "three steps over 256 elements differ from the same steps over two halves of 128: "
+        "it looks at whole tensors"
+    )
 
 
-def _run(optimizer: Optimizer, tensors: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+def _run(
+    optimizer: Optimizer, tensors: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]]
+) -> Tensor:
     params = [nn.Parameter(tensor.clone()) for tensor in tensors]
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)

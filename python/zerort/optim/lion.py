@@ -1,4 +1,7 @@
-"""Lion: evolved sign momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
+"""Lion: evolved sign momentum.
+
+Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms".
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ __all__ = ["Lion"]
 class Lion(Optimizer):
     """The sign of an interpolation between momentum and gradient, with decoupled weight decay.
 
-    State: `exp_avg`, like the parameter. Raises `ValueError` for a negative lr or decay, or betas outside [0, 1).
+    State: `exp_avg`, like the parameter. Raises `ValueError` for a negative lr or decay, or betas
+    outside [0, 1).
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 """A torch optimizer over this rank's shards.
 
-The optimizer's own parameter groups are kept, schedulers and user code may go on holding them; only the tensors in them
-are exchanged, for `Segment`s of the flat buffers. A segment is a whole owned part to begin with. Freezing a parameter
-cuts the segment around it, with its state, and a frozen segment has no gradient, so torch's own rule applies: its
-values, its moments and its step count stay as they were.
+The optimizer's own parameter groups are kept, schedulers and user code may go on holding them; only
+the tensors in them are exchanged, for `Segment`s of the flat buffers. A segment is a whole owned
+part to begin with. Freezing a parameter cuts the segment around it, with its state, and a frozen
+segment has no gradient, so torch's own rule applies: its values, its moments and its step count
+stay as they were.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ __all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
 
 @dataclass
 class Segment:
-    """A run of a bucket's owned part that the optimizer sees as one parameter; start and length in elements of it."""
+    """A run of a bucket's owned part that the optimizer sees as one parameter; start and length in
+    elements of it.
+    """
 
     bucket: FlatBucket
     start: int
@@ -39,12 +42,16 @@ class Segment:
         self.tensor = nn.Parameter(self.of(self.bucket.master), requires_grad=False)
 
     def of(self, flat: Tensor) -> Tensor:
-        """This segment's part of a tensor that lies as the bucket's owned part does, in the segment's shape."""
+        """This segment's part of a tensor that lies as the bucket's owned part does, in the
+        segment's shape.
+        """
         piece = flat.narrow(0, self.start, self.length)
         return piece if self.like is None else laid_out_like(piece, self.like)
 
     def flattened(self, value: Tensor) -> Tensor:
-        """The inverse of `of`: a tensor in the segment's shape as the (length,) elements of the owned part."""
+        """The inverse of `of`: a tensor in the segment's shape as the (length,) elements of the
+        owned part.
+        """
         if self.like is None:
             return value
         flat = torch.empty(self.length, dtype=value.dtype, device=value.device)
@@ -58,7 +65,7 @@ class Segment:
         self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
 
     def cut(self, runs: Sequence[tuple[int, int, bool]]) -> list[Segment]:
-        """The parts of this segment along `runs` (start, end, active) of the bucket's owned part."""
+        """This segment's parts along `runs` (start, end, active) of the bucket's owned part."""
         parts = []
         for start, end, active in runs:
             lo, hi = max(start, self.start), min(end, self.start + self.length)
@@ -70,8 +77,8 @@ class Segment:
 class ShardOptimizer:
     """Steps `optimizer` over segments instead of the module's parameters.
 
-    `whole_tensors` gives it one shaped segment per parameter, for optimizers that look at whole tensors; that needs a
-    replicated optimizer, where every rank owns every bucket.
+    `whole_tensors` gives it one shaped segment per parameter, for optimizers that look at whole
+    tensors; that needs a replicated optimizer, where every rank owns every bucket.
     """
 
     def __init__(self, optimizer: Optimizer, flat: FlatModel, *, whole_tensors: bool) -> None:
@@ -87,20 +94,27 @@ class ShardOptimizer:
         self._give_initial_state()
 
     def split(self) -> None:
-        """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and never joined again."""
+        """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and
+        never joined again.
+        """
         self._cut(lambda _: None)
 
     def check(self) -> None:
-        """Raises `StepError` when something else than the segments has been put into the optimizer's groups."""
-        if [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]] != self._given:
+        """Raises `StepError` when something else than the segments has been put into the
+        optimizer's groups.
+        """
+        if [
+            id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]
+        ] != self._given:
             raise StepError(
-                "the optimizer's parameter groups have changed since initialize, for example by add_param_group: their "
-                "parameters are flat shards now. Make all groups before zerort.initialize, and train a part of them "
-                "by requires_grad_"
+                "the optimizer's parameter groups have changed since initialize, for example by "
+                "add_param_group: their parameters are flat shards now. Make all groups before "
+                "zerort.initialize, and train a part of them by requires_grad_"
             )
 
     def restart(self, label: Callable[[int], Hashable]) -> None:
-        """Goes back to the initial state without cuts, then cuts where `requires_grad` or an id's `label` changes.
+        """Goes back to the initial state without cuts, then cuts where `requires_grad` or an id's
+        `label` changes.
 
         The parameters of a segment have one label then, so that one state can be given to them all.
         """
@@ -112,7 +126,9 @@ class ShardOptimizer:
     def _give_initial_state(self) -> None:
         for segment in self.segments if self._initial else ():
             self.optimizer.state[segment.tensor] = {
-                key: torch.full_like(segment.tensor, value) if isinstance(value, float) else value.clone()
+                key: torch.full_like(segment.tensor, value)
+                if isinstance(value, float)
+                else value.clone()
                 for key, value in self._initial[segment.bucket.spec.group].items()
             }
 
@@ -120,7 +136,11 @@ class ShardOptimizer:
         return [
             segment
             for bucket in self._buckets
-            for segment in (_shaped(bucket) if self._whole_tensors else [Segment(bucket, 0, bucket.master.numel())])
+            for segment in (
+                _shaped(bucket)
+                if self._whole_tensors
+                else [Segment(bucket, 0, bucket.master.numel())]
+            )
         ]
 
     def _cut(self, label: Callable[[int], Hashable]) -> None:
@@ -144,12 +164,15 @@ class ShardOptimizer:
         try:
             self._step(factor)
         finally:
-            # A loop that still calls the optimizer's own step() must not apply this gradient once more.
+            # A loop that still calls the optimizer's own step() must not apply this gradient once
+            # more.
             for segment in self.segments:
                 segment.tensor.grad = None
 
     def _step(self, factor: float) -> None:
-        gradients = [segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None]
+        gradients = [
+            segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None
+        ]
         if factor == 1.0:
             self.optimizer.step()
         elif self._scales_itself:
@@ -159,7 +182,8 @@ class ShardOptimizer:
             self.optimizer.step()
 
     def _step_scaled(self, divisor: float, device: torch.device) -> None:
-        # Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses the same attributes.
+        # Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses
+        # the same attributes.
         scaled: Any = self.optimizer
         scaled.grad_scale = torch.full((), divisor, dtype=torch.float32, device=device)
         scaled.found_inf = None
@@ -170,8 +194,12 @@ class ShardOptimizer:
 
     def _regroup(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [segment.tensor for segment in self.segments if segment.bucket.spec.group == index]
-        self._given = [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
+            group["params"] = [
+                segment.tensor for segment in self.segments if segment.bucket.spec.group == index
+            ]
+        self._given = [
+            id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]
+        ]
 
     def _cut_state(self, segment: Segment, parts: Sequence[Segment]) -> None:
         state = self.optimizer.state.pop(segment.tensor, {})
@@ -186,9 +214,13 @@ class ShardOptimizer:
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state holds more than its constructor put there (Adagrad's does, most leave it empty)."""
+    """Whether the optimizer's state holds more than its constructor put there (Adagrad's does, most
+    leave it empty).
+    """
     return any(
-        bool((value != value.reshape(-1)[0]).any()) if value.shape == parameter.shape else bool(value.any())
+        bool((value != value.reshape(-1)[0]).any())
+        if value.shape == parameter.shape
+        else bool(value.any())
         for parameter, state in optimizer.state.items()
         for value in state.values()
         if isinstance(value, Tensor) and value.numel()
@@ -196,7 +228,9 @@ def has_stepped(optimizer: Optimizer) -> bool:
 
 
 def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """By group, what the constructor gave its first parameter: a number for what has its shape, else a tensor."""
+    """By group, what the constructor gave its first parameter: a number for what has its shape,
+    else a tensor.
+    """
     initial = {}
     for index, group in enumerate(optimizer.param_groups):
         parameter = next((p for p in group["params"] if p.numel() and optimizer.state.get(p)), None)
@@ -210,7 +244,9 @@ def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Region:
-    """A parameter's elements of a bucket's owned part, with the padding behind them; start and end count from there."""
+    """A parameter's elements of a bucket's owned part, with the padding behind them; start and end
+    count from there.
+    """
 
     start: int
     end: int

@@ -26,20 +26,25 @@ __all__ = [
 ]
 
 CAPACITY = 200_000
-"""Events kept unless the configuration says otherwise: about 2000 steps at 100 each, in some 40 MB."""
+"""Events kept unless the configuration says otherwise: about 2000 steps at 100 each, in some 40 MB.
+"""
 
 SINKS: dict[str, Callable[[Path, int, int], TraceSink]] = {
     "chrome": ChromeSink,
     "null": lambda path, rank, capacity: NullSink(),
 }
-"""What can listen, by name: made from the file of this rank, the rank, and how many events to keep."""
+"""What can listen, by name: made from the file of this rank, the rank, and how many events to keep.
+"""
 
 
-def open_sink(path: str | None, *, rank: int, world: int, capacity: int = CAPACITY, sink: str = "chrome") -> TraceSink:
-    """The sink of one rank. The environment's `ZERORT_TRACE` overrides `path`; without either nothing is kept.
+def open_sink(
+    path: str | None, *, rank: int, world: int, capacity: int = CAPACITY, sink: str = "chrome"
+) -> TraceSink:
+    """The sink of one rank. The environment's `ZERORT_TRACE` overrides `path`; without either
+    nothing is kept.
 
-    A `{rank}` in the path becomes the rank; a path without it gets `-rankR` before its suffix when there are several.
-    Raises `ConfigError` when the file cannot be written.
+    A `{rank}` in the path becomes the rank; a path without it gets `-rankR` before its suffix when
+    there are several. Raises `ConfigError` when the file cannot be written.
     """
     template = os.environ.get("ZERORT_TRACE") or path
     if not template:

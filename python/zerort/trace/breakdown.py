@@ -30,7 +30,9 @@ class BreakdownSink(SinkAround):
 
     def step(self, number: int) -> None:
         """Tells the times since the step before."""
-        told = " | ".join(f"{name}: {1000 * seconds:.2f}" for name, seconds in self._seconds.items())
+        told = " | ".join(
+            f"{name}: {1000 * seconds:.2f}" for name, seconds in self._seconds.items()
+        )
         _log.warning("step %d, time (ms) | %s", number, told)
         self._seconds.clear()
         super().step(number)

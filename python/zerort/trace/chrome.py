@@ -1,12 +1,15 @@
-"""The sink that keeps events in the core's ring and writes them as a file for Perfetto or `chrome://tracing`.
+"""The sink that keeps events in the core's ring and writes them as a file for Perfetto or
+`chrome://tracing`.
 
-Each rank writes a file of its own, in which it is one process; opened together, the files show the job. A file is in
-place and complete from the moment the sink is opened: empty at first, then as of the last `flush`. The last flush runs
-at `close` or, when an exception ends the program, at interpreter exit; a killed process leaves the one before.
+Each rank writes a file of its own, in which it is one process; opened together, the files show the
+job. A file is in place and complete from the moment the sink is opened: empty at first, then as of
+the last `flush`. The last flush runs at `close` or, when an exception ends the program, at
+interpreter exit; a killed process leaves the one before.
 
-Moments on a device are resolved once the device has passed them, at the end of a step or in `flush`, never earlier, so
-tracing adds no synchronisation to a step. Where a bucket's life mixes host and device moments (gradients arrive while
-the host runs ahead of the device), a phase that would end before it starts has no length.
+Moments on a device are resolved once the device has passed them, at the end of a step or in
+`flush`, never earlier, so tracing adds no synchronisation to a step. Where a bucket's life mixes
+host and device moments (gradients arrive while the host runs ahead of the device), a phase that
+would end before it starts has no length.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ __all__ = ["ChromeSink"]
 
 
 class ChromeSink:
-    """A trace file for one rank. Keeps the last `capacity` events; raises `ConfigError` if `path` cannot be written."""
+    """A trace file for one rank. Keeps the last `capacity` events; raises `ConfigError` if `path`
+    cannot be written.
+    """
 
     enabled = True
     now = staticmethod(time.perf_counter_ns)
@@ -57,7 +62,9 @@ class ChromeSink:
         return self._record()
 
     def on_device(self, record: Callable[[], DeviceEvent]) -> None:
-        """Moments are events from now on. Waits for the device once, to learn how its time relates to the host's."""
+        """Moments are events from now on. Waits for the device once, to learn how its time relates
+        to the host's.
+        """
         self._clock = DeviceClock(record)
         self._record = record
 
@@ -68,10 +75,12 @@ class ChromeSink:
     def span(self, track: str, name: str, start: Mark, end: Mark, **args: Arg) -> None:
         """A span on `track`, which is named by its first use."""
         row = self._track(track)
-        self._resolved((start, end), lambda start, end: self._ring.span(row, name, start, end, args))
+        self._resolved(
+            (start, end), lambda start, end: self._ring.span(row, name, start, end, args)
+        )
 
     def wait(self, start: Mark, end: Mark, **args: Arg) -> None:
-        """A span on the main track, and a value of the counter of milliseconds waited in this step."""
+        """A span on the main track, and a value of the counter of ms waited in this step."""
 
         def write(start: int, end: int) -> None:
             self._ring.span(self._tracks[MAIN], WAIT, start, end, args)
@@ -81,7 +90,9 @@ class ChromeSink:
         self._resolved((start, end), write)
 
     def life(self, bucket: int, moments: BucketLife, **args: Arg) -> None:
-        """An async span from first gradient to retirement, and one inside it for each phase that took time."""
+        """An async span from first gradient to retirement, and one inside it for each phase that
+        took time.
+        """
         key = self._lives
         self._lives += 1
 
@@ -90,7 +101,9 @@ class ChromeSink:
             times = list(accumulate(moments, max))
             about = {"bucket": bucket, **args}
             self._ring.async_span(row, f"bucket {bucket}", key, times[0], times[-1], about)
-            for phase, start, end in zip(("filling", "queued", "in flight"), times, times[1:], strict=False):
+            for phase, start, end in zip(
+                ("filling", "queued", "in flight"), times, times[1:], strict=False
+            ):
                 if end > start:
                     self._ring.async_span(row, phase, key, start, end)
 
@@ -112,14 +125,22 @@ class ChromeSink:
         self._settle(wait=False)
 
     def flush(self) -> None:
-        """Writes the file anew, with everything up to now. What goes wrong is warned of: a trace never ends a run."""
-        if os.getpid() != self._owner:  # closed, or a forked child that would write its parent's file
+        """Writes the file anew, with everything up to now. What goes wrong is warned of: a trace
+        never ends a run.
+        """
+        if (
+            os.getpid() != self._owner
+        ):  # closed, or a forked child that would write its parent's file
             return
         try:
             self._settle(wait=True)
         except RuntimeError as error:
             self._pending.clear()
-            warnings.warn(f"trace {self.path}: the device's times are lost: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"trace {self.path}: the device's times are lost: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         try:
             self._ring.write(str(self.path))
         except OSError as error:
@@ -137,7 +158,9 @@ class ChromeSink:
         return self._tracks[name]
 
     def _resolved(self, moments: tuple[Mark, ...], write: Callable[..., None]) -> None:
-        """Calls `write` with the moments in nanoseconds of the axis: now, or in turn once they are known."""
+        """Calls `write` with the moments in nanoseconds of the axis: now, or in turn once they are
+        known.
+        """
         self._pending.append((moments, write))
         if self._clock is None:
             self._settle(wait=False)
@@ -173,12 +196,19 @@ class _Range:
     def __enter__(self) -> None:
         self._start = self._sink.mark()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._sink.span(MAIN, self._name, self._start, self._sink.mark())
 
 
 def _claim(path: Path, ring: _core.Trace) -> None:
-    """Writes the still empty trace, by the way that it will be written later: what fails then fails now."""
+    """Writes the still empty trace, by the way that it will be written later: what fails then fails
+    now.
+    """
     try:
         # The rename at the end of a write would replace a device such as /dev/null.
         if path.exists() and not path.is_file():

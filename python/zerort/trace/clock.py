@@ -1,8 +1,9 @@
 """From moments to nanoseconds of one time axis.
 
-The axis is the host's calendar, counted from the start of 2025 (UTC), so that ranks line up: those of one host within
-microseconds, those of several as well as their clocks agree. It is read once; from then on `time.perf_counter_ns`
-counts, which a correction of the calendar does not bend. From 1970 a trace's 64-bit floats could not hold nanoseconds.
+The axis is the host's calendar, counted from the start of 2025 (UTC), so that ranks line up: those
+of one host within microseconds, those of several as well as their clocks agree. It is read once;
+from then on `time.perf_counter_ns` counts, which a correction of the calendar does not bend. From
+1970 a trace's 64-bit floats could not hold nanoseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _REBASE_NS = 10**9
 
 
 def axis_offset() -> int:
-    """Nanoseconds to add to `perf_counter_ns` for a time on the axis; the tightest of a few readings."""
+    """Nanoseconds to add to `perf_counter_ns` for a time on the axis; the tightest of a few
+    readings.
+    """
     readings = []
     for _ in range(5):
         before = time.perf_counter_ns()
@@ -33,8 +36,9 @@ def axis_offset() -> int:
 class DeviceClock:
     """The host's time of events on a device, from their distance to one whose time the host saw.
 
-    CUDA gives a distance as a 32-bit float of milliseconds: good to 60 ns over a second, to a quarter of a millisecond
-    over an hour. The event measured from therefore moves along, a second at a time.
+    CUDA gives a distance as a 32-bit float of milliseconds: good to 60 ns over a second, to a
+    quarter of a millisecond over an hour. The event measured from therefore moves along, a second
+    at a time.
     """
 
     def __init__(self, record: Callable[[], DeviceEvent]) -> None:

@@ -1,7 +1,8 @@
-"""The sink in front of every other: while torch's profiler runs, it shows the ranges there under the same names.
+"""The sink in front of every other: while torch's profiler runs, it shows the ranges there under
+the same names.
 
-It is always in place, with or without a trace, because nobody knows beforehand when a user will start the profiler.
-While it does not run, a range costs one question more.
+It is always in place, with or without a trace, because nobody knows beforehand when a user will
+start the profiler. While it does not run, a range costs one question more.
 """
 
 from __future__ import annotations

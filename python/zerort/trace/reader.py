@@ -1,7 +1,8 @@
 """Trace files, read back: their steps and bucket lives as plain numbers.
 
-Reads what `ChromeSink` writes and refuses anything else by name: a file cut short, another program's trace. Times are
-milliseconds here. Steps that are not whole (before the ring's memory, after the last boundary) are left out.
+Reads what `ChromeSink` writes and refuses anything else by name: a file cut short, another
+program's trace. Times are milliseconds here. Steps that are not whole (before the ring's memory,
+after the last boundary) are left out.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Recorded:
 
 @dataclass
 class Step:
-    """One optimizer step of one rank, in milliseconds. The parts do not overlap: waits are taken out of the ranges."""
+    """One optimizer step of one rank, in milliseconds. The parts do not overlap: waits are taken
+    out of the ranges.
+    """
 
     number: int
     wall: float
@@ -82,7 +85,9 @@ def read(path: str | Path) -> Recorded:
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # JSON and UTF-8 alike
-        raise TraceError(f"{path}: not complete JSON ({error}): cut short, or not a trace") from error
+        raise TraceError(
+            f"{path}: not complete JSON ({error}): cut short, or not a trace"
+        ) from error
     try:
         about, events = document["otherData"], document["traceEvents"]
         recorded = Recorded(int(about["rank"]), int(about["dropped"]), list(events))
@@ -91,12 +96,16 @@ def read(path: str | Path) -> Recorded:
         reason = f"{type(error).__name__}: {error}"
         raise TraceError(f"{path}: JSON, but not a trace that zerort wrote ({reason})") from error
     if not complete:
-        raise TraceError(f"{path}: JSON, but not a trace that zerort wrote (an event lacks a field of its phase)")
+        raise TraceError(
+            f"{path}: JSON, but not a trace that zerort wrote (an event lacks a field of its phase)"
+        )
     return recorded
 
 
 def steps(events: Sequence[Event], *, dropped: int = 0) -> list[Step]:
-    """The whole steps in `events`, by the instants that end them. With events `dropped` the first may lack some."""
+    """The whole steps in `events`, by the instants that end them. With events `dropped` the first
+    may lack some.
+    """
     main = _track(events, MAIN)
     spans = sorted((e for e in events if e["ph"] == "X" and e["tid"] == main), key=_start)
     ends = sorted((e for e in events if e["ph"] == "i" and e["name"] == STEP), key=_start)
@@ -113,7 +122,7 @@ def steps(events: Sequence[Event], *, dropped: int = 0) -> list[Step]:
 
 
 def _charge(found: list[Step], boundaries: list[float], spans: list[Event]) -> None:
-    """Adds each span to the step in which it ends, and takes each wait out of the range around it."""
+    """Adds each span to the step it ends in, and takes each wait out of the range around it."""
     around: Event | None = None
     for span in spans:
         at = bisect_left(boundaries, _end(span))
@@ -145,7 +154,13 @@ def lives(events: Iterable[Event]) -> list[Life]:
         elif event["ph"] == "e" and name in begun[key]:
             lasted[key][name] = (event["ts"] - begun[key][name]) / 1000
     return [
-        Life(args["bucket"], lasted[key]["filling"], lasted[key]["queued"], lasted[key]["in flight"], args)
+        Life(
+            args["bucket"],
+            lasted[key]["filling"],
+            lasted[key]["queued"],
+            lasted[key]["in flight"],
+            args,
+        )
         for key, args in about.items()
     ]
 

@@ -1,10 +1,13 @@
-"""Where runtime events go: the protocol of a sink, the moments it understands, and the sink that costs nothing.
+"""Where runtime events go: the protocol of a sink, the moments it understands, and the sink that
+costs nothing.
 
-The engine and the executor describe what happens in the words below and never learn who listens. A moment (`Mark`) is a
-host time in nanoseconds of `time.perf_counter_ns`, or an event recorded on a device's stream whose time is asked for
-later; a caller passes on what `mark()` gave and does not need to know which of the two it holds.
+The engine and the executor describe what happens in the words below and never learn who listens. A
+moment (`Mark`) is a host time in nanoseconds of `time.perf_counter_ns`, or an event recorded on a
+device's stream whose time is asked for later; a caller passes on what `mark()` gave and does not
+need to know which of the two it holds.
 
-A sink never changes what it observes: it blocks no stream, touches no tensor and raises nothing after it was opened.
+A sink never changes what it observes: it blocks no stream, touches no tensor and raises nothing
+after it was opened.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ __all__ = [
 ]
 
 MAIN = "main"
-"""The track of forward, backward, wait, optimizer and publish: what the training loop itself is doing."""
+"""The track of forward, backward, wait, optimizer and publish: what the training loop itself is
+doing.
+"""
 BUCKETS = "buckets"
 """The track of the buckets' lives."""
 WAIT = "wait"
@@ -78,7 +83,7 @@ class BucketLife(NamedTuple):
 
 
 class TraceSink(Protocol):
-    """A listener to the runtime. Only `range` and `step` are called without asking `enabled` first."""
+    """A listener to the runtime. Only `range` and `step` are called without asking `enabled`."""
 
     @property
     def enabled(self) -> bool:
@@ -99,26 +104,33 @@ class TraceSink(Protocol):
         ...
 
     def on_device(self, record: Callable[[], DeviceEvent]) -> None:
-        """From now on a moment is an event: `record` makes one with timing and records it on the current stream."""
+        """From now on a moment is an event: `record` makes one with timing and records it on the
+        current stream.
+        """
         ...
 
     def range(self, name: str) -> AbstractContextManager[None]:
-        """A span of the main track around a block: `forward`, `backward`, `optimizer`, `publish`."""
+        """A span of the main track: `forward`, `backward`, `optimizer`, `publish`."""
         ...
 
     def span(self, track: str, name: str, start: Mark, end: Mark, **args: Arg) -> None:
-        """Something that has ended on a track: one for each stream or worker. Spans of one track nest."""
+        """Something that has ended on a track: one for each stream or worker. Spans of one track
+        nest.
+        """
         ...
 
     def wait(self, start: Mark, end: Mark, **args: Arg) -> None:
-        """The main track stood still for a collective. The sum over a step is its exposed communication."""
+        """The main track stood still for a collective. The sum over a step is its exposed
+        communication.
+        """
         ...
 
     def life(self, bucket: int, moments: BucketLife, **args: Arg) -> None:
         """A bucket has been retired; one call for each bucket and pass.
 
-        `args` as far as they are known: `bytes`, `dtype`, `params` (how many), `last` (name of the parameter that came
-        last), `waited_for` (what kept the full bucket from its launch, in words).
+        `args` as far as they are known: `bytes`, `dtype`, `params` (how many), `last` (name of the
+        parameter that came last), `waited_for` (what kept the full bucket from its launch, in
+        words).
         """
         ...
 
@@ -131,7 +143,9 @@ class TraceSink(Protocol):
         ...
 
     def flush(self) -> None:
-        """Brings what was collected to where it is kept. Waits for device events that have not passed."""
+        """Brings what was collected to where it is kept. Waits for device events that have not
+        passed.
+        """
         ...
 
     def close(self) -> None:
@@ -140,7 +154,9 @@ class TraceSink(Protocol):
 
 
 class NullSink:
-    """The sink of a run without a trace: `enabled` is False and nothing is kept, allocated or timed."""
+    """The sink of a run without a trace: `enabled` is False and nothing is kept, allocated or
+    timed.
+    """
 
     enabled = False
     path = None
@@ -177,7 +193,9 @@ class NullSink:
 
 
 class SinkAround:
-    """`inner`, for a subclass that adds to some of its calls; the rest is `inner`'s own, at no cost."""
+    """`inner`, for a subclass that adds to some of its calls; the rest is `inner`'s own, at no
+    cost.
+    """
 
     def __init__(self, inner: TraceSink) -> None:
         self.inner = inner

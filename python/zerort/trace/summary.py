@@ -1,7 +1,8 @@
 """What a run spent its time on: tables over trace files, and the four-line account of a step.
 
-Exposed communication is the time the main track stood still for a collective; communication that compute hides does
-not count. A figure over several steps, lives or ranks is a median unless it says otherwise.
+Exposed communication is the time the main track stood still for a collective; communication that
+compute hides does not count. A figure over several steps, lives or ranks is a median unless it says
+otherwise.
 """
 
 from __future__ import annotations
@@ -40,13 +41,17 @@ class Account:
             "optimizer": self.optimizer,
             "publish": self.publish,
         }
-        return "\n".join(f"{name:<21} {ms:9.2f} ms {_share(ms, self.wall):>6}" for name, ms in rows.items())
+        return "\n".join(
+            f"{name:<21} {ms:9.2f} ms {_share(ms, self.wall):>6}" for name, ms in rows.items()
+        )
 
 
 def account(events: Sequence[Event], *, dropped: int = 0) -> Account:
-    """The account of the median step, the first one left out when there are others: it is slower than all that follow.
+    """The account of the median step, the first one left out when there are others: it is slower
+    than all that follow.
 
-    `events` is the `traceEvents` of one rank's file. Raises `TraceError` when they hold no whole step.
+    `events` is the `traceEvents` of one rank's file. Raises `TraceError` when they hold no whole
+    step.
     """
     found = steps(events, dropped=dropped)
     found = found[1:] or found
@@ -62,20 +67,26 @@ def account(events: Sequence[Event], *, dropped: int = 0) -> Account:
 
 
 def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) -> None:
-    """Prints the tables of the ranks whose files are given, with the `last` steps of each. Raises `TraceError`."""
+    """Prints the tables of the ranks whose files are given, with the `last` steps of each. Raises
+    `TraceError`.
+    """
     ranks = sorted((read(path) for path in paths), key=lambda recorded: recorded.rank)
     by_rank = {}
     for recorded in ranks:
         if recorded.rank in by_rank:
             raise TraceError(
-                f"rank {recorded.rank} is in two of the files: give the files of one run, one of each rank"
+                f"rank {recorded.rank} is in two of the files: give the files of one run, one of "
+                "each rank"
             )
         by_rank[recorded.rank] = steps(recorded.events, dropped=recorded.dropped)
     every = [step for found in by_rank.values() for step in found]
     exposed, wall = sum(step.exposed for step in every), sum(step.wall for step in every)
-    share = f"exposed communication: {_share(exposed, wall)} of the time (steps: {len(every)}, ranks: {len(ranks)})"
+    counts = f"steps: {len(every)}, ranks: {len(ranks)}"
+    share = f"exposed communication: {_share(exposed, wall)} of the time ({counts})"
     found = [life for recorded in ranks for life in lives(recorded.events)]
-    console.print(Group(bucket_table(found), "", step_table(by_rank, last), "", share, *_forgotten(ranks)))
+    console.print(
+        Group(bucket_table(found), "", step_table(by_rank, last), "", share, *_forgotten(ranks))
+    )
 
 
 def bucket_table(found: Iterable[Life]) -> Table:
@@ -95,7 +106,9 @@ def bucket_table(found: Iterable[Life]) -> Table:
             str(len(group)),
             f"{group[-1].args['bytes']:,}" if "bytes" in group[-1].args else "",
             *(f"{median(phase):.2f}" for phase in zip(*phases, strict=True)),
-            Text(_most_often(group, "last")),  # a name may hold brackets, which are markup in a plain string
+            Text(
+                _most_often(group, "last")
+            ),  # a name may hold brackets, which are markup in a plain string
             Text(_most_often(group, "waited_for")),
         )
     return table
@@ -160,7 +173,8 @@ def _most_often(group: Iterable[Life], arg: str) -> str:
 
 def _forgotten(ranks: Iterable[Recorded]) -> list[str]:
     return [
-        f"rank {recorded.rank}: {recorded.dropped:,} older events were forgotten; raise zerort.trace.capacity"
+        f"rank {recorded.rank}: {recorded.dropped:,} older events were forgotten; raise "
+        "zerort.trace.capacity"
         for recorded in ranks
         if recorded.dropped
     ]

@@ -112,7 +112,8 @@ class BucketWatch:
         self._count(size)
 
         def complete() -> None:
-            # Runs on the worker that completed it: the only place where the time of completion is known.
+            # Runs on the worker that completed it: the only place where the time of completion is
+            # known.
             self._sink.span(f"collectives {lane}", name, start, self._sink.now(), bytes=size)
             self._lanes[lane] = False
             self._count(-size)
@@ -135,11 +136,19 @@ class BucketWatch:
             first, full, last = arrivals.get(index, (launch.at, launch.at, -1))
             moments = BucketLife(first, full, launch.at, retired)
             named = {"last": self._names[last]} if last >= 0 else {}
-            self._sink.life(index, moments, bytes=launch.size, dtype=launch.dtype, params=len(bucket.params), **named)
+            self._sink.life(
+                index,
+                moments,
+                bytes=launch.size,
+                dtype=launch.dtype,
+                params=len(bucket.params),
+                **named,
+            )
         self._retired.clear()
 
     def _count(self, difference: int) -> None:
-        # Collectives complete on several threads; the sums must reach the sink in the order in which they were true.
+        # Collectives complete on several threads; the sums must reach the sink in the order in
+        # which they were true.
         with self._counting:
             self._bytes += difference
             self._sink.counter("bytes in flight", self._sink.now(), self._bytes)

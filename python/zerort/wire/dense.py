@@ -34,7 +34,9 @@ class Dense:
         return _NORMS[out.tensor.device.type](out)
 
 
-def _fold_in_core(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
+def _fold_in_core(
+    chunks: Memory, accum: Memory, world: int, scale: float, add: bool
+) -> float | Tensor:
     if accum.tensor.dtype in (torch.float32, torch.float64):
         return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
     # Sums are taken in fp32 all the same; only what is kept between passes is narrower.
@@ -48,7 +50,9 @@ def _norm_in_core(memory: Memory) -> float:
     return _core.squared_norm(memory.buffer)
 
 
-def _fold_in_torch(chunks: Memory, accum: Memory, world: int, scale: float, add: bool) -> float | Tensor:
+def _fold_in_torch(
+    chunks: Memory, accum: Memory, world: int, scale: float, add: bool
+) -> float | Tensor:
     precise = torch.promote_types(accum.tensor.dtype, torch.float32)
     total, *rest = (piece.to(precise) for piece in chunks.tensor.chunk(world))
     for piece in rest:
@@ -66,4 +70,7 @@ def _norm_in_torch(memory: Memory) -> Tensor:
 
 
 _FOLDS = {"cpu": _fold_in_core, "cuda": _fold_in_torch}
-_NORMS: dict[str, Callable[[Memory], float | Tensor]] = {"cpu": _norm_in_core, "cuda": _norm_in_torch}
+_NORMS: dict[str, Callable[[Memory], float | Tensor]] = {
+    "cpu": _norm_in_core,
+    "cuda": _norm_in_torch,
+}

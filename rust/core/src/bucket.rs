@@ -1,13 +1,16 @@
 //! Which parameters travel together.
 //!
-//! One collective per parameter would pay the latency of a network thousands of times; one for all of them could only start
-//! when backward has ended. A bucket is the compromise: some megabytes of gradients that become ready at about the same time.
+//! One collective per parameter would pay the latency of a network thousands of times; one for all
+//! of them could only start when backward has ended. A bucket is the compromise: some megabytes of
+//! gradients that become ready at about the same time.
 //!
-//! Backward makes gradients roughly in reverse registration order, so parameters are assigned in that order. A bucket holds
-//! one dtype, because a buffer has one, one optimizer group, because a shard is updated with one set of hyperparameters, and one
-//! wire format, because it is encoded as a whole.
+//! Backward makes gradients roughly in reverse registration order, so parameters are assigned in
+//! that order. A bucket holds one dtype, because a buffer has one, one optimizer group, because a
+//! shard is updated with one set of hyperparameters, and one wire format, because it is encoded as
+//! a whole.
 //!
-//! The assignment fixes the layout of every buffer and of optimizer state. It is made once, never from an observation.
+//! The assignment fixes the layout of every buffer and of optimizer state. It is made once, never
+//! from an observation.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -34,7 +37,8 @@ impl Param {
     }
 }
 
-/// How long a bucket may become, the space between its parameters included and its padding at the end not.
+/// How long a bucket may become, the space between its parameters included and its padding at the
+/// end not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cap {
     /// In bytes of the bucket's dtype.
@@ -70,9 +74,10 @@ pub struct Bucket {
 
 /// Assigns every parameter to a bucket.
 ///
-/// Walks the parameters in reverse. A parameter that does not fit any more closes its bucket and opens the next one, so that
-/// a parameter larger than the cap has a bucket of its own. Identifiers follow the order in which the walk completes the
-/// buckets, which is the order in which backward is expected to fill them.
+/// Walks the parameters in reverse. A parameter that does not fit any more closes its bucket and
+/// opens the next one, so that a parameter larger than the cap has a bucket of its own. Identifiers
+/// follow the order in which the walk completes the buckets, which is the order in which backward
+/// is expected to fill them.
 pub fn assign(params: &[Param], cap: Cap) -> Vec<Bucket> {
     let mut open: BTreeMap<(Dtype, GroupId, WireId), Open> = BTreeMap::new();
     let mut closed = Vec::new();
@@ -107,7 +112,9 @@ impl Open {
 
     /// An empty bucket takes anything, and an empty parameter goes anywhere.
     fn fits(&self, param: Param, cap: Cap) -> bool {
-        self.bucket.params.is_empty() || param.numel == 0 || self.end_with(param) <= cap.elements(param.dtype)
+        self.bucket.params.is_empty()
+            || param.numel == 0
+            || self.end_with(param) <= cap.elements(param.dtype)
     }
 
     fn push(&mut self, id: ParamId, param: Param) {

@@ -1,7 +1,7 @@
 //! What a schedule is made of.
 //!
-//! There is no command for "wait until done": a retired bucket's result is waited for by the *stream*, so that nothing in a
-//! schedule depends on time and the core never hears of completions.
+//! There is no command for "wait until done": a retired bucket's result is waited for by the
+//! *stream*, so that nothing in a schedule depends on time and the core never hears of completions.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! What can be wrong, as enums with fields.
 //!
-//! Errors hold identifiers, never names: the core does not know what a parameter is called. Whoever does words the final
-//! message; the texts here are for readers of the core alone.
+//! Errors hold identifiers, never names: the core does not know what a parameter is called. Whoever
+//! does words the final message; the texts here are for readers of the core alone.
 
 use crate::ids::{BucketId, ParamId, Rank};
 

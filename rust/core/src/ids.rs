@@ -1,4 +1,5 @@
-//! Identifiers: small integers with a type, so that a bucket's number is never taken for a parameter's.
+//! Identifiers: small integers with a type, so that a bucket's number is never taken for a
+//! parameter's.
 
 /// A parameter, by its position in registration order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,28 +1,32 @@
 //! Plans and state machines of a gradient communication runtime.
 //!
-//! When several processes train one model, each sees its own part of the data and computes its own gradients. Before a step
-//! these must be summed over all processes: gigabytes, over a network, while the clock runs. Three ideas make that bearable.
+//! When several processes train one model, each sees its own part of the data and computes its own
+//! gradients. Before a step these must be summed over all processes: gigabytes, over a network,
+//! while the clock runs. Three ideas make that bearable.
 //!
-//! **Bucketed.** A collective has a fixed price, so gradients do not travel alone. A [`Bucket`] is a set of parameters that
-//! share one flat buffer and one collective. Backward makes gradients roughly in reverse registration order, so buckets are
-//! filled in that order.
+//! **Bucketed.** A collective has a fixed price, so gradients do not travel alone. A [`Bucket`] is
+//! a set of parameters that share one flat buffer and one collective. Backward makes gradients
+//! roughly in reverse registration order, so buckets are filled in that order.
 //!
-//! **Overlapped.** A bucket leaves as soon as its last gradient has come, while backward still computes the others.
+//! **Overlapped.** A bucket leaves as soon as its last gradient has come, while backward still
+//! computes the others.
 //!
-//! **Sharded.** No process needs the whole sum if each updates only its part of the parameters. A [`Partition`] cuts every
-//! bucket into equal [shards](Partition::shard_numel), one a [`Rank`]; what of a parameter lies in a shard is a
-//! [`Fragment`]. How much is sharded, of optimizer state, gradients and parameters, is a ZeRO [`Stage`], in other words
-//! three [`Rules`].
+//! **Sharded.** No process needs the whole sum if each updates only its part of the parameters. A
+//! [`Partition`] cuts every bucket into equal [shards](Partition::shard_numel), one a [`Rank`];
+//! what of a parameter lies in a shard is a [`Fragment`]. How much is sharded, of optimizer state,
+//! gradients and parameters, is a ZeRO [`Stage`], in other words three [`Rules`].
 //!
 //! # One order, written down
 //!
-//! A collective pairs with whatever its peers start at the same position. If one process launched buckets as they fill, and
-//! another did, the order would hang on timing and on which parameters a batch used; two buckets of equal size would be summed
-//! into each other without a word. Here the order is data. A [`Plan`] holds a [`Schedule`], the one list of [`Command`]s of a
-//! pass: `Launch b0`, `Launch b1`, `Retire b0`, ... It is the same on every rank, and [`Plan::digest`] proves it.
+//! A collective pairs with whatever its peers start at the same position. If one process launched
+//! buckets as they fill, and another did, the order would hang on timing and on which parameters a
+//! batch used; two buckets of equal size would be summed into each other without a word. Here the
+//! order is data. A [`Plan`] holds a [`Schedule`], the one list of [`Command`]s of a pass: `Launch
+//! b0`, `Launch b1`, `Retire b0`, ... It is the same on every rank, and [`Plan::digest`] proves it.
 //!
-//! The [`Reducer`] is a cursor into that list. It is told of each gradient and answers how far along one may go now. So the
-//! order of arrival decides *when* a bucket leaves, and never *which* is next.
+//! The [`Reducer`] is a cursor into that list. It is told of each gradient and answers how far
+//! along one may go now. So the order of arrival decides *when* a bucket leaves, and never *which*
+//! is next.
 //!
 //! # One step
 //!
@@ -30,12 +34,11 @@
 //! use std::sync::Arc;
 //! use zerort_core::{WireId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage};
 //!
-//! // Four parameters, two ranks, at most 1024 elements a bucket: p3 and p2 share b0, p1 and p0 share b1.
-//! let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
-//! let rules = Stage::new(2)?.rules();
-//! let spec = PlanSpec { params: vec![param; 4], world: 2, rules, cap: Cap::Elements(1024), window: Some(1) };
-//! let plan = Arc::new(Plan::new(spec)?);
-//! let mut reducer = Reducer::new(Arc::clone(&plan));
+//! // Four parameters, two ranks, at most 1024 elements a bucket: p3 and p2 share b0, p1 and p0
+//! share b1. let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0)
+//! }; let rules = Stage::new(2)?.rules(); let spec = PlanSpec { params: vec![param; 4], world: 2,
+//! rules, cap: Cap::Elements(1024), window: Some(1) }; let plan = Arc::new(Plan::new(spec)?); let
+//! mut reducer = Reducer::new(Arc::clone(&plan));
 //!
 //! // The first pass observes: everything is handed out at its end.
 //! reducer.begin()?;
@@ -44,20 +47,19 @@
 //! }
 //! assert_eq!(reducer.finish()?.hi, 4);
 //!
-//! // From then on communication overlaps. p1 comes early, but b0 is first in the list on every rank.
-//! reducer.begin()?;
-//! let answers = [3, 1, 2, 0].map(|id| reducer.grad_ready(ParamId(id)));
-//! assert_eq!(answers, [Ok(None), Ok(None), Ok(Some(2)), Ok(Some(4))]);
-//! let run: Vec<String> = plan.schedule().commands()[..2].iter().map(ToString::to_string).collect();
-//! assert_eq!(run, ["Launch b0", "Retire b0"]);
-//! assert!(reducer.finish()?.absent.is_empty());
+//! // From then on communication overlaps. p1 comes early, but b0 is first in the list on every
+//! rank. reducer.begin()?; let answers = [3, 1, 2, 0].map(|id| reducer.grad_ready(ParamId(id)));
+//! assert_eq!(answers, [Ok(None), Ok(None), Ok(Some(2)), Ok(Some(4))]); let run: Vec<String> =
+//! plan.schedule().commands()[..2].iter().map(ToString::to_string).collect(); assert_eq!(run,
+//! ["Launch b0", "Retire b0"]); assert!(reducer.finish()?.absent.is_empty());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # What is not here
 //!
-//! No tensor, no thread, no clock, no input or output, and no knowledge of torch or Python. All lengths are in elements and
-//! all times are passed in. What the crate computes depends on its arguments alone, so that every rank computes the same.
+//! No tensor, no thread, no clock, no input or output, and no knowledge of torch or Python. All
+//! lengths are in elements and all times are passed in. What the crate computes depends on its
+//! arguments alone, so that every rank computes the same.
 
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,7 @@
 //! When a bucket's gradients came, for the trace.
 //!
-//! Times are nanoseconds of the caller's clock: the core has none. They are recorded, never looked at.
+//! Times are nanoseconds of the caller's clock: the core has none. They are recorded, never looked
+//! at.
 
 use crate::ids::{BucketId, ParamId};
 

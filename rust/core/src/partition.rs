@@ -6,13 +6,15 @@
 //! fragments|-- p7 --| |--p6-|-p6-|  |--p5----|
 //! ```
 //!
-//! - **PAR-1** The fragments of all ranks tile the bucket's parameters: every element lies in exactly one.
-//! - **PAR-2** The shards of a bucket are equal. Every parameter starts on 64 bytes and a bucket's length is a multiple of
-//!   world × 128 elements, so that no kernel meets another alignment or a scalar tail in another layout. (Both change the
-//!   last bits of a result.) A bucket is never empty, even if all its parameters are.
+//! - **PAR-1** The fragments of all ranks tile the bucket's parameters: every element lies in
+//!   exactly one.
+//! - **PAR-2** The shards of a bucket are equal. Every parameter starts on 64 bytes and a bucket's
+//!   length is a multiple of world × 128 elements, so that no kernel meets another alignment or a
+//!   scalar tail in another layout. (Both change the last bits of a result.) A bucket is never
+//!   empty, even if all its parameters are.
 //!
-//! Every bucket is cut evenly, not every parameter, so that each collective is balanced. A fragment is computed when it is
-//! asked for: a plan for a thousand ranks costs no more than one for two.
+//! Every bucket is cut evenly, not every parameter, so that each collective is balanced. A fragment
+//! is computed when it is asked for: a plan for a thousand ranks costs no more than one for two.
 
 use crate::bucket::{Bucket, Param};
 use crate::error::PlanError;
@@ -50,14 +52,16 @@ pub struct Fragment {
 /// A bucket's layout as it was written down, to be restored by [`crate::Plan::restore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BucketLayout {
-    /// The parameters in the order in which they lie in the buffer, each with where it starts there.
+    /// The parameters in the order in which they lie in the buffer, each with where it starts
+    /// there.
     pub params: Vec<(ParamId, u64)>,
     /// Padded length of the bucket.
     pub numel: u64,
 }
 
 impl BucketLayout {
-    /// The bucket that is laid out so; dtype, group and wire are those of its parameters, which must agree.
+    /// The bucket that is laid out so; dtype, group and wire are those of its parameters, which
+    /// must agree.
     pub(crate) fn bucket(&self, id: BucketId, params: &[Param]) -> Result<Bucket, PlanError> {
         let &(first, _) = self.params.first().ok_or(PlanError::EmptyBucket { bucket: id })?;
         let kind = params[first.index()].kind();
@@ -66,12 +70,19 @@ impl BucketLayout {
             return Err(PlanError::MixedBucket { bucket: id, param });
         }
         let (dtype, group, wire) = kind;
-        Ok(Bucket { id, dtype, group, wire, params: self.params.iter().map(|&(param, _)| param).collect() })
+        Ok(Bucket {
+            id,
+            dtype,
+            group,
+            wire,
+            params: self.params.iter().map(|&(param, _)| param).collect(),
+        })
     }
 }
 
 impl Partition {
-    /// Takes `layout` as it is, after checking that its parameters follow one another and that `world` shards tile it.
+    /// Takes `layout` as it is, after checking that its parameters follow one another and that
+    /// `world` shards tile it.
     pub(crate) fn restore(
         bucket: &Bucket,
         params: &[Param],
@@ -79,12 +90,17 @@ impl Partition {
         world: u32,
     ) -> Result<Self, PlanError> {
         let BucketLayout { params: placed, numel } = layout;
-        if numel == 0 || numel % u64::from(world) != 0 || numel > i64::MAX as u64 / bucket.dtype.size() {
+        if numel == 0
+            || numel % u64::from(world) != 0
+            || numel > i64::MAX as u64 / bucket.dtype.size()
+        {
             return Err(PlanError::UnevenBucket { bucket: bucket.id, numel, world });
         }
         let mut end = 0;
         for &(param, start) in &placed {
-            let past = start.checked_add(params[param.index()].numel).filter(|&past| start >= end && past <= numel);
+            let past = start
+                .checked_add(params[param.index()].numel)
+                .filter(|&past| start >= end && past <= numel);
             end = past.ok_or(PlanError::Overlap { bucket: bucket.id, param })?;
         }
         let numels = placed.iter().map(|&(param, _)| params[param.index()].numel).collect();
@@ -95,8 +111,9 @@ impl Partition {
     /// Lays `bucket` out for `world` ranks. `params` are all parameters, by id.
     ///
     /// # Errors
-    /// [`PlanError::BadWorld`] for an empty world, [`PlanError::TooLarge`] when the buffer would exceed 2^63 - 1 bytes,
-    /// [`PlanError::UnknownParam`] when the bucket holds a parameter that is not in `params`.
+    /// [`PlanError::BadWorld`] for an empty world, [`PlanError::TooLarge`] when the buffer would
+    /// exceed 2^63 - 1 bytes, [`PlanError::UnknownParam`] when the bucket holds a parameter that is
+    /// not in `params`.
     pub fn new(bucket: &Bucket, params: &[Param], world: u32) -> Result<Self, PlanError> {
         if world == 0 {
             return Err(PlanError::BadWorld);
@@ -142,25 +159,35 @@ impl Partition {
         self.shard_numel
     }
 
-    /// The fragments in `rank`'s shard, in the order in which they lie there; none for a rank beyond the world.
+    /// The fragments in `rank`'s shard, in the order in which they lie there; none for a rank
+    /// beyond the world.
     ///
     /// `bucket` must be the one that was laid out.
-    pub fn fragments<'a>(&'a self, bucket: &'a Bucket, rank: Rank) -> impl Iterator<Item = Fragment> + 'a {
+    pub fn fragments<'a>(
+        &'a self,
+        bucket: &'a Bucket,
+        rank: Rank,
+    ) -> impl Iterator<Item = Fragment> + 'a {
         let lo = u64::from(rank.0).saturating_mul(self.shard_numel);
         let hi = lo.saturating_add(self.shard_numel);
-        // The last parameter that starts at or before the shard is the first that can reach into it.
+        // The last parameter that starts at or before the shard is the first that can reach into
+        // it.
         let first = self.offsets.partition_point(|&start| start <= lo).saturating_sub(1);
         let extents = bucket.params.iter().zip(self.offsets.iter().zip(&self.numels)).skip(first);
-        extents.take_while(move |&(_, (&start, _))| start < hi).filter_map(move |(&param, (&start, &numel))| {
-            let from = start.max(lo);
-            let length = (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
-            let (param_start, shard_start) = (from - start, from - lo);
-            Some(Fragment { param, bucket: bucket.id, rank, param_start, shard_start, length })
-        })
+        extents.take_while(move |&(_, (&start, _))| start < hi).filter_map(
+            move |(&param, (&start, &numel))| {
+                let from = start.max(lo);
+                let length =
+                    (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
+                let (param_start, shard_start) = (from - start, from - lo);
+                Some(Fragment { param, bucket: bucket.id, rank, param_start, shard_start, length })
+            },
+        )
     }
 }
 
-/// Where a parameter of `numel` elements starts behind `end`, and the padded length of the bucket with it.
+/// Where a parameter of `numel` elements starts behind `end`, and the padded length of the bucket
+/// with it.
 fn append(end: u64, numel: u64, align: u64, unit: u64) -> Option<(u64, u64)> {
     let start = end.checked_next_multiple_of(align)?;
     let padded = start.checked_add(numel)?.max(1).checked_next_multiple_of(unit)?;

@@ -1,11 +1,14 @@
 //! Everything that must be equal on all ranks, decided before the first step.
 //!
-//! A plan is immutable and a pure function of its [`PlanSpec`]: ranks that were given the same specification hold the same
-//! plan, and [`Plan::digest`] proves it with one integer. It has two parts:
+//! A plan is immutable and a pure function of its [`PlanSpec`]: ranks that were given the same
+//! specification hold the same plan, and [`Plan::digest`] proves it with one integer. It has two
+//! parts:
 //!
-//! - the *layout*: rules, buckets, partitions. Buffers and optimizer state follow from it, so it never changes.
-//! - the *launch order*: the [`Schedule`]. An observed order of arrival may change it, which moves no data; plans that differ
-//!   in it alone share their layout and have the same [`Plan::layout_digest`].
+//! - the *layout*: rules, buckets, partitions. Buffers and optimizer state follow from it, so it
+//!   never changes.
+//! - the *launch order*: the [`Schedule`]. An observed order of arrival may change it, which moves
+//!   no data; plans that differ in it alone share their layout and have the same
+//!   [`Plan::layout_digest`].
 //!
 //! A plan knows lengths and identifiers, never a name, a tensor or a device.
 
@@ -70,14 +73,16 @@ impl Plan {
         Ok(Self::laid_out(spec, buckets, partitions))
     }
 
-    /// The plan whose layout was written down as `layouts`, by this planner or another; launches follow layout order.
+    /// The plan whose layout was written down as `layouts`, by this planner or another; launches
+    /// follow layout order.
     ///
-    /// Nothing is assigned anew, so a layout outlives the planner that made it. It may break PAR-2's alignments, which
-    /// concern kernels, but nothing that moving data relies on.
+    /// Nothing is assigned anew, so a layout outlives the planner that made it. It may break
+    /// PAR-2's alignments, which concern kernels, but nothing that moving data relies on.
     ///
     /// # Errors
-    /// What [`Plan::new`] refuses; [`PlanError::NotOnce`], [`PlanError::EmptyBucket`], [`PlanError::MixedBucket`],
-    /// [`PlanError::Overlap`] and [`PlanError::UnevenBucket`] for buckets that the parameters and ranks do not tile.
+    /// What [`Plan::new`] refuses; [`PlanError::NotOnce`], [`PlanError::EmptyBucket`],
+    /// [`PlanError::MixedBucket`], [`PlanError::Overlap`] and [`PlanError::UnevenBucket`] for
+    /// buckets that the parameters and ranks do not tile.
     pub fn restore(
         params: Vec<Param>,
         layouts: Vec<BucketLayout>,
@@ -102,16 +107,19 @@ impl Plan {
         let all = buckets.len() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
         let PlanSpec { params, world, rules, .. } = spec;
-        let mut layout = Layout { params, world, rules, window, buckets, partitions, homes, digest: 0 };
+        let mut layout =
+            Layout { params, world, rules, window, buckets, partitions, homes, digest: 0 };
         layout.digest = layout.hash();
         let order: Vec<BucketId> = layout.buckets.iter().map(|bucket| bucket.id).collect();
         Self::with_order(Arc::new(layout), &order)
     }
 
-    /// The same layout, launched in the order in which `observed`, parameters by arrival, fills the buckets.
+    /// The same layout, launched in the order in which `observed`, parameters by arrival, fills the
+    /// buckets.
     ///
-    /// A bucket's place is that of its parameter that came last; where a parameter is listed twice, its last place counts.
-    /// Buckets with a parameter that was never observed go last, in layout order: they fill only when a pass ends.
+    /// A bucket's place is that of its parameter that came last; where a parameter is listed twice,
+    /// its last place counts. Buckets with a parameter that was never observed go last, in layout
+    /// order: they fill only when a pass ends.
     ///
     /// # Errors
     /// [`PlanError::UnknownParam`].
@@ -119,11 +127,14 @@ impl Plan {
         let params = self.layout.params.len();
         let mut arrival = vec![usize::MAX; params];
         for (place, &param) in observed.iter().enumerate() {
-            let slot = arrival.get_mut(param.index()).ok_or(PlanError::UnknownParam { param, params })?;
+            let slot =
+                arrival.get_mut(param.index()).ok_or(PlanError::UnknownParam { param, params })?;
             *slot = place;
         }
-        let filled = |bucket: &Bucket| bucket.params.iter().map(|param| arrival[param.index()]).max();
-        let mut order: Vec<_> = self.buckets().iter().map(|bucket| (filled(bucket), bucket.id)).collect();
+        let filled =
+            |bucket: &Bucket| bucket.params.iter().map(|param| arrival[param.index()]).max();
+        let mut order: Vec<_> =
+            self.buckets().iter().map(|bucket| (filled(bucket), bucket.id)).collect();
         order.sort_unstable();
         let order: Vec<BucketId> = order.into_iter().map(|(_, bucket)| bucket).collect();
         Ok(Self::with_order(Arc::clone(&self.layout), &order))
@@ -175,7 +186,10 @@ impl Plan {
     /// [`PlanError::UnknownBucket`].
     pub fn partition(&self, id: BucketId) -> Result<&Partition, PlanError> {
         let buckets = self.layout.buckets.len();
-        self.layout.partitions.get(id.index()).ok_or(PlanError::UnknownBucket { bucket: id, buckets })
+        self.layout
+            .partitions
+            .get(id.index())
+            .ok_or(PlanError::UnknownBucket { bucket: id, buckets })
     }
 
     /// The bucket a parameter lies in, and where it starts there, in elements.
@@ -184,7 +198,11 @@ impl Plan {
     /// [`PlanError::UnknownParam`].
     pub fn home(&self, param: ParamId) -> Result<(BucketId, u64), PlanError> {
         let params = self.layout.params.len();
-        let home = self.layout.homes.get(param.index()).ok_or(PlanError::UnknownParam { param, params })?;
+        let home = self
+            .layout
+            .homes
+            .get(param.index())
+            .ok_or(PlanError::UnknownParam { param, params })?;
         let (bucket, position) = *home;
         Ok((bucket, self.layout.partitions[bucket.index()].offsets()[position as usize]))
     }
@@ -193,7 +211,11 @@ impl Plan {
     ///
     /// # Errors
     /// [`PlanError::UnknownBucket`] or [`PlanError::UnknownRank`].
-    pub fn fragments(&self, bucket: BucketId, rank: Rank) -> Result<impl Iterator<Item = Fragment> + '_, PlanError> {
+    pub fn fragments(
+        &self,
+        bucket: BucketId,
+        rank: Rank,
+    ) -> Result<impl Iterator<Item = Fragment> + '_, PlanError> {
         let world = self.layout.world;
         if rank.0 >= world {
             return Err(PlanError::UnknownRank { rank, world });
@@ -211,7 +233,8 @@ impl Plan {
         self.digest
     }
 
-    /// Hash of everything but the schedule. Plans with equal ones can stand in for each other over the same buffers.
+    /// Hash of everything but the schedule. Plans with equal ones can stand in for each other over
+    /// the same buffers.
     pub fn layout_digest(&self) -> u64 {
         self.layout.digest
     }
@@ -268,7 +291,12 @@ impl Layout {
         let mut hash = Digest::new(b"zerort layout 1");
         hash.words([u64::from(self.world), rules_code(self.rules), self.params.len() as u64]);
         for param in &self.params {
-            hash.words([param.numel, dtype_code(param.dtype), u64::from(param.group.0), u64::from(param.wire.0)]);
+            hash.words([
+                param.numel,
+                dtype_code(param.dtype),
+                u64::from(param.group.0),
+                u64::from(param.wire.0),
+            ]);
         }
         for (bucket, partition) in self.buckets.iter().zip(&self.partitions) {
             hash.words([bucket.params.len() as u64, partition.numel()]);
@@ -292,7 +320,8 @@ fn schedule_digest(layout: u64, schedule: &Schedule) -> u64 {
     hash.finish()
 }
 
-/// xxh3 over little-endian words, so that the hash does not depend on the platform. Every list is preceded by its length.
+/// xxh3 over little-endian words, so that the hash does not depend on the platform. Every list is
+/// preceded by its length.
 struct Digest(Xxh3);
 
 impl Digest {
@@ -322,7 +351,9 @@ const fn dtype_code(dtype: Dtype) -> u64 {
 }
 
 const fn rules_code(rules: Rules) -> u64 {
-    placement_bit(rules.optimizer) << 2 | placement_bit(rules.gradient) << 1 | placement_bit(rules.parameter)
+    placement_bit(rules.optimizer) << 2
+        | placement_bit(rules.gradient) << 1
+        | placement_bit(rules.parameter)
 }
 
 const fn placement_bit(placement: Placement) -> u64 {

@@ -1,7 +1,8 @@
 //! The cursor for gradients: how far along the schedule one may go now.
 //!
-//! Autograd tells the reducer about each gradient as it is accumulated. The reducer answers with nothing, nearly always, or
-//! with `hi`: every command of the schedule below `hi` may run. What runs, and how, is somebody else's business; so is time.
+//! Autograd tells the reducer about each gradient as it is accumulated. The reducer answers with
+//! nothing, nearly always, or with `hi`: every command of the schedule below `hi` may run. What
+//! runs, and how, is somebody else's business; so is time.
 //!
 //! ```text
 //! phase    Idle ── begin ──> Observing ── finish ──> Idle       a pass with a parameter that is new: it learns
@@ -13,35 +14,42 @@
 //!              └────────────────────────────────────────── begin ──────────────────────────────────────────────────┘
 //! ```
 //!
-//! - **RED-1** The ranges handed out in a pass are consecutive and tile the schedule, whatever order gradients arrive in: a
-//!   range begins where the one before ended.
-//! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends. Full means that every watched
-//!   parameter of it has fired as often as learnt.
-//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass, if it is told of. It is neither
-//!   dropped nor does it overwrite anything: autograd keeps it in `.grad`, and a later pass takes it.
-//! - **RED-4** [`Reducer::finish`] hands out the rest and names the watched parameters that never came.
-//! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not either.
+//! - **RED-1** The ranges handed out in a pass are consecutive and tile the schedule, whatever
+//!   order gradients arrive in: a range begins where the one before ended.
+//! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends. Full
+//!   means that every watched parameter of it has fired as often as learnt.
+//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass, if it
+//!   is told of. It is neither dropped nor does it overwrite anything: autograd keeps it in
+//!   `.grad`, and a later pass takes it.
+//! - **RED-4** [`Reducer::finish`] hands out the rest and names the watched parameters that never
+//!   came.
+//! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not
+//!   either.
 //!
 //! # What is learnt
 //!
-//! Most parameters fire once a pass, but a module reused under reentrant checkpointing fires once for each use, and its bucket
-//! must not leave before the last one. So the first pass only observes: it hands out nothing before its end, counts how often
-//! each parameter fires, and keeps the order in which they fired last, from which [`Plan::reordered`] makes a better launch
-//! order. A pass observes again when the one before had no arrivals at all, which teaches nothing, or when
+//! Most parameters fire once a pass, but a module reused under reentrant checkpointing fires once
+//! for each use, and its bucket must not leave before the last one. So the first pass only
+//! observes: it hands out nothing before its end, counts how often each parameter fires, and keeps
+//! the order in which they fired last, from which [`Plan::reordered`] makes a better launch order.
+//! A pass observes again when the one before had no arrivals at all, which teaches nothing, or when
 //! [`Reducer::set_active`] has let a parameter in that no observing pass has had.
 //!
-//! A parameter that fires more often than learnt is no problem while its bucket has not left, and late afterwards.
+//! A parameter that fires more often than learnt is no problem while its bucket has not left, and
+//! late afterwards.
 //!
 //! # Sentinels
 //!
-//! Being told of a gradient is what costs, so one may ask to be told of few ([`Reducer::post_sentinels`]). Of a bucket all of
-//! whose parameters came in the observing pass only the one that came last is then *watched*, its sentinel; when it has fired as
-//! often as learnt, the bucket counts as full. A bucket of which something did not come has nobody to vouch for it, and all of
-//! it stays watched; so does everything in a pass that observes.
+//! Being told of a gradient is what costs, so one may ask to be told of few
+//! ([`Reducer::post_sentinels`]). Of a bucket all of whose parameters came in the observing pass
+//! only the one that came last is then *watched*, its sentinel; when it has fired as often as
+//! learnt, the bucket counts as full. A bucket of which something did not come has nobody to vouch
+//! for it, and all of it stays watched; so does everything in a pass that observes.
 //!
-//! A sentinel may be wrong: gradients may come in another order than they did. What protects them is outside, in `.grad`:
-//! whoever runs a Launch takes what is there, and finds what came afterwards (RED-3). A bucket never leaves later for having a
-//! sentinel: with all of it watched, it would wait for that parameter too.
+//! A sentinel may be wrong: gradients may come in another order than they did. What protects them
+//! is outside, in `.grad`: whoever runs a Launch takes what is there, and finds what came
+//! afterwards (RED-3). A bucket never leaves later for having a sentinel: with all of it watched,
+//! it would wait for that parameter too.
 
 mod state;
 
@@ -110,13 +118,22 @@ impl Reducer {
         }
         let buckets = vec![State::Reduced; plan.buckets().len()];
         let life = vec![None; buckets.len()];
-        Self { plan, slots, buckets, pass: Pass::Idle, sentinels: false, observed: Vec::new(), life }
+        Self {
+            plan,
+            slots,
+            buckets,
+            pass: Pass::Idle,
+            sentinels: false,
+            observed: Vec::new(),
+            life,
+        }
     }
 
     /// Says which parameters require grad; the others are not waited for.
     ///
     /// # Errors
-    /// [`StepError::OutOfPhase`] during a pass, [`StepError::WrongLength`] unless there is one entry per parameter.
+    /// [`StepError::OutOfPhase`] during a pass, [`StepError::WrongLength`] unless there is one
+    /// entry per parameter.
     pub fn set_active(&mut self, active: &[bool]) -> Result<(), StepError> {
         self.demand(Phase::Idle)?;
         if active.len() != self.slots.len() {
@@ -129,7 +146,8 @@ impl Reducer {
         Ok(())
     }
 
-    /// From now on one parameter stands for all of its bucket, where it is known which one comes last.
+    /// From now on one parameter stands for all of its bucket, where it is known which one comes
+    /// last.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -151,8 +169,8 @@ impl Reducer {
         Ok(())
     }
 
-    /// The parameters that are waited for, in the pass under way or the next one: [`Reducer::grad_ready`] need not be told of
-    /// any other.
+    /// The parameters that are waited for, in the pass under way or the next one:
+    /// [`Reducer::grad_ready`] need not be told of any other.
     pub fn watched(&self) -> impl Iterator<Item = ParamId> + '_ {
         self.ids_where(Slot::is_watched)
     }
@@ -160,7 +178,8 @@ impl Reducer {
     /// Takes a plan of the same layout with another launch order.
     ///
     /// # Errors
-    /// [`StepError::OutOfPhase`] during a pass, [`StepError::OtherLayout`] when more than the order differs.
+    /// [`StepError::OutOfPhase`] during a pass, [`StepError::OtherLayout`] when more than the order
+    /// differs.
     pub fn reorder(&mut self, plan: Arc<Plan>) -> Result<(), StepError> {
         self.demand(Phase::Idle)?;
         let (expected, got) = (self.plan.layout_digest(), plan.layout_digest());
@@ -173,7 +192,8 @@ impl Reducer {
 
     /// Starts a pass.
     ///
-    /// Buckets without an active parameter are full from the start; they leave as soon as the cursor comes by.
+    /// Buckets without an active parameter are full from the start; they leave as soon as the
+    /// cursor comes by.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -188,14 +208,15 @@ impl Reducer {
                 self.buckets[slot.bucket.index()].await_one();
             }
         }
-        self.pass = if learns { Pass::Observing { arrivals: 0 } } else { Pass::Backward { cursor: 0 } };
+        self.pass =
+            if learns { Pass::Observing { arrivals: 0 } } else { Pass::Backward { cursor: 0 } };
         Ok(())
     }
 
     /// Asks to be told of the next gradient that arrives outside a pass.
     ///
-    /// A backward that nobody has announced begins so: autograd does not say beforehand whether it accumulates gradients or
-    /// only computes some.
+    /// A backward that nobody has announced begins so: autograd does not say beforehand whether it
+    /// accumulates gradients or only computes some.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -213,17 +234,20 @@ impl Reducer {
         }
     }
 
-    /// One gradient has been accumulated. Returns `hi` when commands became free: every one below `hi` may run now.
+    /// One gradient has been accumulated. Returns `hi` when commands became free: every one below
+    /// `hi` may run now.
     ///
-    /// Outside a pass nothing is handed out and nothing is kept: autograd has the gradient in `.grad`, where a later pass
-    /// finds it. Armed, the answer is 0, once: begin a pass, and tell of this gradient again.
+    /// Outside a pass nothing is handed out and nothing is kept: autograd has the gradient in
+    /// `.grad`, where a later pass finds it. Armed, the answer is 0, once: begin a pass, and tell
+    /// of this gradient again.
     ///
     /// # Errors
     /// [`StepError::UnknownParam`].
     #[inline]
     pub fn grad_ready(&mut self, param: ParamId) -> Result<Option<usize>, StepError> {
         let params = self.slots.len();
-        let slot = self.slots.get_mut(param.index()).ok_or(StepError::UnknownParam { param, params })?;
+        let slot =
+            self.slots.get_mut(param.index()).ok_or(StepError::UnknownParam { param, params })?;
         match &mut self.pass {
             Pass::Idle => {}
             Pass::Armed => {
@@ -249,18 +273,25 @@ impl Reducer {
     ///
     /// # Errors
     /// [`StepError::UnknownParam`].
-    pub fn grad_ready_at(&mut self, param: ParamId, now_ns: u64) -> Result<Option<usize>, StepError> {
+    pub fn grad_ready_at(
+        &mut self,
+        param: ParamId,
+        now_ns: u64,
+    ) -> Result<Option<usize>, StepError> {
         if let Some(slot) = self.slots.get(param.index()) {
             let index = slot.bucket.index();
             match self.buckets[index] {
-                State::Filling { .. } => Life::note(&mut self.life[index], slot.bucket, param, now_ns),
+                State::Filling { .. } => {
+                    Life::note(&mut self.life[index], slot.bucket, param, now_ns)
+                }
                 State::Full | State::InFlight | State::Reduced => {}
             }
         }
         self.grad_ready(param)
     }
 
-    /// Ends the pass: hands out the rest of the list, and names what never came and what came too late.
+    /// Ends the pass: hands out the rest of the list, and names what never came and what came too
+    /// late.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] outside a pass.
@@ -279,9 +310,11 @@ impl Reducer {
         })
     }
 
-    /// The command the cursor stands at and what its bucket lacks. None outside a pass, and when all has been handed out.
+    /// The command the cursor stands at and what its bucket lacks. None outside a pass, and when
+    /// all has been handed out.
     ///
-    /// In an observing pass the cursor stands at the first command until the end, even if its bucket lacks nothing.
+    /// In an observing pass the cursor stands at the first command until the end, even if its
+    /// bucket lacks nothing.
     pub fn explain(&self) -> Option<Explanation> {
         let index = match self.pass {
             Pass::Idle | Pass::Armed => return None,
@@ -304,7 +337,8 @@ impl Reducer {
         self.phase() == Phase::Backward
     }
 
-    /// Whether the pass under way is one that only observes; every active parameter is watched in it.
+    /// Whether the pass under way is one that only observes; every active parameter is watched in
+    /// it.
     pub fn observing(&self) -> bool {
         match self.pass {
             Pass::Observing { .. } => true,
@@ -312,13 +346,15 @@ impl Reducer {
         }
     }
 
-    /// Parameters in the order in which the last observing pass stopped waiting for them: those that were not active, then
-    /// the others by their last arrival. What never came is not listed. Empty before the first pass has ended.
+    /// Parameters in the order in which the last observing pass stopped waiting for them: those
+    /// that were not active, then the others by their last arrival. What never came is not listed.
+    /// Empty before the first pass has ended.
     pub fn observed(&self) -> &[ParamId] {
         &self.observed
     }
 
-    /// When the gradients of this pass, or of the last one, came, by bucket; those of [`Reducer::grad_ready_at`] only.
+    /// When the gradients of this pass, or of the last one, came, by bucket; those of
+    /// [`Reducer::grad_ready_at`] only.
     pub fn life(&self) -> impl Iterator<Item = Life> + '_ {
         self.life.iter().copied().flatten()
     }
@@ -371,7 +407,13 @@ impl Reducer {
 /// As one would say it: `command 14 = Launch b3; b3 lacks 7, 8`.
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "command {} = {}; b{} lacks ", self.index, self.command, self.command.bucket().0)?;
+        write!(
+            f,
+            "command {} = {}; b{} lacks ",
+            self.index,
+            self.command,
+            self.command.bucket().0
+        )?;
         let Some((first, rest)) = self.lacking.split_first() else { return f.write_str("nothing") };
         write!(f, "{}", first.0)?;
         rest.iter().try_for_each(|param| write!(f, ", {}", param.0))

@@ -1,13 +1,15 @@
 //! What fills a shard of one plan from the shards of another.
 //!
-//! A checkpoint holds the shards of the plan that saved it. The plan that loads it may have another world, other caps, other
-//! dtypes, another order of parameters. Both know where every parameter lies, so a shard of the target is put together from
-//! contiguous segments of the source's shards, and a rank reads those and nothing else.
+//! A checkpoint holds the shards of the plan that saved it. The plan that loads it may have another
+//! world, other caps, other dtypes, another order of parameters. Both know where every parameter
+//! lies, so a shard of the target is put together from contiguous segments of the source's shards,
+//! and a rank reads those and nothing else.
 //!
 //! - **PAR-3** Resharding from N ranks to M and back is the identity.
 //!
-//! A parameter that the source does not have, and padding, is not listed: what lies there is the caller's decision. Whether
-//! state was sharded or replicated makes no difference: the partition defines the shards either way.
+//! A parameter that the source does not have, and padding, is not listed: what lies there is the
+//! caller's decision. Whether state was sharded or replicated makes no difference: the partition
+//! defines the shards either way.
 
 use crate::error::PlanError;
 use crate::ids::{BucketId, ParamId, Rank};
@@ -31,11 +33,13 @@ pub struct Segment {
 
 /// What fills `rank`'s shard of `bucket` in `target`, in the order in which it lies there.
 ///
-/// `came_from[p]` is the source's id of the target's parameter `p`, or None where the source has none.
+/// `came_from[p]` is the source's id of the target's parameter `p`, or None where the source has
+/// none.
 ///
 /// # Errors
-/// [`PlanError::UnknownBucket`], [`PlanError::UnknownRank`] and [`PlanError::WrongLength`] about the target,
-/// [`PlanError::UnknownParam`] about the source, and [`PlanError::Mismatch`] when they disagree about a parameter's length.
+/// [`PlanError::UnknownBucket`], [`PlanError::UnknownRank`] and [`PlanError::WrongLength`] about
+/// the target, [`PlanError::UnknownParam`] about the source, and [`PlanError::Mismatch`] when they
+/// disagree about a parameter's length.
 pub fn reshard(
     source: &Plan,
     target: &Plan,
@@ -57,7 +61,12 @@ pub fn reshard(
     Ok(segments)
 }
 
-fn check_length(source: &Plan, target: &Plan, origin: ParamId, param: ParamId) -> Result<(), PlanError> {
+fn check_length(
+    source: &Plan,
+    target: &Plan,
+    origin: ParamId,
+    param: ParamId,
+) -> Result<(), PlanError> {
     let params = source.params().len();
     let unknown = PlanError::UnknownParam { param: origin, params };
     let got = source.params().get(origin.index()).ok_or(unknown)?.numel;
@@ -66,7 +75,12 @@ fn check_length(source: &Plan, target: &Plan, origin: ParamId, param: ParamId) -
 }
 
 /// Cuts a fragment of the target where the shards of the source end.
-fn cut(source: &Plan, origin: ParamId, fragment: Fragment, segments: &mut Vec<Segment>) -> Result<(), PlanError> {
+fn cut(
+    source: &Plan,
+    origin: ParamId,
+    fragment: Fragment,
+    segments: &mut Vec<Segment>,
+) -> Result<(), PlanError> {
     let (source_bucket, offset) = source.home(origin)?;
     let shard_numel = source.partition(source_bucket)?.shard_numel();
     let mut position = offset + fragment.param_start;

@@ -1,8 +1,9 @@
 //! The dynamic loss scale of fp16 training, as a pure state machine.
 //!
-//! A loss is multiplied by the scale so that small gradients do not underflow, and gradients are divided by it before
-//! the optimizer sees them. The scale halves when a gradient overflows and doubles after a window of clean steps, so
-//! that it stays just below the largest one that works. Hysteresis forgives that many overflows less one before a cut.
+//! A loss is multiplied by the scale so that small gradients do not underflow, and gradients are
+//! divided by it before the optimizer sees them. The scale halves when a gradient overflows and
+//! doubles after a window of clean steps, so that it stays just below the largest one that works.
+//! Hysteresis forgives that many overflows less one before a cut.
 //!
 //! ```text
 //!                      hysteresis left > 1                   hysteresis left = 1
@@ -12,23 +13,27 @@
 //!        └─ any other ───────────────────────────────────────► nothing; with `consecutive`, hysteresis restored
 //! ```
 //!
-//! Guarantees: the same updates give the same scale on every rank, bit for bit; the scale is always finite, positive
-//! and, once it has fallen to the minimum, never below it. A cut does not restore the hysteresis: until the next growth
-//! (or, with `consecutive`, the next clean step) every overflow cuts. A window is complete when `window` clean boundaries
-//! lie *before* this one, so the scale grows at the next. These are `DeepSpeed`'s rules, to the step.
+//! Guarantees: the same updates give the same scale on every rank, bit for bit; the scale is always
+//! finite, positive and, once it has fallen to the minimum, never below it. A cut does not restore
+//! the hysteresis: until the next growth (or, with `consecutive`, the next clean step) every
+//! overflow cuts. A window is complete when `window` clean boundaries lie *before* this one, so the
+//! scale grows at the next. These are `DeepSpeed`'s rules, to the step.
 //!
-//! It does not look at gradients, skip steps or log: it is told of an overflow that all ranks have agreed upon.
+//! It does not look at gradients, skip steps or log: it is told of an overflow that all ranks have
+//! agreed upon.
 
 use thiserror::Error;
 
 /// How the scale moves; fixed for a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
-    /// Clean boundaries since the last overflow, or growth, after which the next clean one lets the scale grow.
+    /// Clean boundaries since the last overflow, or growth, after which the next clean one lets the
+    /// scale grow.
     pub window: u64,
     /// Overflows that it takes to cut the scale; 1 cuts at each.
     pub hysteresis: u32,
-    /// Whether every clean boundary restores the hysteresis, rather than only one at which the scale grows.
+    /// Whether every clean boundary restores the hysteresis, rather than only one at which the
+    /// scale grows.
     pub consecutive: bool,
     /// What the scale never falls below.
     pub minimum: f64,
@@ -54,7 +59,11 @@ impl Policy {
 }
 
 fn positive(name: &'static str, value: f64) -> Result<(), LossScaleError> {
-    if value.is_finite() && value > 0.0 { Ok(()) } else { Err(LossScaleError::NotPositive { name, value }) }
+    if value.is_finite() && value > 0.0 {
+        Ok(())
+    } else {
+        Err(LossScaleError::NotPositive { name, value })
+    }
 }
 
 /// Everything that a checkpoint must keep of a loss scale.
@@ -140,8 +149,8 @@ impl LossScale {
     /// A scale before its first boundary.
     ///
     /// # Errors
-    /// When `initial`, the minimum or the factor is not a finite positive number, a count is zero, or the factor does
-    /// not exceed one.
+    /// When `initial`, the minimum or the factor is not a finite positive number, a count is zero,
+    /// or the factor does not exceed one.
     pub fn new(initial: f64, policy: Policy) -> Result<Self, LossScaleError> {
         let policy = policy.check()?;
         let hysteresis_left = policy.hysteresis;
@@ -161,10 +170,12 @@ impl LossScale {
         self.state
     }
 
-    /// Goes on from a saved state. More hysteresis than the policy has, saved under another policy, is cut to it.
+    /// Goes on from a saved state. More hysteresis than the policy has, saved under another policy,
+    /// is cut to it.
     ///
     /// # Errors
-    /// When the scale is not a finite positive number, no hysteresis is left, or the last overflow lies in the future.
+    /// When the scale is not a finite positive number, no hysteresis is left, or the last overflow
+    /// lies in the future.
     pub fn restore(&mut self, state: State) -> Result<(), LossScaleError> {
         positive("scale", state.scale)?;
         if state.hysteresis_left == 0 {
@@ -179,7 +190,8 @@ impl LossScale {
         Ok(())
     }
 
-    /// Advances by one boundary; `overflow` says whether any rank had a gradient that is not finite.
+    /// Advances by one boundary; `overflow` says whether any rank had a gradient that is not
+    /// finite.
     pub fn update(&mut self, overflow: bool) -> Outcome {
         self.state.boundaries += 1;
         if overflow {

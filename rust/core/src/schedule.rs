@@ -8,12 +8,14 @@
 //! ```
 //!
 //! - **SCH-1** Every bucket has exactly one `Launch` and one later `Retire`.
-//! - **SCH-2** Never are more than `window` buckets launched and unretired, whichever prefix of the list has been run: the
-//!   memory of a pass is bounded by its plan.
-//! - **SCH-3** The list is a function of the order and the window. Ranks with the same plan run the same list, so that no
-//!   collective can pair with another bucket's, whatever order gradients arrive in.
+//! - **SCH-2** Never are more than `window` buckets launched and unretired, whichever prefix of the
+//!   list has been run: the memory of a pass is bounded by its plan.
+//! - **SCH-3** The list is a function of the order and the window. Ranks with the same plan run the
+//!   same list, so that no collective can pair with another bucket's, whatever order gradients
+//!   arrive in.
 //!
-//! A schedule does not say *when* a command may run. That is the [`Reducer`](crate::Reducer)'s answer.
+//! A schedule does not say *when* a command may run. That is the [`Reducer`](crate::Reducer)'s
+//! answer.
 
 use std::fmt;
 
@@ -58,6 +60,9 @@ impl Schedule {
 /// One command a line, with its index: two schedules can be compared with `diff`.
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.commands.iter().enumerate().try_for_each(|(index, command)| writeln!(f, "{index:>6} {command}"))
+        self.commands
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, command)| writeln!(f, "{index:>6} {command}"))
     }
 }

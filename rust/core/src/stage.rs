@@ -1,7 +1,7 @@
 //! ZeRO's stages as three placements.
 //!
-//! A stage is a number only where a user writes it. Everything else asks [`Rules`] a question by name, so that a new mixture
-//! of placements is a new row in one table and nothing else.
+//! A stage is a number only where a user writes it. Everything else asks [`Rules`] a question by
+//! name, so that a new mixture of placements is a new row in one table and nothing else.
 //!
 //! | stage | optimizer state | gradient   | parameter  |
 //! |------:|-----------------|------------|------------|
@@ -75,7 +75,8 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Whether gradients travel at every micro-batch, because no rank may keep them whole, or only at the boundary.
+    /// Whether gradients travel at every micro-batch, because no rank may keep them whole, or only
+    /// at the boundary.
     pub fn reduces_every_micro_batch(self) -> bool {
         self.gradient == Placement::Sharded
     }

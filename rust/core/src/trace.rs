@@ -2,25 +2,29 @@
 //!
 //! # What it is
 //!
-//! [`Trace`] keeps the last `capacity` events of one rank: spans and instants on named tracks, counters, and *async
-//! spans*, which may overlap others of their track (a bucket's life: several buckets fill and fly at the same time).
-//! [`Trace::write`] turns the ring into the JSON that Perfetto and `chrome://tracing` open. A rank is a process in
-//! Chrome's terms (`pid` = rank), a track is a thread of it, so the files of all ranks open side by side.
+//! [`Trace`] keeps the last `capacity` events of one rank: spans and instants on named tracks,
+//! counters, and *async spans*, which may overlap others of their track (a bucket's life: several
+//! buckets fill and fly at the same time). [`Trace::write`] turns the ring into the JSON that
+//! Perfetto and `chrome://tracing` open. A rank is a process in Chrome's terms (`pid` = rank), a
+//! track is a thread of it, so the files of all ranks open side by side.
 //!
 //! # What it guarantees
 //!
 //! * Memory is bounded: a full ring forgets its oldest event and counts it in [`Trace::dropped`].
-//! * What is written is complete whatever was forgotten: a span is one event in the ring, so a begin never lacks its end.
-//! * Lines are in order of time; where times are equal, ends come before begins, outer begins before inner ones and
-//!   inner ends before outer ones, so spans that nest are seen to nest.
+//! * What is written is complete whatever was forgotten: a span is one event in the ring, so a
+//!   begin never lacks its end.
+//! * Lines are in order of time; where times are equal, ends come before begins, outer begins
+//!   before inner ones and inner ends before outer ones, so spans that nest are seen to nest.
 //!
 //! # What it does not do
 //!
-//! It has no clock and opens no file: times come in as nanoseconds on an axis of the caller's choice, and the text
-//! goes into the caller's writer. It does not check that the spans of one track nest.
+//! It has no clock and opens no file: times come in as nanoseconds on an axis of the caller's
+//! choice, and the text goes into the caller's writer. It does not check that the spans of one
+//! track nest.
 //!
-//! Chrome counts in microseconds, as 64-bit floats. On an axis that starts no more than a few years ago, what is
-//! written is right to 10 ns; from 1970 it would be wrong by a quarter of a microsecond.
+//! Chrome counts in microseconds, as 64-bit floats. On an axis that starts no more than a few years
+//! ago, what is written is right to 10 ns; from 1970 it would be wrong by a quarter of a
+//! microsecond.
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;
@@ -90,10 +94,17 @@ pub struct Trace {
 impl Trace {
     /// An empty ring. It grows as it fills, up to `capacity` events.
     pub fn new(rank: Rank, capacity: NonZeroUsize) -> Self {
-        Self { rank, capacity: capacity.get(), tracks: Vec::new(), ring: VecDeque::new(), dropped: 0 }
+        Self {
+            rank,
+            capacity: capacity.get(),
+            tracks: Vec::new(),
+            ring: VecDeque::new(),
+            dropped: 0,
+        }
     }
 
-    /// The row called `name`; the same name gives the same row. Rows are shown in the order in which they were named.
+    /// The row called `name`; the same name gives the same row. Rows are shown in the order in
+    /// which they were named.
     pub fn track(&mut self, name: &str) -> TrackId {
         let known = self.tracks.iter().position(|track| &**track == name);
         let index = known.unwrap_or_else(|| {
@@ -108,15 +119,24 @@ impl Trace {
         ((number as usize) < self.tracks.len()).then_some(TrackId(number))
     }
 
-    /// Something that lasted. Spans of one track must nest. An end before its start counts as no duration.
+    /// Something that lasted. Spans of one track must nest. An end before its start counts as no
+    /// duration.
     pub fn span(&mut self, track: TrackId, name: &str, start_ns: i64, end_ns: i64, args: Args) {
         let end_ns = end_ns.max(start_ns);
         self.push(name, start_ns, Kind::Span { track, end_ns }, args);
     }
 
-    /// Something that lasted and may overlap others of its track. Those with the same `key` (below 2^40) must nest: they
-    /// are shown inside one another. One without duration is given a nanosecond, so that it begins before it ends.
-    pub fn async_span(&mut self, track: TrackId, name: &str, key: u64, (start_ns, end_ns): (i64, i64), args: Args) {
+    /// Something that lasted and may overlap others of its track. Those with the same `key` (below
+    /// 2^40) must nest: they are shown inside one another. One without duration is given a
+    /// nanosecond, so that it begins before it ends.
+    pub fn async_span(
+        &mut self,
+        track: TrackId,
+        name: &str,
+        key: u64,
+        (start_ns, end_ns): (i64, i64),
+        args: Args,
+    ) {
         let end_ns = end_ns.max(start_ns.saturating_add(1));
         let kind = Kind::AsyncSpan { track, key, end_ns };
         self.push(name, start_ns, kind, args);
@@ -196,7 +216,8 @@ impl Trace {
     }
 
     fn lines(&self) -> impl Iterator<Item = Line<'_>> {
-        let mut edges: Vec<Edge> = self.ring.iter().zip(0..).flat_map(|(event, seq)| event.edges(seq)).collect();
+        let mut edges: Vec<Edge> =
+            self.ring.iter().zip(0..).flat_map(|(event, seq)| event.edges(seq)).collect();
         edges.sort_unstable();
         edges.into_iter().map(|edge| self.line(&self.ring[edge.seq()], edge.1 == Side::End))
     }
@@ -205,7 +226,9 @@ impl Trace {
         let at = event.at_ns;
         let args = &event.args;
         let (tid, shape) = match event.kind {
-            Kind::Span { track, end_ns } => (track.tid(), Shape::Complete { at, end: end_ns, args }),
+            Kind::Span { track, end_ns } => {
+                (track.tid(), Shape::Complete { at, end: end_ns, args })
+            }
             Kind::AsyncSpan { track, key, end_ns } => {
                 let id = format!("0x{:x}{key:010x}", self.rank.0);
                 let category = &*self.tracks[track.0 as usize];
@@ -229,8 +252,9 @@ enum Side {
     Begin,
 }
 
-/// One line to be, ordered as the file is: time; ends before begins; the other edge, farthest first for begins and
-/// nearest first for ends (which both put the later moment first); then the order of recording, reversed for ends.
+/// One line to be, ordered as the file is: time; ends before begins; the other edge, farthest first
+/// for begins and nearest first for ends (which both put the later moment first); then the order of
+/// recording, reversed for ends.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Edge(i64, Side, Reverse<i64>, i64);
 
@@ -244,7 +268,9 @@ impl Event {
     fn edges(&self, seq: i64) -> impl Iterator<Item = Edge> {
         let (until, end) = match self.kind {
             Kind::Span { end_ns, .. } => (end_ns, None),
-            Kind::AsyncSpan { end_ns, .. } => (end_ns, Some(Edge(end_ns, Side::End, Reverse(self.at_ns), -seq))),
+            Kind::AsyncSpan { end_ns, .. } => {
+                (end_ns, Some(Edge(end_ns, Side::End, Reverse(self.at_ns), -seq)))
+            }
             Kind::Instant { .. } | Kind::Counter { .. } => (self.at_ns, None),
         };
         std::iter::once(Edge(self.at_ns, Side::Begin, Reverse(until), seq)).chain(end)
@@ -274,8 +300,8 @@ enum Label {
     Order(u32),
 }
 
-/// Rounding keeps the order, and the difference of two close results is exact: what nests in nanoseconds nests in the
-/// file, where a reader adds a duration to a start.
+/// Rounding keeps the order, and the difference of two close results is exact: what nests in
+/// nanoseconds nests in the file, where a reader adds a duration to a start.
 fn micros(ns: i64) -> f64 {
     ns as f64 / 1000.0
 }

@@ -32,7 +32,8 @@ pub struct Unversioned {
     pub deleter: Option<unsafe extern "C" fn(*mut Self)>,
 }
 
-/// `DLManagedTensorVersioned`: what a capsule named `dltensor_versioned` holds. Up to `flags` every version is alike.
+/// `DLManagedTensorVersioned`: what a capsule named `dltensor_versioned` holds. Up to `flags` every
+/// version is alike.
 #[repr(C)]
 pub struct Versioned {
     pub major: u32,
@@ -85,7 +86,14 @@ impl Managed for Versioned {
     const USED: &'static CStr = c"used_dltensor_versioned";
 
     fn new(tensor: DlTensor, deleter: unsafe extern "C" fn(*mut Self)) -> Self {
-        Self { major: 1, minor: 0, context: ptr::null_mut(), deleter: Some(deleter), flags: 0, tensor }
+        Self {
+            major: 1,
+            minor: 0,
+            context: ptr::null_mut(),
+            deleter: Some(deleter),
+            flags: 0,
+            tensor,
+        }
     }
 
     fn deleter(&self) -> Option<unsafe extern "C" fn(*mut Self)> {
@@ -95,10 +103,14 @@ impl Managed for Versioned {
     fn admitted(&self) -> PyResult<&DlTensor> {
         if self.major != 1 {
             let version = format!("{}.{}", self.major, self.minor);
-            return Err(LayoutError::new_err(format!("the capsule must be of DLPack version 1; got {version}")));
+            return Err(LayoutError::new_err(format!(
+                "the capsule must be of DLPack version 1; got {version}"
+            )));
         }
         if self.flags & READ_ONLY != 0 {
-            return Err(LayoutError::new_err("the memory is read-only, and a buffer is written to"));
+            return Err(LayoutError::new_err(
+                "the memory is read-only, and a buffer is written to",
+            ));
         }
         Ok(&self.tensor)
     }

@@ -2,17 +2,19 @@
 //!
 //! # Rationale
 //!
-//! A kernel runs without the GIL on slices of memory that Python objects share, so two kernels could meet in the same
-//! memory: on two threads, or in one call whose source and target overlap. A `&mut [T]` beside another reference to the
-//! same bytes is undefined behaviour in Rust, whatever the kernel does with it. So every slice is taken together with a
-//! [`Hold`] on its address range, and a range that is being written is given out once. The table is one for the process,
-//! because two buffers may have come to the same memory by different ways; it has as many rows as kernels run at once.
+//! A kernel runs without the GIL on slices of memory that Python objects share, so two kernels
+//! could meet in the same memory: on two threads, or in one call whose source and target overlap. A
+//! `&mut [T]` beside another reference to the same bytes is undefined behaviour in Rust, whatever
+//! the kernel does with it. So every slice is taken together with a [`Hold`] on its address range,
+//! and a range that is being written is given out once. The table is one for the process, because
+//! two buffers may have come to the same memory by different ways; it has as many rows as kernels
+//! run at once.
 //!
 //! # Limitations
 //!
-//! The table knows kernels of this crate only. Torch, NumPy or a collective library writing to the memory while a kernel
-//! runs is a race as between any two of them, and it is the caller's to exclude. The engine does: it calls a kernel only
-//! on a bucket whose collective has completed.
+//! The table knows kernels of this crate only. Torch, NumPy or a collective library writing to the
+//! memory while a kernel runs is a race as between any two of them, and it is the caller's to
+//! exclude. The engine does: it calls a kernel only on a bucket whose collective has completed.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -48,7 +50,8 @@ fn table() -> MutexGuard<'static, Table> {
 pub struct Hold(u64);
 
 impl Hold {
-    /// Holds `range`, or answers None if another hold excludes that. An empty range excludes nothing.
+    /// Holds `range`, or answers None if another hold excludes that. An empty range excludes
+    /// nothing.
     pub fn take(range: Range<usize>, access: Access) -> Option<Self> {
         let mut table = table();
         let excluded = |row: &Row| {

@@ -1,7 +1,9 @@
-//! `Buffer`: a flat piece of a tensor's memory, and the door through which the partition's pieces go back to torch.
+//! `Buffer`: a flat piece of a tensor's memory, and the door through which the partition's pieces
+//! go back to torch.
 //!
-//! The core keeps the partition's books, so it also cuts: `shard` and `fragment` are buffers over the same memory, and
-//! `torch.from_dlpack` makes tensors of them. The memory and its rules are in [`crate::dlpack`].
+//! The core keeps the partition's books, so it also cuts: `shard` and `fragment` are buffers over
+//! the same memory, and `torch.from_dlpack` makes tensors of them. The memory and its rules are in
+//! [`crate::dlpack`].
 
 use std::sync::Arc;
 
@@ -15,7 +17,8 @@ use crate::errors::LayoutError;
 use crate::ids::number;
 use crate::plan::Plan;
 
-/// A flat, contiguous, one-dimensional piece of a tensor's memory, taken over by DLPack without a copy.
+/// A flat, contiguous, one-dimensional piece of a tensor's memory, taken over by DLPack without a
+/// copy.
 #[pyclass(frozen, module = "zerort._core")]
 pub struct Buffer {
     memory: Memory,
@@ -28,13 +31,15 @@ struct Layout {
     bucket: BucketId,
 }
 
-/// Where a bucket's buffer starts. The partition puts every parameter on this, given that the buffer is on it.
+/// Where a bucket's buffer starts. The partition puts every parameter on this, given that the
+/// buffer is on it.
 const ALIGNMENT: usize = 64;
 
 impl Layout {
     /// Believes that `memory` holds the bucket if it is as long, aligned, and of numbers.
     ///
-    /// The dtype may be another than the bucket's: an accumulator is fp32, whatever its gradients travel in.
+    /// The dtype may be another than the bucket's: an accumulator is fp32, whatever its gradients
+    /// travel in.
     fn new(plan: &Plan, bucket: i64, memory: &Memory) -> PyResult<Self> {
         let bucket = BucketId(number("bucket", bucket).map_err(LayoutError::new_err)?);
         let plan = Arc::clone(plan.inner());
@@ -71,15 +76,20 @@ impl Buffer {
 
     fn layout(&self) -> PyResult<&Layout> {
         self.layout.as_ref().ok_or_else(|| {
-            LayoutError::new_err("a buffer without a bucket has no shards or fragments: give plan and bucket")
+            LayoutError::new_err(
+                "a buffer without a bucket has no shards or fragments: give plan and bucket",
+            )
         })
     }
 
     fn part(&self, start: u64, length: u64) -> PyResult<Self> {
-        let inside = || self.memory.part(usize::try_from(start).ok()?, usize::try_from(length).ok()?);
+        let inside =
+            || self.memory.part(usize::try_from(start).ok()?, usize::try_from(length).ok()?);
         let memory = inside().ok_or_else(|| {
             let numel = self.memory.numel();
-            LayoutError::new_err(format!("{length} elements from {start} on are not in a buffer of {numel}"))
+            LayoutError::new_err(format!(
+                "{length} elements from {start} on are not in a buffer of {numel}"
+            ))
         })?;
         Ok(Self { memory, layout: None })
     }
@@ -89,13 +99,19 @@ impl Buffer {
 impl Buffer {
     #[new]
     #[pyo3(signature = (source, plan=None, bucket=None))]
-    fn new(source: &Bound<'_, PyAny>, plan: Option<&Bound<'_, Plan>>, bucket: Option<i64>) -> PyResult<Self> {
+    fn new(
+        source: &Bound<'_, PyAny>,
+        plan: Option<&Bound<'_, Plan>>,
+        bucket: Option<i64>,
+    ) -> PyResult<Self> {
         let memory = Memory::import(source)?;
         let layout = match (plan, bucket) {
             (Some(plan), Some(bucket)) => Some(Layout::new(plan.get(), bucket, &memory)?),
             (None, None) => None,
             (Some(_), None) | (None, Some(_)) => {
-                return Err(LayoutError::new_err("plan and bucket go together: one was given without the other"));
+                return Err(LayoutError::new_err(
+                    "plan and bucket go together: one was given without the other",
+                ));
             }
         };
         Ok(Self { memory, layout })
@@ -126,9 +142,9 @@ impl Buffer {
     fn slice(&self, start: i64, length: i64) -> PyResult<Self> {
         match (u64::try_from(start), u64::try_from(length)) {
             (Ok(start), Ok(length)) => self.part(start, length),
-            (Err(_), _) | (_, Err(_)) => {
-                Err(LayoutError::new_err(format!("a slice counts from 0; got {length} elements from {start} on")))
-            }
+            (Err(_), _) | (_, Err(_)) => Err(LayoutError::new_err(format!(
+                "a slice counts from 0; got {length} elements from {start} on"
+            ))),
         }
     }
 
@@ -137,7 +153,9 @@ impl Buffer {
         let rank = number("rank", rank).map_err(LayoutError::new_err)?;
         if rank >= plan.world() {
             let world = plan.world();
-            return Err(LayoutError::new_err(format!("unknown rank {rank}: the plan is for a world of {world}")));
+            return Err(LayoutError::new_err(format!(
+                "unknown rank {rank}: the plan is for a world of {world}"
+            )));
         }
         let length = plan.partition(*bucket).map_err(refused)?.shard_numel();
         self.part(u64::from(rank) * length, length)
@@ -157,7 +175,8 @@ impl Buffer {
         self.part(start, plan.params()[param.index()].numel)
     }
 
-    /// The array API's export. `stream` asks for nothing here: see the limitations of [`crate::dlpack`].
+    /// The array API's export. `stream` asks for nothing here: see the limitations of
+    /// [`crate::dlpack`].
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
     fn __dlpack__<'py>(
         &self,
@@ -169,7 +188,9 @@ impl Buffer {
     ) -> PyResult<Bound<'py, PyCapsule>> {
         let _ = stream;
         if copy == Some(true) {
-            return Err(LayoutError::new_err("a buffer shares its memory and makes no copy; clone the tensor instead"));
+            return Err(LayoutError::new_err(
+                "a buffer shares its memory and makes no copy; clone the tensor instead",
+            ));
         }
         if let Some(wanted) = dl_device.filter(|&wanted| wanted != self.device()) {
             return Err(LayoutError::new_err(format!(

@@ -1,7 +1,8 @@
 //! What a DLPack descriptor says, checked before anyone believes it.
 //!
-//! Safe code: [`crate::dlpack`] reads the C structure and hands its fields over as a [`Descriptor`]; what comes back is a
-//! [`Region`] that fits in the address space, or a `LayoutError` that says what was expected and what was found.
+//! Safe code: [`crate::dlpack`] reads the C structure and hands its fields over as a
+//! [`Descriptor`]; what comes back is a [`Region`] that fits in the address space, or a
+//! `LayoutError` that says what was expected and what was found.
 
 use pyo3::PyResult;
 
@@ -139,14 +140,18 @@ impl Descriptor<'_> {
     fn numel(&self) -> PyResult<usize> {
         let shape = self.shape;
         if shape.iter().any(|&extent| extent < 0) {
-            return Err(LayoutError::new_err(format!("a shape has no negative extent; got {shape:?}")));
+            return Err(LayoutError::new_err(format!(
+                "a shape has no negative extent; got {shape:?}"
+            )));
         }
         if shape.contains(&0) {
             return Ok(0);
         }
         let product = shape.iter().try_fold(1_i64, |product, &extent| product.checked_mul(extent));
         product.and_then(|numel| usize::try_from(numel).ok()).ok_or_else(|| {
-            LayoutError::new_err(format!("the shape {shape:?} has more elements than memory has addresses"))
+            LayoutError::new_err(format!(
+                "the shape {shape:?} has more elements than memory has addresses"
+            ))
         })
     }
 

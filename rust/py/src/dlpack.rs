@@ -1,29 +1,32 @@
 //! Memory shared with torch by DLPack: the only file of this project with `unsafe` code.
 //!
-//! A [`Memory`] is a flat run of elements that some other library owns. [`Memory::import`] takes it out of a capsule, and
-//! [`Memory::export`] hands it, or a [`Memory::part`] of it, on. Nothing is copied either way.
+//! A [`Memory`] is a flat run of elements that some other library owns. [`Memory::import`] takes it
+//! out of a capsule, and [`Memory::export`] hands it, or a [`Memory::part`] of it, on. Nothing is
+//! copied either way.
 //!
 //! # Guarantees
 //!
-//! * *Ownership is trusted.* The producer's deleter is called exactly once: when the last [`Memory`] and the last tensor
-//!   exported from it are gone, or at once if the import is refused. Until then the memory stays allocated.
-//! * *The descriptor is not.* [`crate::descriptor`] checks everything it says before anything is read through its pointer.
-//! * A slice is given out only of host memory and only for the life of a [`Hold`] on its addresses, so that two kernels
-//!   never have one of them mutably.
+//! * *Ownership is trusted.* The producer's deleter is called exactly once: when the last
+//!   [`Memory`] and the last tensor exported from it are gone, or at once if the import is refused.
+//!   Until then the memory stays allocated.
+//! * *The descriptor is not.* [`crate::descriptor`] checks everything it says before anything is
+//!   read through its pointer.
+//! * A slice is given out only of host memory and only for the life of a [`Hold`] on its addresses,
+//!   so that two kernels never have one of them mutably.
 //!
 //! # Rationale
 //!
-//! Torch sees the same bytes and can write to them at any time. No type of ours prevents that, as none does in any
-//! library that shares arrays with Python. What makes a slice acceptable here: elements are plain numbers, for which every
-//! bit pattern is a value; a slice lives for one kernel and never across calls; and among kernels [`crate::borrow`]
-//! keeps Rust's own rule.
+//! Torch sees the same bytes and can write to them at any time. No type of ours prevents that, as
+//! none does in any library that shares arrays with Python. What makes a slice acceptable here:
+//! elements are plain numbers, for which every bit pattern is a value; a slice lives for one kernel
+//! and never across calls; and among kernels [`crate::borrow`] keeps Rust's own rule.
 //!
 //! # Limitations
 //!
 //! * Others that write during a kernel are not noticed (see [`crate::borrow`]).
-//! * CUDA memory is described and passed on, never touched. No work is enqueued on it here, so an import asks for no
-//!   stream order and an export has none to add: whoever wrote last must be ordered before whoever reads next, exactly
-//!   as if the tensor had been passed directly.
+//! * CUDA memory is described and passed on, never touched. No work is enqueued on it here, so an
+//!   import asks for no stream order and an export has none to add: whoever wrote last must be
+//!   ordered before whoever reads next, exactly as if the tensor had been passed directly.
 
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -44,18 +47,26 @@ impl DlTensor {
     /// The fields in Rust's terms.
     ///
     /// # Safety
-    /// `shape` and `strides`, where they are not null, must point to `ndim` numbers that live as long as `self`.
+    /// `shape` and `strides`, where they are not null, must point to `ndim` numbers that live as
+    /// long as `self`.
     unsafe fn describe(&self) -> PyResult<Descriptor<'_>> {
         let ndim = usize::try_from(self.ndim).map_err(|_| {
-            LayoutError::new_err(format!("a tensor has no negative number of dimensions; got {}", self.ndim))
+            LayoutError::new_err(format!(
+                "a tensor has no negative number of dimensions; got {}",
+                self.ndim
+            ))
         })?;
         // SAFETY: not null by the check, and of that length by the caller's promise.
-        let numbers = |at: *mut i64| (!at.is_null()).then(|| unsafe { slice::from_raw_parts(at.cast_const(), ndim) });
+        let numbers = |at: *mut i64| {
+            (!at.is_null()).then(|| unsafe { slice::from_raw_parts(at.cast_const(), ndim) })
+        };
         let shape = match numbers(self.shape) {
             Some(shape) => shape,
             None if ndim == 0 => &[],
             None => {
-                return Err(LayoutError::new_err(format!("a descriptor of {ndim} dimensions without a shape")));
+                return Err(LayoutError::new_err(format!(
+                    "a descriptor of {ndim} dimensions without a shape"
+                )));
             }
         };
         Ok(Descriptor {
@@ -72,13 +83,15 @@ impl DlTensor {
 /// A producer's structure that was taken out of its capsule. Dropping it gives the memory back.
 struct Taken<M: Managed>(NonNull<M>);
 
-// SAFETY: the structure is not changed after it was made, and DLPack allows its deleter on any thread.
+// SAFETY: the structure is not changed after it was made, and DLPack allows its deleter on any
+// thread.
 unsafe impl<M: Managed> Send for Taken<M> {}
 // SAFETY: a shared `Taken` allows nothing at all; it is kept only to be dropped.
 unsafe impl<M: Managed> Sync for Taken<M> {}
 
 impl<M: Managed> Taken<M> {
-    /// Takes the structure and marks the capsule as used; None if the capsule holds none of this kind.
+    /// Takes the structure and marks the capsule as used; None if the capsule holds none of this
+    /// kind.
     fn from_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<Option<Self>> {
         if !capsule.is_valid_checked(Some(M::NAME)) {
             return Ok(None);
@@ -93,7 +106,8 @@ impl<M: Managed> Taken<M> {
 
     /// The memory, if its descriptor holds what it says; else it is given back at once.
     fn memory(self) -> PyResult<Memory> {
-        // SAFETY: the capsule's name vouches for the structure, which is ours until its deleter is called.
+        // SAFETY: the capsule's name vouches for the structure, which is ours until its deleter is
+        // called.
         let tensor = unsafe { self.0.as_ref() }.admitted()?;
         // SAFETY: of a structure of this version, DLPack says that of shape and strides.
         let region = unsafe { tensor.describe() }?.check()?;
@@ -118,7 +132,8 @@ pub struct Memory {
     owner: Arc<dyn Send + Sync>,
 }
 
-// SAFETY: the pointer is followed only by `Reading` and `Writing`, which hold their addresses while they do.
+// SAFETY: the pointer is followed only by `Reading` and `Writing`, which hold their addresses while
+// they do.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -136,7 +151,9 @@ impl Memory {
         if let Some(taken) = Taken::<Unversioned>::from_capsule(&capsule)? {
             return taken.memory();
         }
-        let used = [Versioned::USED, Unversioned::USED].iter().any(|name| capsule.is_valid_checked(Some(name)));
+        let used = [Versioned::USED, Unversioned::USED]
+            .iter()
+            .any(|name| capsule.is_valid_checked(Some(name)));
         Err(LayoutError::new_err(if used {
             "the capsule has been used: its memory belongs to whoever took it"
         } else {
@@ -176,7 +193,11 @@ impl Memory {
 
     /// A capsule of the memory, one-dimensional and writable, that keeps the owner alive.
     pub fn export<'py>(&self, py: Python<'py>, versioned: bool) -> PyResult<Bound<'py, PyCapsule>> {
-        if versioned { Exported::<Versioned>::capsule(self, py) } else { Exported::<Unversioned>::capsule(self, py) }
+        if versioned {
+            Exported::<Versioned>::capsule(self, py)
+        } else {
+            Exported::<Unversioned>::capsule(self, py)
+        }
     }
 
     /// The elements, for a kernel that reads them.
@@ -199,19 +220,23 @@ impl Memory {
         let start = self.address();
         let end = start + self.numel() * self.dtype().size();
         Hold::take(start..end, access).ok_or_else(|| {
-            LayoutError::new_err("a kernel writes here while another uses the memory: do the two buffers overlap?")
+            LayoutError::new_err(
+                "a kernel writes here while another uses the memory: do the two buffers overlap?",
+            )
         })
     }
 
     /// The elements as a slice.
     ///
     /// # Safety
-    /// `T` must be the element type, the memory on the host, and its addresses held while the slice lives.
+    /// `T` must be the element type, the memory on the host, and its addresses held while the slice
+    /// lives.
     unsafe fn slice<T>(&self) -> &[T] {
         if self.numel() == 0 {
             return &[]; // the pointer of an empty tensor may be null
         }
-        // SAFETY: aligned, inside the address space (checked on import), allocated while `owner` lives.
+        // SAFETY: aligned, inside the address space (checked on import), allocated while `owner`
+        // lives.
         unsafe { slice::from_raw_parts(self.region.data.cast_const().cast(), self.numel()) }
     }
 
@@ -229,11 +254,14 @@ impl Memory {
     }
 }
 
-/// Asks a producer for a capsule: versioned if it knows how, and without stream order, since no work is enqueued here.
+/// Asks a producer for a capsule: versioned if it knows how, and without stream order, since no
+/// work is enqueued here.
 fn request<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
     if !source.hasattr("__dlpack__")? {
         let kind = source.get_type().name()?;
-        return Err(LayoutError::new_err(format!("a buffer is made from an object with __dlpack__; got a {kind}")));
+        return Err(LayoutError::new_err(format!(
+            "a buffer is made from an object with __dlpack__; got a {kind}"
+        )));
     }
     ask(source).map_err(|error| refusal(source.py(), error))
 }
@@ -260,7 +288,8 @@ fn refusal(py: Python<'_>, error: PyErr) -> PyErr {
     if !error.is_instance_of::<PyException>(py) {
         return error; // KeyboardInterrupt and its like
     }
-    let refused = LayoutError::new_err(format!("the source does not share its memory: {}", error.value(py)));
+    let refused =
+        LayoutError::new_err(format!("the source does not share its memory: {}", error.value(py)));
     refused.set_cause(py, Some(error));
     refused
 }
@@ -297,7 +326,8 @@ pub enum Sums<'a> {
 impl Reading<'_> {
     /// The elements.
     pub fn values(&self) -> Values<'_> {
-        // SAFETY: the type is that of the arm, `Memory::hold` checked the device, and the hold lives as long as `self`.
+        // SAFETY: the type is that of the arm, `Memory::hold` checked the device, and the hold
+        // lives as long as `self`.
         unsafe {
             match self.memory.dtype() {
                 ElementType::F32 => Values::F32(self.memory.slice()),
@@ -313,12 +343,15 @@ impl Reading<'_> {
 impl Writing<'_> {
     /// The elements.
     pub fn sums(&mut self) -> Sums<'_> {
-        // SAFETY: as in `Reading::values`; the hold is exclusive, and `&mut self` gives one slice at a time.
+        // SAFETY: as in `Reading::values`; the hold is exclusive, and `&mut self` gives one slice
+        // at a time.
         unsafe {
             match self.memory.dtype() {
                 ElementType::F32 => Sums::F32(self.memory.slice_mut()),
                 ElementType::F64 => Sums::F64(self.memory.slice_mut()),
-                other @ (ElementType::F16 | ElementType::BF16 | ElementType::U8) => Sums::Other(other),
+                other @ (ElementType::F16 | ElementType::BF16 | ElementType::U8) => {
+                    Sums::Other(other)
+                }
             }
         }
     }
@@ -349,9 +382,16 @@ impl<M: Managed> Exported<M> {
             let tensor = (*at).managed.tensor_mut();
             (tensor.shape, tensor.strides) = (shape, strides);
         }
-        // SAFETY: the box lives until its deleter is called: by who takes it from the capsule, or else by `discard`.
-        let capsule =
-            unsafe { PyCapsule::new_with_pointer_and_destructor(py, exported.cast(), M::NAME, Some(Self::discard)) };
+        // SAFETY: the box lives until its deleter is called: by who takes it from the capsule, or
+        // else by `discard`.
+        let capsule = unsafe {
+            PyCapsule::new_with_pointer_and_destructor(
+                py,
+                exported.cast(),
+                M::NAME,
+                Some(Self::discard),
+            )
+        };
         // SAFETY: without a capsule nobody else has the box.
         capsule.inspect_err(|_| unsafe { Self::delete(exported.as_ptr().cast()) })
     }

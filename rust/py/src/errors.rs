@@ -1,6 +1,8 @@
-//! The exception classes of `zerort.errors` as Rust types: the border raises them itself and defines none.
+//! The exception classes of `zerort.errors` as Rust types: the border raises them itself and
+//! defines none.
 //!
-//! Core errors hold ids and no names; their text passes through as it is, and the Python side adds the names.
+//! Core errors hold ids and no names; their text passes through as it is, and the Python side adds
+//! the names.
 
 #![allow(missing_docs)] // the documentation of these classes is in zerort/errors.py
 

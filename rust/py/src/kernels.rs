@@ -1,4 +1,5 @@
-//! The CPU kernels, over [`Buffer`]s: shapes and types are checked with the GIL, the work is done without it.
+//! The CPU kernels, over [`Buffer`]s: shapes and types are checked with the GIL, the work is done
+//! without it.
 
 use pyo3::prelude::*;
 use zerort_core::kernels::{self, Element, Write};
@@ -7,17 +8,31 @@ use crate::buffer::Buffer;
 use crate::dlpack::{Sums, Values};
 use crate::errors::LayoutError;
 
-/// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its squared norm afterwards.
+/// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its
+/// squared norm afterwards.
 #[pyfunction]
 #[pyo3(signature = (chunks, accum, *, world, scale, add))]
-pub fn reduce(py: Python<'_>, chunks: &Buffer, accum: &Buffer, world: usize, scale: f64, add: bool) -> PyResult<f64> {
+pub fn reduce(
+    py: Python<'_>,
+    chunks: &Buffer,
+    accum: &Buffer,
+    world: usize,
+    scale: f64,
+    add: bool,
+) -> PyResult<f64> {
     let write = if add { Write::Onto } else { Write::Over };
     let source = chunks.memory().read()?;
     let mut target = accum.memory().write()?;
     match (source.values(), target.sums()) {
-        (Values::F32(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
-        (Values::F16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
-        (Values::BF16(chunks), Sums::F32(accum)) => detached(py, chunks, accum, world, scale as f32, write),
+        (Values::F32(chunks), Sums::F32(accum)) => {
+            detached(py, chunks, accum, world, scale as f32, write)
+        }
+        (Values::F16(chunks), Sums::F32(accum)) => {
+            detached(py, chunks, accum, world, scale as f32, write)
+        }
+        (Values::BF16(chunks), Sums::F32(accum)) => {
+            detached(py, chunks, accum, world, scale as f32, write)
+        }
         (Values::F64(chunks), Sums::F64(accum)) => detached(py, chunks, accum, world, scale, write),
         (
             Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,
@@ -42,7 +57,8 @@ fn detached<E: Element>(
         .map_err(|error| LayoutError::new_err(error.to_string()))
 }
 
-/// The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is not.
+/// The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is
+/// not.
 #[pyfunction]
 pub fn squared_norm(py: Python<'_>, values: &Buffer) -> PyResult<f64> {
     let reading = values.memory().read()?;

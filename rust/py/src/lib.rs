@@ -1,8 +1,8 @@
 //! Python border of `zerort-core`: thin classes over the core's nouns, and memory shared by DLPack.
 //!
-//! This file exports and does nothing else. Only integers cross the border on the hot path; memory crosses once, at
-//! setup. State-machine calls keep the GIL, kernels release it. A panic of the core arrives as a Python exception.
-//! `unsafe` is allowed in [`dlpack`] alone.
+//! This file exports and does nothing else. Only integers cross the border on the hot path; memory
+//! crosses once, at setup. State-machine calls keep the GIL, kernels release it. A panic of the
+//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`] alone.
 
 #![deny(unsafe_code)]
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement, PlanSpec, Rank, Rules,
-    Stage, WireId,
+    BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement,
+    PlanSpec, Rank, Rules, Stage, WireId,
 };
 
 use crate::errors::PlanError;
@@ -49,9 +49,15 @@ impl Plan {
         let cap = match (cap_bytes, cap_elements) {
             (Some(bytes), None) => Cap::Bytes(bytes),
             (None, Some(elements)) => Cap::Elements(elements),
-            (None, None) => return Err(PlanError::new_err("a bucket needs a cap: give cap_bytes or cap_elements")),
+            (None, None) => {
+                return Err(PlanError::new_err(
+                    "a bucket needs a cap: give cap_bytes or cap_elements",
+                ));
+            }
             (Some(_), Some(_)) => {
-                return Err(PlanError::new_err("a bucket has one cap: give cap_bytes or cap_elements"));
+                return Err(PlanError::new_err(
+                    "a bucket has one cap: give cap_bytes or cap_elements",
+                ));
             }
         };
         let spec = PlanSpec {
@@ -59,19 +65,30 @@ impl Plan {
             world: number("world", world).map_err(PlanError::new_err)?,
             rules,
             cap,
-            window: window.map(|window| number("window", window)).transpose().map_err(PlanError::new_err)?,
+            window: window
+                .map(|window| number("window", window))
+                .transpose()
+                .map_err(PlanError::new_err)?,
         };
         zerort_core::Plan::new(spec).map(Self::wrap).map_err(refused)
     }
 
-    /// The plan whose layout was written down: per bucket its parameters, their starts, and its padded length.
+    /// The plan whose layout was written down: per bucket its parameters, their starts, and its
+    /// padded length.
     #[staticmethod]
     #[pyo3(signature = (params, buckets, *, world, stage))]
-    fn restore(params: Vec<Spec>, buckets: Vec<(Vec<i64>, Vec<u64>, u64)>, world: i64, stage: i64) -> PyResult<Self> {
+    fn restore(
+        params: Vec<Spec>,
+        buckets: Vec<(Vec<i64>, Vec<u64>, u64)>,
+        world: i64,
+        stage: i64,
+    ) -> PyResult<Self> {
         let params = params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?;
         let layouts = buckets.into_iter().map(layout).collect::<PyResult<_>>()?;
         let world = number("world", world).map_err(PlanError::new_err)?;
-        zerort_core::Plan::restore(params, layouts, world, rules(stage)?).map(Self::wrap).map_err(refused)
+        zerort_core::Plan::restore(params, layouts, world, rules(stage)?)
+            .map(Self::wrap)
+            .map_err(refused)
     }
 
     #[getter]
@@ -123,7 +140,12 @@ impl Plan {
     /// The static list: `("launch" | "retire", bucket id)`.
     #[getter]
     fn schedule(&self) -> Vec<(&'static str, u32)> {
-        self.inner.schedule().commands().iter().map(|&command| (kind(command), command.bucket().0)).collect()
+        self.inner
+            .schedule()
+            .commands()
+            .iter()
+            .map(|&command| (kind(command), command.bucket().0))
+            .collect()
     }
 
     fn fragments(&self, bucket: i64, rank: i64) -> PyResult<Vec<Fragment>> {
@@ -132,7 +154,8 @@ impl Plan {
         Ok(self.inner.fragments(bucket, rank).map_err(refused)?.map(Fragment).collect())
     }
 
-    /// The same layout, launched in the order in which `observed` (parameter ids by arrival) fills the buckets.
+    /// The same layout, launched in the order in which `observed` (parameter ids by arrival) fills
+    /// the buckets.
     fn reordered(&self, observed: Vec<i64>) -> PyResult<Self> {
         let observed = observed.into_iter().map(|param| number("parameter", param).map(ParamId));
         let observed = observed.collect::<Result<Vec<_>, _>>().map_err(PlanError::new_err)?;
@@ -142,7 +165,9 @@ impl Plan {
 
 fn rules(stage: i64) -> PyResult<Rules> {
     u8::try_from(stage)
-        .map_err(|_| PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3")))
+        .map_err(|_| {
+            PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3"))
+        })
         .and_then(|stage| Stage::new(stage).map_err(refused))
         .map(Stage::rules)
 }
@@ -151,10 +176,17 @@ fn rules(stage: i64) -> PyResult<Rules> {
 fn layout((params, offsets, numel): (Vec<i64>, Vec<u64>, u64)) -> PyResult<BucketLayout> {
     if params.len() != offsets.len() {
         let (params, offsets) = (params.len(), offsets.len());
-        return Err(PlanError::new_err(format!("a bucket of {params} parameters has {offsets} offsets")));
+        return Err(PlanError::new_err(format!(
+            "a bucket of {params} parameters has {offsets} offsets"
+        )));
     }
     let place = |(param, start)| number("parameter", param).map(|id| (ParamId(id), start));
-    let params = params.into_iter().zip(offsets).map(place).collect::<Result<_, _>>().map_err(PlanError::new_err)?;
+    let params = params
+        .into_iter()
+        .zip(offsets)
+        .map(place)
+        .collect::<Result<_, _>>()
+        .map_err(PlanError::new_err)?;
     Ok(BucketLayout { params, numel })
 }
 
@@ -166,7 +198,9 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
     let numel = u64::try_from(numel)
         .map_err(|_| PlanError::new_err(format!("parameter {id} can not have {numel} elements")))?;
     let dtype = dtype_named(&dtype).ok_or_else(|| {
-        PlanError::new_err(format!("parameter {id} has dtype {dtype:?}: expected f32, f16, bf16 or f64"))
+        PlanError::new_err(format!(
+            "parameter {id} has dtype {dtype:?}: expected f32, f16, bf16 or f64"
+        ))
     })?;
     let group = GroupId(number("optimizer group", group).map_err(PlanError::new_err)?);
     let wire = WireId(number("wire format", wire).map_err(PlanError::new_err)?);
@@ -174,7 +208,9 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {
-    [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64].into_iter().find(|&dtype| dtype_name(dtype) == name)
+    [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64]
+        .into_iter()
+        .find(|&dtype| dtype_name(dtype) == name)
 }
 
 const fn dtype_name(dtype: Dtype) -> &'static str {

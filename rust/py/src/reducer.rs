@@ -1,7 +1,8 @@
 //! `Reducer` and `Finished`: the cursor for gradients. Integers in, integers out.
 //!
-//! Every call keeps the GIL: the longest takes microseconds, and `grad_ready` less than releasing the GIL would. The mutex
-//! makes the class sound on any thread; with the GIL held nobody ever waits for it.
+//! Every call keeps the GIL: the longest takes microseconds, and `grad_ready` less than releasing
+//! the GIL would. The mutex makes the class sound on any thread; with the GIL held nobody ever
+//! waits for it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -50,7 +51,8 @@ impl Reducer {
         self.lock().set_active(&active).map_err(refused)
     }
 
-    /// From now on one parameter stands for all of its bucket, where it is known which comes last. Only between passes.
+    /// From now on one parameter stands for all of its bucket, where it is known which comes last.
+    /// Only between passes.
     fn post_sentinels(&self) -> PyResult<()> {
         self.lock().post_sentinels().map_err(refused)
     }
@@ -71,7 +73,8 @@ impl Reducer {
         self.lock().begin().map_err(refused)
     }
 
-    /// One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi` may run.
+    /// One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi`
+    /// may run.
     fn grad_ready(&self, param: i64) -> PyResult<Option<usize>> {
         self.lock().grad_ready(id(param)?).map_err(refused)
     }
@@ -111,13 +114,15 @@ impl Reducer {
         self.lock().disarm();
     }
 
-    /// Parameters in the order in which their last gradient arrived in the first pass; empty before it.
+    /// Parameters in the order in which their last gradient arrived in the first pass; empty before
+    /// it.
     #[getter]
     fn observed(&self) -> Vec<u32> {
         ids(self.lock().observed())
     }
 
-    /// The command the cursor stands at (index, kind, bucket) and the parameters its bucket lacks; None outside a pass.
+    /// The command the cursor stands at (index, kind, bucket) and the parameters its bucket lacks;
+    /// None outside a pass.
     fn explain(&self) -> Option<(usize, &'static str, u32, Vec<u32>)> {
         let why = self.lock().explain()?;
         Some((why.index, kind(why.command), why.command.bucket().0, ids(&why.lacking)))
@@ -125,7 +130,10 @@ impl Reducer {
 
     /// Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last).
     fn life(&self) -> Vec<(u32, u64, u64, u32)> {
-        self.lock().life().map(|life| (life.bucket.0, life.first_ns, life.full_ns, life.last.0)).collect()
+        self.lock()
+            .life()
+            .map(|life| (life.bucket.0, life.first_ns, life.full_ns, life.last.0))
+            .collect()
     }
 }
 

@@ -7,17 +7,25 @@ use crate::errors::PlanError;
 use crate::ids::number;
 use crate::plan::{Plan, refused};
 
-/// (start in the shard, source rank, source bucket, start in the source's shard, length), in elements.
+/// (start in the shard, source rank, source bucket, start in the source's shard, length), in
+/// elements.
 type Row = (u64, u32, u32, u64, u64);
 
 /// What fills `rank`'s shard of `bucket` in `target`, from the shards of `source`.
 #[pyfunction]
 #[pyo3(signature = (source, target, *, bucket, rank, came_from))]
-pub fn reshard(source: &Plan, target: &Plan, bucket: i64, rank: i64, came_from: Vec<i64>) -> PyResult<Vec<Row>> {
+pub fn reshard(
+    source: &Plan,
+    target: &Plan,
+    bucket: i64,
+    rank: i64,
+    came_from: Vec<i64>,
+) -> PyResult<Vec<Row>> {
     let bucket = BucketId(number("bucket", bucket).map_err(PlanError::new_err)?);
     let rank = Rank(number("rank", rank).map_err(PlanError::new_err)?);
     let came_from = came_from.into_iter().map(origin).collect::<PyResult<Vec<_>>>()?;
-    let segments = zerort_core::reshard(source.inner(), target.inner(), bucket, rank, &came_from).map_err(refused)?;
+    let segments = zerort_core::reshard(source.inner(), target.inner(), bucket, rank, &came_from)
+        .map_err(refused)?;
     Ok(segments.into_iter().map(row).collect())
 }
 

@@ -16,7 +16,14 @@ pub struct LossScale(scaler::LossScale);
 impl LossScale {
     #[new]
     #[pyo3(signature = (*, initial, window, hysteresis, consecutive, minimum, factor = 2.0))]
-    fn new(initial: f64, window: u64, hysteresis: u32, consecutive: bool, minimum: f64, factor: f64) -> PyResult<Self> {
+    fn new(
+        initial: f64,
+        window: u64,
+        hysteresis: u32,
+        consecutive: bool,
+        minimum: f64,
+        factor: f64,
+    ) -> PyResult<Self> {
         let policy = Policy { window, hysteresis, consecutive, minimum, factor };
         scaler::LossScale::new(initial, policy).map(Self).map_err(refused)
     }
@@ -26,7 +33,8 @@ impl LossScale {
         self.0.scale()
     }
 
-    /// Advances by one boundary. False when the step overflowed with the scale already at its minimum.
+    /// Advances by one boundary. False when the step overflowed with the scale already at its
+    /// minimum.
     fn update(&mut self, overflow: bool) -> bool {
         match self.0.update(overflow) {
             Outcome::Kept | Outcome::Grown | Outcome::Forgiven | Outcome::Cut => true,

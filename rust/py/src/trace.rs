@@ -48,7 +48,13 @@ impl PyTrace {
     }
 
     #[pyo3(signature = (track, name, at_ns, args=None))]
-    fn instant(&mut self, track: u32, name: &str, at_ns: i64, args: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
+    fn instant(
+        &mut self,
+        track: u32,
+        name: &str,
+        at_ns: i64,
+        args: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<()> {
         let track = self.known(track)?;
         self.trace.instant(track, name, at_ns, taken(args)?);
         Ok(())
@@ -84,14 +90,17 @@ impl PyTrace {
         self.trace.len()
     }
 
-    /// Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises `OSError`.
-    // The GIL is kept: another thread that recorded meanwhile would find the ring borrowed, and fail.
+    /// Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises
+    /// `OSError`.
+    // The GIL is kept: another thread that recorded meanwhile would find the ring borrowed, and
+    // fail.
     #[allow(clippy::needless_pass_by_value, reason = "Python's path becomes a value")]
     fn write(&self, path: PathBuf) -> PyResult<()> {
         let partial = partial(&path);
         let written = self.fill(&partial).and_then(|()| fs::rename(&partial, &path));
         if written.is_err() {
-            // Nothing more can be done about a file that cannot be removed either; the first error is the one to tell.
+            // Nothing more can be done about a file that cannot be removed either; the first error
+            // is the one to tell.
             let _ = fs::remove_file(&partial);
         }
         Ok(written?)
@@ -100,9 +109,9 @@ impl PyTrace {
 
 impl PyTrace {
     fn known(&self, track: u32) -> PyResult<TrackId> {
-        self.trace
-            .track_numbered(track)
-            .ok_or_else(|| PyValueError::new_err(format!("track {track}: not one that `track` gave")))
+        self.trace.track_numbered(track).ok_or_else(|| {
+            PyValueError::new_err(format!("track {track}: not one that `track` gave"))
+        })
     }
 
     fn fill(&self, path: &Path) -> std::io::Result<()> {
@@ -112,7 +121,8 @@ impl PyTrace {
     }
 }
 
-/// Beside the file, so that the rename stays on one file system, and under a name of this process's own.
+/// Beside the file, so that the rename stays on one file system, and under a name of this process's
+/// own.
 fn partial(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}.partial", std::process::id()));

@@ -95,7 +95,8 @@ impl Element for f64 {
 impl Element for bf16 {
     type Sum = f32;
 
-    // A bf16 is the upper half of a binary32: a shift is exact, and it vectorises where `to_f32` branches on NaN.
+    // A bf16 is the upper half of a binary32: a shift is exact, and it vectorises where `to_f32`
+    // branches on NaN.
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
@@ -108,8 +109,9 @@ impl Element for bf16 {
 impl Element for f16 {
     type Sum = f32;
 
-    // Branches become selects, so that the loop over a slice is vectorised on any CPU. Subnormals are found by subtracting
-    // two normal numbers: multiplying an fp32 subnormal up would give zero in a thread that flushes them.
+    // Branches become selects, so that the loop over a slice is vectorised on any CPU. Subnormals
+    // are found by subtracting two normal numbers: multiplying an fp32 subnormal up would give zero
+    // in a thread that flushes them.
     fn widen(self) -> f32 {
         const INFINITY: u32 = 0x7c00 << 13;
         const SMALLEST_NORMAL: u32 = 0x0400 << 13;

@@ -1,18 +1,20 @@
 //! CPU kernels: slices in, slices out.
 //!
-//! [`reduce`] is where a reduce-scatter over a network without reductions ends: every rank sent its copy of our shard,
-//! and the copies are summed here. [`squared_norm`] and [`first_nonfinite`] are what clipping and the overflow check ask
-//! about a gradient.
+//! [`reduce`] is where a reduce-scatter over a network without reductions ends: every rank sent its
+//! copy of our shard, and the copies are summed here. [`squared_norm`] and [`first_nonfinite`] are
+//! what clipping and the overflow check ask about a gradient.
 //!
 //! Guarantees:
-//! * Low precision is only a way to travel: fp16 and bf16 are widened exactly and summed in fp32; fp64 stays fp64.
-//! * A sum is taken element by element in rank order, so its bits depend neither on how a bucket was cut nor on where in
-//!   the buffer an element lies.
-//! * A squared norm is accumulated in fp64 over a fixed number of lanes: the same values give the same bits.
+//! * Low precision is only a way to travel: fp16 and bf16 are widened exactly and summed in fp32;
+//!   fp64 stays fp64.
+//! * A sum is taken element by element in rank order, so its bits depend neither on how a bucket
+//!   was cut nor on where in the buffer an element lies.
+//! * A squared norm is accumulated in fp64 over a fixed number of lanes: the same values give the
+//!   same bits.
 //!
-//! What they do not do: allocate, spawn threads, or choose instructions. A block of [`BLOCK`] elements stays in the first
-//! level cache between the passes over it, each pass is a plain loop that the compiler vectorises, and what is left is
-//! bound by memory.
+//! What they do not do: allocate, spawn threads, or choose instructions. A block of [`BLOCK`]
+//! elements stays in the first level cache between the passes over it, each pass is a plain loop
+//! that the compiler vectorises, and what is left is bound by memory.
 
 mod element;
 mod norm;

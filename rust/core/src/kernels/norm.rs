@@ -2,8 +2,8 @@
 
 use super::{BLOCK, Element, Real};
 
-/// Independent partial sums: enough to hide the latency of an addition, and a divisor of [`BLOCK`], so that an element's
-/// lane is its index modulo `LANES` however many blocks came before.
+/// Independent partial sums: enough to hide the latency of an addition, and a divisor of [`BLOCK`],
+/// so that an element's lane is its index modulo `LANES` however many blocks came before.
 const LANES: usize = 16;
 
 /// A running sum of squares in fp64.
@@ -27,8 +27,9 @@ impl SquaredNorm {
 
     /// The sum of what `values` (all that was added) came to.
     ///
-    /// The square of an fp32 can not overflow an fp64, that of an fp64 can. A caller reads an infinity as "an element is
-    /// not finite", so a sum that overflowed by itself stops at the largest fp64.
+    /// The square of an fp32 can not overflow an fp64, that of an fp64 can. A caller reads an
+    /// infinity as "an element is not finite", so a sum that overflowed by itself stops at the
+    /// largest fp64.
     pub(super) fn total<E: Element>(self, values: &[E]) -> f64 {
         let total: f64 = self.0.iter().sum();
         if total.is_finite() || first_nonfinite(values).is_some() { total } else { f64::MAX }
@@ -56,7 +57,8 @@ pub fn squared_norm<E: Element>(values: &[E]) -> f64 {
 
 /// Index of the first infinity or NaN.
 pub fn first_nonfinite<E: Element>(values: &[E]) -> Option<usize> {
-    // A block is searched to its end, without the early exit that would keep the loop from being vectorised.
+    // A block is searched to its end, without the early exit that would keep the loop from being
+    // vectorised.
     let finite = |block: &[E]| block.iter().fold(true, |all, value| all & value.is_finite());
     let (index, block) = values.chunks(BLOCK).enumerate().find(|(_, block)| !finite(block))?;
     let within = block.iter().position(|value| !value.is_finite())?;

@@ -26,14 +26,16 @@ pub struct ShapeError {
     pub accum: usize,
 }
 
-/// Sums `world` equal chunks in rank order, times `scale`, over or onto `accum`; returns the squared norm of `accum`
-/// afterwards, which is not finite exactly when an element of it is not.
+/// Sums `world` equal chunks in rank order, times `scale`, over or onto `accum`; returns the
+/// squared norm of `accum` afterwards, which is not finite exactly when an element of it is not.
 ///
-/// Element `i` becomes `((c[0][i] + c[1][i]) + c[2][i] + ...) * scale`, with every operation rounded once to
-/// [`Element::Sum`] and none fused, and then is added to the old value where [`Write::Onto`] says so.
+/// Element `i` becomes `((c[0][i] + c[1][i]) + c[2][i] + ...) * scale`, with every operation
+/// rounded once to [`Element::Sum`] and none fused, and then is added to the old value where
+/// [`Write::Onto`] says so.
 ///
 /// # Errors
-/// [`ShapeError`] if `world` is zero or `chunks.len() != world * accum.len()`; nothing has been written then.
+/// [`ShapeError`] if `world` is zero or `chunks.len() != world * accum.len()`; nothing has been
+/// written then.
 pub fn reduce<E: Element>(
     chunks: &[E],
     accum: &mut [E::Sum],

@@ -1,4 +1,5 @@
-//! What a pass keeps: a slot for each parameter, a state for each bucket, and the rule by which the cursor moves.
+//! What a pass keeps: a slot for each parameter, a state for each bucket, and the rule by which the
+//! cursor moves.
 
 use std::cmp::Ordering;
 
@@ -133,15 +134,17 @@ enum Guard {
     All,
 }
 
-/// Gives active slots their roles: with `sentinels` one is watched of each bucket whose active ones all came in the last
-/// observing pass.
+/// Gives active slots their roles: with `sentinels` one is watched of each bucket whose active ones
+/// all came in the last observing pass.
 pub(super) fn watch(slots: &mut [Slot], buckets: usize, sentinels: bool) {
     let mut guards = vec![if sentinels { Guard::Nobody } else { Guard::All }; buckets];
     for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
         let guard = &mut guards[slot.bucket.index()];
         *guard = match (*guard, slot.last) {
             (Guard::All, _) | (_, 0) => Guard::All,
-            (Guard::Sentinel(last, sentinel), place) if last > place => Guard::Sentinel(last, sentinel),
+            (Guard::Sentinel(last, sentinel), place) if last > place => {
+                Guard::Sentinel(last, sentinel)
+            }
             (Guard::Nobody | Guard::Sentinel(..), place) => Guard::Sentinel(place, index),
         };
     }
@@ -154,7 +157,11 @@ pub(super) fn watch(slots: &mut [Slot], buckets: usize, sentinels: bool) {
 }
 
 /// Moves the cursor as far as the buckets allow; the new position when it moved.
-pub(super) fn advance(commands: &[Command], buckets: &mut [State], cursor: &mut usize) -> Option<usize> {
+pub(super) fn advance(
+    commands: &[Command],
+    buckets: &mut [State],
+    cursor: &mut usize,
+) -> Option<usize> {
     let start = *cursor;
     for &command in commands.iter().skip(start) {
         let bucket = &mut buckets[command.bucket().index()];
