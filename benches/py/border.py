@@ -32,7 +32,7 @@ import torch
 
 import zerort
 from zerort import _core
-from zerort.hooks import ParameterHooks, plain_hook
+from zerort.grads.hooks import ParameterHooks, plain_hook
 
 LIMIT = 600.0
 BUCKET = 80 * 16

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import ranks
 from rounds import Spread
-from zerort.comm import connect
-from zerort.flat import Memory
+from zerort.memory import Memory
+from zerort.mesh import connect
 from zerort.wire import FORMATS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

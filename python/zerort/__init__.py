@@ -8,9 +8,6 @@ for batch in loader:
 """
 
 from zerort._core import __version__
-from zerort.arguments import add_config_arguments
-from zerort.assembly import initialize
-from zerort.comm import init_distributed
 from zerort.engine import Engine
 from zerort.errors import (
     CheckpointError,
@@ -23,6 +20,9 @@ from zerort.errors import (
     StepError,
     ZerortError,
 )
+from zerort.initialize import initialize
+from zerort.mesh import init_distributed
+from zerort.start.arguments import add_config_arguments
 
 __all__ = [
     "CheckpointError",

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zerort import compiled, losses
-from zerort.absent import Absent
-from zerort.accumulation import Accumulation
-from zerort.boundary import Outcome
 from zerort.config import Batch
 from zerort.errors import CommError, ConfigError, StepError
-from zerort.hooks import after_backward, when_backward_reaches
+from zerort.grads.hooks import after_backward, when_backward_reaches
 from zerort.readings import Parts
 from zerort.saving import Saving
+from zerort.start import compiled
+from zerort.step.accumulation import Accumulation
+from zerort.step.boundary import Outcome
+from zerort.step.loss import refuse_unfit, scaled
+from zerort.step.unused import Absent
 
 __all__ = ["Engine"]
 
@@ -81,7 +82,7 @@ class Engine(Saving):
         """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the
         user's own.
         """
-        losses.refuse_unfit(loss)
+        refuse_unfit(loss)
         self._micro.prepared = True
         return self._scaled(loss, scale_wrt_gas)
 
@@ -97,7 +98,7 @@ class Engine(Saving):
         """
         self._recover()
         with self._transaction(step_follows=True), self._parts.sink.range("backward"):
-            losses.refuse_unfit(loss)
+            refuse_unfit(loss)
             if self._micro.prepared:
                 raise StepError(
                     "engine.scale(loss) is for a loss.backward() of your own, and its loss would "
@@ -271,7 +272,7 @@ class Engine(Saving):
 
     def _scaled(self, loss: Tensor, scale_wrt_gas: bool) -> Tensor:
         steps = self._accumulation.steps if scale_wrt_gas else 1
-        return losses.scaled(loss, steps=steps, scale=self.loss_scale)
+        return scaled(loss, steps=steps, scale=self.loss_scale)
 
     # Control.
 

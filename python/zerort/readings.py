@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from zerort.accumulation import Counters
-from zerort.boundary import Boundary
-from zerort.comm import Comm
 from zerort.config import Batch, Config
-from zerort.precision import Precision
-from zerort.reduction import Reduction
+from zerort.grads.reduction import Reduction
+from zerort.mesh import Comm
+from zerort.step.accumulation import Counters
+from zerort.step.boundary import Boundary
+from zerort.step.precision import Precision
 from zerort.trace import TraceSink
 
 __all__ = ["Parts", "Readings"]

@@ -24,7 +24,7 @@ from zerort.checkpoint.rng import restore_random_states
 from zerort.checkpoint.state import EngineState, extra_states, loose
 from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
-from zerort.flat import FlatBucket
+from zerort.memory import FlatBucket
 from zerort.optim.shard import Segment, regions
 
 __all__ = ["Staged", "apply", "stage"]

@@ -42,8 +42,8 @@ from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, TEMPORARY, check_tag, latest, listed
 from zerort.checkpoint.tensors import as_bytes, place
 from zerort.checkpoint.together import on_first, together
-from zerort.comm import Comm
 from zerort.errors import CheckpointError
+from zerort.mesh import Comm
 
 __all__ = ["Save", "Wishes", "Written", "agreed_tag"]
 

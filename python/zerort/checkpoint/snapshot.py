@@ -24,7 +24,7 @@ from zerort.checkpoint.rng import random_states
 from zerort.checkpoint.state import EngineState, aliases, extra_states, loose, strides_of
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.errors import CheckpointError
-from zerort.flat import FlatBucket
+from zerort.memory import FlatBucket
 from zerort.optim.shard import Region, Segment, regions
 
 __all__ = ["Snapshot", "collect", "merged_states"]

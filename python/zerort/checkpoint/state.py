@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.accumulation import Counters
-from zerort.comm import Comm
-from zerort.flat import FlatModel
+from zerort.grads.reduction import Reduction
+from zerort.memory import FlatModel
+from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
-from zerort.precision import LossScale
-from zerort.reduction import Reduction
+from zerort.step.accumulation import Counters
+from zerort.step.precision import LossScale
 
 __all__ = ["EngineState", "aliases", "extra_states", "loose", "strides_of"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from zerort.comm import Comm
 from zerort.errors import CheckpointError, CommError
+from zerort.mesh import Comm
 
 __all__ = ["on_first", "together", "vote"]
 

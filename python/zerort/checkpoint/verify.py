@@ -18,8 +18,8 @@ from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.tags import listed, read_manifest
 from zerort.checkpoint.tensors import header_bytes, read_header
 from zerort.checkpoint.together import together
-from zerort.comm import Comm
 from zerort.errors import CheckpointError
+from zerort.mesh import Comm
 
 __all__ = ["newest_good", "problems"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerort.errors import StepError
-from zerort.flat import FlatBucket, FlatModel, laid_out_like
+from zerort.memory import FlatBucket, FlatModel, laid_out_like
 
 __all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerort.flat import Memory
+from zerort.memory import Memory
 from zerort.wire.dense import Dense
 
 __all__ = ["FORMATS", "NAMES", "WireFormat"]

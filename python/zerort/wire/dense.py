@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.flat import Memory
+from zerort.memory import Memory
 
 __all__ = ["Dense"]
 

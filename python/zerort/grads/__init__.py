@@ -1,0 +1,1 @@
+"""From `.grad` to reduced shards: hooks, what has come, where it waits, and passes."""

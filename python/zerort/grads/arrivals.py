@@ -1,0 +1,102 @@
+"""Which gradients have come, read from `.grad`: for those that no hook tells of.
+
+Two questions. Within a pass: is the rest of a bucket there, as its sentinel says? Outside one: has
+a backward that nobody announced brought a gradient? It decides nothing and changes no `.grad`.
+
+A gradient that has come has either set `.grad` or been added to it in place, which its version
+counter shows. So where earlier micro-batches have left something in `.grad`, what was there before
+the backward is noted.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zerort import _core
+from zerort.memory import FlatBucket, FlatModel
+
+__all__ = ["Arrivals"]
+
+Before = tuple[Tensor | None, int]
+"""A `.grad` before the backward, and its version."""
+
+
+class Arrivals:
+    """Reads `.grad` of a model's parameters."""
+
+    def __init__(self, flat: FlatModel) -> None:
+        self._flat = flat
+        self._schedule: list[tuple[str, int]] = []
+        self._reached = 0
+        self._before: list[Before] | None = None
+        self._held = False
+        self._unannounced = False
+
+    def load(self, plan: _core.Plan) -> None:
+        """Takes the plan's schedule."""
+        self._schedule = list(plan.schedule)
+
+    def hold(self) -> None:
+        """A micro-batch that is not reduced is over: what it has left in `.grad` is no news in the
+        next pass.
+        """
+        self._held = True
+
+    def mark(self) -> None:
+        """A backward begins that nobody has announced."""
+        self._before = self._now()
+        self._unannounced = True
+
+    def announced(self) -> None:
+        """Now somebody has."""
+        self._unannounced = False
+
+    def unannounced(self) -> bool:
+        """Whether a gradient has come since `mark`, and has not been announced."""
+        if not self._unannounced or self._before is None:
+            return False
+        return any(
+            _is_new(p.grad, before)
+            for p, before in zip(self._flat.params, self._before, strict=True)
+        )
+
+    def begin(self) -> None:
+        """A pass begins: starts at the head of the list."""
+        self._reached = 0
+        if self._held and self._before is None:
+            self._before = self._now()
+        self._held = False
+
+    def reach(self, hi: int) -> int:
+        """How far below `hi` the list may run before a bucket lacks a gradient."""
+        while self._reached < hi:
+            kind, bucket = self._schedule[self._reached]
+            if kind == "launch" and self._is_lacking(self._flat.buckets[bucket]):
+                break
+            self._reached += 1
+        return min(hi, self._reached)
+
+    def end(self) -> None:
+        """The backward is over."""
+        self._before = None
+        self._unannounced = False
+
+    def _is_lacking(self, bucket: FlatBucket) -> bool:
+        if self._before is None:
+            return any(
+                parameter.grad is None and parameter.requires_grad for parameter in bucket.params
+            )
+        befores = [self._before[index] for index in bucket.spec.params]
+        pairs = zip(bucket.params, befores, strict=True)
+        return any(
+            parameter.requires_grad and not _is_new(parameter.grad, before)
+            for parameter, before in pairs
+        )
+
+    def _now(self) -> list[Before]:
+        gradients = [parameter.grad for parameter in self._flat.params]
+        return [(gradient, -1 if gradient is None else gradient._version) for gradient in gradients]
+
+
+def _is_new(gradient: Tensor | None, before: Before) -> bool:
+    return gradient is not None and (gradient is not before[0] or gradient._version != before[1])

@@ -1,0 +1,263 @@
+"""One pass after another over the schedule: from gradients in `.grad` to reduced shards in the
+accumulators.
+
+    idle ── begin ──> in pass ── finish ──> idle      reduced values are complete after `drain`
+                         └────── abort ───> idle      the rest of the list ran on zeros
+
+Passes add: two backwards before a step are two passes, and the accumulators hold their sum until
+`reset`. A gradient that no pass took stays in `.grad`, and `leftover` counts it, so that the vote
+at the boundary can ask for one more.
+
+The first pass observes. From the second one on a bucket has one hook, on its sentinel: the
+parameter of it whose gradient came last on this rank. The schedule is the same on all ranks; who is
+a sentinel need not be, and a wrong one costs time, never a gradient. When it has fired and some
+gradient of the bucket has not come, the bucket waits, and is looked at again when the next sentinel
+fires and when the pass ends. An unused sentinel needs no such care: its bucket leaves when the pass
+ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
+after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one
+hook per parameter, for good.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from zerort import _core
+from zerort.grads.arrivals import Arrivals
+from zerort.grads.hooks import ParameterHooks
+from zerort.memory import FlatModel
+from zerort.mesh import Comm
+from zerort.run.executor import Executor, Fold
+from zerort.run.flight import Transport
+from zerort.run.nonfinite import in_sum
+from zerort.trace.watch import Watch
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """Owns the two cursors (the core's reducer, the executor) and the hooks that move them."""
+
+    def __init__(
+        self,
+        plan: _core.Plan,
+        flat: FlatModel,
+        comm: Comm,
+        transports: Sequence[Transport],
+        watch: Watch,
+    ) -> None:
+        self.plan = plan
+        self.passes = 0
+        self._flat = flat
+        self._comm = comm
+        self._sources = [transport.source for transport in transports]
+        self._watch = watch
+        self._reducer = _core.Reducer(plan)
+        self._executor = Executor(flat, comm, transports, watch)
+        self._executor.load(plan)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._go)
+        self._arrivals = Arrivals(flat)
+        self._arrivals.load(plan)
+        self._active: list[bool] = []
+        self._learnt = False
+        # On CUDA every hook notes the stream its gradient was made on, and a bucket waits for all
+        # of them: a sentinel would know of its own only. A trace tells when each bucket's first
+        # gradient came.
+        self._sentinels = comm.device.type == "cpu" and not watch.enabled
+        if self._sentinels:
+            self._reducer.post_sentinels()
+        self._announce: Callable[[], None] = lambda: None
+        self.follow()
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a backward has begun a pass and not ended it."""
+        return self._reducer.in_pass
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits over the schedule and over which parameters are frozen: equal on all ranks, or
+        they must not step.
+        """
+        return self.plan.digest ^ zlib.crc32(bytes(self._active))
+
+    def follow(self) -> bool:
+        """Verifies that every parameter is where it was, and follows freezing and unfreezing.
+
+        Returns whether something was frozen or unfrozen. Raises `StepError` naming a parameter that
+        moved.
+        """
+        self._flat.check()
+        active = self._flat.active()
+        if active == self._active:
+            return False
+        self._active = active
+        self._reducer.set_active(active)
+        return True
+
+    def begin(self, scale: float) -> None:
+        """Starts a pass whose sums are multiplied by `scale`."""
+        self.drain()  # the last pass's memory is about to be written
+        self._reducer.begin()
+        self._executor.begin(Fold(scale, add=self.passes > 0))
+        self._arrivals.begin()
+        self.passes += 1
+        watched = self._reducer.watched
+        if self._sentinels and self._reducer.observing:
+            self._hooks.observe(watched)
+        else:
+            self._hooks.attach(watched)
+
+    def arm(self, announce: Callable[[], None]) -> bool:
+        """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the
+        gradient then belongs.
+
+        Returns False, and changes nothing, when a gradient has come since an earlier `arm` and no
+        hook has told of it: the backward under way has been here before, or one before it has
+        raised.
+        """
+        if self._arrivals.unannounced():
+            return False
+        active = self._flat.active()
+        everything = [index for index, requires_grad in enumerate(active) if requires_grad]
+        watched = self._reducer.watched if active == self._active else everything
+        self._hooks.attach(watched)
+        if len(watched) < len(everything):
+            self._arrivals.mark()
+        self._announce = announce
+        self._reducer.arm()
+        return True
+
+    def disarm(self) -> bool:
+        """No gradient is awaited any more. Returns whether any has come since `arm` that no hook
+        has told of.
+        """
+        self._reducer.disarm()
+        come = self._arrivals.unannounced()
+        self._arrivals.end()
+        return come
+
+    def _go(self, index: int, hi: int) -> None:
+        if hi == 0:
+            self._arrivals.announced()
+            self._announce()
+            hi = self._reducer.grad_ready(index) or 0
+        self._executor.run(self._arrivals.reach(hi) if self._sentinels else hi)
+
+    def finish(self) -> list[str]:
+        """The backward is over: launches what is left.
+
+        Returns the parameters that require grad and had none on this rank; they count as zero.
+        """
+        self._reducer.finish()
+        self._hooks.relieve()
+        self._arrivals.end()
+        self._executor.launch_all()
+        return self._executor.absent
+
+    def abort(self, scale: float, *, travels: bool) -> None:
+        """The backward failed: runs the rest of the list on zeros, so that the peers' collectives
+        pair with ours.
+
+        `travels` says that the peers reduce in this micro-batch, whether or not this rank came as
+        far as `begin`.
+        """
+        self.drop()
+        if travels and not self.in_pass:
+            self.begin(scale)
+        if self.in_pass:
+            self.finish()
+        self.drain()
+
+    def rerun(self, scale: float) -> None:
+        """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was
+        late.
+        """
+        self.dismiss_sentinels()
+        self.begin(scale)
+        self.finish()
+        self.drain()
+
+    def dismiss_sentinels(self) -> None:
+        """From the next pass on every parameter that requires grad has a hook, for good."""
+        self._sentinels = False
+        self._reducer.dismiss_sentinels()
+
+    def drain(self) -> None:
+        """Waits until the sums of all finished passes are complete."""
+        self._executor.drain()
+        if self.passes and self._watch.enabled:
+            self._watch.passed(self._reducer.life())
+
+    def collect(self) -> None:
+        """A micro-batch that is not reduced is over."""
+        # a pass of the micro-batch before may still be sending from where gradients are to rest
+        self.drain()
+        for source in self._sources:
+            source.collect()
+        self._arrivals.hold()
+
+    def leftover(self) -> int:
+        """How many parameters hold a gradient that no pass has taken."""
+        return sum(source.leftover() for source in self._sources)
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Within, the caller stands still for the collective `what`."""
+        return self._executor.waiting(what)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the host has stood still for collectives, since the beginning."""
+        return self._executor.waited
+
+    def nonfinite(self) -> tuple[int, int] | None:
+        """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
+        where unknown.
+        """
+        found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.buckets)
+        return self._executor.nonfinite or next(
+            (place for place in found if place is not None), None
+        )
+
+    def publish(self) -> None:
+        """Brings updated shards to all ranks."""
+        self._executor.publish()
+
+    def drop(self) -> None:
+        """Forgets every gradient that no pass has taken."""
+        for source in self._sources:
+            source.drop()
+
+    def reset(self) -> None:
+        """The boundary is over: the next pass overwrites the accumulators."""
+        self.passes = 0
+        self._executor.nonfinite = None
+        for source in self._sources:
+            source.reset()
+
+    def learn(self) -> bool:
+        """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
+        arrive.
+        """
+        if self._learnt:
+            return False
+        self._learnt = True
+        seen = self._reducer.observed if self._comm.rank == 0 else []
+        order = torch.full(
+            (self.plan.num_params + 1,), -1, dtype=torch.int64, device=self._comm.device
+        )
+        order[: len(seen)] = torch.tensor(seen, dtype=torch.int64, device=self._comm.device)
+        self._comm.broadcast(order)
+        self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
+        self._reducer.reorder(self.plan)
+        self._executor.load(self.plan)
+        self._arrivals.load(self.plan)
+        return True
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        self._hooks.remove()

@@ -1,0 +1,183 @@
+"""Where a gradient waits between autograd and its bucket's Launch.
+
+Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds
+micro-batches up there by itself. `Summed` is for parameters whose gradients are added up in a wider
+dtype: micro-batches that wait would lose bits in `.grad`, so each is added into a wider buffer as
+soon as its backward is over.
+
+Both leave `.grad` as None behind what they took, and both name what never came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zerort.memory import FlatBucket, Memory
+from zerort.run.flight import Source
+from zerort.wire import WireFormat
+
+__all__ = ["Stolen", "Summed", "source_of"]
+
+
+def source_of(bucket: FlatBucket) -> Source:
+    """The source that suits the bucket's memory."""
+    return Summed(bucket, bucket.local) if bucket.widens else Stolen(bucket)
+
+
+class Stolen:
+    """Straight from `.grad`.
+
+    After a micro-batch that is not reduced `.grad` rests in the send buffer, where it fits:
+    autograd goes on adding there in place, and at the boundary there is nothing left to copy and no
+    second copy to keep.
+    """
+
+    def __init__(self, bucket: FlatBucket) -> None:
+        self._params = bucket.params
+        self._slots: list[Tensor] = []
+
+    def rest_in(self, slots: list[Tensor]) -> None:
+        """Fits when it is of the gradients' dtype."""
+        self._slots = (
+            slots
+            if all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=True))
+            else []
+        )
+
+    def collect(self) -> None:
+        """Moves what is not there yet into the send buffer, in one batch."""
+        moving = [
+            (parameter, slot)
+            for parameter, slot in zip(self._params, self._slots, strict=False)
+            if parameter.grad is not None and parameter.grad is not slot
+        ]
+        if moving:
+            torch._foreach_copy_(
+                [slot for _, slot in moving], [p.grad for p, _ in moving if p.grad is not None]
+            )
+        for parameter, slot in moving:
+            parameter.grad = slot
+
+    def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
+        """One batched copy of all gradients that are not in their slots already."""
+        return _pack(self._params, wire, slots)
+
+    def leftover(self) -> int:
+        """What is in `.grad`."""
+        return sum(parameter.grad is not None for parameter in self._params)
+
+    def drop(self) -> None:
+        """Sets every `.grad` to None."""
+        _take(self._params)
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+
+class Summed:
+    """Through a sum of micro-batches, where something has had to wait; what need not is packed
+    straight from `.grad`.
+
+    `local` is the sum's memory where waiting is the rule. Reduced gradients arrive there, so from a
+    window's first pass on it is taken. What waits then, or where waiting is no rule (`no_sync`, a
+    boundary that the user moves, a batch that has grown), is summed in memory that is allocated
+    when it is first needed.
+    """
+
+    def __init__(self, bucket: FlatBucket, local: Memory | None) -> None:
+        self._params = bucket.params
+        self._bucket = bucket
+        self._local = _Sum.over(local, bucket) if local else None
+        self._spare: _Sum | None = None
+        self._taken = local is None
+        self._came = [False] * len(bucket.params)
+
+    def rest_in(self, slots: list[Tensor]) -> None:
+        """Declined: the wire is narrower than the sum."""
+
+    def _sum(self) -> _Sum:
+        if self._local is not None and not self._taken:
+            return self._local
+        if self._spare is None:
+            spec, device = self._bucket.spec, self._bucket.values.tensor.device
+            self._spare = _Sum.over(Memory.zeros(spec.numel, torch.float32, device), self._bucket)
+        return self._spare
+
+    def collect(self) -> None:
+        """Adds `.grad` into the sum, in one batch; what comes first is copied, over what an earlier
+        window left.
+        """
+        arrived = [(i, g) for i, g in enumerate(_take(self._params)) if g is not None]
+        if not arrived:
+            return
+        views = self._sum().views
+        first = [(views[i], g) for i, g in arrived if not self._came[i]]
+        more = [(views[i], g) for i, g in arrived if self._came[i]]
+        if first:
+            torch._foreach_copy_([view for view, _ in first], [gradient for _, gradient in first])
+        if more:
+            torch._foreach_add_([view for view, _ in more], [gradient for _, gradient in more])
+        for i, _ in arrived:
+            self._came[i] = True
+
+    def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
+        """Adds what is in `.grad` to what has waited, and encodes the sum."""
+        if not any(self._came):
+            self._taken = True
+            return _pack(self._params, wire, slots)
+        self.collect()
+        total = self._sum()
+        absent = [i for i, came in enumerate(self._came) if not came]
+        if absent:
+            torch._foreach_zero_([total.views[i] for i in absent])
+        wire.encode([total.flat], [send])
+        self._came = [False] * len(self._params)
+        self._taken = True
+        return absent
+
+    def leftover(self) -> int:
+        """What is in `.grad` or has waited."""
+        pairs = zip(self._params, self._came, strict=True)
+        return sum(came or parameter.grad is not None for parameter, came in pairs)
+
+    def drop(self) -> None:
+        """Forgets the sum; its memory is overwritten by what comes next."""
+        _take(self._params)
+        self._came = [False] * len(self._params)
+
+    def reset(self) -> None:
+        """The local memory is free again."""
+        self._taken = self._local is None
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Memory for a bucket's gradient, and a view of it per parameter."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+    @classmethod
+    def over(cls, memory: Memory, bucket: FlatBucket) -> _Sum:
+        return cls(memory.tensor, bucket.slots(memory.tensor))
+
+
+def _pack(params: list[torch.nn.Parameter], wire: WireFormat, slots: list[Tensor]) -> list[int]:
+    gradients = _take(params)
+    absent = [i for i, gradient in enumerate(gradients) if gradient is None]
+    if absent:
+        torch._foreach_zero_([slots[i] for i in absent])
+    moving = [(g, s) for g, s in zip(gradients, slots, strict=True) if g is not None and g is not s]
+    if moving:
+        wire.encode([gradient for gradient, _ in moving], [slot for _, slot in moving])
+    return absent
+
+
+def _take(params: list[torch.nn.Parameter]) -> list[Tensor | None]:
+    gradients = [parameter.grad for parameter in params]
+    for parameter in params:
+        parameter.grad = None
+    return gradients

@@ -1,0 +1,38 @@
+"""Who brought an infinity or NaN. Only asked once a sum has turned out not to be finite."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+
+from zerort import _core
+from zerort.memory import FlatBucket, Memory
+
+__all__ = ["in_arrival", "in_sum"]
+
+UNKNOWN = -1
+
+
+def in_arrival(bucket: FlatBucket, chunks: Memory, rank: int) -> tuple[int, int] | None:
+    """(source rank, parameter) of the first such element among the chunks that arrived for `rank`'s
+    shard, on CPU.
+    """
+    shard = bucket.spec.shard_numel
+    for source in range(chunks.tensor.numel() // shard if shard else 0):
+        index = _core.first_nonfinite(chunks.buffer.slice(source * shard, shard))
+        if index is not None:
+            return source, _parameter_at(bucket, rank * shard + index)
+    return None
+
+
+def in_sum(bucket: FlatBucket, rank: int) -> tuple[int, int] | None:
+    """(unknown rank, parameter): after a sum on the wire nobody can tell whose it was."""
+    found = torch.nonzero(~torch.isfinite(bucket.landing.tensor))
+    if not found.numel():
+        return None
+    return UNKNOWN, _parameter_at(bucket, rank * bucket.spec.shard_numel + int(found[0, 0]))
+
+
+def _parameter_at(bucket: FlatBucket, element: int) -> int:
+    return bucket.spec.params[bisect_right(bucket.spec.offsets, element) - 1]

@@ -1,0 +1,1 @@
+"""What `initialize` is made of: checks, comparisons between ranks, arguments and data."""

@@ -1,0 +1,1 @@
+"""From a loss to updated parameters: the micro-batch, its window, and its boundary."""

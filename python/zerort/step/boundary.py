@@ -1,0 +1,193 @@
+"""The end of an accumulation window: wait for the sums, vote, and apply the step or refuse it, on
+all ranks alike.
+
+What it guarantees: no rank applies a step that any rank has reported as failed, parameters are
+bitwise unchanged by a step that is not applied, and the innocent rank prints the culprit's reason.
+What it does not do: it counts nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Literal
+
+from zerort.errors import NonFiniteGradient, PlanMismatch, StepError
+from zerort.grads.reduction import Reduction
+from zerort.memory import FlatModel
+from zerort.mesh import Comm
+from zerort.optim import ShardOptimizer
+from zerort.step.precision import LossScale
+from zerort.step.vote import Ballot, Verdict, clip_factor, vote
+from zerort.trace import TraceSink
+
+__all__ = ["Boundary", "Outcome", "Policy"]
+
+_log = logging.getLogger("zerort")
+
+
+class Outcome(Enum):
+    """What became of a step."""
+
+    APPLIED = auto()
+    SKIPPED = auto()
+    """A gradient was not finite on some rank."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the configuration decides about steps."""
+
+    clip: float
+    on_nonfinite: Literal["skip", "raise"]
+
+
+@dataclass
+class Boundary:
+    """Crosses from gradients to parameters.
+
+    `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds
+    that the host stood still for collectives since the boundary before. `torn` says how an update
+    broke off on this rank: half of its parameters may have moved, so it fails every vote until a
+    checkpoint is loaded.
+    """
+
+    comm: Comm
+    flat: FlatModel
+    reduction: Reduction
+    optimizer: ShardOptimizer
+    loss_scale: LossScale
+    policy: Policy
+    sink: TraceSink
+    norm: float | None = field(default=None, init=False)
+    exposed: float = field(default=0.0, init=False)
+    torn: str | None = field(default=None, init=False)
+    _waited: float = field(default=0.0, init=False)
+
+    def cross(self, fold: float, failure: str | None = None) -> Outcome:
+        """Votes and steps. `fold` is what a further pass would be multiplied by; `failure` poisons
+        the step.
+
+        Raises `StepError` naming the ranks that failed or had no backward, `PlanMismatch` naming
+        the first parameter that ranks treat differently, and `NonFiniteGradient` where the policy
+        says so. Whatever happens, the window is over: what was accumulated is dropped.
+        """
+        failure = failure or self.torn
+        try:
+            verdict = self._agree(fold, failure)
+            self._refuse(verdict, failure)
+            # Before anything of the user's own runs: an exception there on one rank must not cost a
+            # broadcast.
+            self.reduction.learn()
+            scale = self.loss_scale.scale
+            self.norm = verdict.norm / scale
+            if not verdict.finite:
+                return self._overflow(scale)
+            self._apply(1.0 / (clip_factor(self.norm, self.policy.clip) * scale))
+            self.loss_scale.update(False)
+            return Outcome.APPLIED
+        except Exception:
+            # a rank that did not fail may hold gradients that no pass has taken
+            self.reduction.drop()
+            raise
+        finally:
+            self.reduction.reset()
+            self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
+
+    def _agree(self, fold: float, failure: str | None) -> Verdict:
+        self.reduction.drain()
+        verdict = self._vote(failure)
+        while verdict.leftover and not verdict.poisoned:
+            # Late gradients are in `.grad` on some rank: every rank runs the list once more over
+            # what is there.
+            self.reduction.rerun(fold)
+            verdict = self._vote(failure)
+        return verdict
+
+    def _vote(self, failure: str | None) -> Verdict:
+        ballot = Ballot(self.reduction.leftover(), failure is not None, self.reduction.fingerprint)
+        with self.reduction.waiting("vote"):
+            return vote(self.comm, self.flat, ballot)
+
+    def _refuse(self, verdict: Verdict, failure: str | None) -> None:
+        if verdict.poisoned:
+            reasons = self.comm.gather_objects(failure)
+            told = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
+            raise StepError(
+                f"the step was not applied on any rank, because some rank failed. {told}"
+            )
+        if verdict.strangers:
+            raise PlanMismatch(self._first_difference(verdict.strangers[0]))
+
+    def _first_difference(self, stranger: int) -> str:
+        views = self.comm.gather_objects((self.flat.active(), self.reduction.plan.schedule))
+        ours, theirs = views[0], views[stranger]
+        for name, here, there in zip(self.flat.names, ours[0], theirs[0], strict=True):
+            if here != there:
+                states = {True: "trainable", False: "frozen"}
+                return (
+                    f"parameter {name} is {states[here]} on rank 0 and {states[there]} on rank "
+                    f"{stranger}: freeze and unfreeze on all ranks alike; the step was not applied"
+                )
+        pairs = zip(ours[1], theirs[1], strict=True)
+        bucket = next(mine[1] for mine, other in pairs if mine != other)
+        first = self.flat.buckets[bucket].names[0]
+        return (
+            f"ranks 0 and {stranger} have different schedules from parameter {first} on; "
+            "the step was not applied"
+        )
+
+    def _overflow(self, scale: float) -> Outcome:
+        culprit = self._culprit()
+        if not self.loss_scale.update(True):
+            raise NonFiniteGradient(
+                f"gradients overflow although the loss scale is at its minimum, {scale:g}: "
+                f"{culprit}; the step was not applied. Lower the learning rate, or look for the "
+                "first NaN in the forward"
+            )
+        if self.policy.on_nonfinite == "raise":
+            raise NonFiniteGradient(
+                f"{culprit}; the step was not applied (zerort.on_nonfinite is 'raise')"
+            )
+        if self.comm.rank == 0:
+            after = self.loss_scale.scale
+            moved = (
+                f" Attempted loss scale: {scale:g}, reducing to {after:g}."
+                if after != scale
+                else ""
+            )
+            _log.warning("OVERFLOW! Skipping step.%s %s", moved, culprit)
+        return Outcome.SKIPPED
+
+    def _culprit(self) -> str:
+        found = [
+            place
+            for place in self.comm.gather_objects(self.reduction.nonfinite())
+            if place is not None
+        ]
+        if not found:
+            return "the sum of the ranks' gradients is not finite, though every rank's own is"
+        # A rank that knows who it was tells more than one that has only the sum.
+        rank, position = min(found, key=lambda place: (place[0] < 0, place))
+        whose = f"rank {rank} brought" if rank >= 0 else "some rank brought"
+        return (
+            f"{whose} a gradient that is not finite, first in parameter {self.flat.names[position]}"
+        )
+
+    def _apply(self, factor: float) -> None:
+        try:
+            with self.sink.range("optimizer"):
+                self.flat.take_writes()
+                self.optimizer.step(factor)
+                for bucket in self.flat.buckets:
+                    bucket.write_back()
+        except BaseException as error:
+            self.torn = (
+                f"its optimizer raised {type(error).__name__}: {error}; parameters may be half "
+                "updated, so load a checkpoint before going on"
+            )
+            raise
+        finally:  # the peers, whose optimizers went through, wait for this rank's shards
+            with self.sink.range("publish"):
+                self.reduction.publish()

@@ -1,0 +1,100 @@
+"""The boundary: what all ranks decide together about a step, and the step.
+
+The vote is one small all-reduce. Every rank fills its own row, so the sum is everybody's row, in
+rank order on every rank: the norm is summed in one order everywhere, and a culprit has a number. It
+carries the squared norm, what is left in `.grad`, a poison flag and a fingerprint; the host reads
+it before the optimizer runs. No rank applies a step that any rank has reported as failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zerort.memory import FlatModel
+from zerort.mesh import Comm
+
+__all__ = ["Ballot", "Verdict", "clip_factor", "vote"]
+
+_HALF = 1 << 32
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank brings to the vote."""
+
+    leftover: int
+    """Parameters with a gradient that no pass has taken."""
+    poisoned: bool
+    """This rank could not complete its backward."""
+    fingerprint: int
+    """64 bits over the schedule and over which parameters are frozen."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know after the vote; equal on every rank."""
+
+    norm: float
+    """Of the summed gradient, still times the loss scale; not finite when any element anywhere is
+    not.
+    """
+    leftover: int
+    poisoned: tuple[int, ...]
+    """Ranks that failed."""
+    strangers: tuple[int, ...]
+    """Ranks whose fingerprint is not rank 0's."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.norm)
+
+
+def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
+    """Exchanges the ballots. One all-reduce of five doubles a rank, and the boundary's one host
+    synchronisation.
+    """
+    rows = torch.zeros(comm.world, 5, dtype=torch.float64, device=comm.device)
+    high, low = divmod(ballot.fingerprint, _HALF)
+    facts = [float(ballot.leftover), float(ballot.poisoned), float(high), float(low)]
+    rows[comm.rank, 1:] = torch.tensor(facts, dtype=torch.float64)
+    rows[comm.rank, 0] = _total([bucket.squares for bucket in flat.buckets])
+    comm.all_reduce(rows)
+    return _count(rows.tolist())
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of this norm are divided by, so that none is longer than `limit`; 0 turns
+    clipping off.
+
+    Mirrors DeepSpeed: max(1, (norm + 1e-6) / limit).
+    """
+    return max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
+
+
+def _total(squares: Sequence[float | Tensor]) -> float | Tensor:
+    total: float | Tensor = 0.0
+    for value in squares:
+        total = total + value
+    return total
+
+
+def _count(rows: list[list[float]]) -> Verdict:
+    squares = 0.0
+    for row in rows:
+        squares += row[0]
+    prints = [row[3:] for row in rows]
+    # Rounded to fp32 once: the fp64 sum differs in its last bits with where buckets are cut, the
+    # norm must not.
+    norm = torch.tensor(squares, dtype=torch.float64).sqrt().float().item()
+    return Verdict(
+        norm=norm,
+        leftover=int(sum(row[1] for row in rows)),
+        poisoned=tuple(rank for rank, row in enumerate(rows) if row[2]),
+        strangers=tuple(rank for rank, mark in enumerate(prints) if mark != prints[0]),
+    )
