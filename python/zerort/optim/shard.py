@@ -124,13 +124,15 @@ class ShardOptimizer:
         self._cut(label)
 
     def _give_initial_state(self) -> None:
-        for segment in self.segments if self._initial else ():
-            self.optimizer.state[segment.tensor] = {
-                key: torch.full_like(segment.tensor, value)
-                if isinstance(value, float)
-                else value.clone()
-                for key, value in self._initial[segment.bucket.spec.group].items()
-            }
+        for segment in self.segments:
+            initial = self._initial.get(segment.bucket.spec.group)
+            if initial is not None:
+                self.optimizer.state[segment.tensor] = {
+                    key: torch.full_like(segment.tensor, value)
+                    if isinstance(value, float)
+                    else value.clone()
+                    for key, value in initial.items()
+                }
 
     def _uncut(self) -> list[Segment]:
         return [
@@ -173,7 +175,9 @@ class ShardOptimizer:
         gradients = [
             segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None
         ]
-        if factor == 1.0:
+        if factor == 1.0 or not gradients:
+            # A rank that owns frozen parameters only steps too: hooks, counters and schedulers go
+            # the same way on every rank.
             self.optimizer.step()
         elif self._scales_itself:
             self._step_scaled(1.0 / factor, gradients[0].device)
