@@ -23,7 +23,7 @@ from zerort.errors import CommError, ConfigError, StepError
 from zerort.grads.hooks import after_backward, when_backward_reaches
 from zerort.readings import Parts
 from zerort.saving import Saving
-from zerort.start import compiled
+from zerort.start import checks
 from zerort.step.accumulation import Accumulation
 from zerort.step.boundary import Outcome
 from zerort.step.loss import refuse_unfit, scaled
@@ -359,12 +359,12 @@ class Engine(Saving):
             return
         self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
         if self._parts.comm.rank == 0:
-            _log.warning(compiled.ADVICE)
+            _log.warning(checks.COMPILED_WHOLE)
 
     @property
     def is_compiled(self) -> bool:
         """Whether the module is compiled whole, here or before `initialize`."""
-        return compiled.is_whole(self.module)
+        return checks.is_whole(self.module)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StepError(

@@ -7,31 +7,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from zerort import _core, optim
+from zerort import _core
 from zerort.config import Batch, Config, load
 from zerort.device import record_event
 from zerort.engine import Engine
-from zerort.errors import ConfigError, PlanError, PlanMismatch, ZerortError
+from zerort.errors import ConfigError, PlanError
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import source_of
 from zerort.memory import FlatModel, Place, Planned, plannable
-from zerort.mesh import Comm, connect
-from zerort.optim import ShardOptimizer, has_stepped, schedules
-from zerort.optim.elementwise import why_never, why_not_elementwise
+from zerort.mesh import Comm
+from zerort.optim import ShardOptimizer, schedules
+from zerort.optim.elementwise import why_not_elementwise
 from zerort.readings import Parts
 from zerort.run.flight import Transport
-from zerort.start import compiled, sparse
-from zerort.start.compare import compare_optimizers, compare_settings
+from zerort.start import checks
+from zerort.start.broadcast import broadcast
+from zerort.start.compare import compare_optimizers, compare_plans
+from zerort.start.connect import agreed, connected, device_of
 from zerort.start.loader import TrainingLoader
-from zerort.start.unready import refuse_unready
+from zerort.start.optimizer import choose_optimizer
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
 from zerort.trace import TraceSink, open_sink
@@ -77,13 +77,13 @@ def initialize(
                 f"initialize({name}=...) is refused: model parallelism is not built yet; leave it "
                 "out"
             )
-    model = _checked(model)
-    settings, comm = _connected(lambda: load(config, args, config_params), _device_of(model))
-    setup = _agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
-    _compare(setup)
+    model = checks.checked(model)
+    settings, comm = connected(lambda: load(config, args, config_params), device_of(model))
+    setup = agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
+    compare_plans(comm, setup.planned, setup.plan)
     compare_optimizers(comm, setup.optimizer)
     flat = FlatModel(model, setup.planned, setup.place)
-    _broadcast(comm, model, flat)
+    broadcast(comm, model, flat)
     loader = None
     if training_data is not None:
         loader = TrainingLoader(
@@ -94,7 +94,7 @@ def initialize(
             collate_fn=collate_fn,
         )
     engine = _assemble(setup, flat, lr_scheduler, loader)
-    _tell(setup, flat)
+    _log_start(setup, flat)
     return engine, setup.optimizer, loader, engine.lr_scheduler
 
 
@@ -119,60 +119,6 @@ class Setup:
         return Place(self.plan, self.comm.rank, self.precision.sums, local_sums)
 
 
-def _checked(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"initialize needs model=: a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ConfigError(
-            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges "
-            "gradients itself: give the module inside, model.module"
-        )
-    return model
-
-
-T = TypeVar("T")
-
-
-def _connected(read: Callable[[], Config], device: torch.device | None) -> tuple[Config, Comm]:
-    """The configuration, and a communicator with its time-out; until it is read, the default has to
-    do.
-    """
-    default = timedelta(minutes=5)
-    comm = connect(default, device)
-    settings = _agreed(comm, read)
-    compare_settings(comm, settings)
-    wanted = timedelta(seconds=settings.zerort.timeout)
-    if wanted != default:
-        comm.close()
-        comm = connect(wanted, device)
-    return settings, comm
-
-
-def _agreed(comm: Comm, attempt: Callable[[], T]) -> T:
-    """Runs `attempt` on all ranks, and raises on all if it failed on one: its error there, its
-    reason elsewhere.
-    """
-    result, failure = None, None
-    try:
-        result = attempt()
-    except (ZerortError, TypeError, ValueError, RuntimeError) as error:
-        failure = error
-    reasons = comm.gather_objects(
-        None if failure is None else f"{type(failure).__name__}: {failure}"
-    )
-    if failure is not None:
-        raise failure
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise PlanError(f"rank {rank} cannot start, so no rank does. {reason}")
-    return cast(T, result)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """The GPU the model is on already, if it is on one."""
-    return next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-
-
 def _set_up(
     settings: Config,
     comm: Comm,
@@ -182,11 +128,11 @@ def _set_up(
 ) -> Setup:
     """What this rank would do: everything that can go wrong for its own reasons happens here."""
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
-    refuse_unready(model)
-    sparse.settle(model, settings.zerort.sparse_gradients)
+    checks.refuse_unready(model)
+    checks.settle_sparse(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
-    chosen = _choose_optimizer(settings, model, optimizer, model_parameters)
+    chosen = choose_optimizer(settings, model, optimizer, model_parameters)
     groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
     own = {id(parameter) for parameter in model.parameters()}
     strange = [
@@ -212,81 +158,6 @@ def _set_up(
     return Setup(settings, comm, model, batch, precision, chosen, planned, plan)
 
 
-def _choose_optimizer(
-    settings: Config, model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None
-) -> Optimizer:
-    params = list(model.parameters() if model_parameters is None else model_parameters)
-    if isinstance(optimizer, Optimizer):
-        chosen = optimizer
-    elif callable(optimizer):
-        chosen = optimizer(params)
-    elif settings.optimizer is not None:
-        chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
-    else:
-        raise ConfigError(
-            "no optimizer: give initialize(optimizer=...) or the key optimizer {type, params}"
-        )
-    reason = why_never(chosen)
-    if reason is not None:
-        raise ConfigError(f"optimizer {type(chosen).__name__} is refused at every stage: {reason}")
-    if has_stepped(chosen):
-        raise PlanError(
-            "the optimizer has state already, and its tensors are about to become shards: make it "
-            "anew, and load state with engine.load_checkpoint"
-        )
-    return chosen
-
-
-def _compare(setup: Setup) -> None:
-    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
-    difference.
-    """
-    views = setup.comm.gather_objects(
-        ([member.signature() for member in setup.planned], setup.plan.digest)
-    )
-    ours, digest = views[0]
-    for rank, (theirs, other) in enumerate(views):
-        for a, b in zip(ours, theirs, strict=False):
-            if a != b:
-                raise PlanMismatch(
-                    f"ranks have different models, first in {_told(a)} on rank 0 and {_told(b)} on "
-                    f"rank {rank}"
-                )
-        if len(ours) != len(theirs):
-            longer, more = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
-            raise PlanMismatch(
-                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} "
-                f"{len(theirs)}; the first that only rank {longer} has is "
-                f"{_told(more[min(len(ours), len(theirs))])}"
-            )
-        if other != digest:
-            raise PlanMismatch(
-                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same "
-                "configuration, the sections zero_optimization and zerort and what travels "
-                "(communication_data_type, torch_autocast) above all"
-            )
-
-
-def _told(signature: tuple[str, tuple[int, ...], str, int]) -> str:
-    name, shape, dtype, group = signature
-    return f"{name} {list(shape)} {dtype.removeprefix('torch.')} (group {group})"
-
-
-def _broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
-    """Everyone starts from rank 0's values; what is not planned travels one by one, once."""
-    planned = {id(parameter) for parameter in flat.params}
-    with torch.no_grad():
-        for bucket in flat.buckets:
-            comm.broadcast(bucket.values.tensor)
-            bucket.refresh_master()
-        for tensor in (*(p for p in model.parameters() if id(p) not in planned), *model.buffers()):
-            data = tensor.detach()
-            piece = data if data.is_contiguous() else data.contiguous()
-            comm.broadcast(piece)
-            if piece is not data:
-                data.copy_(piece)
-
-
 def _assemble(
     setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: TrainingLoader | None
 ) -> Engine:
@@ -303,7 +174,7 @@ def _assemble(
         Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide)
         for bucket in flat.buckets
     ]
-    sink = _agreed(comm, lambda: _open_sink(config, comm))
+    sink = agreed(comm, lambda: _open_sink(config, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
     reduction = Reduction(setup.plan, flat, comm, transports, watch)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
@@ -336,7 +207,7 @@ def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
     return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)
 
 
-def _tell(setup: Setup, flat: FlatModel) -> None:
+def _log_start(setup: Setup, flat: FlatModel) -> None:
     """Nothing is ignored in silence."""
     settings, model = setup.config, setup.model
     if setup.comm.rank != 0:
@@ -350,8 +221,8 @@ def _tell(setup: Setup, flat: FlatModel) -> None:
             "gradient_clipping is not given: gradients are clipped to norm %g",
             settings.gradient_clipping,
         )
-    if compiled.is_whole(model):
-        _log.warning(compiled.ADVICE)
+    if checks.is_whole(model):
+        _log.warning(checks.COMPILED_WHOLE)
     planned = {id(parameter) for parameter in flat.params}
     left = [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned

@@ -1,5 +1,5 @@
-"""What all ranks must have alike beyond their models: the configuration, and what their optimizers
-were made with.
+"""What all ranks must have alike: their models, the configuration, and what their optimizers were
+made with.
 
 Another clipping norm, loss scale or learning rate on one rank would train on without an error, each
 shard by its own.
@@ -7,17 +7,19 @@ shard by its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zerort import _core
 from zerort.config import Config
 from zerort.errors import PlanMismatch
+from zerort.memory import Planned
 from zerort.mesh import Comm
 
-__all__ = ["compare_optimizers", "compare_settings"]
+__all__ = ["compare_optimizers", "compare_plans", "compare_settings"]
 
 _OF_ONE_RANK: Any = {
     "steps_per_print": True,
@@ -45,6 +47,39 @@ def compare_optimizers(comm: Comm, optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         facts |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}
     _compare(comm, facts, "make the optimizer alike on all ranks")
+
+
+def compare_plans(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
+    """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
+    difference.
+    """
+    views = comm.gather_objects(([member.signature() for member in planned], plan.digest))
+    ours, digest = views[0]
+    for rank, (theirs, other) in enumerate(views):
+        for a, b in zip(ours, theirs, strict=False):
+            if a != b:
+                raise PlanMismatch(
+                    f"ranks have different models, first in {_described(a)} on rank 0 and "
+                    f"{_described(b)} on rank {rank}"
+                )
+        if len(ours) != len(theirs):
+            longer, more = (0, ours) if len(ours) > len(theirs) else (rank, theirs)
+            raise PlanMismatch(
+                f"ranks have different models: rank 0 has {len(ours)} parameters and rank {rank} "
+                f"{len(theirs)}; the first that only rank {longer} has is "
+                f"{_described(more[min(len(ours), len(theirs))])}"
+            )
+        if other != digest:
+            raise PlanMismatch(
+                f"rank {rank} has rank 0's parameters but another plan: give all ranks the same "
+                "configuration, the sections zero_optimization and zerort and what travels "
+                "(communication_data_type, torch_autocast) above all"
+            )
+
+
+def _described(signature: tuple[str, tuple[int, ...], str, int]) -> str:
+    name, shape, dtype, group = signature
+    return f"{name} {list(shape)} {dtype.removeprefix('torch.')} (group {group})"
 
 
 def _numbers(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

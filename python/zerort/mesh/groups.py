@@ -1,0 +1,111 @@
+"""What communicators over torch.distributed have alike: groups of the engine's own, small
+collectives, and errors that name a rank.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerort.errors import CommError
+from zerort.mesh import peers
+from zerort.mesh.peers import Peers
+
+__all__ = ["GroupComm"]
+
+
+class GroupComm:
+    """Three groups of the engine's own: gradients, parameters and control never queue behind one
+    another.
+    """
+
+    backend: ClassVar[str]
+    window: int | None
+    chunks: int
+
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self._gradients, self._parameters, self._control = (
+            self._new_group(timeout) for _ in range(3)
+        )
+        self._peers = self._meet()
+        weakref.finalize(self, _let_workers_go, [self._gradients, self._parameters, self._control])
+
+    def _meet(self) -> Peers:
+        """Learns who the others are; rank 0 names the engine, so that several leave word side by
+        side.
+        """
+        met = self.gather_objects((peers.myself(), uuid.uuid4().hex))
+        # Without the job's store (a private name of torch's) words of ranks that time out cannot be
+        # gathered.
+        store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+        return Peers([peer for peer, _ in met], self.rank, met[0][1], store)
+
+    def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
+        group = dist.new_group(backend=self.backend, timeout=timeout)
+        if not isinstance(group, dist.ProcessGroup):
+            raise CommError("this process is not a member of torch.distributed's default group")
+        return group
+
+    def all_reduce(self, values: Tensor) -> None:
+        """On the control group; blocks the host on CPU, the stream on CUDA."""
+        with self._named("all_reduce"):
+            dist.all_reduce(values, group=self._control)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """On the control group."""
+        with self._named("broadcast"):
+            dist.broadcast(buffer, source, group=self._control)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Pickled, on the control group."""
+        values: list[Any] = [None] * self.world
+        with self._named("all_gather_object"):
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def close(self) -> None:
+        """Destroys the three groups; the job's own stays."""
+        for group in (self._gradients, self._parameters, self._control):
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+    @contextmanager
+    def _named(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise self.failure(operation, error) from error
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+        if not dist.is_initialized():
+            return CommError(
+                f"rank {self.rank}: {what} failed because torch.distributed's process group was "
+                "destroyed: call engine.destroy() first, and the process group after it"
+            )
+        return CommError(
+            f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: "
+            f"{error}"
+        )
+
+
+def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:
+    """Drops `groups` a moment after their last use, when an engine is collected or the interpreter
+    ends.
+
+    A worker of gloo's that still holds a tensor of the last collective needs the interpreter to let
+    go of it, and the group's destructor waits for the worker while it holds the interpreter: seen
+    to hang for ever with torch 2.6.
+    """
+    time.sleep(0.02)
+    groups.clear()

@@ -1,0 +1,42 @@
+"""CUDA tensors over NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from zerort.mesh.comm import Work
+from zerort.mesh.groups import GroupComm
+
+__all__ = ["NcclComm"]
+
+# torch 2.13 renamed these and warns at every call of the old names; 2.11 has only the old ones.
+# Resolved once.
+_reduce_scatter: Callable[..., Any] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class NcclComm(GroupComm):
+    """CUDA tensors over NCCL: SUM in place, all-gather in place; 1/N is folded into the sum that
+    follows.
+    """
+
+    backend = "nccl"
+    chunks = 1
+    window: int | None = 4  # NCCL runs one after the other; more only holds memory
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """Summed on the way; `recv` may be this rank's slice of `send`."""
+        with self._named("reduce_scatter"):
+            return Work([_reduce_scatter(recv, send, group=self._gradients, async_op=True)])
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        """In place: this rank's slice is its contribution."""
+        own = buffer.chunk(self.world)[self.rank]
+        with self._named("all_gather"):
+            return Work([_all_gather(buffer, own, group=self._parameters, async_op=True)])

@@ -1,0 +1,102 @@
+"""What a model must be before anything of it is moved: a module, with values to train, of dense
+gradients.
+
+A module that is compiled whole is no reason to refuse, only to advise: it has one graph for its
+backward, and a graph hands its gradients over when it is done, so they all come at the end and no
+bucket can leave while backward still runs. The result is the same to the bit; only the overlap is
+lost. Compiled block by block, each block's gradients come when the block's backward is over.
+Nothing here compiles anything, and the names of a wrapper's parameters (`_orig_mod.`) are left as
+torch makes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from zerort.errors import ConfigError, PlanError
+
+__all__ = ["COMPILED_WHOLE", "checked", "is_whole", "refuse_unready", "settle_sparse"]
+
+COMPILED_WHOLE = (
+    "the module is compiled whole, so all its gradients come at the end of the backward and no "
+    "communication overlaps with it: compile its blocks instead, for example with block.compile() "
+    "for each layer"
+)
+
+# by its name: importing torch._dynamo for its class would add a second to every start
+_WRAPPED = "_orig_mod"
+
+
+def checked(model: Any) -> nn.Module:
+    """`model` itself. Raises `ConfigError` for what is no module, or is wrapped in DDP already."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"initialize needs model=: a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"initialize(model=...) is wrapped in {type(model).__name__}, which exchanges "
+            "gradients itself: give the module inside, model.module"
+        )
+    return model
+
+
+def refuse_unready(module: nn.Module) -> None:
+    """Raises `PlanError` naming the first parameter that is lazy, on the meta device, or made for
+    inference only.
+    """
+    if torch.is_inference_mode_enabled():
+        raise PlanError(
+            "initialize under torch.inference_mode(): what it made could not be trained; leave "
+            "the context"
+        )
+    named = list(module.named_parameters())
+    if not named:
+        raise PlanError(
+            f"the model, a {type(module).__name__}, has no parameters: nothing to train"
+        )
+    for name, parameter in named:
+        if is_lazy(parameter):
+            raise PlanError(
+                f"parameter {name} has no shape yet: run one forward of the lazy module before "
+                "initialize"
+            )
+        if parameter.is_meta:
+            raise PlanError(
+                f"parameter {name} is on the meta device and has no values: call "
+                "model.to_empty(device=...) and fill it, then initialize"
+            )
+        if parameter.is_inference():
+            raise PlanError(
+                f"parameter {name} was made under torch.inference_mode(): make the model outside "
+                "of it"
+            )
+
+
+def settle_sparse(module: nn.Module, policy: Literal["refuse", "densify"]) -> None:
+    """Looks for embeddings with sparse=True. Raises `PlanError` naming the first, or sets
+    sparse=False.
+
+    A dense gradient costs the embedding's full size in memory and on the wire, which is why it has
+    to be asked for.
+    """
+    for name, part in module.named_modules():
+        if not getattr(part, "sparse", False) or not isinstance(
+            part, nn.Embedding | nn.EmbeddingBag
+        ):
+            continue
+        if policy == "refuse":
+            raise PlanError(
+                f"module {name} has sparse=True, and flat buffers carry dense gradients only: set "
+                'sparse=False, or configure "zerort": {"sparse_gradients": "densify"}'
+            )
+        part.sparse = False
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether `module` itself went through torch.compile(module) or module.compile(); its parts do
+    not count.
+    """
+    return _WRAPPED in module._modules or module._compiled_call_impl is not None
