@@ -244,7 +244,7 @@ class Engine(Saving):
             parts.scheduler.step(**lr_kwargs)
         every = parts.config.steps_per_print
         if every and self.counters.global_steps % every == 0 and parts.comm.rank == 0:
-            _log.warning(
+            _log.info(
                 "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
                 *(
                     self.global_steps,

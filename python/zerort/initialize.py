@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from zerort import _core
+from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import record_event
 from zerort.engine import Engine
@@ -79,6 +79,7 @@ def initialize(
             )
     model = checks.checked(model)
     settings, comm = connected(lambda: load(config, args, config_params), device_of(model))
+    log.show(comm.rank)
     setup = agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
     compare_plans(comm, setup.planned, setup.plan)
     compare_optimizers(comm, setup.optimizer)
@@ -213,11 +214,11 @@ def _log_start(setup: Setup, flat: FlatModel) -> None:
     if setup.comm.rank != 0:
         return
     if settings.dump_state:
-        _log.warning("configuration: %s", settings.model_dump_json(indent=2))
+        _log.info("configuration: %s", settings.model_dump_json(indent=2))
     if settings.ignored:
-        _log.warning("configuration keys without effect here: %s", ", ".join(settings.ignored))
+        _log.info("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if settings.gradient_clipping_defaulted:
-        _log.warning(
+        _log.info(
             "gradient_clipping is not given: gradients are clipped to norm %g",
             settings.gradient_clipping,
         )

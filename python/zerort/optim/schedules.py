@@ -34,7 +34,7 @@ __all__ = [
     "build",
 ]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("zerort")
 
 
 class _HasGroups(Protocol):

@@ -157,7 +157,9 @@ class Boundary:
                 if after != scale
                 else ""
             )
-            _log.warning("OVERFLOW! Skipping step.%s %s", moved, culprit)
+            # while a dynamic loss scale looks for its place, overflows are its ordinary business
+            level = logging.INFO if moved else logging.WARNING
+            _log.log(level, "OVERFLOW! Skipping step.%s %s", moved, culprit)
         return Outcome.SKIPPED
 
     def _culprit(self) -> str:

@@ -33,7 +33,7 @@ class BreakdownSink(SinkAround):
         told = " | ".join(
             f"{name}: {1000 * seconds:.2f}" for name, seconds in self._seconds.items()
         )
-        _log.warning("step %d, time (ms) | %s", number, told)
+        _log.info("step %d, time (ms) | %s", number, told)
         self._seconds.clear()
         super().step(number)
 

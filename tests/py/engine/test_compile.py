@@ -7,7 +7,6 @@ engine's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import ranks
 import zerort
 from catching import assert_told, caught
+from logged import log_lines
 from models import VOCABULARY, TinyGPT, mlp
 from training import SMALL_BUCKET
 from zerort.errors import ConfigError
@@ -139,10 +139,7 @@ def test_what_is_loaded_into_the_module_inside_the_wrapper_reaches_the_masters()
 
 
 def _lines(rank: int, world: int, way: Compile, times: int) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("zerort").addHandler(handler)
+    lines = log_lines()
     engine = engine_over(way(TinyGPT()))
     for _ in range(times):
         engine.compile(backend=BACKEND)

@@ -4,23 +4,24 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import ranks
 import zerort
+from logged import log_lines
 from models import Terms
 from terms import engine_over_terms, step_with
 
 
 def _lines(rank: int, world: int, changes: dict[str, Any], act: Callable[[Any], Any]) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("zerort").addHandler(handler)
+    lines = log_lines()
     act(engine_over_terms(changes))
     return lines
 
@@ -93,3 +94,64 @@ def test_wall_clock_breakdown_tells_each_part_of_each_step() -> None:
 def test_dump_state_shows_the_configuration_with_its_defaults() -> None:
     (line,), _ = ranks.run(2, _lines, {"dump_state": True}, _nothing)
     assert '"gradient_allreduce_op": "mean"' in line
+
+
+# What is shown where nobody has configured logging, and where somebody has
+
+
+def _shown(rank: int, world: int, before: str, after: str) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        exec(before)
+        model = Terms()
+        config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1}
+        engine, *_ = zerort.initialize(
+            model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)
+        )
+        exec(after)
+        step_with(engine, 1.0, 1.0)
+        logging.getLogger("zerort").warning("a worry")
+    return shown.getvalue()
+
+
+def _stderr(before: str = "", after: str = "") -> str:
+    (shown,) = ranks.run(1, _shown, before, after)
+    return str(shown)
+
+
+def test_progress_is_shown_where_nobody_has_configured_logging() -> None:
+    shown = _stderr()
+    assert shown.count("gradient_clipping is not given") == 1
+    assert shown.count("zerort: step=1, skipped=0") == shown.count("zerort: a worry") == 1
+
+
+@pytest.mark.parametrize(
+    ("configure", "progress"),
+    [
+        ("logging.basicConfig(format='mine %(message)s')", 0),
+        ("logging.basicConfig(format='mine %(message)s', level=logging.INFO)", 1),
+        ("logging.getLogger('zerort').addHandler(logging.StreamHandler())", 0),
+        ("logging.getLogger('zerort').setLevel(logging.WARNING)", 0),
+        ("logging.getLogger('zerort').setLevel(logging.INFO)", 1),
+        ("logging.getLogger().setLevel(logging.ERROR)", 0),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_the_user_configures_wins_before_the_start_and_after(
+    when: str, configure: str, progress: int
+) -> None:
+    shown = _stderr(**{when: configure})
+    # `root.setLevel` alone, after the start, comes too late for the level that was set for it
+    late = when == "after" and configure.startswith("logging.getLogger().")
+    assert shown.count("step=1") == (1 if late else progress)
+    assert shown.count("a worry") == (0 if "ERROR" in configure and not late else 1)
+
+
+def _levels(rank: int, world: int) -> tuple[int, bool]:
+    engine_over_terms()
+    engine_over_terms()
+    logger = logging.getLogger("zerort")
+    return logger.level, len(logger.handlers) == len(logger.filters) == 1
+
+
+def test_only_rank_0_shows_progress_and_a_second_engine_changes_nothing() -> None:
+    assert ranks.run(2, _levels) == [(logging.INFO, True), (logging.WARNING, True)]

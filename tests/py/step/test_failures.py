@@ -8,7 +8,6 @@ would show.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 import ranks
 from catching import assert_told, caught
+from logged import log_lines
 from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
 from training import at_stage
@@ -265,10 +265,7 @@ def test_a_nan_on_one_rank_is_raised_on_all_when_asked_for(stage: int) -> None:
 
 def _log_of(call: Callable[[], Any]) -> list[str]:
     """What the package logs meanwhile."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("zerort").addHandler(handler)
+    lines = log_lines()
     call()
     return lines
 

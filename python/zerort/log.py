@@ -1,0 +1,60 @@
+"""The package's log: Python's logger `zerort`, and a handler for those who have configured none.
+
+Progress and facts are INFO; what should worry is WARNING. Whatever the user configures wins,
+before `show` or after it: a handler on `zerort` or on the root takes the place of the one here, and
+a level set on either of them stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+__all__ = ["show"]
+
+_log = logging.getLogger("zerort")
+
+
+def show(rank: int) -> None:
+    """Lets stderr show INFO on rank 0, WARNING on the others, until the user configures logging."""
+    _default.withdraw()
+    if not _log.hasHandlers():
+        _default.install(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class _Default(logging.Handler):
+    """The handler while there is no other, and the level while nobody has chosen one."""
+
+    _level_given = logging.NOTSET
+    """What `zerort`'s level was set to here."""
+
+    def install(self, level: int) -> None:
+        if _log.level == logging.NOTSET and logging.getLogger().level == logging.WARNING:
+            _log.setLevel(level)
+            self._level_given = level
+        _log.addHandler(self)
+        _log.addFilter(self._give_way)
+
+    def withdraw(self) -> None:
+        # the filter stays: it may be running, and taking it out would skip the next one
+        _log.removeHandler(self)
+        if _log.level == self._level_given:
+            _log.setLevel(logging.NOTSET)
+        self._level_given = logging.NOTSET
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # looked up now: who redirects stderr later, as notebooks and test runners do, is followed
+        try:
+            print(f"zerort: {self.format(record)}", file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
+
+    def _give_way(self, record: logging.LogRecord) -> bool:
+        """A filter of the logger, which is asked before any handler."""
+        others = [*_log.handlers, *logging.getLogger().handlers]
+        if others != [self]:
+            self.withdraw()
+        return _log.isEnabledFor(record.levelno)
+
+
+_default = _Default()
