@@ -18,8 +18,9 @@ from zerort.checkpoint.match import Choice
 from zerort.checkpoint.save import Save, Wishes, agreed_tag
 from zerort.checkpoint.snapshot import collect
 from zerort.checkpoint.state import EngineState
-from zerort.checkpoint.together import on_first, vote
 from zerort.config import Config
+from zerort.errors import CheckpointError
+from zerort.mesh import Consensus
 
 __all__ = ["Checkpoints"]
 
@@ -37,6 +38,7 @@ class Checkpoints:
         self.bytes_read = 0
         """By this rank in the last load."""
         self._config = config
+        self._agreement = Consensus(state.comm, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
 
     def save(
@@ -57,8 +59,8 @@ class Checkpoints:
             loaded for where, loaded in self._loaded.items() if where == folder.resolve()
         )
         what = f"checkpoint {folder / name} was not saved"
-        snapshot = vote(
-            comm, what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
+        snapshot = self._agreement.agree(
+            what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
         )
         Save(comm, self.disk, folder, name, replace(wishes, keep=loaded)).run(snapshot)
         return True
@@ -92,8 +94,7 @@ class Checkpoints:
     ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
         folder = Path(save_dir)
-        on_first(
-            self.state.comm,
+        self._agreement.first(
             f"{folder / name} was not saved",
             lambda: save_weights(
                 self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen

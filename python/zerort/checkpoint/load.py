@@ -29,9 +29,9 @@ from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.restore import Staged, apply, stage
 from zerort.checkpoint.state import EngineState
 from zerort.checkpoint.tags import LATEST, check_tag, latest, read_manifest
-from zerort.checkpoint.together import on_first, vote
 from zerort.checkpoint.verify import newest_good
 from zerort.errors import CheckpointError
+from zerort.mesh import Consensus
 
 __all__ = ["Damaged", "Load"]
 
@@ -64,7 +64,7 @@ class Load:
         """
         found: str | None = None
         if tag is not None:
-            found = on_first(self.state.comm, "cannot load", lambda: check_tag(tag))
+            found = self._agreement.first("cannot load", lambda: check_tag(tag))
         try:
             found = found if found is not None else self._latest()
             return None if found is None else (found, self._load(found))
@@ -83,16 +83,20 @@ class Load:
                 _log.warning("%s; loading %s instead", error, other)
             return other, self._load(other)
 
+    @property
+    def _agreement(self) -> Consensus:
+        return Consensus(self.state.comm, CheckpointError, alike=True)
+
     def _latest(self) -> str | None:
         what = f"cannot read {self.folder / LATEST}"
-        return on_first(self.state.comm, what, lambda: latest(self.disk, self.folder), Damaged)
+        return self._agreement.first(what, lambda: latest(self.disk, self.folder), Damaged)
 
     def _load(self, tag: str) -> Any:
-        comm, what = self.state.comm, f"cannot load checkpoint {self.folder / tag}"
-        data = on_first(comm, what, lambda: read_manifest(self.disk, self.folder, tag), Damaged)
-        manifest = vote(comm, what, lambda: self._parsed(data), Damaged)
-        found = vote(comm, what, lambda: match(manifest, self.state, self.choice))
-        staged, weights = vote(comm, what, lambda: self._read(tag, manifest, found), Damaged)
+        ranks, what = self._agreement, f"cannot load checkpoint {self.folder / tag}"
+        data = ranks.first(what, lambda: read_manifest(self.disk, self.folder, tag), Damaged)
+        manifest = ranks.agree(what, lambda: self._parsed(data), Damaged)
+        found = ranks.agree(what, lambda: match(manifest, self.state, self.choice))
+        staged, weights = ranks.agree(what, lambda: self._read(tag, manifest, found), Damaged)
         apply(self.state, manifest, found, staged, self.choice)
         if self.custom is not None:
             self.custom(src=weights, dst=self.state.module)

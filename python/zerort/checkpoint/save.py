@@ -41,9 +41,8 @@ from zerort.checkpoint.manifest import (
 from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, TEMPORARY, check_tag, latest, listed
 from zerort.checkpoint.tensors import as_bytes, place
-from zerort.checkpoint.together import on_first, together
 from zerort.errors import CheckpointError
-from zerort.mesh import Comm
+from zerort.mesh import Comm, Consensus
 
 __all__ = ["Save", "Wishes", "Written", "agreed_tag"]
 
@@ -75,7 +74,8 @@ def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL
     """Rank 0's tag, checked. Raises `CheckpointError` on all ranks when they differ and
     `validation` is FAIL.
     """
-    tags = together(comm, "cannot save", lambda: check_tag(tag))
+    agreement = Consensus(comm, CheckpointError, alike=True)
+    tags = agreement.gather("cannot save", lambda: check_tag(tag))
     if len(set(tags)) > 1 and validation != "IGNORE":
         named = ", ".join(f"{rank}: {name}" for rank, name in enumerate(tags[:8]))
         told = f"ranks name different tags: {named}"
@@ -115,11 +115,12 @@ class Save:
             f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power "
             "loss"
         )
+        agreement = Consensus(self.comm, CheckpointError, alike=True)
         try:
-            self._name(on_first(self.comm, not_saved, self.open))
-            written = together(self.comm, not_saved, lambda: self.write(snapshot))
-            on_first(self.comm, not_saved, lambda: self.commit(written, snapshot))
-            on_first(self.comm, not_named, self.point)
+            self._name(agreement.first(not_saved, self.open))
+            written = agreement.gather(not_saved, lambda: self.write(snapshot))
+            agreement.first(not_saved, lambda: self.commit(written, snapshot))
+            agreement.first(not_named, self.point)
         finally:
             if self.comm.rank == 0:
                 self._release()

@@ -17,9 +17,8 @@ from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.tags import listed, read_manifest
 from zerort.checkpoint.tensors import header_bytes, read_header
-from zerort.checkpoint.together import together
 from zerort.errors import CheckpointError
-from zerort.mesh import Comm
+from zerort.mesh import Comm, Consensus
 
 __all__ = ["newest_good", "problems"]
 
@@ -73,9 +72,8 @@ def newest_good(comm: Comm, disk: Disk, folder: Path, skip: str | None) -> str |
     """The newest tag, other than `skip`, without a problem; all ranks look at their part of the
     files.
     """
-    tags = together(
-        comm, str(folder), lambda: _candidates(disk, folder, skip) if comm.rank == 0 else []
-    )[0]
+    agreement = Consensus(comm, CheckpointError, alike=True)
+    tags = agreement.first(str(folder), lambda: _candidates(disk, folder, skip))
     for tag in tags:
         found = comm.gather_objects(problems(folder, tag, disk, comm.rank, comm.world))
         if not any(found):
