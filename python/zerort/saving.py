@@ -10,7 +10,7 @@ from torch import nn
 
 from zerort.checkpoint.checkpoints import Checkpoints
 from zerort.checkpoint.match import Choice
-from zerort.checkpoint.save import Wishes
+from zerort.checkpoint.save import SaveOptions
 from zerort.checkpoint.state import EngineState
 from zerort.readings import Parts, Readings
 
@@ -46,13 +46,13 @@ class Saving(Readings):
         """
         self._settled()
         policy = self._parts.config.zerort.checkpoint
-        wishes = Wishes(
+        options = SaveOptions(
             save_latest,
             policy.overwrite if overwrite is None else overwrite,
             policy.keep_last if keep_last is None else keep_last,
         )
         return self._checkpoints.save(
-            save_dir, tag, client_state or {}, wishes, exclude_frozen=exclude_frozen_parameters
+            save_dir, tag, client_state or {}, options, exclude_frozen=exclude_frozen_parameters
         )
 
     def load_checkpoint(

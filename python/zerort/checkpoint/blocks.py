@@ -67,6 +67,10 @@ class HashedFile:
         self._digits: list[str] = []
         self._bytes = 0
 
+    def hold(self) -> None:
+        """Shows others, until the file is closed, that it is in use."""
+        self._disk.hold(self._descriptor())
+
     def write(self, data: memoryview | bytes) -> None:
         """Appends `data`."""
         rest = memoryview(data).cast("B")

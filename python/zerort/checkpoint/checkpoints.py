@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zerort.checkpoint.export import save_weights
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
 from zerort.checkpoint.match import Choice
-from zerort.checkpoint.save import Save, Wishes, agreed_tag
+from zerort.checkpoint.prune import Pruned
+from zerort.checkpoint.runs import Run
+from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
 from zerort.checkpoint.snapshot import collect
 from zerort.checkpoint.state import EngineState
+from zerort.checkpoint.weights import save_weights
 from zerort.config import Config
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus
@@ -40,13 +42,16 @@ class Checkpoints:
         self._config = config
         self._agreement = Consensus(state.comm, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
+        self._run = Run()
+        self._spared = False
+        """Whether it has been said that other runs' checkpoints stay."""
 
     def save(
         self,
         save_dir: str | os.PathLike[str],
         tag: str | None,
         client_state: dict[str, Any],
-        wishes: Wishes,
+        options: SaveOptions,
         *,
         exclude_frozen: bool,
     ) -> bool:
@@ -62,8 +67,23 @@ class Checkpoints:
         snapshot = self._agreement.agree(
             what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
         )
-        Save(comm, self.disk, folder, name, replace(wishes, keep=loaded)).run(snapshot)
+        options = replace(options, keep=loaded, run=self._run)
+        saving = Save(comm, self.disk, folder, name, options)
+        saving.run(snapshot)
+        self._report(folder, options.keep_last, saving.pruned)
         return True
+
+    def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
+        if pruned.gone:
+            _log.info("keep_last=%s: deleted %s from %s", keep_last, ", ".join(pruned.gone), folder)
+        if pruned.of_other_runs and not self._spared:
+            self._spared = True
+            _log.warning(
+                "keep_last=%s leaves the checkpoints alone that other runs saved into %s: %s",
+                keep_last,
+                folder,
+                ", ".join(pruned.of_other_runs[:8]),
+            )
 
     def load(
         self,
@@ -87,6 +107,8 @@ class Checkpoints:
             return None, {}
         name, client_state = loaded
         self._loaded[folder.resolve()] = name
+        assert loading.manifest is not None, "what was loaded had a manifest"
+        self._run = self._run.behind(loading.manifest)
         return str(folder / name), client_state
 
     def save_weights(

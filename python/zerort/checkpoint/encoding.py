@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ strings as keys.
 """
 
 _DEPTH = 64
+_LONGEST = 10**4300
+"""Integers from here on are written by Python and read by no JSON reader in its defaults."""
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Json:
@@ -51,8 +53,10 @@ class _Encoder:
         if depth > _DEPTH:
             raise CheckpointError(f"{path} is nested more than {_DEPTH} deep")
         kind = type(value)
-        if value is None or kind in (bool, int, str):
+        if value is None or kind is bool:
             return value
+        if kind in (int, str):
+            return self._plain(value, path)
         if kind is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if isinstance(value, Tensor):
@@ -68,13 +72,29 @@ class _Encoder:
             "convert it"
         )
 
+    def _plain(self, value: int | str, path: str) -> Json:
+        """An integer or a string that readers of JSON take."""
+        if isinstance(value, int):
+            if abs(value) >= _LONGEST:
+                raise CheckpointError(
+                    f"{path} is an integer of more than 4300 digits, which JSON readers refuse: "
+                    "keep it as a string"
+                )
+        elif not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise CheckpointError(
+                    f"{path} is a string with half of a surrogate pair, which UTF-8 has not: "
+                    f"{value[:40]!a}"
+                ) from error
+        return value
+
     def _mapping(self, value: dict[Any, Any], path: str, depth: int) -> Json:
         if isinstance(value, Counter):
             return {"$counter": self._pairs(value, path, depth)}
         if all(type(key) is str and not key.startswith("$") for key in value):
-            return {
-                key: self.encode(item, f"{path}[{key!r}]", depth + 1) for key, item in value.items()
-            }
+            return dict(self._items(value, path, depth))
         return {"$dict": self._pairs(value, path, depth)}
 
     def _pairs(self, value: dict[Any, Any], path: str, depth: int) -> list[Json]:
@@ -83,9 +103,14 @@ class _Encoder:
                 raise CheckpointError(
                     f"{path} has the key {key!r}: keys that can be kept are strings and integers"
                 )
-        return [
-            [key, self.encode(item, f"{path}[{key!r}]", depth + 1)] for key, item in value.items()
-        ]
+        return [[key, item] for key, item in self._items(value, path, depth)]
+
+    def _items(
+        self, value: dict[Any, Any], path: str, depth: int
+    ) -> Iterator[tuple[int | str, Json]]:
+        for key, item in value.items():
+            self._plain(key, f"a key of {path}")
+            yield key, self.encode(item, f"{path}[{key!r}]", depth + 1)
 
     def _tensor(self, value: Tensor, path: str) -> Json:
         if value.layout != torch.strided or value.dtype not in CODES:

@@ -1,37 +1,35 @@
-"""Weights for other programs: one state dict out of a checkpoint, or out of a running engine.
+"""Weights for other programs: one state dict out of a checkpoint.
 
-From a checkpoint come the fp32 masters, read and verified as a load does; from an engine the
-parameters as the module computes with them. Nothing here needs the number of ranks that saved.
+They are the fp32 masters, read and verified as a load does. Nothing here needs the number of ranks
+that saved. `weights` has what a running engine exports.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from secrets import token_hex
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.checkpoint.blocks import HashedFile
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.manifest import Manifest, ParamEntry, rank_file
 from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader, Shard
-from zerort.checkpoint.state import aliases
-from zerort.checkpoint.tags import LATEST, TEMPORARY, latest, read_manifest
-from zerort.checkpoint.tensors import DTYPES, Stored, as_bytes, place
+from zerort.checkpoint.tags import LATEST, latest, read_manifest
+from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
 
 __all__ = [
     "get_fp32_state_dict",
     "load_state_dict_from_zero_checkpoint",
-    "save_weights",
     "state_dict_of",
 ]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def get_fp32_state_dict(
@@ -42,7 +40,8 @@ def get_fp32_state_dict(
     """The fp32 masters of a checkpoint, with buffers, under the module's names, on CPU; aliases
     share a tensor.
 
-    `tag` is what `latest` names when left out. Floating-point values of other dtypes are cast.
+    `tag` is what `latest` names when left out. What has no master is cast where it is of 16 bits in
+    floating point, and has its own dtype otherwise.
     Raises `CheckpointError` for a checkpoint that is missing or damaged.
     """
     disk, folder = Disk(), Path(checkpoint_dir)
@@ -114,74 +113,4 @@ def _shaped(flat: Tensor, offset: int, saved: ParamEntry) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype | None, as_saved: bool) -> Tensor:
     if as_saved:
         return tensor if dtype is None else tensor.to(dtype)
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def save_weights(
-    module: nn.Module, folder: Path, name: str, disk: Disk, *, exclude_frozen: bool
-) -> None:
-    """Writes a module's state dict in its own dtypes into `folder` / `name`, by a temporary file
-    and a rename.
-
-    A name that ends in `.safetensors` gives that format, in which a tied weight stands once, under
-    its first name; any other name gives torch's zip format, which `torch.load(weights_only=True)`
-    reads. What an export that died left of this file is deleted. Raises `CheckpointError` for a
-    name that could be something else, and `OSError`.
-    """
-    if not name or Path(name).name != name or name.startswith(".") or name == LATEST:
-        raise CheckpointError(
-            f"{name!r} cannot be the name of a file of weights: no folders, no dot first, not "
-            f"{LATEST!r}"
-        )
-    path = folder / name
-    frozen = {
-        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
-    weights = {
-        name: value.detach()
-        for name, value in module.state_dict().items()
-        if isinstance(value, Tensor) and not (exclude_frozen and name in frozen)
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"{TEMPORARY}{name}-"
-    for left in disk.names(folder):
-        if re.fullmatch(re.escape(prefix) + "[0-9a-f]{16}", left):
-            disk.remove_file(folder / left)
-    temporary = folder / (prefix + token_hex(8))
-    try:
-        with HashedFile(disk, temporary) as file:
-            if path.suffix == ".safetensors":
-                _write_safetensors(file, weights, aliases(module))
-            else:
-                torch.save(weights, cast(BinaryIO, _Stream(file)))
-            file.finish()
-        disk.replace(temporary, path)
-        disk.sync_folder(folder)
-    finally:
-        if disk.exists(temporary):
-            disk.remove_file(temporary)
-
-
-def _write_safetensors(file: HashedFile, weights: dict[str, Tensor], tied: dict[str, str]) -> None:
-    once = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
-    head, placed = place([Stored.of(name, tensor) for name, tensor in once.items()])
-    file.write(head)
-    for stored, _ in placed:
-        for piece in stored.pieces:
-            file.write(as_bytes(piece))
-
-
-class _Stream:
-    """What torch.save needs of a file."""
-
-    def __init__(self, file: HashedFile) -> None:
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        """Appends `data`."""
-        view = memoryview(data).cast("B")
-        self._file.write(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
+    return tensor.float() if tensor.dtype in _HALF else tensor

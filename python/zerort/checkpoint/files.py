@@ -113,20 +113,43 @@ class Disk:
         """Removes an empty folder."""
         path.rmdir()
 
+    def hold(self, file: int) -> bool:
+        """Locks an open file until `close`, so that others see that it is in use. False where the
+        file system has no locks.
+
+        Raises `BlockingIOError` while another process holds it; a process that dies lets go of it.
+        """
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise
+        return True
+
+    def in_use(self, path: Path) -> bool:
+        """Whether a process holds the file, or may do so."""
+        file = self.open(path)
+        try:
+            return not self.hold(file)
+        except BlockingIOError:
+            return True
+        finally:
+            self.close(file)
+
     def lock(self, path: Path) -> int | None:
         """Takes the lock file at `path` until `close`; None where the file system has no locks.
 
         Raises `BlockingIOError` while another process holds it; a process that dies lets go of it.
         """
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        held = False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            if error.errno in _NO_LOCKS:
-                return None
-            raise
-        return file
+            held = self.hold(file)
+        finally:
+            if not held:
+                os.close(file)
+        return file if held else None
 
     def names(self, path: Path) -> list[str]:
         """What is in a folder, sorted."""
@@ -135,6 +158,14 @@ class Disk:
     def exists(self, path: Path) -> bool:
         """Whether the name is taken, by anything."""
         return os.path.lexists(path)
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether a folder has the name; a symbolic link is none."""
+        return path.is_dir() and not path.is_symlink()
+
+    def is_plain(self, path: Path) -> bool:
+        """Whether a regular file has the name; a symbolic link is none."""
+        return path.is_file() and not path.is_symlink()
 
     def open(self, path: Path) -> int:
         """A regular file, for reading. Raises `CheckpointError` for anything else, symbolic links
@@ -181,7 +212,7 @@ class Disk:
 
     def remove_tree(self, path: Path) -> None:
         """Removes a folder of files, or of such folders, or a file."""
-        if path.is_dir() and not path.is_symlink():
+        if self.is_folder(path):
             for name in self.names(path):
                 self.remove_tree(path / name)
             self.remove_folder(path)

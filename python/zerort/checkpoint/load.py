@@ -55,6 +55,8 @@ class Load:
     custom: Callable[..., Any] | None = None
     bytes_read: int = 0
     """By this rank, from the files of tensors."""
+    manifest: Manifest | None = None
+    """Of what was loaded."""
 
     def run(self, tag: str | None, *, fallback: bool) -> tuple[str, Any] | None:
         """Loads `tag`, or what `latest` names; returns the tag and the client state, or None when
@@ -97,6 +99,7 @@ class Load:
         manifest = ranks.agree(what, lambda: self._parsed(data), Damaged)
         found = ranks.agree(what, lambda: match(manifest, self.state, self.choice))
         staged, weights = ranks.agree(what, lambda: self._read(tag, manifest, found), Damaged)
+        self.manifest = manifest
         apply(self.state, manifest, found, staged, self.choice)
         if self.custom is not None:
             self.custom(src=weights, dst=self.state.module)

@@ -28,6 +28,7 @@ from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError, PlanError
 
 __all__ = [
+    "ANCESTOR_LIMIT",
     "FORMAT",
     "HEAD",
     "MANIFEST",
@@ -47,6 +48,7 @@ __all__ = [
     "TensorEntry",
     "count_values",
     "dump",
+    "is_file_of_checkpoint",
     "rank_file",
 ]
 
@@ -69,12 +71,22 @@ _Stop = Field(
 )  # at the first of many wrong values; an error for each of a million takes gigabytes
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Run = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+ANCESTOR_LIMIT = 256
+"""Runs that a checkpoint remembers, the latest ones."""
 _Code = Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
 
 
 def rank_file(rank: int) -> str:
     """The name of a rank's file of tensors."""
     return f"rank_{rank}.safetensors"
+
+
+def is_file_of_checkpoint(name: str) -> bool:
+    """Whether a checkpoint may hold a file of this name."""
+    return (
+        name in (MANIFEST, SCRIPT) or re.fullmatch(r"rank_\d{1,7}\.safetensors", name) is not None
+    )
 
 
 class Entry(BaseModel):
@@ -182,6 +194,11 @@ class Manifest(Entry):
     """When, in UTC, as ISO 8601."""
     saved_ns: _Count
     """The same in nanoseconds since 1970."""
+    run: _Run
+    """The run that saved it: one life of the training processes."""
+    ancestors: Annotated[tuple[_Run, ...], Field(max_length=ANCESTOR_LIMIT)]
+    """The runs that it goes on from, the latest first: that of the checkpoint it loaded, and so on.
+    """
     world: Annotated[int, Field(ge=1, lt=1 << 20)]
     stage: Annotated[int, Field(ge=0, le=3)]
     plan_digest: str

@@ -1,7 +1,7 @@
 """The save protocol: a checkpoint is complete on every rank and survives a power loss, or it is not
 listed.
 
-    `open`     rank 0   lock DIR, sweep what dead saves left, refuse an occupied tag,
+    `open`     rank 0   lock DIR, delete what dead saves left, refuse an occupied tag,
                         create DIR/.tmp-TAG-NONCE/
     `write`    all      write rank_R.safetensors there, hash on the way, sync; vote
     `seal`     rank 0   write the script, manifest.json and the next `latest`, sync all
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -38,19 +37,23 @@ from zerort.checkpoint.manifest import (
     dump,
     rank_file,
 )
+from zerort.checkpoint.parsing import parse
+from zerort.checkpoint.prune import Pruned, delete, prune, visible
+from zerort.checkpoint.runs import Run
 from zerort.checkpoint.snapshot import Snapshot, merged_states
-from zerort.checkpoint.tags import LATEST, LOCK, TEMPORARY, check_tag, latest, listed
+from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
+from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path
 from zerort.checkpoint.tensors import as_bytes, place
 from zerort.errors import CheckpointError
 from zerort.mesh import Comm, Consensus
 
-__all__ = ["Save", "Wishes", "Written", "agreed_tag"]
+__all__ = ["Save", "SaveOptions", "Written", "agreed_tag"]
 
 _log = logging.getLogger("zerort")
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SaveOptions:
     """What a call of `save_checkpoint` asks for."""
 
     save_latest: bool = True
@@ -58,6 +61,8 @@ class Wishes:
     keep_last: int | None = None
     keep: frozenset[str] = frozenset()
     """Tags that are never deleted."""
+    run: Run = field(default_factory=Run)
+    """Whose checkpoint it will be; rank 0's counts."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,11 @@ def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL
     tags = agreement.gather("cannot save", lambda: check_tag(tag))
     if len(set(tags)) > 1 and validation != "IGNORE":
         named = ", ".join(f"{rank}: {name}" for rank, name in enumerate(tags[:8]))
-        told = f"ranks name different tags: {named}"
+        message = f"ranks name different tags: {named}"
         if validation == "FAIL":
-            raise CheckpointError(f"{told}; checkpoint.tag_validation is FAIL")
+            raise CheckpointError(f"{message}; checkpoint.tag_validation is FAIL")
         if comm.rank == 0:
-            _log.warning("%s; rank 0's is taken", told)
+            _log.warning("%s; rank 0's is taken", message)
     return tags[0]
 
 
@@ -94,9 +99,11 @@ class Save:
     disk: Disk
     folder: Path
     tag: str
-    wishes: Wishes
+    options: SaveOptions
     temporary: Path = field(init=False)
     next_latest: Path = field(init=False)
+    pruned: Pruned = field(default=Pruned(), init=False)
+    """On rank 0."""
     _lock: int | None = field(default=None, init=False)
 
     @property
@@ -131,13 +138,9 @@ class Save:
         """Prepares the folder; returns the nonce of the temporary names."""
         self._make_folders(self.folder)
         self._take_lock()
-        if not self.wishes.overwrite and self.disk.exists(self.target):
-            raise CheckpointError(
-                "the tag exists already: save under another, or with overwrite=True "
-                "(configuration key zerort.checkpoint.overwrite), which exchanges the two in one "
-                "instant"
-            )
-        nonce = secrets.token_hex(8)
+        if self.disk.exists(self.target):
+            self._check_target()
+        nonce = new_nonce()
         self._name(nonce)
         self.disk.make_folder(self.temporary)
         return nonce
@@ -179,6 +182,8 @@ class Save:
         manifest = Manifest.model_validate(
             {
                 **snapshot.shared,
+                "run": self.options.run.id,
+                "ancestors": self.options.run.ancestors,
                 "params": tuple(
                     {**entry, "state": states.get(param)} for param, entry in enumerate(params)
                 ),
@@ -187,10 +192,12 @@ class Save:
                 "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
             }
         )
-        self._write(self.temporary / MANIFEST, dump(manifest))
+        data = dump(manifest)
+        parse(data)  # what no load would accept must not take the place of what one does
+        self._write(self.temporary / MANIFEST, data)
         self.disk.sync_folder(self.temporary)
-        if self.wishes.save_latest:
-            self._write(self.next_latest, f"{self.tag}\n".encode())
+        if self.options.save_latest:
+            self._write(self.next_latest, latest_content(self.tag))
 
     def commit(self, written: list[Written], snapshot: Snapshot) -> None:
         """Seals the folder and gives it its name: the instant in which the checkpoint is."""
@@ -198,7 +205,7 @@ class Save:
         try:
             self.disk.rename(self.temporary, self.target)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.wishes.overwrite:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.options.overwrite:
                 raise
             # What was there now has the temporary name, and is deleted under it.
             self.disk.exchange(self.temporary, self.target)
@@ -208,28 +215,19 @@ class Save:
         go.
         """
         self.disk.sync_folder(self.folder)
-        if self.wishes.save_latest:
+        if self.options.save_latest:
             self.disk.replace(self.next_latest, self.folder / LATEST)
             self.disk.sync_folder(self.folder)
         self.prune()
 
     def prune(self) -> None:
-        """Deletes what `keep_last` lets go. What cannot be deleted is told and stays."""
-        if self.wishes.keep_last is None:
+        """Deletes what `keep_last` lets go. What cannot be deleted stays, with a warning."""
+        options = self.options
+        if options.keep_last is None:
             return
+        keep = options.keep | {self.tag}
         try:
-            keep = {self.tag, latest(self.disk, self.folder), *self.wishes.keep}
-            good = [
-                entry.tag for entry in listed(self.disk, self.folder) if entry.manifest is not None
-            ]
-            gone = []
-            for tag in good[self.wishes.keep_last :]:
-                if tag not in keep:
-                    # Under a temporary name it is no checkpoint any more, however far the deletion
-                    # comes.
-                    gone.append(self.folder / f"{TEMPORARY}{tag}-{secrets.token_hex(8)}")
-                    self.disk.rename(self.folder / tag, gone[-1])
-            self._delete(gone)
+            self.pruned = prune(self.disk, self.folder, options.run, options.keep_last, keep)
         except OSError as error:
             _log.warning(
                 "checkpoint %s is saved, but old ones could not be deleted: %s", self.target, error
@@ -238,8 +236,28 @@ class Save:
     # What the steps need.
 
     def _name(self, nonce: str) -> None:
-        self.temporary = self.folder / f"{TEMPORARY}{self.tag}-{nonce}"
-        self.next_latest = self.folder / f"{TEMPORARY}{LATEST}-{nonce}"
+        self.temporary = temporary_path(self.folder, self.tag, nonce)
+        self.next_latest = temporary_path(self.folder, LATEST, nonce)
+
+    def _check_target(self) -> None:
+        """Raises `CheckpointError` unless what has the tag's name may be replaced."""
+        if not self.options.overwrite:
+            raise CheckpointError(
+                "the tag exists already: save under another, or with overwrite=True "
+                "(configuration key zerort.checkpoint.overwrite), which exchanges the two in one "
+                "instant"
+            )
+        if not self.disk.is_folder(self.target):
+            raise CheckpointError(
+                "the tag exists already, as a file or a symbolic link, and overwrite=True replaces "
+                "checkpoints only: save under another"
+            )
+        foreign = visible(foreign_files(self.disk, self.target))
+        if foreign:
+            raise CheckpointError(
+                f"the tag exists already and holds {foreign[0]}, which is no checkpoint's, and "
+                "overwrite=True would delete it: save under another, or move it away"
+            )
 
     def _make_folders(self, folder: Path) -> None:
         if folder.is_dir():
@@ -252,8 +270,8 @@ class Save:
         self.disk.sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
-        """Raises `CheckpointError` while another job saves here; with the lock, deletes what dead
-        saves have left.
+        """Raises `CheckpointError` while another job saves here; with the lock, deletes what saves
+        that died have left.
         """
         try:
             self._lock = self.disk.lock(self.folder / LOCK)
@@ -262,22 +280,7 @@ class Save:
                 f"another job is saving into {self.folder} at this moment"
             ) from error
         if self._lock is not None:
-            self._delete(
-                [
-                    self.folder / name
-                    for name in self.disk.names(self.folder)
-                    if name.startswith(TEMPORARY)
-                ]
-            )
-
-    def _delete(self, paths: list[Path]) -> None:
-        """Deletes what has temporary names, once those are on disk: a crash might bring back the
-        names before them.
-        """
-        if paths:
-            self.disk.sync_folder(self.folder)
-        for path in paths:
-            self.disk.remove_tree(path)
+            delete(self.disk, self.folder, left_by_saves(self.disk, self.folder))
 
     def _write(self, path: Path, data: bytes) -> FileEntry:
         with HashedFile(self.disk, path) as file:
@@ -288,9 +291,8 @@ class Save:
         """Removes what is temporary, as far as that can be done, and lets go of the lock."""
         if hasattr(self, "temporary"):
             with suppress(OSError):
-                self._delete(
-                    [path for path in (self.temporary, self.next_latest) if self.disk.exists(path)]
-                )
+                left = [p for p in (self.temporary, self.next_latest) if self.disk.exists(p)]
+                delete(self.disk, self.folder, left)
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with suppress(OSError):

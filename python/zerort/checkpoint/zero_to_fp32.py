@@ -17,8 +17,11 @@ it is not.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,18 +39,29 @@ except ImportError:
     xxhash = None  # type: ignore[assignment]
 
 BLOCK = 1 << 20
+LATEST_LIMIT = 256
+MANIFEST_LIMIT = 64 << 20
+TAG = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DTYPES = {"F64": torch.float64, "F32": torch.float32}
+HALF = (torch.float16, torch.bfloat16)
+"""What becomes fp32. Anything else, such as the codes of a quantized weight, stays as it is."""
+
+
+class Refused(Exception):
+    """The checkpoint is not what it should be."""
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
     args = parse_arguments()
-    folder = find_checkpoint(Path(args.checkpoint_dir), args.tag)
-    manifest = read_manifest(folder)
-    verify(folder, manifest)
-    weights = read_weights(folder, manifest, exclude_frozen=args.exclude_frozen_parameters)
-    write_weights(weights, Path(args.output), args.max_shard_size, safe=args.safe_serialization)
+    try:
+        folder = find_checkpoint(Path(args.checkpoint_dir), args.tag)
+        weights = read_checkpoint(folder, exclude_frozen=args.exclude_frozen_parameters)
+        write_weights(weights, Path(args.output), args.max_shard_size, safe=args.safe_serialization)
+    except (Refused, OSError) as error:
+        show(f"{error}\n")
+        return 1
     return 0
 
 
@@ -84,49 +98,101 @@ def byte_count(text: str) -> int:
 
 
 def find_checkpoint(folder: Path, tag: str | None) -> Path:
-    """The folder of one checkpoint."""
-    if tag is None and (folder / "manifest.json").exists():
+    """The folder of one checkpoint. Raises `Refused` and `OSError`."""
+    if tag is None and (folder / "manifest.json").is_file():
         return folder
     if tag is None:
-        if not (folder / "latest").exists():
-            sys.exit(f"{folder} is no checkpoint and has no file `latest`: name a tag with -t")
-        tag = (folder / "latest").read_text().strip()
-    if not (folder / tag / "manifest.json").exists():
-        sys.exit(f"{folder / tag} holds no checkpoint")
-    return folder / tag
+        tag = read_latest(folder)
+    if not re.fullmatch(TAG, tag):
+        raise Refused(f"{tag!r} cannot be the tag of a checkpoint")
+    found = folder / tag
+    if found.is_symlink():
+        raise Refused(f"{found} is a symbolic link, which is not followed")
+    if not (found / "manifest.json").exists():
+        raise Refused(f"{found} holds no checkpoint")
+    return found
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the checkpoint says about itself."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
+def read_latest(folder: Path) -> str:
+    """The tag that the file `latest` names: its first line, of which the second is the hash."""
+    path = folder / "latest"
+    if not os.path.lexists(path):
+        raise Refused(f"{folder} is no checkpoint and has no file `latest`: name a tag with -t")
+    tag, _, rest = read_small(path, LATEST_LIMIT).partition(b"\n")
+    if rest != hashlib.sha256(tag).hexdigest().encode() + b"\n":
+        raise Refused(f"{path} is damaged: name a tag with -t")
+    return tag.decode("ascii", "replace")
+
+
+def open_plain(path: Path) -> int:
+    """A regular file, for reading: no link is followed, and a pipe is not waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise Refused(f"{path} is a symbolic link: a checkpoint holds plain files only")
+    file = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise Refused(f"{path} is no plain file")
+    return file
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes."""
+    with open(open_plain(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise Refused(f"{path} has more than the {limit} bytes allowed")
+    return data
+
+
+def read_checkpoint(folder: Path, *, exclude_frozen: bool) -> dict[str, Tensor]:
+    """All weights, verified as far as that can be done. Raises `Refused` and `OSError`."""
+    data = read_small(folder / "manifest.json", MANIFEST_LIMIT)
+    try:
+        manifest = read_manifest(folder, data)
+        verify(folder, manifest)
+        return read_weights(folder, manifest, exclude_frozen=exclude_frozen)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    except (RuntimeError, MemoryError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    raise Refused(f"{folder} is damaged, or no checkpoint: {reason}")
+
+
+def read_manifest(folder: Path, data: bytes) -> dict[str, Any]:
+    """What the checkpoint says about itself, compared with its own hash."""
+    head, _, rest = data.partition(b"\n")
+    if xxhash is None:
+        print("not verified: the module xxhash is not installed", file=sys.stderr)
+    elif xxhash.xxh3_128_hexdigest(rest[: -len(b"\n}\n")]) not in head.decode("ascii", "replace"):
+        raise Refused(f"{folder / 'manifest.json'} is damaged")
+    manifest = json.loads(data)
     if manifest["format"] != 1:
-        sys.exit(f"{folder} has format {manifest['format']}, this script reads format 1")
+        raise Refused(f"{folder} has format {manifest['format']}, this script reads format 1")
     return dict(manifest["manifest"])
 
 
 def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compares every file with its hash, and the manifest with its own."""
-    if xxhash is None:
-        print("not verified: the module xxhash is not installed", file=sys.stderr)
-        return
-    head, _, rest = (folder / "manifest.json").read_bytes().partition(b"\n")
-    if xxhash.xxh3_128_hexdigest(rest[: -len(b"\n}\n")]) not in head.decode("ascii", "replace"):
-        sys.exit(f"{folder / 'manifest.json'} is damaged")
+    """Compares every file's name and length with the manifest, and its blocks with their hashes."""
     for entry in manifest["files"]:
-        blocks = ""
-        with (folder / entry["name"]).open("rb") as file:
-            while block := file.read(BLOCK):
-                blocks += xxhash.xxh3_128_hexdigest(block)
-        if blocks != entry["blocks"]:
-            sys.exit(f"{folder / entry['name']} is damaged: use another checkpoint")
+        name = entry["name"]
+        if name != "zero_to_fp32.py" and not re.fullmatch(r"rank_\d{1,7}\.safetensors", name):
+            raise Refused(f"{folder} lists the file {name!r}, which is no checkpoint's")
+        with open(open_plain(folder / name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                raise Refused(
+                    f"{folder / name} has {size} bytes, and {entry['bytes']} were written"
+                )
+            blocks = iter(lambda: file.read(BLOCK), b"")
+            if xxhash and "".join(map(xxhash.xxh3_128_hexdigest, blocks)) != entry["blocks"]:
+                raise Refused(f"{folder / name} is damaged: use another checkpoint")
 
 
 def read_weights(
     folder: Path, manifest: dict[str, Any], *, exclude_frozen: bool = False
 ) -> dict[str, Tensor]:
-    """All weights by name: fp32 (fp64 where trained so), buffers in floating point as fp32, the
-    others as they are.
-    """
+    """All weights by name: the masters, and what has none, where it is of 16 bits as fp32."""
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
         files = {
@@ -138,7 +204,7 @@ def read_weights(
             kind, _, name = entry["name"].partition(".")
             if kind in ("buffer", "param") and not (exclude_frozen and name in manifest["frozen"]):
                 tensor = files[entry["file"]].get_tensor(entry["name"])
-                weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+                weights[name] = tensor.float() if tensor.dtype in HALF else tensor
         for number, bucket in enumerate(manifest["buckets"]):
             show(f"bucket {number + 1} of {len(manifest['buckets'])}")
             flat = read_bucket(files, manifest, number)
@@ -189,10 +255,13 @@ def write_weights(weights: dict[str, Tensor], folder: Path, limit: int, *, safe:
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for name, part in zip(names, parts, strict=True):
         show(f"writing {folder / name}\n")
+        unfinished = folder / f"{name}.part"
+        unfinished.unlink(missing_ok=True)
         if safe:
-            save_file(part, folder / name, metadata={"format": "pt"})
+            save_file(part, unfinished, metadata={"format": "pt"})
         else:
-            torch.save(part, folder / name)
+            torch.save(part, unfinished)
+        unfinished.replace(folder / name)
 
 
 def once(weights: dict[str, Tensor]) -> dict[str, Tensor]:

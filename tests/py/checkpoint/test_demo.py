@@ -136,7 +136,8 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
 
 def saved_at(folder: Path) -> int:
     """The step of the last checkpoint."""
-    return int((folder / "saved" / "latest").read_text().strip().removeprefix("global_step"))
+    tag = (folder / "saved" / "latest").read_text().splitlines()[0]
+    return int(tag.removeprefix("global_step"))
 
 
 def test_the_report_of_a_run_that_had_nothing_left_to_do_says_so(

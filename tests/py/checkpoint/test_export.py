@@ -4,10 +4,7 @@ command line.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,72 +108,6 @@ def test_an_export_whose_name_could_be_something_else_is_refused(name: str, tmp_
     with pytest.raises(CheckpointError, match="cannot be the name"):
         engine.save_16bit_model(tmp_path / "in", name)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_dead_export_left_is_swept_by_the_next(tmp_path: Path) -> None:
-    engine = engine_of(config_of(1))
-    (tmp_path / ".tmp-pytorch_model.bin-0123456789abcdef").write_text("half")
-    (tmp_path / ".tmp-pytorch_model.bin-of-others").write_text("not ours")
-    engine.save_16bit_model(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".tmp-pytorch_model.bin-of-others", "pytorch_model.bin"]
-
-
-ALONE = """
-import runpy, sys
-for name in ("zerort", "pydantic", "rich", *{hidden!r}):
-    sys.modules[name] = None
-sys.argv = {argv!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run_script(*argv: Any, hidden: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs the script of a checkpoint in a process that cannot import zerort."""
-    code = ALONE.format(argv=list(map(str, argv)), hidden=hidden)
-    return subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_the_script_in_a_checkpoint_stands_alone(tmp_path: Path) -> None:
-    ranks.run(3, export, str(tmp_path))
-    script, out = tmp_path / "global_step2" / "zero_to_fp32.py", tmp_path / "out"
-    expected = get_fp32_state_dict(tmp_path)
-    done = run_script(script, tmp_path, out, hidden=("xxhash",))
-    assert done.returncode == 0 and "not verified" in done.stderr, done.stderr
-    found = torch.load(out / "pytorch_model.bin", weights_only=True)
-    assert found.keys() == expected.keys() and all(
-        torch.equal(v, expected[n]) for n, v in found.items()
-    )
-    done = run_script(script, script.parent, out, "--safe_serialization", "--max_shard_size", "3KB")
-    assert done.returncode == 0 and "not verified" not in done.stderr, done.stderr
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
-    files = set(index["weight_map"].values())
-    assert len(files) > 1
-    merged = {name: value for file in files for name, value in load_file(out / file).items()}
-    assert merged.keys() == expected.keys() and all(
-        torch.equal(v, expected[n]) for n, v in merged.items()
-    )
-
-
-def test_the_script_knows_odd_models_and_damage(tmp_path: Path) -> None:
-    engine = everything(0)
-    step(engine)
-    engine.save_checkpoint(tmp_path, "odd")
-    script, out = tmp_path / "odd" / "zero_to_fp32.py", tmp_path / "out"
-    done = run_script(script, tmp_path, out, "-t", "odd", "--exclude_frozen_parameters")
-    assert done.returncode == 0, done.stderr
-    found = torch.load(out / "pytorch_model.bin", weights_only=True)
-    for name, value in weights(engine).items():
-        assert (name not in found) if name == "base.weight" else torch.equal(found[name], value), (
-            name
-        )
-    data = bytearray((tmp_path / "odd" / "rank_0.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "odd" / "rank_0.safetensors").write_bytes(data)
-    done = run_script(script, tmp_path, out, "-t", "odd")
-    assert done.returncode != 0 and "rank_0.safetensors is damaged" in done.stderr
 
 
 # The command line.
