@@ -20,7 +20,7 @@ from zerort.engine import Engine
 from zerort.errors import ConfigError, PlanError
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import source_of
-from zerort.memory import FlatModel, Place, Planned, plannable
+from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer, schedules
 from zerort.optim.elementwise import why_not_elementwise
@@ -83,7 +83,7 @@ def initialize(
     setup = agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
     compare_plans(comm, setup.planned, setup.plan)
     compare_optimizers(comm, setup.optimizer)
-    flat = FlatModel(model, setup.planned, setup.place)
+    flat = FlatModel(model, setup.planned, setup.layout)
     broadcast(comm, model, flat)
     loader = None
     if training_data is not None:
@@ -109,15 +109,15 @@ class Setup:
     batch: Batch
     precision: Precision
     optimizer: Optimizer
-    planned: Sequence[Planned]
+    planned: Sequence[PlannedParameter]
     plan: _core.Plan
 
     @property
-    def place(self) -> Place:
+    def layout(self) -> Layout:
         """Where the model's memory will lie."""
         every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
-        return Place(self.plan, self.comm.rank, self.precision.sums, local_sums)
+        return Layout(self.plan, self.comm.rank, self.precision.sums, local_sums)
 
 
 def _set_up(

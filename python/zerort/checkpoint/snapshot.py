@@ -135,7 +135,7 @@ def _sorted(held: dict[str, Any], segment: Segment) -> tuple[list[str], list[str
             values[key] = encode(value, f"the optimizer's state {key!r}", {})
         elif value.shape == segment.tensor.shape:
             elementwise.append(key)
-        elif segment.like is not None:
+        elif segment.form is not None:
             whole.append(key)
         else:
             shape = list(value.shape)

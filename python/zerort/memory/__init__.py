@@ -1,23 +1,18 @@
 """Buckets' memory, of which the module's parameters are views."""
 
-from zerort.memory.flat import (
-    DTYPES,
-    FlatBucket,
-    FlatModel,
-    Memory,
-    Place,
-    Planned,
-    laid_out_like,
-    plannable,
-)
+from zerort.memory.buckets import FlatBucket, FlatModel, Layout
+from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
+from zerort.memory.values import Form, Memory, Resident
 
 __all__ = [
     "DTYPES",
     "FlatBucket",
     "FlatModel",
+    "Form",
+    "Layout",
     "Memory",
-    "Place",
-    "Planned",
-    "laid_out_like",
+    "PlannedParameter",
+    "Resident",
+    "Signature",
     "plannable",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerort.errors import StepError
-from zerort.memory import FlatBucket, FlatModel, laid_out_like
+from zerort.memory import FlatBucket, FlatModel, Form
 
 __all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
 
@@ -34,7 +34,7 @@ class Segment:
     bucket: FlatBucket
     start: int
     length: int
-    like: nn.Parameter | None = None
+    form: Form | None = None
     active: bool = True
     tensor: nn.Parameter = field(init=False)
 
@@ -46,16 +46,16 @@ class Segment:
         segment's shape.
         """
         piece = flat.narrow(0, self.start, self.length)
-        return piece if self.like is None else laid_out_like(piece, self.like)
+        return piece if self.form is None else self.form.over(piece)
 
     def flattened(self, value: Tensor) -> Tensor:
         """The inverse of `of`: a tensor in the segment's shape as the (length,) elements of the
         owned part.
         """
-        if self.like is None:
+        if self.form is None:
             return value
         flat = torch.empty(self.length, dtype=value.dtype, device=value.device)
-        laid_out_like(flat, self.like).copy_(value)
+        self.form.over(flat).copy_(value)
         return flat
 
     def load_gradient(self) -> None:
@@ -70,7 +70,7 @@ class Segment:
         for start, end, active in runs:
             lo, hi = max(start, self.start), min(end, self.start + self.length)
             if lo < hi:
-                parts.append(Segment(self.bucket, lo, hi - lo, self.like, active))
+                parts.append(Segment(self.bucket, lo, hi - lo, self.form, active))
         return parts
 
 
@@ -280,5 +280,5 @@ def _runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> Iterator[tupl
 
 
 def _shaped(bucket: FlatBucket) -> list[Segment]:
-    pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.params, strict=True)
-    return [Segment(bucket, start, length, parameter) for start, length, parameter in pieces]
+    pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.forms, strict=True)
+    return [Segment(bucket, start, length, form) for start, length, form in pieces]

@@ -192,7 +192,7 @@ class Executor:
             flight.work = None
             scale = self._fold.scale * flight.transport.predivide
             bucket.squares = flight.transport.wire.decode(
-                flight.recv, bucket.landing, scale=scale, add=self._fold.add
+                flight.recv, bucket.reduced_shard, scale=scale, add=self._fold.add
             )
             if (
                 isinstance(bucket.squares, float)
@@ -207,7 +207,9 @@ class Executor:
     def _gather_sums(self, flight: Inflight) -> None:
         if flight.narrows:
             # What every rank will step with is the rounded sum, so the norm is that one's.
-            flight.bucket.squares = flight.transport.wire.round(flight.bucket.landing, flight.own)
+            flight.bucket.squares = flight.transport.wire.round(
+                flight.bucket.reduced_shard, flight.own
+            )
         flight.work = self._gather(flight.bucket, flight.gathered)
         self._gathering.append(flight)
 

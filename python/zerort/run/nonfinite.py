@@ -28,7 +28,7 @@ def in_arrival(bucket: FlatBucket, chunks: Memory, rank: int) -> tuple[int, int]
 
 def in_sum(bucket: FlatBucket, rank: int) -> tuple[int, int] | None:
     """(unknown rank, parameter): after a sum on the wire nobody can tell whose it was."""
-    found = torch.nonzero(~torch.isfinite(bucket.landing.tensor))
+    found = torch.nonzero(~torch.isfinite(bucket.reduced_shard.tensor))
     if not found.numel():
         return None
     return UNKNOWN, _parameter_at(bucket, rank * bucket.spec.shard_numel + int(found[0, 0]))

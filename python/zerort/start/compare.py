@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import PlanMismatch
-from zerort.memory import Planned
+from zerort.memory import PlannedParameter, Signature
 from zerort.mesh import Comm
 
 __all__ = ["compare_optimizers", "compare_plans", "compare_settings"]
@@ -49,7 +49,7 @@ def compare_optimizers(comm: Comm, optimizer: Optimizer) -> None:
     _compare(comm, facts, "make the optimizer alike on all ranks")
 
 
-def compare_plans(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> None:
+def compare_plans(comm: Comm, planned: Sequence[PlannedParameter], plan: _core.Plan) -> None:
     """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
     difference.
     """
@@ -77,9 +77,10 @@ def compare_plans(comm: Comm, planned: Sequence[Planned], plan: _core.Plan) -> N
             )
 
 
-def _described(signature: tuple[str, tuple[int, ...], str, int]) -> str:
-    name, shape, dtype, group = signature
-    return f"{name} {list(shape)} {dtype.removeprefix('torch.')} (group {group})"
+def _described(signature: Signature) -> str:
+    name, shape, order, dtype, group = signature
+    strides = f"strides {list(order)} " if order else ""
+    return f"{name} {list(shape)} {strides}{dtype.removeprefix('torch.')} (group {group})"
 
 
 def _numbers(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
+from zerort.memory import DTYPES as PLANNED
 from zerort.wire import FORMATS, NAMES
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
@@ -93,11 +94,13 @@ class Precision:
         )
 
     def cast(self, module: nn.Module) -> None:
-        """Casts floating-point parameters in place; buffers keep their dtype."""
+        """Casts parameters in place; buffers keep their dtype, and so do parameters that are no
+        numbers to compute with: integers, and floats of 8 bits, which are codes of something.
+        """
         if self.compute is None:
             return
         for parameter in module.parameters():
-            if parameter.is_floating_point():
+            if parameter.dtype in PLANNED:
                 parameter.data = parameter.data.to(self.compute)
 
     def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:

@@ -1,0 +1,194 @@
+"""Buckets' memory on this rank, and all buckets of a model.
+
+What this guarantees: the module's parameters are views of their buckets' values for as long as the
+engine lives, and one that has left its bucket or its module is found and named before its gradient
+is lost. What it does not do: no communication, no knowledge of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zerort import _core
+from zerort.errors import StepError
+from zerort.memory.parameters import PlannedParameter
+from zerort.memory.registry import LEAVING, Registry
+from zerort.memory.values import Memory, Resident
+
+__all__ = ["FlatBucket", "FlatModel", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides where memory lies and how much of it there is."""
+
+    plan: _core.Plan
+    rank: int
+    sums: torch.dtype = torch.float32
+    """What gradients of less than fp32 are added up in."""
+    local_sums: bool = False
+    """Micro-batches are added up on this rank before they are reduced."""
+
+
+class FlatBucket:
+    """One bucket's memory on this rank.
+
+    `values` holds the parameters, whole, in their own dtype. `owned` is the part of it whose
+    optimizer state this rank keeps: its shard, or the whole where the optimizer is replicated.
+    `master` is the optimizer's copy of `owned` in fp32, the same memory where the parameters are
+    fp32 themselves. `accum` is the reduced gradient of `owned`, and `reduced_shard` the part of it
+    that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed
+    over micro-batches, where that is the rule and takes a wider dtype than the parameters'
+    (`widens`). It has been sent when the reduced one arrives, so `accum` is a part of the same
+    memory.
+    """
+
+    __slots__ = (
+        "accum",
+        "forms",
+        "local",
+        "master",
+        "names",
+        "owned",
+        "params",
+        "reduced_shard",
+        "spec",
+        "squares",
+        "start",
+        "values",
+        "widens",
+    )
+
+    def __init__(
+        self, layout: Layout, spec: _core.Bucket, members: Sequence[PlannedParameter]
+    ) -> None:
+        plan, rank = layout.plan, layout.rank
+        dtype, device = members[0].tensor.dtype, members[0].tensor.device
+        self.spec = spec
+        self.names = [member.name for member in members]
+        self.params = [member.tensor for member in members]
+        self.forms = [member.form for member in members]
+        self.values = Resident(plan, spec, self.forms, dtype, device)
+        self.values.adopt(self.params)
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        whole = not plan.shards_optimizer
+        self.start = 0 if whole else rank * spec.shard_numel
+        self.owned = self.values.memory if whole else self.values.shard(rank)
+        self.master = self.owned.tensor if dtype == precise else self.owned.tensor.to(precise)
+        sums = layout.sums if precise == torch.float32 else precise
+        self.widens = self.has_master and sums != dtype
+        local = layout.local_sums and self.widens
+        everything = Memory.of_bucket(plan, spec, sums, device) if whole or local else None
+        self.local = everything if local else None
+        self.reduced_shard = (
+            everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, device)
+        )
+        self.accum = everything if everything and whole else self.reduced_shard
+        self.squares: float | Tensor = 0.0
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer's copy is memory of its own."""
+        return self.master is not self.owned.tensor
+
+    def write_back(self) -> None:
+        """Casts the updated masters into the parameters this rank owns."""
+        if self.has_master:
+            self.owned.tensor.copy_(self.master)
+
+    def refresh_master(self) -> None:
+        """Takes over what something outside a step has written into the parameters, such as
+        load_state_dict.
+        """
+        if self.has_master:
+            values = self.owned.tensor
+            # Where the cast of a master still is the parameter, nothing was written, and the master
+            # knows more.
+            torch.where(
+                self.master.to(values.dtype) == values,
+                self.master,
+                values.to(self.master.dtype),
+                out=self.master,
+            )
+
+    def slots(self, send: Tensor) -> list[Tensor]:
+        """Views of a send buffer (numel,), one per parameter, in the layout of its gradient.
+
+        Each has a version counter of its own (that is what `.data` is for), which shows when
+        autograd has added to it.
+        """
+        pieces = zip(self.spec.offsets, self.spec.numels, self.forms, strict=True)
+        return [form.over(send.narrow(0, start, length)).data for start, length, form in pieces]
+
+
+class FlatModel:
+    """All buckets of a model. Construction moves every planned parameter into its bucket."""
+
+    def __init__(
+        self, module: nn.Module, planned: Sequence[PlannedParameter], layout: Layout
+    ) -> None:
+        self.names = [member.name for member in planned]
+        self.params = [member.tensor for member in planned]
+        self.buckets = [
+            FlatBucket(layout, spec, [planned[index] for index in spec.params])
+            for spec in layout.plan.buckets
+        ]
+        views = {
+            param: view
+            for bucket in self.buckets
+            for param, view in zip(bucket.spec.params, bucket.values.views, strict=True)
+        }
+        self._views = [views[param] for param in range(len(planned))]
+        self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
+        self._mastered = any(bucket.has_master for bucket in self.buckets)
+        self._versions = self._current()
+
+    def active(self) -> list[bool]:
+        """Which parameters require grad now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [parameter.requires_grad for parameter in self.params]
+
+    def check(self) -> None:
+        """Raises `StepError` naming the first parameter that has left its module or its bucket, or
+        that nothing would train.
+        """
+        self._registry.check()
+        with torch._C.DisableTorchFunctionSubclass():
+            if not all(map(Tensor.is_set_to, self.params, self._views)):
+                moved = next(
+                    name
+                    for name, parameter, view in zip(
+                        self.names, self.params, self._views, strict=True
+                    )
+                    if not parameter.is_set_to(view)
+                )
+                raise StepError(
+                    f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
+                )
+
+    def take_writes(self) -> None:
+        """Brings to the masters what something outside a step has written into parameters, such as
+        load_state_dict.
+
+        Autograd's version counters tell whether anything has; writes through `.data` are invisible
+        to them, and are undone by the masters.
+        """
+        if self._versions and self._versions != self._current():
+            for bucket in self.buckets:
+                bucket.refresh_master()
+            self._versions = self._current()
+
+    def published(self) -> None:
+        """Tells autograd that the parameters were written through their flat buffers, which it
+        cannot see.
+        """
+        torch.autograd.graph.increment_version(self.params)
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        """Version counters, where there are masters that could differ from parameters."""
+        return [parameter._version for parameter in self.params] if self._mastered else []

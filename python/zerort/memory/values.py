@@ -1,0 +1,131 @@
+"""Flat memory, and the parameters of a bucket in it.
+
+`Memory` is a flat piece as torch's tensor and as the core's buffer. `Resident` holds a bucket's
+parameters, whole, for as long as the engine lives: the core alone decides where each of them lies,
+and a view by DLPack is made over each piece without a copy. Every view has a storage of its own, so
+that savers which keep one name per storage keep them all.
+
+What it does not do: no communication, no arithmetic, no knowledge of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from zerort import _core
+
+__all__ = ["Form", "Memory", "Resident"]
+
+
+class Memory:
+    """A flat piece of memory as both sides see it: torch's tensor and the core's buffer, over the
+    same bytes.
+    """
+
+    __slots__ = ("buffer", "tensor")
+
+    def __init__(self, tensor: Tensor, buffer: _core.Buffer) -> None:
+        self.tensor = tensor
+        self.buffer = buffer
+
+    @classmethod
+    def zeros(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Memory:
+        """Fresh memory (numel,), touched: a page's first touch costs more than all its later use in
+        a step.
+        """
+        tensor = torch.empty(numel, dtype=dtype, device=device).zero_()
+        return cls(tensor, _core.Buffer(tensor))
+
+    @classmethod
+    def of_bucket(
+        cls, plan: _core.Plan, bucket: _core.Bucket, dtype: torch.dtype, device: torch.device
+    ) -> Memory:
+        """Fresh memory for a whole bucket, which knows the bucket's shards and fragments."""
+        tensor = torch.empty(bucket.numel, dtype=dtype, device=device).zero_()
+        return cls(tensor, _core.Buffer(tensor, plan, bucket.id))
+
+    @classmethod
+    def over(cls, buffer: _core.Buffer) -> Memory:
+        """The tensor over a buffer that the core handed out."""
+        return cls(from_dlpack(buffer), buffer)
+
+    def shard(self, rank: int) -> Memory:
+        """One rank's slice of a bucket's memory."""
+        return Memory.over(self.buffer.shard(rank))
+
+    def typed(self, dtype: torch.dtype, start: int, length: int) -> Memory:
+        """Elements start..start+length of these bytes, read as `dtype`."""
+        tensor = self.tensor.view(dtype).narrow(0, start, length)
+        return Memory(tensor, _core.Buffer(tensor))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A parameter's shape, and the dense strides in which its elements lie in flat memory; both in
+    elements.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Form:
+        """Keeps a dense memory format such as channels-last; gaps between elements are closed."""
+        strides = torch.empty_like(parameter, device="meta").stride()
+        return cls(tuple(parameter.shape), tuple(strides))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The strides, or () where elements lie in the order of their indices. A dimension of one
+        element has stride 0, for its own means nothing.
+        """
+        whole = torch.empty(self.shape, device="meta")
+        if whole.as_strided(self.shape, self.strides).is_contiguous():
+            return ()
+        pairs = zip(self.strides, self.shape, strict=True)
+        return tuple(stride if size > 1 else 0 for stride, size in pairs)
+
+    def over(self, flat: Tensor) -> Tensor:
+        """`flat` (numel,) as a view in this form."""
+        return flat.as_strided(self.shape, self.strides)
+
+
+class Resident:
+    """A bucket's parameters, whole, in their own dtype and on this rank for good."""
+
+    __slots__ = ("memory", "views")
+
+    def __init__(
+        self,
+        plan: _core.Plan,
+        spec: _core.Bucket,
+        forms: Sequence[Form],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.memory = Memory.of_bucket(plan, spec, dtype, device)
+        self.views = [
+            form.over(from_dlpack(self.memory.buffer.fragment(param)))
+            for param, form in zip(spec.params, forms, strict=True)
+        ]
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of it, padding included (numel,)."""
+        return self.memory.tensor
+
+    def shard(self, rank: int) -> Memory:
+        """One rank's slice."""
+        return self.memory.shard(rank)
+
+    def adopt(self, params: Sequence[nn.Parameter]) -> None:
+        """Takes the parameters' values over and makes the parameters views of this memory."""
+        with torch.no_grad():
+            for parameter, view in zip(params, self.views, strict=True):
+                view.copy_(parameter)
+                parameter.data = view
