@@ -67,16 +67,16 @@ fn scans(criterion: &mut Criterion) {
     let single = vec![1.0_f32; CHUNKS_BYTES / size_of::<f32>()];
     let brain = vec![bf16::ONE; CHUNKS_BYTES / size_of::<bf16>()];
     group.bench_function("squared_norm/f32", |bench| {
-        bench.iter(|| squared_norm(black_box(&single)))
+        bench.iter(|| squared_norm(black_box(&single)));
     });
     group.bench_function("squared_norm/bf16", |bench| {
-        bench.iter(|| squared_norm(black_box(&brain)))
+        bench.iter(|| squared_norm(black_box(&brain)));
     });
     group.bench_function("first_nonfinite/f32", |bench| {
-        bench.iter(|| first_nonfinite(black_box(&single)))
+        bench.iter(|| first_nonfinite(black_box(&single)));
     });
     group.bench_function("first_nonfinite/bf16", |bench| {
-        bench.iter(|| first_nonfinite(black_box(&brain)))
+        bench.iter(|| first_nonfinite(black_box(&brain)));
     });
     group.finish();
 }

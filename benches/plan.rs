@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use zerort_core::{
-    Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard,
+    Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard,
 };
 
 const PARAMS: u32 = 100_000;
@@ -19,7 +19,7 @@ fn spec(world: u32) -> PlanSpec {
     let params = (0..PARAMS).map(param).collect();
     PlanSpec {
         params,
-        world,
+        mesh: Mesh::flat(world).unwrap(),
         rules: Stage::Two.rules(),
         cap: Cap::Bytes(25 << 20),
         window: Some(4),

@@ -5,7 +5,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId};
+use zerort_core::{
+    Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId,
+};
 
 const PARAMS: u32 = 8000;
 
@@ -14,11 +16,9 @@ fn plan(per_bucket: u64) -> Arc<Plan> {
         Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
         PARAMS as usize
     ];
+    let (mesh, rules) = (Mesh::flat(8).unwrap(), Stage::Two.rules());
     let cap = Cap::Elements(16 * per_bucket);
-    Arc::new(
-        Plan::new(PlanSpec { params, world: 8, rules: Stage::Two.rules(), cap, window: Some(4) })
-            .unwrap(),
-    )
+    Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window: Some(4) }).unwrap())
 }
 
 /// In a pass of the given order, the one that observes behind it.

@@ -56,7 +56,10 @@ impl Twin {
             return None;
         }
         let commands = self.plan.schedule().commands();
-        let stuck = |command: &Command| matches!(*command, Command::Launch(bucket) if !self.is_full(bucket));
+        let stuck = |command: &Command| match *command {
+            Command::Launch(bucket) => !self.is_full(bucket),
+            Command::Retire(_) => false,
+        };
         let hi = commands.iter().position(stuck).unwrap_or(commands.len());
         (hi > std::mem::replace(&mut self.hi, hi)).then_some(hi)
     }
@@ -263,10 +266,15 @@ proptest! {
     fn red_1_to_4_hold_over_many_passes(
         plan in plan(),
         first in vec(any::<Index>(), 1..60),
-        passes in vec((vec(any::<bool>(), 24), vec(any::<Index>(), 0..80), any::<bool>(), any::<bool>()), 1..5),
+        passes in vec(
+            (vec(any::<bool>(), 24), vec(any::<Index>(), 0..80), any::<bool>(), any::<bool>()),
+            1..5,
+        ),
     ) {
         let params = plan.params().len();
-        let named = |places: &[Index]| places.iter().map(|at| ParamId(at.index(params) as u32)).collect::<Vec<_>>();
+        let named = |places: &[Index]| -> Vec<ParamId> {
+            places.iter().map(|at| ParamId(at.index(params) as u32)).collect()
+        };
         let mut reducer = Reducer::new(Arc::new(plan));
         let first = named(&first);
         teach(&mut reducer, &first);
@@ -274,9 +282,14 @@ proptest! {
         for (active, arrivals, reorder, sentinels) in passes {
             let active = &active[..params];
             reducer.set_active(active).unwrap();
-            if sentinels { reducer.post_sentinels().unwrap() } else { reducer.dismiss_sentinels().unwrap() }
+            if sentinels {
+                reducer.post_sentinels().unwrap();
+            } else {
+                reducer.dismiss_sentinels().unwrap();
+            }
             if reorder {
-                reducer.reorder(Arc::new(reducer.plan().reordered(reducer.observed()).unwrap())).unwrap();
+                let plan = reducer.plan().reordered(reducer.observed()).unwrap();
+                reducer.reorder(Arc::new(plan)).unwrap();
             }
             // Nobody is taken to have been seen where there are to be no sentinels.
             let seen: &[ParamId] = if sentinels { &first } else { &[] };

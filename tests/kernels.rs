@@ -94,28 +94,36 @@ proptest! {
 
     #[test]
     fn fp32_sums_equal_the_twin_to_the_bit(
-        input in inputs(|bits| f32::from_bits(bits as u32)), scale in any::<f32>(), write in writes(),
+        input in inputs(|bits| f32::from_bits(bits as u32)),
+        scale in any::<f32>(),
+        write in writes(),
     ) {
         agrees_with_the_twin(input, f64::from(scale), write)?;
     }
 
     #[test]
     fn fp64_sums_equal_the_twin_to_the_bit(
-        input in inputs(f64::from_bits), scale in any::<f64>(), write in writes(),
+        input in inputs(f64::from_bits),
+        scale in any::<f64>(),
+        write in writes(),
     ) {
         agrees_with_the_twin(input, scale, write)?;
     }
 
     #[test]
     fn bf16_sums_equal_the_twin_to_the_bit(
-        input in inputs(|bits| bf16::from_bits(bits as u16)), scale in any::<f32>(), write in writes(),
+        input in inputs(|bits| bf16::from_bits(bits as u16)),
+        scale in any::<f32>(),
+        write in writes(),
     ) {
         agrees_with_the_twin(input, f64::from(scale), write)?;
     }
 
     #[test]
     fn fp16_sums_equal_the_twin_to_the_bit(
-        input in inputs(|bits| f16::from_bits(bits as u16)), scale in any::<f32>(), write in writes(),
+        input in inputs(|bits| f16::from_bits(bits as u16)),
+        scale in any::<f32>(),
+        write in writes(),
     ) {
         agrees_with_the_twin(input, f64::from(scale), write)?;
     }
@@ -129,8 +137,8 @@ proptest! {
         reduce(&values, &mut whole, 3, 0.1, Write::Over).unwrap();
         let mut pieces = Vec::new();
         for part in [0..cut, cut..length] {
-            let chunks: Vec<f32> =
-                (0..3).flat_map(|rank| values[rank * length..][part.clone()].iter().copied()).collect();
+            let chunk = |rank: usize| &values[rank * length..][part.clone()];
+            let chunks = (0..3).map(chunk).collect::<Vec<_>>().concat();
             let mut sums = vec![0.0; part.len()];
             reduce(&chunks, &mut sums, 3, 0.1, Write::Over).unwrap();
             pieces.extend(sums);

@@ -2,16 +2,12 @@
 
 mod arbitrary;
 
-use arbitrary::{ids, plan};
+use arbitrary::{holders, ids, plan};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Dtype, Fragment, GroupId, Param, ParamId, Partition, Plan, PlanError, Rank,
-    WireId,
+    Bucket, BucketId, Dtype, Fragment, Group, GroupId, Param, ParamId, Partition, Plan, PlanError,
+    Rank, WireId,
 };
-
-fn ranks(plan: &Plan) -> impl Iterator<Item = Rank> {
-    (0..plan.world()).map(Rank)
-}
 
 fn fragments(plan: &Plan, bucket: BucketId, rank: Rank) -> Vec<Fragment> {
     plan.fragments(bucket, rank).unwrap().collect()
@@ -35,7 +31,7 @@ proptest! {
     fn par_1_fragments_tile_every_parameter(plan in plan()) {
         let mut covered = vec![0; plan.params().len()];
         for bucket in plan.buckets() {
-            for fragment in ranks(&plan).flat_map(|rank| fragments(&plan, bucket.id, rank)) {
+            for fragment in holders(&plan).flat_map(|rank| fragments(&plan, bucket.id, rank)) {
                 prop_assert_eq!(fragment.param_start, covered[fragment.param.index()]);
                 prop_assert!(fragment.length > 0);
                 covered[fragment.param.index()] += fragment.length;
@@ -48,10 +44,10 @@ proptest! {
     fn par_1_a_fragment_lies_where_its_parameter_lies(plan in plan()) {
         for bucket in plan.buckets() {
             let shard_numel = plan.partition(bucket.id).unwrap().shard_numel();
-            for fragment in ranks(&plan).flat_map(|rank| fragments(&plan, bucket.id, rank)) {
+            for fragment in holders(&plan).flat_map(|rank| fragments(&plan, bucket.id, rank)) {
                 let (home, offset) = plan.home(fragment.param).unwrap();
                 prop_assert_eq!(home, bucket.id);
-                let in_bucket = u64::from(fragment.rank.0) * shard_numel + fragment.shard_start;
+                let in_bucket = u64::from(fragment.shard) * shard_numel + fragment.shard_start;
                 prop_assert_eq!(in_bucket, offset + fragment.param_start);
                 prop_assert!(fragment.shard_start + fragment.length <= shard_numel);
             }
@@ -62,7 +58,8 @@ proptest! {
     fn par_2_shards_are_equal_multiples_of_128_elements(plan in plan()) {
         for bucket in plan.buckets() {
             let partition = plan.partition(bucket.id).unwrap();
-            prop_assert_eq!(partition.shard_numel() * u64::from(plan.world()), partition.numel());
+            let shards = u64::from(plan.mesh().size(Group::Shard));
+            prop_assert_eq!(partition.shard_numel() * shards, partition.numel());
             prop_assert_eq!(partition.shard_numel() % 128, 0);
             prop_assert!(partition.shard_numel() > 0);
         }
@@ -87,7 +84,8 @@ proptest! {
         for bucket in plan.buckets() {
             let partition = plan.partition(bucket.id).unwrap();
             let end = partition.offsets().last().unwrap() + partition.numels().last().unwrap();
-            prop_assert!(partition.numel() - end.max(1) < 128 * u64::from(plan.world()));
+            let shards = u64::from(plan.mesh().size(Group::Shard));
+            prop_assert!(partition.numel() - end.max(1) < 128 * shards);
         }
     }
 }
@@ -99,17 +97,17 @@ fn a_parameter_across_a_boundary_is_cut_there() {
         (partition.offsets(), partition.numel(), partition.shard_numel()),
         (&[0, 112][..], 512, 256)
     );
-    let cut = |rank| partition.fragments(&bucket, rank).collect::<Vec<_>>();
-    let fragment = |param, rank, param_start, shard_start, length| Fragment {
+    let cut = |shard| partition.fragments(&bucket, shard).collect::<Vec<_>>();
+    let fragment = |param, shard, param_start, shard_start, length| Fragment {
         param: ParamId(param),
         bucket: BucketId(0),
-        rank: Rank(rank),
+        shard,
         param_start,
         shard_start,
         length,
     };
-    assert_eq!(cut(Rank(0)), [fragment(0, 0, 0, 0, 100), fragment(1, 0, 0, 112, 144)]);
-    assert_eq!(cut(Rank(1)), [fragment(1, 1, 144, 0, 56)]);
+    assert_eq!(cut(0), [fragment(0, 0, 0, 0, 100), fragment(1, 0, 0, 112, 144)]);
+    assert_eq!(cut(1), [fragment(1, 1, 144, 0, 56)]);
 }
 
 #[test]
@@ -117,7 +115,7 @@ fn an_empty_parameter_has_a_place_and_no_fragment() {
     let (bucket, partition) = lay_out(&[128, 0, 0, 5, 0], Dtype::F32, 2).unwrap();
     assert_eq!(partition.offsets(), [0, 128, 128, 128, 144]);
     let found: Vec<ParamId> =
-        (0..2).flat_map(|rank| partition.fragments(&bucket, Rank(rank))).map(|f| f.param).collect();
+        (0..2).flat_map(|shard| partition.fragments(&bucket, shard)).map(|f| f.param).collect();
     assert_eq!(found, ids(&[0, 3]));
 }
 
@@ -125,15 +123,15 @@ fn an_empty_parameter_has_a_place_and_no_fragment() {
 fn a_bucket_of_empty_parameters_is_not_empty() {
     let (bucket, partition) = lay_out(&[0, 0], Dtype::BF16, 3).unwrap();
     assert_eq!((partition.numel(), partition.shard_numel()), (384, 128));
-    assert_eq!(partition.fragments(&bucket, Rank(2)).count(), 0);
+    assert_eq!(partition.fragments(&bucket, 2).count(), 0);
 }
 
 #[test]
-fn a_rank_beyond_the_world_has_no_fragments() {
+fn a_shard_beyond_the_last_has_no_fragments() {
     for numel in [1000, 1 << 60] {
         let (bucket, partition) = lay_out(&[numel], Dtype::F32, 2).unwrap();
-        assert_eq!(partition.fragments(&bucket, Rank(2)).count(), 0);
-        assert_eq!(partition.fragments(&bucket, Rank(u32::MAX)).count(), 0);
+        assert_eq!(partition.fragments(&bucket, 2).count(), 0);
+        assert_eq!(partition.fragments(&bucket, u32::MAX).count(), 0);
     }
 }
 
@@ -148,9 +146,9 @@ fn a_buffer_beyond_the_address_space_is_refused_by_the_parameter_that_passes_the
 }
 
 #[test]
-fn a_world_of_every_rank_there_can_be_is_laid_out() {
+fn as_many_shards_as_there_can_be_are_laid_out() {
     let (bucket, partition) = lay_out(&[1], Dtype::F32, u32::MAX).unwrap();
     assert_eq!(partition.shard_numel(), 128);
-    assert_eq!(partition.fragments(&bucket, Rank(0)).count(), 1);
-    assert_eq!(partition.fragments(&bucket, Rank(u32::MAX - 1)).count(), 0);
+    assert_eq!(partition.fragments(&bucket, 0).count(), 1);
+    assert_eq!(partition.fragments(&bucket, u32::MAX - 1).count(), 0);
 }

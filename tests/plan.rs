@@ -6,8 +6,8 @@ use arbitrary::{ids, plan, spec, uniform};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
-    Bucket, BucketId, BucketLayout, Cap, Dtype, GroupId, Op, Param, ParamId, Placement, Plan,
-    PlanError, PlanSpec, Rank, Rules, Stage, WireId,
+    Bucket, BucketId, BucketLayout, Cap, Dtype, Group, GroupId, Mesh, Param, ParamId, Placement,
+    Plan, PlanError, PlanSpec, Rank, Rules, Stage, WireId,
 };
 
 fn sample() -> PlanSpec {
@@ -22,7 +22,7 @@ fn sample() -> PlanSpec {
     ];
     PlanSpec {
         params,
-        world: 2,
+        mesh: Mesh::flat(2).unwrap(),
         rules: Stage::Two.rules(),
         cap: Cap::Elements(512),
         window: Some(2),
@@ -33,6 +33,12 @@ fn changed(change: impl FnOnce(&mut PlanSpec)) -> Result<Plan, PlanError> {
     let mut spec = sample();
     change(&mut spec);
     Plan::new(spec)
+}
+
+/// The ranks of each host of each copy of the model state.
+fn mesh<const COPIES: usize, const HOSTS: usize>(copies: [[&[u32]; HOSTS]; COPIES]) -> Mesh {
+    let host = |ranks: &[u32]| ranks.iter().copied().map(Rank).collect();
+    Mesh::new(&copies.map(|hosts| hosts.map(host).to_vec())).unwrap()
 }
 
 fn launches(plan: &Plan) -> Vec<u32> {
@@ -50,22 +56,17 @@ fn a_stage_is_three_placements() {
 }
 
 #[test]
-fn what_travels_when_follows_from_the_placements() {
+fn when_gradients_are_reduced_follows_from_the_placements() {
     let rules = [Stage::Zero, Stage::One, Stage::Two, Stage::Three].map(Stage::rules);
     assert_eq!(rules.map(Rules::reduces_every_micro_batch), [false, false, true, true]);
     assert_eq!(rules.map(Rules::gathers_gradient), [true, false, false, false]);
     assert_eq!(rules.map(Rules::gathers_parameter), [false, true, true, false]);
-    assert_eq!(
-        rules.map(Rules::reduce_op),
-        [Op::AllReduce, Op::ReduceScatter, Op::ReduceScatter, Op::ReduceScatter]
-    );
 }
 
 #[test]
 fn a_specification_without_sense_is_refused() {
     let error = |change: fn(&mut PlanSpec)| changed(change).unwrap_err();
     assert_eq!(error(|spec| spec.params.clear()), PlanError::NoParameters);
-    assert_eq!(error(|spec| spec.world = 0), PlanError::BadWorld);
     assert_eq!(error(|spec| spec.cap = Cap::Bytes(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.cap = Cap::Elements(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.window = Some(0)), PlanError::BadWindow);
@@ -106,19 +107,23 @@ fn a_digest_is_the_same_on_every_platform_and_in_every_release() {
     let plan = Plan::new(sample()).unwrap();
     assert_eq!((plan.layout_digest(), plan.digest()), (LAYOUT_DIGEST, DIGEST));
 }
-const LAYOUT_DIGEST: u64 = 0xf358_fbe8_bab9_b8bb;
-const DIGEST: u64 = 0xbe31_2b27_bf49_bb40;
+const LAYOUT_DIGEST: u64 = 0xf8a4_3072_1141_9809;
+const DIGEST: u64 = 0xf850_fe96_f475_1645;
 
 #[test]
 fn a_digest_covers_everything_that_a_plan_is_made_from() {
-    let changes: [fn(&mut PlanSpec); 10] = [
+    let changes: [fn(&mut PlanSpec); 14] = [
         |_| {},
         |spec| spec.params[3].numel += 1,
         |spec| spec.params[1].dtype = Dtype::F64,
         |spec| spec.params[1].group = GroupId(7),
         |spec| spec.params[1].wire = WireId(7),
         |spec| spec.params.swap(0, 3),
-        |spec| spec.world = 4,
+        |spec| spec.mesh = Mesh::flat(4).unwrap(),
+        |spec| spec.mesh = mesh([[&[0, 1]], [&[2, 3]]]), // two copies of two shards
+        |spec| spec.mesh = mesh([[&[0, 1], &[2, 3]]]),   // four shards on two hosts
+        |spec| spec.mesh = mesh([[&[0, 2], &[1, 3]]]),   // other ranks on the hosts
+        |spec| spec.mesh = mesh([[&[1, 0]]]),            // the other rank has shard 0
         |spec| spec.rules = Stage::One.rules(),
         |spec| spec.cap = Cap::Elements(4096),
         |spec| spec.window = Some(1),
@@ -165,9 +170,12 @@ proptest! {
     }
 
     #[test]
-    fn sch_3_equal_digests_mean_equal_lists(plan in plan(), arrivals in prop::collection::vec(any::<Index>(), 0..48)) {
+    fn sch_3_equal_digests_mean_equal_lists(
+        plan in plan(), arrivals in prop::collection::vec(any::<Index>(), 0..48),
+    ) {
         let params = plan.params().len();
-        let observed: Vec<ParamId> = arrivals.iter().map(|at| ParamId(at.index(params) as u32)).collect();
+        let param = |at: &Index| ParamId(at.index(params) as u32);
+        let observed: Vec<ParamId> = arrivals.iter().map(param).collect();
         let other = plan.reordered(&observed).unwrap();
         prop_assert_eq!(plan.layout_digest(), other.layout_digest());
         prop_assert_eq!(plan.digest() == other.digest(), plan.schedule() == other.schedule());
@@ -197,10 +205,14 @@ fn restored(change: impl FnOnce(&mut Vec<BucketLayout>)) -> Result<Plan, PlanErr
 proptest! {
     #[test]
     fn a_layout_that_was_written_down_is_restored_as_it_was(plan in plan()) {
-        let again = Plan::restore(plan.params().to_vec(), written(&plan), plan.world(), plan.rules()).unwrap();
-        prop_assert_eq!(again.layout_digest(), plan.layout_digest());
+        let shards = plan.mesh().size(Group::Shard);
+        let (params, layouts) = (plan.params().to_vec(), written(&plan));
+        let again = Plan::restore(params, layouts, shards, plan.rules()).unwrap();
+        let flat = plan.mesh() == &Mesh::flat(shards).unwrap();
+        prop_assert_eq!(again.layout_digest() == plan.layout_digest(), flat);
         for bucket in plan.buckets() {
-            prop_assert_eq!(again.partition(bucket.id).unwrap(), plan.partition(bucket.id).unwrap());
+            let partitions = [&again, &plan].map(|plan| plan.partition(bucket.id).unwrap());
+            prop_assert_eq!(partitions[0], partitions[1]);
             prop_assert_eq!(again.bucket(bucket.id).unwrap(), bucket);
         }
     }

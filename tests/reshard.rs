@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use arbitrary::{dtype, model, spec_of};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanError, PlanSpec, Rank,
+    Bucket, BucketId, Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanError, PlanSpec, Rank,
     Segment, Stage, WireId, reshard,
 };
 
@@ -96,8 +96,8 @@ fn small(numels: &[u64], world: u32) -> Plan {
         .iter()
         .map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) })
         .collect();
-    let rules = Stage::Two.rules();
-    Plan::new(PlanSpec { params, world, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()
+    let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Two.rules());
+    Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()
 }
 
 proptest! {
@@ -114,9 +114,12 @@ proptest! {
 
     #[test]
     fn what_the_source_lacks_and_padding_is_not_listed(
-        (source, target, mut came_from) in pair(), lacks in prop::collection::vec(any::<bool>(), 24),
+        (source, target, mut came_from) in pair(),
+        lacks in prop::collection::vec(any::<bool>(), 24),
     ) {
-        came_from.iter_mut().zip(lacks).filter(|(_, lacks)| *lacks).for_each(|(origin, _)| *origin = None);
+        for (origin, _) in came_from.iter_mut().zip(lacks).filter(|(_, lacks)| *lacks) {
+            *origin = None;
+        }
         let there = carry(&source, &target, &came_from, &fill(&source, Some));
         prop_assert_eq!(there, fill(&target, |param| came_from[param.index()]));
     }

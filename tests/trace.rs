@@ -70,16 +70,17 @@ fn every_kind_of_event_is_written_with_the_fields_of_its_phase() {
     trace.async_span(row, "bucket 0", 9, (2_000, 3_000), Args::new());
     trace.instant(row, "step", 5_000, Args::new());
     trace.counter("bytes in flight", 6_000, 1024.0);
-    let shown = serde_json::json!({"last": "a \"b\"\n", "bytes": 1_u64 << 40, "ms": 0.5});
-    let id = "0x10000000009";
+    let args = serde_json::json!({"last": "a \"b\"\n", "bytes": 1_u64 << 40, "ms": 0.5});
+    let (name, cat, id) = ("bucket 0", "bucket", "0x10000000009");
+    let value = serde_json::json!({"value": 1024.0});
     assert_eq!(
         Value::from(events(&trace)),
         serde_json::json!([
-            {"name": "forward", "pid": 1, "tid": 1, "ph": "X", "ts": 1.5, "dur": 2.5, "args": shown},
-            {"name": "bucket 0", "pid": 1, "tid": 1, "ph": "b", "ts": 2.0, "cat": "bucket", "id": id},
-            {"name": "bucket 0", "pid": 1, "tid": 1, "ph": "e", "ts": 3.0, "cat": "bucket", "id": id},
-            {"name": "step", "pid": 1, "tid": 1, "ph": "i", "ts": 5.0, "s": "t"},
-            {"name": "bytes in flight", "pid": 1, "tid": 0, "ph": "C", "ts": 6.0, "args": {"value": 1024.0}},
+            {"pid": 1, "tid": 1, "ph": "X", "name": "forward", "ts": 1.5, "dur": 2.5, "args": args},
+            {"pid": 1, "tid": 1, "ph": "b", "name": name, "ts": 2.0, "cat": cat, "id": id},
+            {"pid": 1, "tid": 1, "ph": "e", "name": name, "ts": 3.0, "cat": cat, "id": id},
+            {"pid": 1, "tid": 1, "ph": "i", "name": "step", "ts": 5.0, "s": "t"},
+            {"pid": 1, "tid": 0, "ph": "C", "name": "bytes in flight", "ts": 6.0, "args": value},
         ])
     );
 }

@@ -12,6 +12,7 @@ __all__ = [
     "Buffer",
     "Finished",
     "Fragment",
+    "Hop",
     "LossScale",
     "Plan",
     "Reducer",
@@ -25,6 +26,8 @@ __all__ = [
 
 _Dtype = Literal["f32", "f16", "bf16", "f64"]
 _CommandKind = Literal["launch", "retire"]
+_Op = Literal["reduce_scatter", "all_reduce", "all_gather", "copy"]
+_Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
 
 @final
 class Bucket:
@@ -39,7 +42,7 @@ class Bucket:
         """Optimizer parameter group the bucket belongs to."""
     @property
     def wire(self) -> int:
-        """How its gradients travel: the number of a wire format."""
+        """How its gradients are encoded: the number of a wire format."""
     @property
     def params(self) -> list[int]:
         """Parameter ids in the order in which they lie in the buffer."""
@@ -53,6 +56,25 @@ class Bucket:
         """Padded length: a multiple of world x 128."""
     @property
     def shard_numel(self) -> int: ...
+    @property
+    def reduce_hops(self) -> list[Hop]:
+        """From a rank's own gradient to what its optimizer needs."""
+    @property
+    def publish_hops(self) -> list[Hop]:
+        """From a rank's updated shard to the parameters that it computes with."""
+
+@final
+class Hop:
+    """One collective of a bucket."""
+
+    @property
+    def op(self) -> _Op: ...
+    @property
+    def group(self) -> _Group:
+        """Whom with."""
+    @property
+    def wire(self) -> int | None:
+        """The number of the wire format; None is as it lies in memory."""
 
 @final
 class Fragment:

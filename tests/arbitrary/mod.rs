@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use zerort_core::{Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Stage, WireId};
+use zerort_core::{
+    Cap, Dtype, Group, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId,
+};
 
 /// A length: empty, scalar, small, or larger than most caps.
 pub fn numel() -> impl Strategy<Value = u64> {
@@ -33,14 +35,39 @@ pub fn cap() -> impl Strategy<Value = Cap> {
     prop_oneof![(1..20_000_u64).prop_map(Cap::Bytes), (1..5_000_u64).prop_map(Cap::Elements)]
 }
 
+/// Copies of a model state, hosts a copy, ranks a host.
+pub fn shape() -> impl Strategy<Value = (u32, u32, u32)> {
+    prop_oneof![(Just(1), Just(1), 1..=6_u32), (1..=3_u32, 1..=3_u32, 1..=3_u32)]
+}
+
+/// A mesh of that shape, over ranks in any order.
+pub fn mesh_of((copies, hosts, inner): (u32, u32, u32)) -> impl Strategy<Value = Mesh> {
+    let ranks: Vec<Rank> = (0..copies * hosts * inner).map(Rank).collect();
+    Just(ranks).prop_shuffle().prop_map(move |ranks| {
+        let hosts_of = |copy: &[Rank]| copy.chunks(inner as usize).map(<[Rank]>::to_vec).collect();
+        let copies: Vec<Vec<Vec<Rank>>> =
+            ranks.chunks((hosts * inner) as usize).map(hosts_of).collect();
+        Mesh::new(&copies).unwrap()
+    })
+}
+
+pub fn mesh() -> impl Strategy<Value = Mesh> {
+    shape().prop_flat_map(mesh_of)
+}
+
 /// A specification for `params`, everything else at random.
 pub fn spec_of(params: Vec<Param>) -> impl Strategy<Value = PlanSpec> {
-    (Just(params), 1..=6_u32, 0..=3_u8, cap(), prop::option::of(1..5_u32)).prop_map(
-        |(params, world, stage, cap, window)| {
+    (Just(params), mesh(), 0..=3_u8, cap(), prop::option::of(1..5_u32)).prop_map(
+        |(params, mesh, stage, cap, window)| {
             let rules = Stage::new(stage).unwrap().rules();
-            PlanSpec { params, world, rules, cap, window }
+            PlanSpec { params, mesh, rules, cap, window }
         },
     )
+}
+
+/// One rank for each shard, in the order of the shards.
+pub fn holders(plan: &Plan) -> impl Iterator<Item = Rank> {
+    (0..plan.mesh().size(Group::Shard)).map(|shard| plan.mesh().holder(shard))
 }
 
 pub fn spec() -> impl Strategy<Value = PlanSpec> {
@@ -56,9 +83,8 @@ pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
     let params =
         vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; n];
     let cap = Cap::Elements(16 * per_bucket as u64);
-    Arc::new(
-        Plan::new(PlanSpec { params, world: 2, rules: Stage::Two.rules(), cap, window }).unwrap(),
-    )
+    let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Two.rules());
+    Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap())
 }
 
 pub fn ids(ids: &[u32]) -> Vec<ParamId> {

@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
-CPU, CUDA, CUDA_HOST = 1, 2, 3
+CPU, CUDA, CUDA_HOST, ROCM, ROCM_HOST, ONE_API = 1, 2, 3, 10, 11, 14
 SIGNED, UNSIGNED, FLOAT, BFLOAT = 0, 1, 2, 4
 READ_ONLY = 1
 

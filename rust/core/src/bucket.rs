@@ -1,4 +1,4 @@
-//! Which parameters travel together.
+//! Which parameters are reduced together.
 //!
 //! One collective per parameter would pay the latency of a network thousands of times; one for all
 //! of them could only start when backward has ended. A bucket is the compromise: some megabytes of
@@ -26,7 +26,7 @@ pub struct Param {
     pub dtype: Dtype,
     /// The optimizer group it belongs to.
     pub group: GroupId,
-    /// How its gradient travels.
+    /// How its gradient is encoded.
     pub wire: WireId,
 }
 
@@ -66,7 +66,7 @@ pub struct Bucket {
     pub dtype: Dtype,
     /// Optimizer group of all its parameters.
     pub group: GroupId,
-    /// How the gradients of all its parameters travel.
+    /// How the gradients of all its parameters are encoded.
     pub wire: WireId,
     /// In the order in which they lie in the buffer.
     pub params: Vec<ParamId>,

@@ -34,7 +34,7 @@ impl fmt::Display for Command {
     }
 }
 
-/// A collective operation.
+/// What a hop does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     /// Every rank gets the whole sum.
@@ -43,4 +43,6 @@ pub enum Op {
     ReduceScatter,
     /// Every rank gets all shards.
     AllGather,
+    /// What the rank has goes to another memory of its own, such as the host's.
+    Copy,
 }

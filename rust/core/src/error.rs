@@ -20,6 +20,20 @@ pub enum PlanError {
     /// A job has at least one rank.
     #[error("the world must have at least one rank")]
     BadWorld,
+    /// The groups of a mesh differ in size.
+    #[error("every copy of the model state must have {hosts} hosts of {inner} ranks")]
+    UnevenMesh {
+        /// Hosts of the first copy.
+        hosts: usize,
+        /// Ranks of its first host.
+        inner: usize,
+    },
+    /// A mesh lists a rank twice, or one beyond the number of ranks that it lists.
+    #[error("rank {} is listed twice, or not below the number of ranks listed", .rank.0)]
+    RankNotOnce {
+        /// The rank.
+        rank: Rank,
+    },
     /// A bucket must be allowed to hold something.
     #[error("the cap of a bucket must be positive")]
     BadCap,
@@ -83,7 +97,11 @@ pub enum PlanError {
         bucket: BucketId,
     },
     /// A written-down bucket of several dtypes, optimizer groups or wire formats.
-    #[error("parameter {} has another dtype, group or wire format than the first of bucket {}", .param.0, .bucket.0)]
+    #[error(
+        "parameter {} has another dtype, group or wire format than the first of bucket {}",
+        .param.0,
+        .bucket.0
+    )]
     MixedBucket {
         /// The bucket.
         bucket: BucketId,
@@ -91,7 +109,11 @@ pub enum PlanError {
         param: ParamId,
     },
     /// A written-down parameter that reaches into its neighbour or out of its bucket.
-    #[error("parameter {} starts before its predecessor's end or ends behind bucket {}", .param.0, .bucket.0)]
+    #[error(
+        "parameter {} starts before its predecessor's end or ends behind bucket {}",
+        .param.0,
+        .bucket.0
+    )]
     Overlap {
         /// The bucket.
         bucket: BucketId,

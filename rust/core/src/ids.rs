@@ -13,7 +13,7 @@ pub struct BucketId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupId(pub u32);
 
-/// How gradients are encoded when they travel; what each number stands for is known where they are.
+/// How gradients are encoded on the wire; what each number stands for is known where that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WireId(pub u32);
 

@@ -4,8 +4,8 @@
 //! gradients. Before a step these must be summed over all processes: gigabytes, over a network,
 //! while the clock runs. Three ideas make that bearable.
 //!
-//! **Bucketed.** A collective has a fixed price, so gradients do not travel alone. A [`Bucket`] is
-//! a set of parameters that share one flat buffer and one collective. Backward makes gradients
+//! **Bucketed.** A collective has a fixed price, so gradients are not sent one by one. A [`Bucket`]
+//! is a set of parameters that share one flat buffer and one collective. Backward makes gradients
 //! roughly in reverse registration order, so buckets are filled in that order.
 //!
 //! **Overlapped.** A bucket leaves as soon as its last gradient has come, while backward still
@@ -24,21 +24,29 @@
 //! order is data. A [`Plan`] holds a [`Schedule`], the one list of [`Command`]s of a pass: `Launch
 //! b0`, `Launch b1`, `Retire b0`, ... It is the same on every rank, and [`Plan::digest`] proves it.
 //!
-//! The [`Reducer`] is a cursor into that list. It is told of each gradient and answers how far
+//! The [`Reducer`] is a cursor into that list. It is called for each gradient and answers how far
 //! along one may go now. So the order of arrival decides *when* a bucket leaves, and never *which*
-//! is next.
+//! is next. What a `Launch` starts is a list too: the [`Hops`] of the bucket, each a collective over
+//! a named [`Group`] of the [`Mesh`].
 //!
 //! # One step
 //!
 //! ```
 //! use std::sync::Arc;
-//! use zerort_core::{WireId, Cap, Dtype, GroupId, Param, ParamId, Plan, PlanSpec, Reducer, Stage};
+//! use zerort_core::{
+//!     Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId,
+//! };
 //!
-//! // Four parameters, two ranks, at most 1024 elements a bucket: p3 and p2 share b0, p1 and p0
-//! share b1. let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0)
-//! }; let rules = Stage::new(2)?.rules(); let spec = PlanSpec { params: vec![param; 4], world: 2,
-//! rules, cap: Cap::Elements(1024), window: Some(1) }; let plan = Arc::new(Plan::new(spec)?); let
-//! mut reducer = Reducer::new(Arc::clone(&plan));
+//! // Four parameters, two ranks, at most 1024 elements a bucket: b0 = {p3, p2}, b1 = {p1, p0}.
+//! let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
+//! let plan = Arc::new(Plan::new(PlanSpec {
+//!     params: vec![param; 4],
+//!     mesh: Mesh::flat(2)?,
+//!     rules: Stage::new(2)?.rules(),
+//!     cap: Cap::Elements(1024),
+//!     window: Some(1),
+//! })?);
+//! let mut reducer = Reducer::new(Arc::clone(&plan));
 //!
 //! // The first pass observes: everything is handed out at its end.
 //! reducer.begin()?;
@@ -47,11 +55,14 @@
 //! }
 //! assert_eq!(reducer.finish()?.hi, 4);
 //!
-//! // From then on communication overlaps. p1 comes early, but b0 is first in the list on every
-//! rank. reducer.begin()?; let answers = [3, 1, 2, 0].map(|id| reducer.grad_ready(ParamId(id)));
-//! assert_eq!(answers, [Ok(None), Ok(None), Ok(Some(2)), Ok(Some(4))]); let run: Vec<String> =
-//! plan.schedule().commands()[..2].iter().map(ToString::to_string).collect(); assert_eq!(run,
-//! ["Launch b0", "Retire b0"]); assert!(reducer.finish()?.absent.is_empty());
+//! // From then on communication overlaps: b0 leaves while b1's gradients are computed. p1 comes
+//! // early, but b0 is first in the list on every rank.
+//! reducer.begin()?;
+//! let answers = [3, 1, 2, 0].map(|id| reducer.grad_ready(ParamId(id)));
+//! assert_eq!(answers, [Ok(None), Ok(None), Ok(Some(2)), Ok(Some(4))]);
+//! let run = plan.schedule().commands()[..2].iter().map(ToString::to_string);
+//! assert!(run.eq(["Launch b0", "Retire b0"]));
+//! assert!(reducer.finish()?.absent.is_empty());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -66,9 +77,11 @@
 pub mod bucket;
 pub mod command;
 pub mod error;
+pub mod hop;
 pub mod ids;
 pub mod kernels;
 pub mod life;
+pub mod mesh;
 pub mod partition;
 pub mod plan;
 pub mod reducer;
@@ -81,8 +94,10 @@ pub mod trace;
 pub use bucket::{Bucket, Cap, Param};
 pub use command::{Command, Op};
 pub use error::{Phase, PlanError, StepError};
+pub use hop::{Hop, Hops};
 pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, WireId};
 pub use life::Life;
+pub use mesh::{Group, Mesh};
 pub use partition::{BucketLayout, Fragment, Partition};
 pub use plan::{Plan, PlanSpec};
 pub use reducer::{Explanation, Finished, Reducer};

@@ -9,7 +9,7 @@
 //! - **PAR-1** The fragments of all ranks tile the bucket's parameters: every element lies in
 //!   exactly one.
 //! - **PAR-2** The shards of a bucket are equal. Every parameter starts on 64 bytes and a bucket's
-//!   length is a multiple of world × 128 elements, so that no kernel meets another alignment or a
+//!   length is a multiple of shards × 128 elements, so that no kernel meets another alignment or a
 //!   scalar tail in another layout. (Both change the last bits of a result.) A bucket is never
 //!   empty, even if all its parameters are.
 //!
@@ -18,12 +18,12 @@
 
 use crate::bucket::{Bucket, Param};
 use crate::error::PlanError;
-use crate::ids::{BucketId, ParamId, Rank};
+use crate::ids::{BucketId, ParamId};
 
 /// Shards are multiples of this many elements.
 pub const SHARD_UNIT: u64 = 128;
 
-/// The layout of one bucket for one world size; all figures are in elements.
+/// The layout of one bucket for one number of shards; all figures are in elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
     offsets: Vec<u64>,
@@ -32,15 +32,15 @@ pub struct Partition {
     shard_numel: u64,
 }
 
-/// A parameter's part inside one rank's shard, in elements.
+/// A parameter's part inside one shard, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fragment {
     /// The parameter.
     pub param: ParamId,
     /// The bucket it lies in.
     pub bucket: BucketId,
-    /// The rank whose shard it is.
-    pub rank: Rank,
+    /// Number of the shard.
+    pub shard: u32,
     /// Where it starts in the flattened parameter.
     pub param_start: u64,
     /// Where it starts in the shard.
@@ -82,19 +82,19 @@ impl BucketLayout {
 
 impl Partition {
     /// Takes `layout` as it is, after checking that its parameters follow one another and that
-    /// `world` shards tile it.
+    /// `shards` shards tile it.
     pub(crate) fn restore(
         bucket: &Bucket,
         params: &[Param],
         layout: BucketLayout,
-        world: u32,
+        shards: u32,
     ) -> Result<Self, PlanError> {
         let BucketLayout { params: placed, numel } = layout;
         if numel == 0
-            || numel % u64::from(world) != 0
+            || numel % u64::from(shards) != 0
             || numel > i64::MAX as u64 / bucket.dtype.size()
         {
-            return Err(PlanError::UnevenBucket { bucket: bucket.id, numel, world });
+            return Err(PlanError::UnevenBucket { bucket: bucket.id, numel, world: shards });
         }
         let mut end = 0;
         for &(param, start) in &placed {
@@ -105,21 +105,21 @@ impl Partition {
         }
         let numels = placed.iter().map(|&(param, _)| params[param.index()].numel).collect();
         let offsets = placed.into_iter().map(|(_, start)| start).collect();
-        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(world) })
+        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(shards) })
     }
 
-    /// Lays `bucket` out for `world` ranks. `params` are all parameters, by id.
+    /// Lays `bucket` out for `shards` ranks. `params` are all parameters, by id.
     ///
     /// # Errors
-    /// [`PlanError::BadWorld`] for an empty world, [`PlanError::TooLarge`] when the buffer would
+    /// [`PlanError::BadWorld`] for no shard, [`PlanError::TooLarge`] when the buffer would
     /// exceed 2^63 - 1 bytes, [`PlanError::UnknownParam`] when the bucket holds a parameter that is
     /// not in `params`.
-    pub fn new(bucket: &Bucket, params: &[Param], world: u32) -> Result<Self, PlanError> {
-        if world == 0 {
+    pub fn new(bucket: &Bucket, params: &[Param], shards: u32) -> Result<Self, PlanError> {
+        if shards == 0 {
             return Err(PlanError::BadWorld);
         }
         let limit = i64::MAX as u64 / bucket.dtype.size();
-        let unit = u64::from(world) * SHARD_UNIT;
+        let unit = u64::from(shards) * SHARD_UNIT;
         let mut offsets = Vec::with_capacity(bucket.params.len());
         let mut numels = Vec::with_capacity(bucket.params.len());
         // The padded length after each parameter: the one that passes the limit is the one to name.
@@ -136,7 +136,7 @@ impl Partition {
             end = start + param.numel;
             numel = padded;
         }
-        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(world) })
+        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(shards) })
     }
 
     /// Start of each of the bucket's parameters.
@@ -159,16 +159,16 @@ impl Partition {
         self.shard_numel
     }
 
-    /// The fragments in `rank`'s shard, in the order in which they lie there; none for a rank
-    /// beyond the world.
+    /// The fragments in shard number `shard`, in the order in which they lie there; none beyond the
+    /// last.
     ///
     /// `bucket` must be the one that was laid out.
     pub fn fragments<'a>(
         &'a self,
         bucket: &'a Bucket,
-        rank: Rank,
+        shard: u32,
     ) -> impl Iterator<Item = Fragment> + 'a {
-        let lo = u64::from(rank.0).saturating_mul(self.shard_numel);
+        let lo = u64::from(shard).saturating_mul(self.shard_numel);
         let hi = lo.saturating_add(self.shard_numel);
         // The last parameter that starts at or before the shard is the first that can reach into
         // it.
@@ -180,7 +180,7 @@ impl Partition {
                 let length =
                     (start + numel).min(hi).checked_sub(from).filter(|&length| length > 0)?;
                 let (param_start, shard_start) = (from - start, from - lo);
-                Some(Fragment { param, bucket: bucket.id, rank, param_start, shard_start, length })
+                Some(Fragment { param, bucket: bucket.id, shard, param_start, shard_start, length })
             },
         )
     }

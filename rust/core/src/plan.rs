@@ -4,8 +4,8 @@
 //! specification hold the same plan, and [`Plan::digest`] proves it with one integer. It has two
 //! parts:
 //!
-//! - the *layout*: rules, buckets, partitions. Buffers and optimizer state follow from it, so it
-//!   never changes.
+//! - the *layout*: rules, mesh, buckets, partitions, hops. Buffers and optimizer state follow from
+//!   it, so it never changes.
 //! - the *launch order*: the [`Schedule`]. An observed order of arrival may change it, which moves
 //!   no data; plans that differ in it alone share their layout and have the same
 //!   [`Plan::layout_digest`].
@@ -17,9 +17,11 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::bucket::{Bucket, Cap, Param, assign};
-use crate::command::Command;
+use crate::command::{Command, Op};
 use crate::error::PlanError;
+use crate::hop::{Hop, Hops};
 use crate::ids::{BucketId, Dtype, ParamId, Rank};
+use crate::mesh::{Group, Mesh};
 use crate::partition::{BucketLayout, Fragment, Partition};
 use crate::schedule::Schedule;
 use crate::stage::{Placement, Rules};
@@ -29,8 +31,8 @@ use crate::stage::{Placement, Rules};
 pub struct PlanSpec {
     /// All parameters, in registration order.
     pub params: Vec<Param>,
-    /// Number of ranks.
-    pub world: u32,
+    /// The ranks, and which of them belong together.
+    pub mesh: Mesh,
     /// Where things live.
     pub rules: Rules,
     /// How long a bucket may become.
@@ -50,11 +52,12 @@ pub struct Plan {
 #[derive(Debug)]
 struct Layout {
     params: Vec<Param>,
-    world: u32,
+    mesh: Mesh,
     rules: Rules,
     window: u32,
     buckets: Vec<Bucket>,
     partitions: Vec<Partition>,
+    hops: Vec<Hops>,
     /// Bucket of each parameter and its position there.
     homes: Vec<(BucketId, u32)>,
     digest: u64,
@@ -68,13 +71,14 @@ impl Plan {
     pub fn new(spec: PlanSpec) -> Result<Self, PlanError> {
         check(&spec)?;
         let buckets = assign(&spec.params, spec.cap);
-        let partition = |bucket| Partition::new(bucket, &spec.params, spec.world);
+        let shards = spec.mesh.size(Group::Shard);
+        let partition = |bucket| Partition::new(bucket, &spec.params, shards);
         let partitions = buckets.iter().map(partition).collect::<Result<Vec<_>, _>>()?;
         Ok(Self::laid_out(spec, buckets, partitions))
     }
 
-    /// The plan whose layout was written down as `layouts`, by this planner or another; launches
-    /// follow layout order.
+    /// The plan whose layout was written down as `layouts`, by this planner or another, for one
+    /// model state over `world` ranks; launches follow layout order.
     ///
     /// Nothing is assigned anew, so a layout outlives the planner that made it. It may break
     /// PAR-2's alignments, which concern kernels, but nothing that moving data relies on.
@@ -89,7 +93,8 @@ impl Plan {
         world: u32,
         rules: Rules,
     ) -> Result<Self, PlanError> {
-        let spec = PlanSpec { params, world, rules, cap: Cap::Bytes(u64::MAX), window: None };
+        let mesh = Mesh::flat(world)?;
+        let spec = PlanSpec { params, mesh, rules, cap: Cap::Bytes(u64::MAX), window: None };
         check(&spec)?;
         check_once(&layouts, spec.params.len())?;
         let mut buckets = Vec::with_capacity(layouts.len());
@@ -106,9 +111,10 @@ impl Plan {
         let homes = homes(&buckets, spec.params.len());
         let all = buckets.len() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
-        let PlanSpec { params, world, rules, .. } = spec;
+        let PlanSpec { params, mesh, rules, .. } = spec;
+        let hops = buckets.iter().map(|bucket| Hops::new(rules, &mesh, bucket.wire)).collect();
         let mut layout =
-            Layout { params, world, rules, window, buckets, partitions, homes, digest: 0 };
+            Layout { params, mesh, rules, window, buckets, partitions, hops, homes, digest: 0 };
         layout.digest = layout.hash();
         let order: Vec<BucketId> = layout.buckets.iter().map(|bucket| bucket.id).collect();
         Self::with_order(Arc::new(layout), &order)
@@ -151,9 +157,14 @@ impl Plan {
         &self.layout.params
     }
 
+    /// The ranks, and which of them belong together.
+    pub fn mesh(&self) -> &Mesh {
+        &self.layout.mesh
+    }
+
     /// Number of ranks.
     pub fn world(&self) -> u32 {
-        self.layout.world
+        self.layout.mesh.world()
     }
 
     /// Where things live.
@@ -192,6 +203,15 @@ impl Plan {
             .ok_or(PlanError::UnknownBucket { bucket: id, buckets })
     }
 
+    /// The collectives of a bucket.
+    ///
+    /// # Errors
+    /// [`PlanError::UnknownBucket`].
+    pub fn hops(&self, id: BucketId) -> Result<&Hops, PlanError> {
+        let buckets = self.layout.buckets.len();
+        self.layout.hops.get(id.index()).ok_or(PlanError::UnknownBucket { bucket: id, buckets })
+    }
+
     /// The bucket a parameter lies in, and where it starts there, in elements.
     ///
     /// # Errors
@@ -216,11 +236,8 @@ impl Plan {
         bucket: BucketId,
         rank: Rank,
     ) -> Result<impl Iterator<Item = Fragment> + '_, PlanError> {
-        let world = self.layout.world;
-        if rank.0 >= world {
-            return Err(PlanError::UnknownRank { rank, world });
-        }
-        Ok(self.partition(bucket)?.fragments(self.bucket(bucket)?, rank))
+        let shard = self.layout.mesh.position(Group::Shard, rank)?;
+        Ok(self.partition(bucket)?.fragments(self.bucket(bucket)?, shard))
     }
 
     /// The static list of a pass.
@@ -228,7 +245,8 @@ impl Plan {
         &self.schedule
     }
 
-    /// Hash of everything: layout, rules, launch order, window. The same on every platform.
+    /// Hash of everything: layout, rules, mesh, hops, launch order, window. The same on every
+    /// platform.
     pub fn digest(&self) -> u64 {
         self.digest
     }
@@ -247,9 +265,6 @@ fn check(spec: &PlanSpec) -> Result<(), PlanError> {
     }
     if u32::try_from(count).is_err() {
         return Err(PlanError::TooManyParameters { count });
-    }
-    if spec.world == 0 {
-        return Err(PlanError::BadWorld);
     }
     if matches!(spec.cap, Cap::Bytes(0) | Cap::Elements(0)) {
         return Err(PlanError::BadCap);
@@ -288,8 +303,9 @@ fn homes(buckets: &[Bucket], params: usize) -> Vec<(BucketId, u32)> {
 
 impl Layout {
     fn hash(&self) -> u64 {
-        let mut hash = Digest::new(b"zerort layout 1");
-        hash.words([u64::from(self.world), rules_code(self.rules), self.params.len() as u64]);
+        let mut hash = Digest::new(b"zerort layout 2");
+        hash.mesh(&self.mesh);
+        hash.words([rules_code(self.rules), self.params.len() as u64]);
         for param in &self.params {
             hash.words([
                 param.numel,
@@ -298,11 +314,14 @@ impl Layout {
                 u64::from(param.wire.0),
             ]);
         }
-        for (bucket, partition) in self.buckets.iter().zip(&self.partitions) {
+        for ((bucket, partition), hops) in self.buckets.iter().zip(&self.partitions).zip(&self.hops)
+        {
             hash.words([bucket.params.len() as u64, partition.numel()]);
             for (param, &offset) in bucket.params.iter().zip(partition.offsets()) {
                 hash.words([u64::from(param.0), offset]);
             }
+            hash.hops(&hops.reduce);
+            hash.hops(&hops.publish);
         }
         hash.finish()
     }
@@ -335,6 +354,23 @@ impl Digest {
         self.0.update(words.map(u64::to_le_bytes).as_flattened());
     }
 
+    /// Sizes, and who stands where: every other group follows.
+    fn mesh(&mut self, mesh: &Mesh) {
+        let sizes = [Group::Shard, Group::Replica, Group::Outer].map(|group| mesh.size(group));
+        self.words(sizes.map(u64::from));
+        for rank in mesh.ranks() {
+            self.words([u64::from(rank.0)]);
+        }
+    }
+
+    fn hops(&mut self, hops: &[Hop]) {
+        self.words([hops.len() as u64]);
+        for hop in hops {
+            let wire = hop.wire.map_or(0, |wire| 1 + u64::from(wire.0));
+            self.words([op_code(hop.op), group_code(hop.group), wire]);
+        }
+    }
+
     fn finish(self) -> u64 {
         self.0.digest()
     }
@@ -347,6 +383,26 @@ const fn dtype_code(dtype: Dtype) -> u64 {
         Dtype::F16 => 1,
         Dtype::BF16 => 2,
         Dtype::F64 => 3,
+    }
+}
+
+const fn op_code(op: Op) -> u64 {
+    match op {
+        Op::ReduceScatter => 0,
+        Op::AllReduce => 1,
+        Op::AllGather => 2,
+        Op::Copy => 3,
+    }
+}
+
+const fn group_code(group: Group) -> u64 {
+    match group {
+        Group::Shard => 0,
+        Group::Replica => 1,
+        Group::Inner => 2,
+        Group::Outer => 3,
+        Group::Job => 4,
+        Group::Own => 5,
     }
 }
 

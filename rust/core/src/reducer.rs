@@ -1,26 +1,27 @@
 //! The cursor for gradients: how far along the schedule one may go now.
 //!
-//! Autograd tells the reducer about each gradient as it is accumulated. The reducer answers with
-//! nothing, nearly always, or with `hi`: every command of the schedule below `hi` may run. What
-//! runs, and how, is somebody else's business; so is time.
+//! A hook of autograd's calls [`Reducer::grad_ready`] for each gradient that has been accumulated.
+//! The answer is None, nearly always, or `hi`: every command of the schedule below `hi` may run.
+//! What runs, and how, is somebody else's business; so is time.
 //!
 //! ```text
-//! phase    Idle ── begin ──> Observing ── finish ──> Idle       a pass with a parameter that is new: it learns
-//!          Idle ── begin ──> Backward  ── finish ──> Idle       every other pass
-//!          Idle ── arm ──> Armed ── first gradient ──> Idle      somebody else's backward has come; begin or disarm
+//! phase    Idle ── begin ──> Observing ── finish ──> Idle    a pass with a parameter that is new
+//!          Idle ── begin ──> Backward  ── finish ──> Idle    every other pass
+//!          Idle ── arm ──> Armed ── first gradient ──> Idle  a backward has begun; begin or disarm
 //!
-//! bucket   Filling{missing} ─ last gradient ─> Full ─ cursor passes Launch ─> InFlight ─ cursor passes Retire ─> Reduced
-//!              ^                                                                                                   │
-//!              └────────────────────────────────────────── begin ──────────────────────────────────────────────────┘
+//! bucket   Filling{missing} ── last gradient ──> Full
+//!          Full             ── cursor passes Launch ──> InFlight
+//!          InFlight         ── cursor passes Retire ──> Reduced
+//!          Reduced          ── begin ──> Filling{missing}
 //! ```
 //!
 //! - **RED-1** The ranges handed out in a pass are consecutive and tile the schedule, whatever
 //!   order gradients arrive in: a range begins where the one before ended.
 //! - **RED-2** A `Launch` is handed out only when its bucket is full, or when the pass ends. Full
 //!   means that every watched parameter of it has fired as often as learnt.
-//! - **RED-3** A gradient that comes after its bucket left is named at the end of the pass, if it
-//!   is told of. It is neither dropped nor does it overwrite anything: autograd keeps it in
-//!   `.grad`, and a later pass takes it.
+//! - **RED-3** A gradient that comes after its bucket was launched is named at the end of the pass,
+//!   if `grad_ready` was called for it. It is neither dropped nor does it overwrite anything:
+//!   autograd keeps it in `.grad`, and a later pass takes it.
 //! - **RED-4** [`Reducer::finish`] hands out the rest and names the watched parameters that never
 //!   came.
 //! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not
@@ -29,27 +30,38 @@
 //! # What is learnt
 //!
 //! Most parameters fire once a pass, but a module reused under reentrant checkpointing fires once
-//! for each use, and its bucket must not leave before the last one. So the first pass only
+//! for each use, and its bucket must not be launched before the last one. So the first pass only
 //! observes: it hands out nothing before its end, counts how often each parameter fires, and keeps
 //! the order in which they fired last, from which [`Plan::reordered`] makes a better launch order.
 //! A pass observes again when the one before had no arrivals at all, which teaches nothing, or when
 //! [`Reducer::set_active`] has let a parameter in that no observing pass has had.
 //!
-//! A parameter that fires more often than learnt is no problem while its bucket has not left, and
-//! late afterwards.
+//! A parameter that fires more often than learnt is no problem while its bucket has not been
+//! launched, and late afterwards.
 //!
 //! # Sentinels
 //!
-//! Being told of a gradient is what costs, so one may ask to be told of few
-//! ([`Reducer::post_sentinels`]). Of a bucket all of whose parameters came in the observing pass
-//! only the one that came last is then *watched*, its sentinel; when it has fired as often as
-//! learnt, the bucket counts as full. A bucket of which something did not come has nobody to vouch
-//! for it, and all of it stays watched; so does everything in a pass that observes.
+//! A hook costs more than all that is done in it, so there should be few. With
+//! [`Reducer::post_sentinels`] a bucket has one: on its *sentinel*, the parameter whose gradient
+//! came last in the observing pass. Only the sentinel is then *watched*, and when it has fired as
+//! often as learnt, the bucket counts as full.
 //!
-//! A sentinel may be wrong: gradients may come in another order than they did. What protects them
-//! is outside, in `.grad`: whoever runs a Launch takes what is there, and finds what came
-//! afterwards (RED-3). A bucket never leaves later for having a sentinel: with all of it watched,
-//! it would wait for that parameter too.
+//! Every active parameter is watched, and has a hook, where no sentinel can stand for the others:
+//!
+//! - in a pass that observes;
+//! - of a bucket of which something did not come in the observing pass, because it is not known
+//!   what comes last there;
+//! - after [`Reducer::dismiss_sentinels`].
+//!
+//! A sentinel may be wrong: in a later pass gradients may come in another order. What then protects
+//! a gradient is not in this crate. Whoever runs a Launch first looks into `.grad` of the whole
+//! bucket and waits where something is missing; what comes after the Launch stays in `.grad`, is
+//! found at the end of the pass, and is reduced in one more pass on all ranks (RED-3). So a wrong
+//! sentinel costs time and never a gradient. Nor is a bucket ever launched later for having one:
+//! with all of it watched, it would wait for that parameter too.
+//!
+//! Freezing a sentinel passes its duty to the parameter that came before it. Sentinels may differ
+//! from rank to rank: the schedule decides the order of launches, and they only when.
 
 mod state;
 
@@ -146,8 +158,7 @@ impl Reducer {
         Ok(())
     }
 
-    /// From now on one parameter stands for all of its bucket, where it is known which one comes
-    /// last.
+    /// From now on a bucket's [sentinel](self#sentinels) alone is watched, where it has one.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -170,7 +181,7 @@ impl Reducer {
     }
 
     /// The parameters that are waited for, in the pass under way or the next one:
-    /// [`Reducer::grad_ready`] need not be told of any other.
+    /// [`Reducer::grad_ready`] need not be called for any other.
     pub fn watched(&self) -> impl Iterator<Item = ParamId> + '_ {
         self.ids_where(Slot::is_watched)
     }
@@ -213,10 +224,10 @@ impl Reducer {
         Ok(())
     }
 
-    /// Asks to be told of the next gradient that arrives outside a pass.
+    /// Answers the next gradient that arrives outside a pass.
     ///
-    /// A backward that nobody has announced begins so: autograd does not say beforehand whether it
-    /// accumulates gradients or only computes some.
+    /// So begins a backward that the engine was not asked for: autograd does not say beforehand
+    /// whether it accumulates gradients or only computes some.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -238,8 +249,8 @@ impl Reducer {
     /// `hi` may run now.
     ///
     /// Outside a pass nothing is handed out and nothing is kept: autograd has the gradient in
-    /// `.grad`, where a later pass finds it. Armed, the answer is 0, once: begin a pass, and tell
-    /// of this gradient again.
+    /// `.grad`, where a later pass finds it. Armed, the answer is 0, once: begin a pass, and call
+    /// again for this gradient.
     ///
     /// # Errors
     /// [`StepError::UnknownParam`].
@@ -282,7 +293,7 @@ impl Reducer {
             let index = slot.bucket.index();
             match self.buckets[index] {
                 State::Filling { .. } => {
-                    Life::note(&mut self.life[index], slot.bucket, param, now_ns)
+                    Life::note(&mut self.life[index], slot.bucket, param, now_ns);
                 }
                 State::Full | State::InFlight | State::Reduced => {}
             }

@@ -89,7 +89,8 @@ fn cut(
     while position < end {
         let source_start = position % shard_numel;
         let length = (shard_numel - source_start).min(end - position);
-        let source_rank = Rank((position / shard_numel) as u32);
+        let shard = (position / shard_numel) as u32;
+        let source_rank = source.mesh().holder(shard);
         segments.push(Segment { start, source_rank, source_bucket, source_start, length });
         position += length;
         start += length;

@@ -6,11 +6,11 @@
 //! Hysteresis forgives that many overflows less one before a cut.
 //!
 //! ```text
-//!                      hysteresis left > 1                   hysteresis left = 1
-//!  overflow ──────────► one forgiven, scale kept    ─────────► scale / factor, not below the minimum
-//!                                                              already at the minimum: AtMinimum
-//!  clean ── after a whole window of clean ones ──────────────► scale x factor, hysteresis restored
-//!        └─ any other ───────────────────────────────────────► nothing; with `consecutive`, hysteresis restored
+//!  overflow, hysteresis left > 1 ──────────────► one forgiven, scale kept
+//!  overflow, hysteresis left = 1 ──────────────► scale / factor, not below the minimum
+//!                                                already at the minimum: AtMinimum
+//!  clean, behind a whole window of clean ones ─► scale x factor, hysteresis restored
+//!  clean, any other ───────────────────────────► nothing; with `consecutive`, hysteresis restored
 //! ```
 //!
 //! Guarantees: the same updates give the same scale on every rank, bit for bit; the scale is always
@@ -19,8 +19,8 @@
 //! overflow cuts. A window is complete when `window` clean boundaries lie *before* this one, so the
 //! scale grows at the next. These are `DeepSpeed`'s rules, to the step.
 //!
-//! It does not look at gradients, skip steps or log: it is told of an overflow that all ranks have
-//! agreed upon.
+//! It does not look at gradients, skip steps or log: whether there was an overflow is an argument,
+//! and the caller sees to it that all ranks give the same.
 
 use thiserror::Error;
 

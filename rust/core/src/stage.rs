@@ -10,7 +10,6 @@
 //! |     2 | sharded         | sharded    | replicated |
 //! |     3 | sharded         | sharded    | sharded    |
 
-use crate::command::Op;
 use crate::error::PlanError;
 
 /// Where a tensor lives.
@@ -63,7 +62,8 @@ impl Stage {
     }
 }
 
-/// The three placements, and what follows from them.
+/// The three placements, and what follows from them. Which collectives they ask for is said in
+/// [`crate::hop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rules {
     /// Optimizer state and master weights.
@@ -75,13 +75,13 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Whether gradients travel at every micro-batch, because no rank may keep them whole, or only
-    /// at the boundary.
+    /// Whether gradients are reduced at every micro-batch, because no rank may keep them whole, or
+    /// only at the boundary.
     pub fn reduces_every_micro_batch(self) -> bool {
         self.gradient == Placement::Sharded
     }
 
-    /// Whether reduced gradients come back whole, because every rank updates everything.
+    /// Whether reduced gradients are gathered, because every rank updates everything.
     pub fn gathers_gradient(self) -> bool {
         self.optimizer == Placement::Replicated
     }
@@ -89,10 +89,5 @@ impl Rules {
     /// Whether updated parameters are published to all ranks after a step.
     pub fn gathers_parameter(self) -> bool {
         self.optimizer == Placement::Sharded && self.parameter == Placement::Replicated
-    }
-
-    /// The collective that a `Launch` of gradients starts.
-    pub fn reduce_op(self) -> Op {
-        if self.gathers_gradient() { Op::AllReduce } else { Op::ReduceScatter }
     }
 }

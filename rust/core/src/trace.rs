@@ -175,11 +175,9 @@ impl Trace {
     ///
     /// Whatever `out` answers.
     pub fn write(&self, mut out: impl io::Write) -> io::Result<()> {
-        write!(
-            out,
-            "{{\"displayTimeUnit\":\"ms\",\"otherData\":{{\"rank\":{},\"dropped\":{}}},\"traceEvents\":[",
-            self.rank.0, self.dropped
-        )?;
+        let (rank, dropped) = (self.rank.0, self.dropped);
+        write!(out, "{{\"displayTimeUnit\":\"ms\",\"otherData\":")?;
+        write!(out, "{{\"rank\":{rank},\"dropped\":{dropped}}},\"traceEvents\":[")?;
         let mut separator = "\n";
         for line in self.names().chain(self.lines()) {
             out.write_all(separator.as_bytes())?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
-use zerort_core::{BucketId, ParamId};
+use zerort_core::{BucketId, Group, ParamId, Rank};
 
 use crate::descriptor::ElementType;
 use crate::dlpack::Memory;
@@ -39,7 +39,7 @@ impl Layout {
     /// Believes that `memory` holds the bucket if it is as long, aligned, and of numbers.
     ///
     /// The dtype may be another than the bucket's: an accumulator is fp32, whatever its gradients
-    /// travel in.
+    /// are sent in.
     fn new(plan: &Plan, bucket: i64, memory: &Memory) -> PyResult<Self> {
         let bucket = BucketId(number("bucket", bucket).map_err(LayoutError::new_err)?);
         let plan = Arc::clone(plan.inner());
@@ -150,15 +150,10 @@ impl Buffer {
 
     fn shard(&self, rank: i64) -> PyResult<Self> {
         let Layout { plan, bucket } = self.layout()?;
-        let rank = number("rank", rank).map_err(LayoutError::new_err)?;
-        if rank >= plan.world() {
-            let world = plan.world();
-            return Err(LayoutError::new_err(format!(
-                "unknown rank {rank}: the plan is for a world of {world}"
-            )));
-        }
+        let rank = Rank(number("rank", rank).map_err(LayoutError::new_err)?);
+        let shard = plan.mesh().position(Group::Shard, rank).map_err(refused)?;
         let length = plan.partition(*bucket).map_err(refused)?.shard_numel();
-        self.part(u64::from(rank) * length, length)
+        self.part(u64::from(shard) * length, length)
     }
 
     /// The whole of one parameter in a bucket's buffer.

@@ -17,21 +17,23 @@ pub struct Device {
 
 impl Device {
     pub const CPU: i32 = 1;
-    pub const CUDA: i32 = 2;
     pub const CUDA_HOST: i32 = 3;
+    pub const ROCM_HOST: i32 = 11;
 
-    /// Whether a CPU may follow a pointer into the memory.
+    /// Whether a CPU may follow a pointer into the memory. Any other kind is opaque: described and
+    /// passed on.
     pub const fn is_host(self) -> bool {
-        matches!(self.kind, Self::CPU | Self::CUDA_HOST)
+        matches!(self.kind, Self::CPU | Self::CUDA_HOST | Self::ROCM_HOST)
     }
 
     fn check(self) -> PyResult<()> {
-        match self.kind {
-            Self::CPU | Self::CUDA | Self::CUDA_HOST => Ok(()),
-            kind => Err(LayoutError::new_err(format!(
-                "the device must be CPU (1), CUDA (2) or CUDA host (3); got DLPack device type {kind}"
-            ))),
+        if self.kind > 0 {
+            return Ok(());
         }
+        Err(LayoutError::new_err(format!(
+            "a device type is a positive number; got DLPack device type {}",
+            self.kind
+        )))
     }
 }
 
@@ -86,7 +88,8 @@ impl ElementType {
             (FLOAT, 64, 1) => Ok(Self::F64),
             (BFLOAT, 16, 1) => Ok(Self::BF16),
             _ => Err(LayoutError::new_err(format!(
-                "the dtype must be fp32, fp16, bf16, fp64 or uint8; got DLPack type code {code} of {bits} bits, {lanes} lanes"
+                "the dtype must be fp32, fp16, bf16, fp64 or uint8; got DLPack type code {code} of \
+                 {bits} bits, {lanes} lanes"
             ))),
         }
     }

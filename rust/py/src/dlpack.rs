@@ -24,9 +24,10 @@
 //! # Limitations
 //!
 //! * Others that write during a kernel are not noticed (see [`crate::borrow`]).
-//! * CUDA memory is described and passed on, never touched. No work is enqueued on it here, so an
-//!   import asks for no stream order and an export has none to add: whoever wrote last must be
-//!   ordered before whoever reads next, exactly as if the tensor had been passed directly.
+//! * Memory of an accelerator, of whatever kind, is described and passed on, never touched. No work
+//!   is enqueued on it here, so an import asks for no stream order and an export has none to add:
+//!   whoever wrote last must be ordered before whoever reads next, exactly as if the tensor had been
+//!   passed directly.
 
 use std::ptr::{self, NonNull};
 use std::slice;
@@ -213,7 +214,9 @@ impl Memory {
     fn hold(&self, access: Access) -> PyResult<Hold> {
         if !self.device().is_host() {
             return Err(LayoutError::new_err(format!(
-                "CUDA buffer given to a CPU kernel (device {})",
+                "a buffer that is not in host memory was given to a CPU kernel: DLPack device type \
+                 {}, device {}",
+                self.device().kind,
                 self.device().id
             )));
         }
@@ -267,9 +270,9 @@ fn request<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
 }
 
 fn ask<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
-    let (device, _): (i32, i32) = source.call_method0("__dlpack_device__")?.extract()?;
+    let (kind, id): (i32, i32) = source.call_method0("__dlpack_device__")?.extract()?;
     let options = PyDict::new(source.py());
-    if device == Device::CUDA {
+    if !(Device { kind, id }).is_host() {
         options.set_item("stream", -1)?;
     }
     options.set_item("max_version", (1, 0))?;

@@ -38,7 +38,8 @@ pub fn reduce(
             Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,
             Sums::F32(_) | Sums::F64(_) | Sums::Other(_),
         ) => Err(LayoutError::new_err(format!(
-            "fp32, bf16 and fp16 are summed in fp32, fp64 in fp64; got {} chunks and a {} accumulator",
+            "fp32, bf16 and fp16 are summed in fp32, fp64 in fp64; got {} chunks and a {} \
+             accumulator",
             chunks.memory().dtype().name(),
             accum.memory().dtype().name()
         ))),

@@ -39,6 +39,8 @@ mod _core {
     #[pymodule_export]
     use super::plan::Fragment;
     #[pymodule_export]
+    use super::plan::Hop;
+    #[pymodule_export]
     use super::plan::Plan;
     #[pymodule_export]
     use super::reducer::Finished;

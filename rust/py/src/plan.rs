@@ -1,11 +1,11 @@
-//! `Plan`, `Bucket` and `Fragment`: the core's planning nouns, read-only.
+//! `Plan`, `Bucket`, `Hop` and `Fragment`: the core's planning nouns, read-only.
 
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Param, ParamId, Partition, Placement,
-    PlanSpec, Rank, Rules, Stage, WireId,
+    BucketId, BucketLayout, Cap, Command, Dtype, Group, GroupId, Hops, Mesh, Op, Param, ParamId,
+    Partition, Placement, PlanSpec, Rank, Rules, Stage, WireId,
 };
 
 use crate::errors::PlanError;
@@ -60,9 +60,10 @@ impl Plan {
                 ));
             }
         };
+        let world = number("world", world).map_err(PlanError::new_err)?;
         let spec = PlanSpec {
             params: params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?,
-            world: number("world", world).map_err(PlanError::new_err)?,
+            mesh: Mesh::flat(world).map_err(refused)?,
             rules,
             cap,
             window: window
@@ -233,15 +234,17 @@ pub const fn kind(command: Command) -> &'static str {
 /// Parameters reduced together in one flat buffer; all offsets and lengths are in elements.
 #[pyclass(frozen, module = "zerort._core")]
 pub struct Bucket {
-    bucket: zerort_core::Bucket,
+    inner: zerort_core::Bucket,
     partition: Partition,
+    hops: Hops,
 }
 
 impl Bucket {
     fn of(plan: &zerort_core::Plan, id: BucketId) -> PyResult<Self> {
-        let bucket = plan.bucket(id).map_err(refused)?.clone();
+        let inner = plan.bucket(id).map_err(refused)?.clone();
         let partition = plan.partition(id).map_err(refused)?.clone();
-        Ok(Self { bucket, partition })
+        let hops = plan.hops(id).map_err(refused)?.clone();
+        Ok(Self { inner, partition, hops })
     }
 }
 
@@ -249,30 +252,30 @@ impl Bucket {
 impl Bucket {
     #[getter]
     fn id(&self) -> u32 {
-        self.bucket.id.0
+        self.inner.id.0
     }
 
     #[getter]
     fn dtype(&self) -> &'static str {
-        dtype_name(self.bucket.dtype)
+        dtype_name(self.inner.dtype)
     }
 
     /// Optimizer parameter group the bucket belongs to.
     #[getter]
     fn group(&self) -> u32 {
-        self.bucket.group.0
+        self.inner.group.0
     }
 
-    /// How its gradients travel.
+    /// How its gradients are encoded.
     #[getter]
     fn wire(&self) -> u32 {
-        self.bucket.wire.0
+        self.inner.wire.0
     }
 
     /// Parameter ids in the order in which they lie in the buffer.
     #[getter]
     fn params(&self) -> Vec<u32> {
-        self.bucket.params.iter().map(|param| param.0).collect()
+        self.inner.params.iter().map(|param| param.0).collect()
     }
 
     /// Start of each parameter of `params`; every one is on 64 bytes.
@@ -295,6 +298,54 @@ impl Bucket {
     #[getter]
     fn shard_numel(&self) -> u64 {
         self.partition.shard_numel()
+    }
+
+    /// From a rank's own gradient to what its optimizer needs.
+    #[getter]
+    fn reduce_hops(&self) -> Vec<Hop> {
+        self.hops.reduce.iter().copied().map(Hop).collect()
+    }
+
+    /// From a rank's updated shard to the parameters that it computes with.
+    #[getter]
+    fn publish_hops(&self) -> Vec<Hop> {
+        self.hops.publish.iter().copied().map(Hop).collect()
+    }
+}
+
+/// One collective of a bucket.
+#[pyclass(frozen, module = "zerort._core")]
+pub struct Hop(zerort_core::Hop);
+
+#[pymethods]
+impl Hop {
+    #[getter]
+    fn op(&self) -> &'static str {
+        match self.0.op {
+            Op::ReduceScatter => "reduce_scatter",
+            Op::AllReduce => "all_reduce",
+            Op::AllGather => "all_gather",
+            Op::Copy => "copy",
+        }
+    }
+
+    /// Whom with.
+    #[getter]
+    fn group(&self) -> &'static str {
+        match self.0.group {
+            Group::Shard => "shard",
+            Group::Replica => "replica",
+            Group::Inner => "inner",
+            Group::Outer => "outer",
+            Group::Job => "job",
+            Group::Own => "own",
+        }
+    }
+
+    /// The number of the wire format; None is as it lies in memory.
+    #[getter]
+    fn wire(&self) -> Option<u32> {
+        self.0.wire.map(|wire| wire.0)
     }
 }
 

@@ -51,8 +51,7 @@ impl Reducer {
         self.lock().set_active(&active).map_err(refused)
     }
 
-    /// From now on one parameter stands for all of its bucket, where it is known which comes last.
-    /// Only between passes.
+    /// From now on a bucket's sentinel alone is watched, where it has one. Only between passes.
     fn post_sentinels(&self) -> PyResult<()> {
         self.lock().post_sentinels().map_err(refused)
     }
@@ -62,7 +61,7 @@ impl Reducer {
         self.lock().dismiss_sentinels().map_err(refused)
     }
 
-    /// The parameters that `grad_ready` must be told of, in the pass under way or the next one.
+    /// The parameters that `grad_ready` must be called for, in the pass under way or the next one.
     #[getter]
     fn watched(&self) -> Vec<u32> {
         self.lock().watched().map(|param| param.0).collect()

@@ -68,6 +68,32 @@ class TestPlan:
         assert covered == {param: numel for param, (numel, *_) in enumerate(PARAMS)}
 
     @pytest.mark.parametrize(
+        ("stage", "reduce", "publish"),
+        [
+            (0, ["reduce_scatter", "all_gather"], []),
+            (1, ["reduce_scatter"], ["all_gather"]),
+            (2, ["reduce_scatter"], ["all_gather"]),
+            (3, ["reduce_scatter"], []),
+        ],
+    )
+    def test_the_hops_of_a_bucket_follow_from_the_stage(
+        self, stage: int, reduce: list[str], publish: list[str]
+    ) -> None:
+        made = plan(stage=stage, params=[*PARAMS[:-1], (5000, "f32", 0, 2)])
+        for bucket in made.buckets:
+            hops = [*bucket.reduce_hops, *bucket.publish_hops]
+            assert [hop.op for hop in bucket.reduce_hops] == reduce
+            assert [hop.op for hop in bucket.publish_hops] == publish
+            assert {hop.group for hop in hops} == {"shard"}
+            assert {hop.wire for hop in bucket.reduce_hops} == {bucket.wire}
+            assert {hop.wire for hop in bucket.publish_hops} <= {None}
+
+    def test_one_rank_has_nothing_to_gather(self) -> None:
+        for bucket in plan(world=1, stage=0).buckets + plan(world=1).buckets:
+            assert [hop.op for hop in bucket.reduce_hops] == ["reduce_scatter"]
+            assert bucket.publish_hops == []
+
+    @pytest.mark.parametrize(
         ("stage", "placements"),
         [
             (0, (False, False, False)),

@@ -1,4 +1,5 @@
-//! What a buffer may hold: [`Element`] is a number as it travels, [`Real`] the one it is summed in.
+//! What a buffer may hold: [`Element`] is a number as it is sent, [`Real`] what it is summed
+//! in.
 
 use std::ops::{Add, Mul};
 

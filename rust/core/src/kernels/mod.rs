@@ -5,7 +5,7 @@
 //! what clipping and the overflow check ask about a gradient.
 //!
 //! Guarantees:
-//! * Low precision is only a way to travel: fp16 and bf16 are widened exactly and summed in fp32;
+//! * Low precision is for the wire alone: fp16 and bf16 are widened exactly and summed in fp32;
 //!   fp64 stays fp64.
 //! * A sum is taken element by element in rank order, so its bits depend neither on how a bucket
 //!   was cut nor on where in the buffer an element lies.

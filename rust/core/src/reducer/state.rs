@@ -29,7 +29,7 @@ pub(super) struct Slot {
 pub(super) enum Role {
     /// It does not require grad.
     Frozen,
-    /// It requires grad, and the bucket's sentinel stands for it.
+    /// It requires grad, and the bucket's [sentinel](super#sentinels) stands for it.
     Relieved,
     /// It requires grad and is waited for.
     Watched,
@@ -128,7 +128,7 @@ impl State {
 enum Guard {
     /// Nobody: nothing of it is active.
     Nobody,
-    /// The parameter of this index, whose last arrival had this place.
+    /// Place of the last arrival in the observing pass, and index of the parameter that it was.
     Sentinel(u64, usize),
     /// All that are active: it is not known which of them comes last.
     All,
