@@ -13,6 +13,8 @@ from zerort.errors import ConfigError
 
 __all__ = ["Batch"]
 
+_MOST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,6 +52,11 @@ class Batch:
         elif accumulation is None:
             accumulation = train // micro // world
         _check_positive(train, micro, accumulation)
+        if train > _MOST:
+            raise ConfigError(
+                f"train_batch_size: {train} samples of one step are more than {_MOST}; lower "
+                "train_micro_batch_size_per_gpu or gradient_accumulation_steps"
+            )
         if train != micro * accumulation * world:
             raise ConfigError(
                 "Check batch related parameters. train_batch_size is not equal to "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-__all__ = ["ALIASES", "KEYS", "Fate", "Key", "as_markdown"]
+__all__ = ["ALIASES", "KEYS", "SIZES", "Fate", "Key", "as_markdown"]
 
 
 class Fate(Enum):
@@ -277,7 +277,9 @@ _ROWS = (
     _refused("nebula", "the Nebula checkpoint service is not supported", _disabled),
     _refused("datastates_ckpt", "the DataStates checkpoint engine is not supported", _off),
     # what is printed and recorded
-    _same("steps_per_print", "a line in the log every so many steps; none when left out"),
+    _same(
+        "steps_per_print", "a line in the log every so many steps; none when left out or Infinity"
+    ),
     _same(
         "wall_clock_breakdown",
         "a line in the log at each step: times of forward, backward, optimizer, publish",
@@ -349,6 +351,21 @@ _ROWS = (
 
 KEYS: Mapping[str, Key] = {key.path: key for key in _ROWS}
 """The table, by path."""
+
+SIZES = frozenset(
+    f"zero_optimization.{name}"
+    for name in (
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    )
+)
+"""Keys whose value "auto" means the default: an integration that leaves it has no better number."""
 
 ALIASES: Mapping[str, str] = {"bfloat16": "bf16"}
 """Old spellings of top-level sections."""

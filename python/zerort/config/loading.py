@@ -1,5 +1,4 @@
-"""From a dict, a file or base64 text to a `Config`: find the source, read it, screen its keys,
-check its values.
+"""From a dict, a file or base64 text to a `Config`: read it, screen its keys, check its values.
 
 Screening follows the table in `keys` and comes first, so that the models see only keys they have;
 the problems of both are reported together.
@@ -7,31 +6,36 @@ the problems of both are reported together.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from zerort.config.keys import ALIASES, KEYS, Fate, Key
+from zerort.config.keys import ALIASES, KEYS, SIZES, Fate, Key
 from zerort.config.model import Config
-from zerort.config.problems import Problem, expected, from_validation, several, shown, unknown_key
-from zerort.errors import ConfigError
+from zerort.config.problems import (
+    Problem,
+    expected,
+    from_validation,
+    printable,
+    several,
+    shown,
+    unknown_key,
+)
+from zerort.config.reading import ConfigLike, Source, choose, read
+from zerort.config.values import bad_numbers, unreadable, walk
 
 __all__ = ["ConfigLike", "describe", "load"]
-
-ConfigLike = Mapping[str, Any] | str | os.PathLike[str]
-"""A dict, the path of a JSON file, or a JSON object in base64."""
 
 _AUTO = (
     'is "auto", which an integration (the Trainer of transformers, Accelerate) replaces by a '
     "value before it comes here; give a value, or start from that integration"
 )
+_ARGUMENTS = ("optimizer.params", "scheduler.params")
+"""What no model knows the keys of."""
+_GUESSED = 20
+"""Problems with a guess at the name that was meant: each compares with all names."""
 _SECTIONS = frozenset(path.rpartition(".")[0] for path in KEYS if "." in path)
 
 
@@ -45,7 +49,7 @@ def load(
     everything that is wrong in it, one line a key: unknown keys, refused features, wrong types and
     ranges, keys that contradict each other.
     """
-    source = _read(_choose(config, args, config_params))
+    source = read(choose(config, args, config_params))
     loaded, problems = _check(source)
     if loaded is None:
         raise several(source.origin, problems)
@@ -58,28 +62,30 @@ def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     Mistakes are rows too ("error: ..."), so that one reading shows all. Raises `ConfigError` when
     there is nothing to read.
     """
-    source = _read(config)
+    source = read(config)
     _, problems = _check(source)
     wrong: dict[str, str] = {}
     for problem in problems:
         wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
     rows = [
-        (path, shown(value), wrong.pop(path, "") or _effect(path, value))
+        (printable(path), shown(value), wrong.pop(path, "") or _effect(path, value))
         for path, value in _leaves(source.data)
     ]
-    return rows + [(path, "", text) for path, text in wrong.items()]
+    return rows + [(printable(path), "", text) for path, text in wrong.items()]
 
 
 def _effect(path: str, value: Any) -> str:
     key = KEYS[_canonical(path)]
+    if value == "auto" and key.path in SIZES:
+        return "auto: as if it were left out"
     if key.fate is Fate.REFUSED:
         return "off, as it is here anyway"
     return f"ignored: {key.effect}" if key.fate is Fate.IGNORED else key.effect
 
 
-def _check(source: _Source) -> tuple[Config | None, list[Problem]]:
+def _check(source: Source) -> tuple[Config | None, list[Problem]]:
     screened = _screen(source.data)
-    problems = source.duplicates + screened.problems
+    problems = source.twice + screened.problems
     try:
         config = Config.model_validate(screened.kept)
     except ValidationError as error:
@@ -91,96 +97,10 @@ def _check(source: _Source) -> tuple[Config | None, list[Problem]]:
 
 
 @dataclass
-class _Source:
-    origin: str
-    data: dict[str, Any]
-    duplicates: list[Problem] = field(default_factory=list)
-
-
-@dataclass
 class _Screened:
     kept: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-
-
-def _choose(config: ConfigLike | None, args: Any, config_params: ConfigLike | None) -> ConfigLike:
-    given = {
-        "config": config,
-        "config_params": config_params,
-        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
-    }
-    named = {name: value for name, value in given.items() if value is not None}
-    if not named:
-        raise ConfigError(
-            "no configuration: give one of config, config_params and args.deepspeed_config"
-        )
-    if len(named) > 1:
-        raise ConfigError(f"{' and '.join(named)} are both given; give one configuration")
-    return next(iter(named.values()))
-
-
-def _read(config: ConfigLike) -> _Source:
-    if isinstance(config, Mapping):
-        return _Source("configuration", dict(config))
-    if not isinstance(config, str | os.PathLike):
-        raise ConfigError(
-            f"configuration: expected a dict, a path or base64 text, got {type(config).__name__}"
-        )
-    path = Path(config)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        decoded = _from_base64(config) if isinstance(config, str) else None
-        if decoded is None:
-            raise ConfigError(
-                f"configuration file {shown(str(path))} cannot be read: "
-                f"{_reason(error)}{_sought(path)}"
-            ) from error
-        return _parse("configuration in base64", decoded)
-    return _parse(str(path), text)
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def _sought(path: Path) -> str:
-    """Where a relative path was looked for: jobs seldom start in the folder one thinks of."""
-    return "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
-
-
-def _from_base64(text: str) -> str | None:
-    try:
-        decoded = base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True).decode(
-            "utf-8"
-        )
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        return None
-    return decoded if decoded.lstrip().startswith("{") else None
-
-
-def _parse(origin: str, text: str) -> _Source:
-    duplicates: list[Problem] = []
-
-    def closed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        section = dict(pairs)
-        if len(section) < len(pairs):
-            names = [name for name, _ in pairs]
-            duplicates.extend(
-                Problem(name, "given twice") for name in section if names.count(name) > 1
-            )
-        return section
-
-    try:
-        data = json.loads(text, object_pairs_hook=closed)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{origin}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{origin}: expected an object, got {shown(data)}")
-    return _Source(origin, data, duplicates)
 
 
 def _canonical(path: str) -> str:
@@ -204,14 +124,12 @@ def _screen_section(prefix: str, section: Mapping[str, Any], screened: _Screened
     for name, value in section.items():
         path = f"{prefix}{name}"
         canonical = _canonical(path)
-        key = KEYS.get(canonical)
+        key = None if "." in str(name) else KEYS.get(canonical)
         if key is None:
-            screened.problems.append(unknown_key(path))
-        elif key.fate is not Fate.SAME:
-            _screen_foreign(path, value, key, screened)
-        elif canonical not in _SECTIONS:
-            _report_auto(path, value, screened)
-            kept[canonical.rpartition(".")[2]] = value
+            guess = len(screened.problems) < _GUESSED and "." not in str(name)
+            screened.problems.append(unknown_key(path, guess=guess))
+        elif canonical not in _SECTIONS or key.fate is not Fate.SAME:
+            _screen_value(path, value, key, screened, kept)
         elif isinstance(value, Mapping):
             kept[canonical.rpartition(".")[2]] = _screen_section(f"{path}.", value, screened)
         else:
@@ -219,27 +137,28 @@ def _screen_section(prefix: str, section: Mapping[str, Any], screened: _Screened
     return kept
 
 
-def _screen_foreign(path: str, value: Any, key: Key, screened: _Screened) -> None:
-    if key.harmless(value) or _report_auto(path, value, screened):
+def _screen_value(
+    path: str, value: Any, key: Key, screened: _Screened, kept: dict[str, Any]
+) -> None:
+    """Keeps a value for the models, or says what becomes of it."""
+    if key.fate is not Fate.SAME and key.harmless(value):
         return
-    if key.fate is Fate.IGNORED:
+    if value == "auto" and key.path in SIZES:
+        if key.fate is Fate.IGNORED:
+            screened.ignored.append(path)
+        return
+    bad = list(unreadable(path, value)) or [
+        Problem(where, _AUTO) for where, leaf in walk(path, value) if leaf == "auto"
+    ]
+    if key.path in _ARGUMENTS:
+        bad += bad_numbers(path, value)
+    screened.problems += bad
+    if key.fate is Fate.SAME:
+        kept[key.path.rpartition(".")[2]] = value
+    elif key.fate is Fate.IGNORED and not bad:
         screened.ignored.append(path)
-    else:
+    elif not bad:
         screened.problems.append(Problem(path, f"refused: {key.effect} (got {shown(value)})"))
-
-
-def _report_auto(path: str, value: Any, screened: _Screened) -> bool:
-    found = [where for where, leaf in _walk(path, value) if leaf == "auto"]
-    screened.problems.extend(Problem(where, _AUTO) for where in found)
-    return bool(found)
-
-
-def _walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _walk(f"{path}.{name}", inner)
-    else:
-        yield path, value
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,8 @@ they are built, and checked there.
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -84,7 +86,32 @@ def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-_Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+def _number(value: Any) -> Any:
+    # DeepSpeed's own models of these sections read "2" and "5e8" as numbers.
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
+        return _whole(value)
+    return _whole(float(value))
+
+
+def _never(value: Any) -> Any:
+    # Accelerate writes Infinity into every configuration.
+    return None if value == math.inf else _whole(value)
+
+
+def _zero_or_normal(value: float) -> float:
+    if 0 < value < _SMALLEST:
+        raise ValueError(f"expected 0 or a number of at least {_SMALLEST:g}, got {value:g}")
+    return value
+
+
+_NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?([eE][+-]?\d{1,3})?")
+_SMALLEST, _LARGEST = 1e-30, 2.0**127
+"""What gradients in fp32 can be multiplied with, and divided by, and stay what they are."""
+
+_Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
+_Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**53)]
+"""Elements, bytes or steps: files say 1e12 where they mean very many."""
+_Factor = Annotated[float, Field(ge=_SMALLEST, le=_LARGEST)]
 _Dtype = Annotated[DtypeName, BeforeValidator(_dtype)]
 
 
@@ -95,8 +122,8 @@ class _Section(BaseModel):
 class Zero(_Section):
     """`zero_optimization`: how model state is placed."""
 
-    stage: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=3), AfterValidator(_built)] = 0
-    reduce_bucket_size: _Positive | None = None
+    stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3), AfterValidator(_built)] = 0
+    reduce_bucket_size: Annotated[_Size | None, BeforeValidator(_number)] = None
     """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to
     overlap.
     """
@@ -109,13 +136,18 @@ class Fp16(_Section):
     enabled: bool = False
     auto_cast: bool = False
     """Floating-point inputs of the module are cast to fp16."""
-    loss_scale: Annotated[float, Field(ge=0)] = 0.0
+    loss_scale: Annotated[
+        float,
+        BeforeValidator(_number),
+        Field(ge=0, le=_LARGEST),
+        AfterValidator(_zero_or_normal),
+    ] = 0.0
     """0 means dynamic."""
-    initial_scale_power: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=127)] = 16
-    loss_scale_window: _Positive = 1000
-    hysteresis: _Positive = 2
+    initial_scale_power: Annotated[int, BeforeValidator(_number), Field(ge=0, le=127)] = 16
+    loss_scale_window: Annotated[_Count, BeforeValidator(_number)] = 1000
+    hysteresis: Annotated[_Count, BeforeValidator(_number)] = 2
     consecutive_hysteresis: bool = False
-    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    min_loss_scale: Annotated[_Factor, BeforeValidator(_number)] = 1.0
 
     @property
     def dynamic(self) -> bool:
@@ -126,6 +158,15 @@ class Fp16(_Section):
     def initial_scale(self) -> float:
         """The scale of the first step."""
         return 2.0**self.initial_scale_power if self.dynamic else self.loss_scale
+
+    @model_validator(mode="after")
+    def _minimum_below(self) -> Fp16:
+        if self.dynamic and self.min_loss_scale > self.initial_scale:
+            raise ValueError(
+                f"min_loss_scale is {self.min_loss_scale:g}, above the scale that the first step "
+                f"begins with, 2 to the power of initial_scale_power: {self.initial_scale:g}"
+            )
+        return self
 
 
 class Bf16(_Section):
@@ -183,7 +224,7 @@ class Trace(_Section):
     enabled: bool = True
     path: str | None = None
     """File per run; the rank is put into its name. None writes nothing."""
-    capacity: _Positive = 1 << 18
+    capacity: _Count = 1 << 18
     """Events kept in the ring."""
 
     @property
@@ -196,15 +237,15 @@ class CheckpointPolicy(_Section):
     """`zerort.checkpoint`: defaults of `save_checkpoint`'s keywords of the same names."""
 
     overwrite: bool = False
-    keep_last: _Positive | None = None
+    keep_last: _Count | None = None
 
 
 class Runtime(_Section):
     """`zerort`: what DeepSpeed has no key for."""
 
-    window: _Positive | Literal["all"] | None = None
+    window: _Count | Literal["all"] | None = None
     """Launched and unretired buckets; None lets the back end choose."""
-    bucket_bytes: _Positive | None = None
+    bucket_bytes: _Size | None = None
     """Upper bound of a bucket in bytes, instead of `reduce_bucket_size`."""
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
@@ -216,8 +257,8 @@ class Runtime(_Section):
     unused_parameters: Literal["zero", "raise"] | None = None
     """A parameter without a gradient: None follows `ignore_unused_parameters`."""
     sparse_gradients: Literal["refuse", "densify"] = "refuse"
-    timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds a rank waits for its peers."""
+    timeout: Annotated[float, Field(ge=1, le=2_000_000)] = 300.0
+    """Seconds a rank waits for its peers; the largest is what 31 bits of milliseconds hold."""
     trace: Trace = Field(default_factory=Trace)
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
@@ -227,17 +268,18 @@ class Config(_Section):
     together.
     """
 
-    train_batch_size: _Positive | None = None
-    train_micro_batch_size_per_gpu: _Positive | None = None
-    gradient_accumulation_steps: _Positive | None = None
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    train_batch_size: _Count | None = None
+    train_micro_batch_size_per_gpu: _Count | None = None
+    gradient_accumulation_steps: _Count | None = None
+    gradient_clipping: Annotated[float, Field(ge=0), AfterValidator(_zero_or_normal)] = 1.0
     """Largest norm of the averaged gradient; 0 turns clipping off."""
     prescale_gradients: bool = False
-    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
+    gradient_predivide_factor: _Factor = 1.0
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(_lower)] = "mean"
     communication_data_type: _Dtype | None = None
     """Element type on the wire; None means the compute dtype."""
-    steps_per_print: _Positive | None = None
+    steps_per_print: Annotated[_Size | None, BeforeValidator(_never)] = None
+    """Steps between lines of progress; None, and Infinity in the file, mean never."""
     wall_clock_breakdown: bool = False
     dump_state: bool = False
     dataloader_drop_last: bool = False

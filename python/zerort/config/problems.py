@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from zerort.config.keys import KEYS
+from zerort.config.keys import KEYS, Fate
 from zerort.errors import ConfigError
 
 __all__ = [
@@ -26,12 +26,15 @@ __all__ = [
     "expected",
     "from_validation",
     "nearest",
+    "printable",
     "several",
     "shown",
     "unknown_key",
 ]
 
 _LONGEST_VALUE = 60
+_LONGEST_NAME = 120
+_MOST_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,17 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.text}" if self.path else self.text
+        return f"{printable(self.path)}: {self.text}" if self.path else self.text
 
 
 def several(origin: str, problems: Sequence[Problem]) -> ConfigError:
-    """One error with a line for each of `problems`."""
+    """One error with a line for each of `problems`, up to a page."""
     if len(problems) == 1:
         return ConfigError(f"{origin}: {problems[0]}")
-    return ConfigError("\n  ".join([f"{origin} has {len(problems)} errors:", *map(str, problems)]))
+    lines = [f"{origin} has {len(problems)} errors:", *map(str, problems[:_MOST_LINES])]
+    if len(problems) > _MOST_LINES:
+        lines.append(f"and {len(problems) - _MOST_LINES} more")
+    return ConfigError("\n  ".join(lines))
 
 
 def expected(path: str, what: str, value: Any) -> Problem:
@@ -59,21 +65,34 @@ def expected(path: str, what: str, value: Any) -> Problem:
 
 def shown(value: Any) -> str:
     """`value` as it stands in a JSON file, cut to fit on a line."""
-    text = json.dumps(value, default=repr)
+    try:
+        text = json.dumps(value, default=repr)
+    except (ValueError, TypeError, RecursionError):  # it holds itself, or thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
-def unknown_key(path: str) -> Problem:
+def printable(name: str) -> str:
+    """A name on one line that any log takes: what is no printable character is escaped."""
+    short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in short)
+
+
+def unknown_key(path: str, *, guess: bool = True) -> Problem:
     """A key that is not in the table, with the nearest that is: a sibling, else the same name in
-    another section.
+    another section. Where that is refused itself, nothing is suggested.
     """
+    if not guess:
+        return Problem(path, "unknown key")
     section, _, name = path.rpartition(".")
     known = [key.rpartition(".") for key in KEYS]
-    guess = nearest(name, [leaf for parent, _, leaf in known if parent == section])
-    if guess is None:
+    near = nearest(name, [leaf for parent, _, leaf in known if parent == section])
+    found = f"{section}.{near}" if section and near else near
+    if near is None:
         elsewhere = nearest(name, [leaf for _, _, leaf in known])
-        guess = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
-    return Problem(path, f"unknown key{did_you_mean(guess)}")
+        near = found = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
+    refused = found is not None and KEYS[found].fate is Fate.REFUSED
+    return Problem(path, f"unknown key{did_you_mean(None if refused else near)}")
 
 
 def did_you_mean(guess: str | None) -> str:
@@ -85,6 +104,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that is most like `name` in any case of letters; None when none is much
     like it.
     """
+    if len(name) > _LONGEST_NAME:
+        return None
     by_lower = {candidate.lower(): candidate for candidate in names}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
     return by_lower[close[0]] if close else None
@@ -143,4 +164,9 @@ _WANTED: Mapping[str, str] = {
 
 def _wanted(detail: ErrorDetails) -> str:
     template = _WANTED.get(detail["type"])
-    return template.format(**detail.get("ctx", {})) if template else detail["msg"]
+    bounds = {name: _plain(value) for name, value in detail.get("ctx", {}).items()}
+    return template.format(**bounds) if template else detail["msg"]
+
+
+def _plain(bound: Any) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)

@@ -24,18 +24,34 @@ __all__ = ["NAMED", "Lion", "ShardOptimizer", "build", "has_stepped"]
 Params = Iterable[Any]
 
 
-def _adam(
-    params: Params, *, adam_w_mode: bool = True, torch_adam: bool = True, **options: Any
-) -> Optimizer:
-    """DeepSpeed's Adam: decoupled decay unless adam_w_mode is false. `torch_adam` asks for what
-    this is anyway.
+def _adam(*, decoupled: bool) -> Callable[..., Optimizer]:
+    """DeepSpeed's Adam and AdamW, with the parameters of its FusedAdam.
+
+    Adam's decay is decoupled unless `adam_w_mode` is false, AdamW's always; without `torch_adam`,
+    which asks for torch's own, the decay left out is 0.
     """
-    if not options.pop("bias_correction", True):
-        raise ConfigError(
-            "optimizer.params.bias_correction: expected true, got false: torch's Adam always "
-            "corrects"
-        )
-    return _fused(torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(params, **options)
+
+    @functools.wraps(torch.optim.AdamW, updated=())
+    def construct(params: Params, **options: Any) -> Optimizer:
+        if not _switch(options, "bias_correction", True):
+            raise ConfigError(
+                "optimizer.params.bias_correction: expected true, got false: torch's Adam always "
+                "corrects"
+            )
+        apart = _switch(options, "adam_w_mode", True) or decoupled
+        options.pop("set_grad_none", None)  # gradients are the engine's
+        if not _switch(options, "torch_adam", False):
+            options.setdefault("weight_decay", 0.0)
+        return _fused(torch.optim.AdamW if apart else torch.optim.Adam)(params, **options)
+
+    return construct
+
+
+def _switch(options: dict[str, Any], name: str, default: bool) -> bool:
+    value = options.pop(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"optimizer.params.{name}: expected true or false, got {value!r}")
+    return value
 
 
 def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
@@ -49,12 +65,17 @@ def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
 
 
 NAMED: dict[str, Callable[..., Optimizer]] = {
-    "adam": _adam,
-    "adamw": _fused(torch.optim.AdamW),
+    "adam": _adam(decoupled=False),
+    "adamw": _adam(decoupled=True),
+    "fusedadam": _adam(decoupled=False),
     "sgd": _fused(torch.optim.SGD),
     "adagrad": _fused(torch.optim.Adagrad),
     "lion": Lion,
+    "fusedlion": Lion,
 }
+
+_NEVER = ("LBFGS", "SparseAdam")
+"""Refused at every stage, so no guess at what was meant."""
 
 
 def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
@@ -69,7 +90,7 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
     }
     construct = NAMED.get(name.lower()) or classes.get(name)
     if construct is None:
-        known = [*NAMED, *classes]
+        known = [*NAMED, *(key for key in classes if key not in _NEVER)]
         near = get_close_matches(name, known, 1) or get_close_matches(name.lower(), known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
@@ -79,7 +100,7 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
         return construct(params, **options)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of any kind: the values come from a file
         takes = [
             key
             for key in inspect.signature(construct).parameters
@@ -87,5 +108,6 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
         ]
         hint = f"; it takes {', '.join(takes)}" if isinstance(error, TypeError) else ""
         raise ConfigError(
-            f"optimizer.params: {name} cannot be built with {options}: {error}{hint}"
+            f"optimizer.params: {name} cannot be built with {options}: "
+            f"{type(error).__name__}: {error}{hint}"
         ) from error

@@ -51,7 +51,7 @@ class Schedule:
 
     def __init__(self, optimizer: _HasGroups, last_batch_iteration: int = -1) -> None:
         self.optimizer = optimizer
-        self.last_batch_iteration = last_batch_iteration
+        self.last_batch_iteration = _count("last_batch_iteration", last_batch_iteration, least=-1)
         if last_batch_iteration == -1:
             self._apply()
 
@@ -78,7 +78,7 @@ class Schedule:
 
     def get_last_lr(self) -> list[float]:
         """Learning rates as they stand in the groups."""
-        return [group["lr"] for group in self.optimizer.param_groups]
+        return _rates_of(self.optimizer)
 
     def state_dict(self) -> dict[str, int]:
         """The iteration."""
@@ -91,7 +91,10 @@ class Schedule:
     def _apply(self) -> None:
         betas = self.momentum(self.last_batch_iteration)
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)  # a captured or compiled step reads this very tensor
+            else:
+                group["lr"] = lr
             if betas is not None:
                 group["betas"] = betas
 
@@ -116,8 +119,8 @@ class LRRangeTest(Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
-        self.step_size = _positive("lr_range_test_step_size", lr_range_test_step_size)
-        self.step_rate = lr_range_test_step_rate
+        self.step_size = _count("lr_range_test_step_size", lr_range_test_step_size)
+        self.step_rate = _at_least_0("lr_range_test_step_rate", lr_range_test_step_rate)
         self.staircase = lr_range_test_staircase
         super().__init__(optimizer, last_batch_iteration)
 
@@ -133,10 +136,10 @@ class OneCycle(Schedule):
     """One cycle of the learning rate up and down, with the first beta down and up, then a decay
     (arXiv:1803.09820).
 
-    The cycle climbs from `cycle_min_lr` to `cycle_max_lr` in `cycle_first_step_size` steps and
-    returns in `cycle_second_step_size` (the same when None); a stair count holds it flat for each
-    of that many stairs. Afterwards the learning rate is divided, and the beta multiplied, by one
-    plus its rate for every `decay_step_size` steps.
+    The cycle climbs from `cycle_min_lr` to `cycle_max_lr` (one, or one a group) in
+    `cycle_first_step_size` steps and returns in `cycle_second_step_size` (the same when None); a
+    stair count holds it flat for each of that many stairs. Afterwards the learning rate is divided,
+    and the beta multiplied, by one plus its rate for every `decay_step_size` steps.
 
     Where momentum is cycled the second beta is 0.99, as in DeepSpeed. An optimizer without betas
     keeps its momentum.
@@ -145,8 +148,8 @@ class OneCycle(Schedule):
     def __init__(
         self,
         optimizer: _HasGroups,
-        cycle_min_lr: float,
-        cycle_max_lr: float,
+        cycle_min_lr: float | Sequence[float],
+        cycle_max_lr: float | Sequence[float],
         *,
         decay_lr_rate: float = 0.0,
         cycle_first_step_size: int = 2000,
@@ -160,19 +163,23 @@ class OneCycle(Schedule):
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
-        self.lrs = (cycle_min_lr, cycle_max_lr)
-        self.moms = (cycle_min_mom, cycle_max_mom)
-        first = _positive("cycle_first_step_size", cycle_first_step_size)
-        second = first if cycle_second_step_size is None else cycle_second_step_size
-        self.steps = (first, _positive("cycle_second_step_size", second))
-        second_stairs = (
-            cycle_first_stair_count
-            if cycle_second_stair_count is None
-            else cycle_second_stair_count
+        self.min_lrs = _per_group(optimizer, "cycle_min_lr", cycle_min_lr)
+        self.max_lrs = _per_group(optimizer, "cycle_max_lr", cycle_max_lr)
+        self.moms = (
+            _at_least_0("cycle_min_mom", cycle_min_mom),
+            _at_least_0("cycle_max_mom", cycle_max_mom),
         )
-        self.stairs = (cycle_first_stair_count, second_stairs)
-        self.decay_step_size = decay_step_size
-        self.decay_rates = (decay_lr_rate, decay_mom_rate)
+        first = _count("cycle_first_step_size", cycle_first_step_size)
+        second = first if cycle_second_step_size is None else cycle_second_step_size
+        self.steps = (first, _count("cycle_second_step_size", second, least=0))
+        stairs = _count("cycle_first_stair_count", cycle_first_stair_count, least=0)
+        second = stairs if cycle_second_stair_count is None else cycle_second_stair_count
+        self.stairs = (stairs, _count("cycle_second_stair_count", second, least=0))
+        self.decay_step_size = _count("decay_step_size", decay_step_size, least=0)
+        self.decay_rates = (
+            _at_least_0("decay_lr_rate", decay_lr_rate),
+            _at_least_0("decay_mom_rate", decay_mom_rate),
+        )
         self.cycle_momentum = cycle_momentum and "betas" in optimizer.param_groups[0]
         if cycle_momentum and not self.cycle_momentum:
             _log.warning(
@@ -182,12 +189,14 @@ class OneCycle(Schedule):
 
     def lr(self, iteration: int) -> list[float]:
         """From the lower to the upper rate and back, then below the lower one."""
-        low, high = self.lrs
         if iteration < sum(self.steps):
-            value = low + (high - low) * self._height(iteration + 1)
-        else:
-            value = low / (1 + self.decay_rates[0] * self._decay_intervals(iteration))
-        return [value] * len(self.optimizer.param_groups)
+            height = self._height(iteration + 1)
+            return [
+                low + (high - low) * height
+                for low, high in zip(self.min_lrs, self.max_lrs, strict=True)
+            ]
+        divisor = 1 + self.decay_rates[0] * self._decay_intervals(iteration)
+        return [low / divisor for low in self.min_lrs]
 
     def momentum(self, iteration: int) -> tuple[float, float] | None:
         """From the upper to the lower beta and back, then above the upper one."""
@@ -231,7 +240,7 @@ class _Warmup(Schedule):
         last_batch_iteration: int,
     ) -> None:
         # Over fewer than two steps the logarithm has no slope.
-        self.warmup_num_steps = max(2, _positive("warmup_num_steps", warmup_num_steps))
+        self.warmup_num_steps = max(2, _count("warmup_num_steps", warmup_num_steps))
         if warmup_type not in ("log", "linear"):
             raise ConfigError(
                 f'scheduler.params.warmup_type: expected "log" or "linear", got {warmup_type!r}'
@@ -251,7 +260,7 @@ class WarmupLR(_Warmup):
     """From `warmup_min_lr` to `warmup_max_lr` (one, or one a group) in `warmup_num_steps` steps,
     then constant.
 
-    A `warmup_max_lr` of None is the first group's learning rate. `warmup_type` "log" rises fast and
+    A `warmup_max_lr` of None is each group's own learning rate. `warmup_type` "log" rises fast and
     then slowly.
     """
 
@@ -265,7 +274,7 @@ class WarmupLR(_Warmup):
         warmup_type: Literal["log", "linear"] = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        top = optimizer.param_groups[0]["lr"] if warmup_max_lr is None else warmup_max_lr
+        top = _rates_of(optimizer) if warmup_max_lr is None else warmup_max_lr
         self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
         self.max_lrs = _per_group(optimizer, "warmup_max_lr", top)
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
@@ -297,7 +306,7 @@ class WarmupDecayLR(WarmupLR):
         warmup_type: Literal["log", "linear"] = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.total_num_steps = _positive("total_num_steps", total_num_steps)
+        self.total_num_steps = _count("total_num_steps", total_num_steps)
         super().__init__(
             optimizer,
             warmup_min_lr=warmup_min_lr,
@@ -333,10 +342,10 @@ class WarmupCosineLR(_Warmup):
         warmup_type: Literal["log", "linear"] = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.total_num_steps = _positive("total_num_steps", total_num_steps)
-        self.warmup_min_ratio = warmup_min_ratio
-        self.cos_min_ratio = cos_min_ratio
+        self.base_lrs = _rates_of(optimizer)
+        self.total_num_steps = _count("total_num_steps", total_num_steps)
+        self.warmup_min_ratio = _at_least_0("warmup_min_ratio", warmup_min_ratio)
+        self.cos_min_ratio = _at_least_0("cos_min_ratio", cos_min_ratio)
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
 
     def lr(self, iteration: int) -> list[float]:
@@ -381,11 +390,20 @@ def build(name: str, params: Mapping[str, Any], optimizer: _HasGroups) -> Any:
             guess = did_you_mean(nearest(key, names))
             raise ConfigError(f"scheduler.params.{key}: no parameter of {name}{guess}")
     try:
-        return schedule(optimizer, **params)
+        made = schedule(optimizer, **params)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"scheduler.params: {name} does not take them: {error}") from error
+    except Exception as error:  # of any kind: the values come from a file
+        raise ConfigError(
+            f"scheduler.params: {name} does not take them: {type(error).__name__}: {error}"
+        ) from error
+    for index, group in enumerate(optimizer.param_groups):
+        if not 0 <= float(group["lr"]) < math.inf:
+            raise ConfigError(
+                f"scheduler.params: {name} gives group {index} of the optimizer the learning rate "
+                f"{float(group['lr'])}"
+            )
+    return made
 
 
 def _torch_schedules() -> dict[str, Callable[..., Any]]:
@@ -396,29 +414,38 @@ def _torch_schedules() -> dict[str, Callable[..., Any]]:
         if inspect.isclass(value)
         and issubclass(value, module.LRScheduler)
         and name in module.__all__
+        and value is not module.LRScheduler
     }
+
+
+def _rates_of(optimizer: _HasGroups) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _per_group(optimizer: _HasGroups, name: str, value: float | Sequence[float]) -> list[float]:
     groups = len(optimizer.param_groups)
-    if not isinstance(value, Sequence):
-        return [value] * groups
-    if len(value) != groups:
+    values = list(value) if isinstance(value, list | tuple) else [value] * groups
+    if len(values) != groups:
         raise ConfigError(
             f"scheduler.params.{name}: expected {groups} values, one a parameter group, got "
-            f"{len(value)}"
+            f"{len(values)}"
         )
-    return list(value)
+    return [_at_least_0(name, each) for each in values]
 
 
-def _positive(name: str, value: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or value != int(value)
-        or value < 1
-    ):
+def _at_least_0(name: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
         raise ConfigError(
-            f"scheduler.params.{name}: expected an integer of at least 1, got {value!r}"
+            f"scheduler.params.{name}: expected a number of at least 0, got {value!r}"
+        )
+    return float(value)
+
+
+def _count(name: str, value: Any, *, least: int = 1) -> int:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value < math.inf or value != int(value):
+        raise ConfigError(
+            f"scheduler.params.{name}: expected an integer of at least {least}, got {value!r}"
         )
     return int(value)

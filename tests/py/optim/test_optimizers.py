@@ -27,6 +27,11 @@ def built(name: str, **options: Any) -> torch.optim.Optimizer:
         ("Adam", {"adam_w_mode": False}, torch.optim.Adam),
         ("adam", {"bias_correction": True}, torch.optim.AdamW),
         ("AdamW", {}, torch.optim.AdamW),
+        ("AdamW", {"torch_adam": True, "adam_w_mode": True}, torch.optim.AdamW),
+        ("AdamW", {"adam_w_mode": False}, torch.optim.AdamW),
+        ("FusedAdam", {"bias_correction": True, "set_grad_none": True}, torch.optim.AdamW),
+        ("FusedAdam", {"adam_w_mode": False}, torch.optim.Adam),
+        ("FusedLion", {}, Lion),
         ("SGD", {"momentum": 0.9}, torch.optim.SGD),
         ("Adagrad", {}, torch.optim.Adagrad),
         ("Lion", {}, Lion),
@@ -46,6 +51,27 @@ def test_a_name_means_a_class(
 def test_torchs_fused_implementation_is_used_unless_another_is_asked_for(name: str) -> None:
     assert built(name, lr=0.1).param_groups[0]["fused"] is True
     assert not built(name, lr=0.1, foreach=True).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "FusedAdam"])
+def test_weight_decay_left_out_is_0_as_in_deepspeeds_own_adam_and_torchs_default_in_torchs(
+    name: str,
+) -> None:
+    assert built(name, lr=0.1).param_groups[0]["weight_decay"] == 0.0
+    assert built(name, lr=0.1, torch_adam=True).param_groups[0]["weight_decay"] == 0.01
+    assert built(name, lr=0.1, weight_decay=0.5).param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("key", ["torch_adam", "adam_w_mode", "bias_correction"])
+def test_a_switch_is_true_or_false(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.params.{key}: expected true or false, got"):
+        built("AdamW", lr=0.1, **{key: "false"})
+
+
+def test_a_name_that_is_refused_itself_is_no_guess() -> None:
+    with pytest.raises(ConfigError) as caught:
+        built("SparseAdm", lr=0.1)
+    assert "SparseAdam" not in str(caught.value)
 
 
 def test_a_name_of_neither_names_the_nearest() -> None:

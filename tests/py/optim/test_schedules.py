@@ -86,11 +86,11 @@ def test_a_rate_per_group_follows_its_own_curve() -> None:
     assert schedule.get_last_lr() == [0.5, 2.0]
 
 
-def test_warmup_without_a_top_ends_at_the_first_groups_rate() -> None:
+def test_warmup_without_a_top_ends_at_each_groups_own_rate() -> None:
     optimizer = adam(0.25, 0.75)
     schedule = WarmupLR(optimizer, warmup_num_steps=2)
     schedule.step(2)
-    assert schedule.get_last_lr() == [0.25, 0.25]
+    assert schedule.get_last_lr() == [0.25, 0.75]
 
 
 def test_a_cycle_over_an_optimizer_without_betas_says_so_and_cycles_the_rate(
