@@ -1,18 +1,38 @@
 """How the processes of a job find one another: torch.distributed's default group, from torchrun's
 environment.
+
+What it guarantees: a job that was started again never meets what an earlier start of it has left in
+the store. torchrun's agent keeps one store over all restarts, and addresses of processes that are
+gone would otherwise be connected to. Torchrun's own count of restarts does not tell the starts
+apart: it stays the same when a host leaves or joins, and hosts may count differently. So the ranks
+agree on a name for each start, in the store itself:
+
+    rank r   sets hello/r to a word of its own, and waits for an answer to that word
+    rank 0   answers each word that it finds with the name of this start, until all have confirmed
+    rank r   confirms under that name
+
+A word that an earlier start has left is answered too, but nobody confirms it.
+
+What it does not do: it leaves a default group alone that the user has made.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from zerort.errors import ConfigError
+from zerort.errors import CommError, ConfigError
 
 __all__ = ["init_distributed"]
+
+_POLL = 0.01  # seconds between two looks at who has come
 
 
 def init_distributed(
@@ -22,8 +42,8 @@ def init_distributed(
     none.
 
     `dist_backend` is "nccl" or "gloo", by default what suits the device. Returns whether a process
-    group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not. Mirrors
-    deepspeed.init_distributed.
+    group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not, and
+    `CommError` when a rank does not come within `timeout`. Mirrors deepspeed.init_distributed.
     """
     if dist.is_initialized():
         return True
@@ -42,5 +62,60 @@ def init_distributed(
         # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     chosen = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    dist.init_process_group(chosen, timeout=timeout)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    start = _name_of_this_start(store, rank, world, timeout)
+    dist.init_process_group(
+        chosen,
+        store=PrefixStore(start, store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
     return True
+
+
+def _name_of_this_start(store: Store, rank: int, world: int, timeout: timedelta) -> str:
+    """The same on all ranks, and another at every start."""
+    own = f"zerort/{uuid.uuid4().hex}"
+    if rank == 0:
+        _answer(store, own, world, timeout)
+        return own
+    store.set(f"zerort/hello/{rank}", own)
+    try:
+        store.wait([f"{own}/answer"], timeout)
+    except RuntimeError as error:
+        raise CommError(
+            f"rank {rank}: rank 0 did not come to the start of the job within "
+            f"{timeout.total_seconds():g} s, or its store at {_address()} has gone: {error}"
+        ) from error
+    name: str = store.get(f"{own}/answer").decode()
+    store.set(f"{name}/here/{rank}", "")
+    return name
+
+
+def _answer(store: Store, name: str, world: int, timeout: timedelta) -> None:
+    """Tells every other rank `name`; returns once all have it."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    awaited, answered = set(range(1, world)), dict[int, bytes]()
+    while awaited:
+        for rank in sorted(awaited):
+            if store.check([f"{name}/here/{rank}"]):
+                awaited.remove(rank)
+            elif store.check([f"zerort/hello/{rank}"]):
+                word = store.get(f"zerort/hello/{rank}")
+                if word != answered.get(rank):
+                    store.set(f"{word.decode()}/answer", name)
+                    answered[rank] = word
+        if awaited and time.monotonic() > deadline:
+            late = ", ".join(map(str, sorted(awaited)[:8]))
+            raise CommError(
+                f"rank 0: of {world} ranks {len(awaited)} did not come to the start of the job "
+                f"within {timeout.total_seconds():g} s, the first of them {late}: look whether "
+                f"they were started, and whether their hosts reach {_address()}"
+            )
+        time.sleep(_POLL if awaited else 0)
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
