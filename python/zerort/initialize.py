@@ -5,7 +5,8 @@ ranks named first.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from zerort.run.flight import Transport
 from zerort.start import checks
 from zerort.start.broadcast import broadcast
 from zerort.start.compare import compare_optimizers, compare_plans
-from zerort.start.connect import agreed, connected, device_of
+from zerort.start.connect import agreed, connected
 from zerort.start.loader import TrainingLoader
 from zerort.start.optimizer import choose_optimizer
 from zerort.step.boundary import Boundary, Policy
@@ -71,32 +72,42 @@ def initialize(
     `ConfigError`, `PlanError` (ranks whose models differ included) and `CommError`; on every rank,
     when one has a reason to.
     """
-    for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
-        if value is not None:
-            raise ConfigError(
-                f"initialize({name}=...) is refused: model parallelism is not built yet; leave it "
-                "out"
-            )
-    model = checks.checked(model)
-    settings, comm = connected(lambda: load(config, args, config_params), device_of(model))
-    log.show(comm.rank)
-    setup = agreed(comm, lambda: _set_up(settings, comm, model, optimizer, model_parameters))
-    compare_plans(comm, setup.planned, setup.plan)
-    compare_optimizers(comm, setup.optimizer)
-    flat = FlatModel(model, setup.planned, setup.layout)
-    broadcast(comm, model, flat)
-    loader = None
-    if training_data is not None:
-        loader = TrainingLoader(
-            training_data,
-            setup.batch.micro,
-            comm,
-            drop_last=settings.dataloader_drop_last,
-            collate_fn=collate_fn,
-        )
-    engine = _assemble(setup, flat, lr_scheduler, loader)
+    given = Arguments(
+        model,
+        optimizer,
+        model_parameters,
+        training_data,
+        lr_scheduler,
+        collate_fn,
+        refused={"mpu": mpu, "mesh_param": mesh_param},
+    )
+    with ExitStack() as undo:
+        settings, comm = connected(lambda: load(config, args, config_params), model)
+        undo.callback(comm.close)
+        log.show(comm.rank)
+        setup = agreed(comm, lambda: _decide(settings, comm, given, undo))
+        compare_plans(comm, setup.planned, setup.plan)
+        compare_optimizers(comm, setup.optimizer)
+        flat = agreed(comm, lambda: FlatModel(setup.model, setup.planned, setup.layout))
+        broadcast(comm, setup.model, flat)
+        engine = agreed(comm, lambda: _assemble(setup, flat, undo))
+        undo.pop_all()
     _log_start(setup, flat)
-    return engine, setup.optimizer, loader, engine.lr_scheduler
+    return engine, setup.optimizer, setup.loader, engine.lr_scheduler
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `initialize` was given, beside the configuration."""
+
+    model: Any
+    optimizer: Any
+    model_parameters: Iterable[Any] | None
+    training_data: Dataset[Any] | None
+    lr_scheduler: Any
+    collate_fn: Callable[[Any], Any] | None
+    refused: Mapping[str, Any]
+    """Arguments that have to be left out."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,11 @@ class Setup:
     optimizer: Optimizer
     planned: Sequence[PlannedParameter]
     plan: _core.Plan
+    sink: TraceSink
+    loader: TrainingLoader | None
+    scheduler: Any
+    whole_tensors: bool
+    """The optimizer looks at whole parameters, not at each element alone."""
 
     @property
     def layout(self) -> Layout:
@@ -120,20 +136,46 @@ class Setup:
         return Layout(self.plan, self.comm.rank, self.precision.sums, local_sums)
 
 
-def _set_up(
-    settings: Config,
-    comm: Comm,
-    model: nn.Module,
-    optimizer: Any,
-    model_parameters: Iterable[Any] | None,
-) -> Setup:
-    """What this rank would do: everything that can go wrong for its own reasons happens here."""
+def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> Setup:
+    """What this rank would do: everything that can go wrong for its own reasons happens here, the
+    user's factories included, before anything is moved into buckets.
+    """
+    checks.refuse_arguments(given.refused)
+    model = checks.checked(given.model)
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     checks.refuse_unready(model)
     checks.settle_sparse(model, settings.zerort.sparse_gradients)
     precision.cast(model)
     model.to(comm.device)
-    chosen = choose_optimizer(settings, model, optimizer, model_parameters)
+    chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
+    planned, plan = _planned(settings, comm, model, chosen, precision)
+    whole = why_not_elementwise(chosen)
+    if whole is not None and plan.shards_optimizer:
+        raise ConfigError(
+            f"optimizer {type(chosen).__name__} cannot run on shards: {whole}. Use "
+            "zero_optimization.stage 0, which keeps the optimizer whole"
+        )
+    sink = _open_sink(settings, comm)
+    undo.callback(sink.close)
+    return Setup(
+        settings,
+        comm,
+        model,
+        batch,
+        precision,
+        chosen,
+        planned,
+        plan,
+        sink,
+        loader=_loader(settings, comm, batch, given),
+        scheduler=_scheduler(settings, chosen, given.lr_scheduler),
+        whole_tensors=whole is not None,
+    )
+
+
+def _planned(
+    settings: Config, comm: Comm, model: nn.Module, chosen: Optimizer, precision: Precision
+) -> tuple[Sequence[PlannedParameter], _core.Plan]:
     groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
     own = {id(parameter) for parameter in model.parameters()}
     strange = [
@@ -156,35 +198,34 @@ def _set_up(
         cap_elements=settings.cap_elements,
         window=comm.window if window is None else None if window == "all" else window,
     )
-    return Setup(settings, comm, model, batch, precision, chosen, planned, plan)
+    return planned, plan
 
 
-def _assemble(
-    setup: Setup, flat: FlatModel, lr_scheduler: Any, loader: TrainingLoader | None
-) -> Engine:
-    config, comm, precision = setup.config, setup.comm, setup.precision
-    reason = why_not_elementwise(setup.optimizer)
-    if reason is not None and setup.plan.shards_optimizer:
-        raise ConfigError(
-            f"optimizer {type(setup.optimizer).__name__} cannot run on shards: {reason}. Use "
-            "zero_optimization.stage 0, which keeps the optimizer whole"
-        )
-    shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=reason is not None)
+def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
+    config, comm, precision, sink = setup.config, setup.comm, setup.precision, setup.sink
+    shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=setup.whole_tensors)
     shards.split()
     transports = [
         Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide)
         for bucket in flat.buckets
     ]
-    sink = agreed(comm, lambda: _open_sink(config, comm))
     watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
     reduction = Reduction(setup.plan, flat, comm, transports, watch)
+    undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(comm, flat, reduction, shards, precision.loss_scale, policy, sink)
-    scheduler = _scheduler(config, setup.optimizer, lr_scheduler)
-    return Engine(
-        setup.model,
-        Parts(config, comm, setup.batch, precision, reduction, boundary, scheduler, sink, loader),
+    parts = Parts(
+        config,
+        comm,
+        setup.batch,
+        precision,
+        reduction,
+        boundary,
+        setup.scheduler,
+        sink,
+        setup.loader,
     )
+    return Engine(setup.model, parts)
 
 
 def _open_sink(settings: Config, comm: Comm) -> TraceSink:
@@ -198,6 +239,18 @@ def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     if sink.enabled and comm.device.type == "cuda":
         sink.on_device(record_event)
     return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
+
+
+def _loader(settings: Config, comm: Comm, batch: Batch, given: Arguments) -> TrainingLoader | None:
+    if given.training_data is None:
+        return None
+    return TrainingLoader(
+        given.training_data,
+        batch.micro,
+        comm,
+        drop_last=settings.dataloader_drop_last,
+        collate_fn=given.collate_fn,
+    )
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:

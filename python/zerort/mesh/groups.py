@@ -38,7 +38,9 @@ class GroupComm:
             self._new_group(timeout) for _ in range(3)
         )
         self._peers = self._meet()
-        weakref.finalize(self, _let_workers_go, [self._gradients, self._parameters, self._control])
+        self._dropped = weakref.finalize(
+            self, _let_workers_go, [self._gradients, self._parameters, self._control]
+        )
 
     def _meet(self) -> Peers:
         """Learns who the others are; rank 0 names the engine, so that several leave word side by
@@ -74,10 +76,16 @@ class GroupComm:
         return values
 
     def close(self) -> None:
-        """Destroys the three groups; the job's own stays."""
+        """Destroys the three groups, once; the job's own stays."""
+        if not self._dropped.alive:
+            return
         for group in (self._gradients, self._parameters, self._control):
             if dist.is_initialized():
                 dist.destroy_process_group(group)
+        # A group gives threads and descriptors back when nobody refers to it any more, and a
+        # traceback may hold on to this object for long.
+        del self._gradients, self._parameters, self._control, group
+        self._dropped()
 
     @contextmanager
     def _named(self, operation: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ torch makes them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,14 @@ from torch.nn.parameter import is_lazy
 
 from zerort.errors import ConfigError, PlanError
 
-__all__ = ["COMPILED_WHOLE", "checked", "is_whole", "refuse_unready", "settle_sparse"]
+__all__ = [
+    "COMPILED_WHOLE",
+    "checked",
+    "is_whole",
+    "refuse_arguments",
+    "refuse_unready",
+    "settle_sparse",
+]
 
 COMPILED_WHOLE = (
     "the module is compiled whole, so all its gradients come at the end of the backward and no "
@@ -29,6 +37,16 @@ COMPILED_WHOLE = (
 
 # by its name: importing torch._dynamo for its class would add a second to every start
 _WRAPPED = "_orig_mod"
+
+
+def refuse_arguments(refused: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` naming the first argument that was given and has to be left out."""
+    for name, value in refused.items():
+        if value is not None:
+            raise ConfigError(
+                f"initialize({name}=...) is refused: model parallelism is not built yet; leave it "
+                "out"
+            )
 
 
 def checked(model: Any) -> nn.Module:
