@@ -69,7 +69,7 @@ def zerort(gradient: Tensor, name: str) -> Callable[[], Tensor]:
     accum = Memory.zeros(shard, torch.float32, gradient.device)
 
     def reduce() -> Tensor:
-        comm.reduce_scatter(recv.tensor, gradient).wait()
+        comm.reduce_scatter(recv.tensor, gradient).start().wait()
         wire.decode(recv, accum, scale=1.0 / comm.world, add=False)
         return accum.tensor
 

@@ -138,6 +138,8 @@ class Engine(Saving):
                     "step() under torch.inference_mode(): what it made could not be trained on; "
                     "leave it"
                 )
+            if self._accumulation.boundary:
+                self._parts.reduction.drain()  # what is raised here reaches the vote
         try:
             self._applied = False
             if self._accumulation.boundary:
@@ -149,7 +151,9 @@ class Engine(Saving):
 
     @contextmanager
     def _transaction(self, *, step_follows: bool) -> Iterator[None]:
-        self._micro.failed = self._micro.travelled = False
+        self._micro.failed = False
+        if step_follows:
+            self._micro.travelled = False
         try:
             yield
         except CommError:
@@ -224,8 +228,8 @@ class Engine(Saving):
         """A backward is over."""
         reduction = self._parts.reduction
         if reduction.in_pass:
+            self._micro.travelled = True  # from here on it cannot be taken back
             absent = reduction.finish()
-            self._micro.travelled = True
             self._absent.tell(absent)
         else:
             reduction.collect()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from zerort import _core, log
 from zerort.config import Batch, Config, load
-from zerort.device import record_event
+from zerort.device import device_for, place_of
 from zerort.engine import Engine
 from zerort.errors import ConfigError, PlanError
 from zerort.grads.reduction import Reduction
@@ -145,6 +145,7 @@ def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> 
     batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
     checks.refuse_unready(model)
     checks.settle_sparse(model, settings.zerort.sparse_gradients)
+    place_of(model.named_parameters())  # refuses what is not supported
     precision.cast(model)
     model.to(comm.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
@@ -236,8 +237,9 @@ def _open_sink(settings: Config, comm: Comm) -> TraceSink:
         world=comm.world,
         capacity=wanted.capacity,
     )
-    if sink.enabled and comm.device.type == "cuda":
-        sink.on_device(record_event)
+    device = device_for(comm.device)
+    if sink.enabled and not device.blocks:
+        sink.on_device(device.moment)
     return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
 
 

@@ -180,7 +180,7 @@ def _owned(state: EngineState, bucket: FlatBucket, shard: Tensor) -> Tensor:
         return shard.to(device)
     whole = torch.empty(numel, dtype=shard.dtype, device=device)
     _own_shard(bucket, whole, state.comm.rank).copy_(shard)
-    state.comm.all_gather(whole.view(torch.uint8)).wait()
+    state.comm.all_gather(whole.view(torch.uint8)).start().wait()
     return whole
 
 

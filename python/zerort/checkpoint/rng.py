@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from zerort.device import device_for
+
 __all__ = ["random_states", "restore_random_states"]
 
 
@@ -20,8 +22,9 @@ def random_states(device: torch.device) -> dict[str, Any]:
         "python": (version, torch.tensor(words), gauss),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    own = device_for(device).random_state()
+    if own is not None:
+        states[device.type] = own
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, position, has_gauss, cached = numpy.random.get_state()
@@ -42,8 +45,8 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
         random.setstate((version, tuple(words.tolist()), gauss))
     if "torch" in states:
         torch.set_rng_state(states["torch"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type in states:
+        device_for(device).set_random_state(states[device.type])
     numpy = sys.modules.get("numpy")
     if "numpy" in states and numpy is not None:
         kind, keys, position, has_gauss, cached = states["numpy"]

@@ -38,10 +38,13 @@ class ParameterHooks:
     def __init__(
         self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go
     ) -> None:
-        on_cuda = any(parameter.device.type == "cuda" for parameter in params)
         self._params = params
         self._make = (
-            _timed_hook if executor.watch.enabled else _stream_hook if on_cuda else plain_hook
+            _timed_hook
+            if executor.watch.enabled
+            else plain_hook
+            if executor.device.blocks
+            else _stream_hook
         )
         self._reducer = reducer
         self._executor = executor

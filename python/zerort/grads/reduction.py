@@ -64,10 +64,10 @@ class Reduction:
         self._arrivals.load(plan)
         self._active: list[bool] = []
         self._learnt = False
-        # On CUDA every hook notes the stream its gradient was made on, and a bucket waits for all
-        # of them: a sentinel would know of its own only. A trace tells when each bucket's first
-        # gradient came.
-        self._sentinels = comm.device.type == "cpu" and not watch.enabled
+        # Where the host runs ahead every hook notes the stream its gradient was made on, and a
+        # bucket waits for all of them: a sentinel would know of its own only. A trace tells when
+        # each bucket's first gradient came.
+        self._sentinels = self._executor.device.blocks and not watch.enabled
         if self._sentinels:
             self._reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None
@@ -97,13 +97,18 @@ class Reduction:
             return False
         self._active = active
         self._reducer.set_active(active)
+        if not self._executor.device.blocks:
+            # also in micro-batches that are not reduced: each gradient's stream counts
+            self._hooks.attach([index for index, trained in enumerate(active) if trained])
         return True
 
     def begin(self, scale: float) -> None:
         """Starts a pass whose sums are multiplied by `scale`."""
         self.drain()  # the last pass's memory is about to be written
-        self._reducer.begin()
+        # The executor goes first: a pass that the core knows of can be run to its end, whatever is
+        # raised from here on.
         self._executor.begin(Fold(scale, add=self.passes > 0))
+        self._reducer.begin()
         self._arrivals.begin()
         self.passes += 1
         watched = self._reducer.watched
@@ -153,10 +158,10 @@ class Reduction:
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
+        self._executor.launch_all()
         self._reducer.finish()
         self._hooks.relieve()
         self._arrivals.end()
-        self._executor.launch_all()
         return self._executor.absent
 
     def abort(self, scale: float, *, travels: bool) -> None:
@@ -167,6 +172,7 @@ class Reduction:
         far as `begin`.
         """
         self.drop()
+        self._executor.poison("the backward was aborted")
         if travels and not self.in_pass:
             self.begin(scale)
         if self.in_pass:
@@ -196,9 +202,7 @@ class Reduction:
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
         # a pass of the micro-batch before may still be sending from where gradients are to rest
-        self.drain()
-        for source in self._sources:
-            source.collect()
+        self._executor.collect()
         self._arrivals.hold()
 
     def leftover(self) -> int:
@@ -208,6 +212,11 @@ class Reduction:
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""
         return self._executor.waiting(what)
+
+    @property
+    def failure(self) -> str | None:
+        """What broke a pass of this window off on this rank, if something did."""
+        return self._executor.failure
 
     @property
     def waited(self) -> float:
@@ -235,7 +244,7 @@ class Reduction:
     def reset(self) -> None:
         """The boundary is over: the next pass overwrites the accumulators."""
         self.passes = 0
-        self._executor.nonfinite = None
+        self._executor.reset()
         for source in self._sources:
             source.reset()
 

@@ -26,30 +26,59 @@ __all__ = ["Comm", "Work"]
 
 
 class Work:
-    """A collective under way: one or several of torch's works, none where nothing moves."""
+    """A collective: made first, then started, then waited for.
 
-    def __init__(self, works: Sequence[dist.Work | None] = ()) -> None:
-        self._works = [work for work in works if work is not None]
+    It consists of one or several of torch's works, none where nothing moves; each of `calls` hands
+    one of them to the library. `count` is the library's own count of what it has been given, so
+    that a `start` which an exception has cut off, Ctrl-C between two instructions included, can be
+    called again: nothing is given twice and nothing is left out. A handle that was lost that way is
+    not waited for; by then the rank has failed, and nobody reads the result.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], dist.Work | None]] = (),
+        count: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._calls = calls
+        self._count = count
+        self._first: int | None = None
+        self._handles: dict[int, dist.Work | None] = {}
+
+    def start(self) -> Work:
+        """Hands the collective to the library, once. Raises `CommError`."""
+        if self._first is None:
+            self._first = self._count()
+        while (given := self._given(self._first)) < len(self._calls):
+            self._handles[given] = self._calls[given]()
+        return self
+
+    def _given(self, first: int) -> int:
+        return max(self._count() - first, max(self._handles, default=-1) + 1)
 
     def is_completed(self) -> bool:
-        """Whether `wait` would return at once."""
-        return all(work.is_completed() for work in self._works)
+        """Whether `wait`, after `start`, would return at once."""
+        return all(work.is_completed() for work in self._works())
 
     def wait(self) -> None:
-        """On CPU blocks the host; on CUDA makes the current stream wait. Raises `RuntimeError` when
-        it failed.
+        """Blocks the host where the device does, elsewhere makes the current stream wait. Raises
+        `RuntimeError` when the collective failed.
         """
-        for work in self._works:
+        for work in self._works():
             work.wait()
 
-    def when_complete(self, tell: Callable[[], None]) -> None:
-        """Calls `tell` on the worker that completes the last of them; at once where there is
+    def when_complete(self, call: Callable[[], None]) -> None:
+        """Calls `call` on the worker that completes the last of them; at once where there is
         nothing to move.
         """
-        if not self._works:
-            tell()
+        works = self._works()
+        if not works:
+            call()
             return
-        self._works[-1].get_future().add_done_callback(lambda _: tell())
+        works[-1].get_future().add_done_callback(lambda _: call())
+
+    def _works(self) -> list[dist.Work]:
+        return [work for work in self._handles.values() if work is not None]
 
 
 class Comm(Protocol):
@@ -66,13 +95,13 @@ class Comm(Protocol):
     """Buckets in flight unless the configuration says otherwise; None means all."""
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
-        """Starts moving `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's
-        shard. Asynchronous.
+        """What moves `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard.
+        Asynchronous, once started.
         """
 
     def all_gather(self, buffer: Tensor) -> Work:
-        """Starts filling `buffer` (world x n,) in place: each rank's own shard is already there.
-        Asynchronous.
+        """What fills `buffer` (world x n,) in place: each rank's own shard is already there when it
+        is started. Asynchronous.
         """
 
     def all_reduce(self, values: Tensor) -> None:

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from zerort.device import default_place
 from zerort.errors import CommError
 from zerort.mesh.comm import Comm
 from zerort.mesh.gloo import GlooComm
@@ -21,14 +22,14 @@ def connect(timeout: timedelta, device: torch.device | None = None) -> Comm:
     """The communicator of this job: adopts torch.distributed, initialises it under torchrun, or
     runs alone.
 
-    `device` is where the model lives when it already lives on a GPU. Raises `ConfigError` and
-    `CommError`.
+    `device` is where the model lives when it already lives on an accelerator. Raises `ConfigError`
+    and `CommError`.
     """
     grouped = init_distributed(timeout=timeout)
     place = device or _default_device(grouped)
     if not grouped or dist.get_world_size() == 1:
         return LocalComm(place)
-    kind: type[NcclComm] | type[GlooComm] = NcclComm if place.type == "cuda" else GlooComm
+    kind: type[NcclComm] | type[GlooComm] = GlooComm if place.type == "cpu" else NcclComm
     try:
         return kind(place, timeout)
     except (RuntimeError, ValueError) as error:
@@ -36,5 +37,5 @@ def connect(timeout: timedelta, device: torch.device | None = None) -> Comm:
 
 
 def _default_device(grouped: bool) -> torch.device:
-    on_cpu = not torch.cuda.is_available() or (grouped and dist.get_backend() == "gloo")
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    on_host = grouped and dist.get_backend() == "gloo"
+    return torch.device("cpu") if on_host else default_place()

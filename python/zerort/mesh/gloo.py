@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,18 +29,20 @@ class GlooComm(GroupComm):
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Every rank's piece of this rank's shard, in rank order."""
-        with self._named("all_to_all"):
-            return Work([dist.all_to_all_single(recv, send, group=self._gradients, async_op=True)])
+
+        def exchange() -> dist.Work | None:
+            return dist.all_to_all_single(recv, send, group=self._gradients, async_op=True)
+
+        return self._work("all_to_all", self._gradients, [exchange])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """One broadcast per rank, in rank order, on its slice."""
+
         # gloo's all_gather stages through fresh buffers: three times the CPU time of these
         # broadcasts.
-        shards = buffer.chunk(self.world)
-        with self._named("broadcast"):
-            return Work(
-                [
-                    dist.broadcast(shard, rank, group=self._parameters, async_op=True)
-                    for rank, shard in enumerate(shards)
-                ]
-            )
+        def broadcast(shard: Tensor, rank: int) -> dist.Work | None:
+            return dist.broadcast(shard, rank, group=self._parameters, async_op=True)
+
+        shards = enumerate(buffer.chunk(self.world))
+        calls = [partial(broadcast, shard, rank) for rank, shard in shards]
+        return self._work("broadcast", self._parameters, calls)

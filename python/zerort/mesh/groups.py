@@ -7,10 +7,11 @@ from __future__ import annotations
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from zerort.errors import CommError
 from zerort.mesh import peers
+from zerort.mesh.comm import Work
 from zerort.mesh.peers import Peers
 
 __all__ = ["GroupComm"]
@@ -28,7 +30,7 @@ class GroupComm:
     another.
     """
 
-    backend: ClassVar[str]
+    backend: str
     window: int | None
     chunks: int
 
@@ -59,7 +61,7 @@ class GroupComm:
         return group
 
     def all_reduce(self, values: Tensor) -> None:
-        """On the control group; blocks the host on CPU, the stream on CUDA."""
+        """On the control group; blocks the host where the device does, else the stream."""
         with self._named("all_reduce"):
             dist.all_reduce(values, group=self._control)
 
@@ -87,6 +89,20 @@ class GroupComm:
         del self._gradients, self._parameters, self._control, group
         self._dropped()
 
+    def _work(
+        self,
+        operation: str,
+        group: dist.ProcessGroup,
+        calls: Sequence[Callable[[], dist.Work | None]],
+    ) -> Work:
+        """A collective on `group`, of one torch work for each of `calls`."""
+
+        def named(call: Callable[[], dist.Work | None]) -> dist.Work | None:
+            with self._named(operation):
+                return call()
+
+        return Work([partial(named, call) for call in calls], _counter(group))
+
     @contextmanager
     def _named(self, operation: str) -> Iterator[None]:
         try:
@@ -105,6 +121,20 @@ class GroupComm:
             f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: "
             f"{error}"
         )
+
+
+def _counter(group: dist.ProcessGroup) -> Callable[[], int]:
+    """Says how many collectives `group` has been given; where its library does not count, 0."""
+    count: Callable[[], int] = getattr(group, "_get_sequence_number_for_group", _uncounted)
+    try:
+        count()
+    except RuntimeError:
+        return _uncounted
+    return count
+
+
+def _uncounted() -> int:
+    return 0
 
 
 def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:

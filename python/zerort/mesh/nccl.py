@@ -1,10 +1,13 @@
-"""CUDA tensors over NCCL."""
+"""An accelerator's tensors over its own library: NCCL, RCCL, XCCL."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,21 +25,24 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_ga
 
 
 class NcclComm(GroupComm):
-    """CUDA tensors over NCCL: SUM in place, all-gather in place; 1/N is folded into the sum that
-    follows.
+    """Tensors over NCCL or what takes its place: SUM in place, all-gather in place; 1/N is folded
+    into the sum that follows.
     """
 
-    backend = "nccl"
     chunks = 1
     window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        self.backend = dist.get_default_backend_for_device(device)
+        super().__init__(device, timeout)
+
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Summed on the way; `recv` may be this rank's slice of `send`."""
-        with self._named("reduce_scatter"):
-            return Work([_reduce_scatter(recv, send, group=self._gradients, async_op=True)])
+        call = partial(_reduce_scatter, recv, send, group=self._gradients, async_op=True)
+        return self._work("reduce_scatter", self._gradients, [call])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
-        with self._named("all_gather"):
-            return Work([_all_gather(buffer, own, group=self._parameters, async_op=True)])
+        call = partial(_all_gather, buffer, own, group=self._parameters, async_op=True)
+        return self._work("all_gather", self._parameters, [call])

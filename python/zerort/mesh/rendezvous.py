@@ -23,11 +23,11 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from zerort.device import default_place, select
 from zerort.errors import CommError, ConfigError
 
 __all__ = ["init_distributed"]
@@ -58,10 +58,9 @@ def init_distributed(
             f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset "
             "RANK to run one process"
         )
-    if torch.cuda.is_available():
-        # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    chosen = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
+    select(int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = dist_backend or dist.get_default_backend_for_device(default_place())
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     start = _name_of_this_start(store, rank, world, timeout)

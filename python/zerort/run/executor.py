@@ -1,52 +1,56 @@
 """Runs the schedule: Launch starts a bucket's collective, Retire takes its result.
 
 What it guarantees: commands run in the order of the list and never before the core has allowed
-them; memory and collective of a bucket stay alive together until its result has been taken; no hook
-ever blocks (RED-5): a command whose bucket or memory is still under way ends the run, and only
-`drain` waits. What it does not do: it decides nothing about the order, and it does not know what a
-step is.
+them; memory and collectives of a bucket stay alive together until the last result has been taken;
+no hook ever blocks (RED-5). Where waiting blocks the host, a command whose bucket or memory is
+still under way ends the run, and only `drain` waits; where it does not, the wait is enqueued on the
+device and the run goes on.
+
+What has started is not started again: whatever raises between two lines, Ctrl-C included, the next
+call goes on with the command at the cursor, and a command that runs twice has its effect once. The
+pass is lost all the same, so from then on zeros travel, and `failure` says why the vote must be
+lost. `launch_all`, `drain` and `publish` come to their end before they let an exception out.
+
+What it does not do: it decides nothing about the order, and it does not know what a step is.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import nan
 from time import perf_counter
 
-from torch import Tensor
+import torch
 
 from zerort import _core
-from zerort.device import streams_for
+from zerort.device import device_for
 from zerort.errors import CommError
-from zerort.memory import DTYPES, FlatBucket, FlatModel
+from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Comm, Work
-from zerort.run import nonfinite
-from zerort.run.flight import Inflight, Transport, lane_for
+from zerort.run.flight import IDLE, Inflight, Transport, lane_for
+from zerort.run.hops import Fold, GatherSums, Pass, ReduceScatter
 from zerort.trace.watch import Watch
 
 __all__ = ["Executor", "Fold"]
 
-
-@dataclass(frozen=True)
-class Fold:
-    """How a pass ends up in the accumulators: times `scale`, onto what is there if `add`."""
-
-    scale: float
-    add: bool
+Verb = Callable[[Inflight], None]
 
 
 @dataclass(frozen=True)
 class Program:
     """A plan's schedule with verbs and memory in place of kinds and numbers."""
 
-    commands: Sequence[tuple[Callable[[Inflight], None], Inflight]] = ()
+    commands: Sequence[tuple[Verb, Verb, Inflight]] = ()
+    """What to do, whom to tell of it once the cursor has moved, and the bucket."""
+    flights: Sequence[Inflight] = ()
+    """In the order of their launches."""
     launches_end: int = 0
     """One past the last Launch."""
-    gathers_sums: bool = False
-    """Each sum is brought to all ranks, because every rank has the whole optimizer."""
+    publishes: bool = False
+    """Updated shards are brought to all ranks after a step."""
 
 
 class Executor:
@@ -55,40 +59,49 @@ class Executor:
     def __init__(
         self, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch
     ) -> None:
-        self.streams = streams_for(comm.device)
-        self.absent: list[str] = []
-        self.nonfinite: tuple[int, int] | None = None
+        self.device = device_for(comm.device)
+        self.streams = self.device.streams()
+        self.watch = watch
         self.waited = 0.0
+        """Seconds that the host has stood still for collectives, since the beginning; nan where
+        waiting does not block it.
+        """
         self._flat = flat
         self._comm = comm
         self._transports = transports
-        self.watch = watch
         self._lock = threading.Lock()
         self._program = Program()
         self._cursor = self._allowed = 0
-        self._fold = Fold(1.0, add=False)
-        self._gathering: list[Inflight] = []
+        self._pass = Pass()
+
+    # The plan.
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a
         step.
         """
-        for _, flight in self._program.commands:
+        for flight in self._program.flights:
             flight.before = None  # a ring would keep its memory until the collector comes by
         self._program = Program()  # whose memory goes before the new is asked for
-        verbs = {"launch": self._launch, "retire": self._retire}
         flights = self._flights(plan)
+        verbs = {"launch": (self._launch, self._launched), "retire": (self._retire, self._retired)}
         self._program = Program(
-            [(verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
+            [(*verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
+            [flights[bucket] for kind, bucket in plan.schedule if kind == "launch"],
             launches_end=1
             + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
-            gathers_sums=not plan.shards_optimizer and self._comm.world > 1,
+            publishes=plan.shards_optimizer,
         )
         self._cursor = self._allowed = 0
 
     def _flights(self, plan: _core.Plan) -> dict[int, Inflight]:
         """By bucket. The n-th launch uses lane n modulo the window."""
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
+        gathers_sums = not plan.shards_optimizer and self._comm.world > 1
+        hops = [
+            ReduceScatter(self._comm, self._pass),
+            *([GatherSums(self._comm)] if gathers_sums else ()),
+        ]
         flights: dict[int, Inflight] = {}
         for position in range(plan.window):
             users = order[position :: plan.window]
@@ -96,139 +109,206 @@ class Executor:
                 [self._flat.buckets[b] for b in users],
                 [self._transports[b] for b in users],
                 self._comm,
+                self.streams.lane(),
             )
-            flights |= {
-                b: Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm)
-                for b in users
-            }
+            for b in users:
+                flights[b] = Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm)
+                flights[b].hops = hops
             for last, b in zip(users[-1:] + users, users, strict=False):
                 flights[b].before = flights[last] if lane.shared else None
         return flights
 
+    # A pass.
+
     def begin(self, fold: Fold) -> None:
         """Starts at the head of the list."""
-        self._fold = fold
+        self._pass.fold = fold
+        self._pass.absent = []
         self._cursor = self._allowed = 0
-        self.absent = []
         self.streams.begin()
 
     def run(self, hi: int) -> None:
         """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any
         thread.
         """
-        with self._lock:
+        with self._lock, torch.no_grad():
             self._allowed = max(self._allowed, hi)
             self._advance(self._allowed, wait=False)
 
     def launch_all(self) -> None:
         """Runs the list as far as its last Launch; waits only where the window has no room."""
-        with self._lock:
+        with self._lock, torch.no_grad():
             self._allowed = len(self._program.commands)
-            self._advance(self._program.launches_end, wait=True)
+            _to_the_end(lambda: self._advance(self._program.launches_end, wait=True))
             self._advance(self._allowed, wait=False)
+        self.streams.packed()
 
     def drain(self) -> None:
         """Runs all that is allowed, waiting where it must; then the accumulators may be read."""
-        with self._lock:
-            self._advance(self._allowed, wait=True)
-        self.streams.join()
-        for flight in self._gathering:
-            self._take_sums(flight)
-        self._gathering.clear()
+        with self._lock, torch.no_grad():
+            _to_the_end(self._drain)
+        if self.device.blocks:
+            return
+        with self.waiting("reduced gradients"):
+            self.streams.join()
+
+    def collect(self) -> None:
+        """A micro-batch that is not reduced is over: its gradients go where they wait."""
+        self.drain()  # a pass may still be sending from there
+        with torch.no_grad(), self.streams.packing(None):
+            for transport in self._transports:
+                transport.source.collect()
+        self.streams.packed()
+        self.streams.produced()
+
+    def poison(self, failure: str) -> None:
+        """The window is lost on this rank: what is left of the list runs on zeros."""
+        self._pass.failure = self._pass.failure or failure
+
+    def reset(self) -> None:
+        """The window is over."""
+        self._pass.nonfinite = self._pass.failure = None
+
+    @property
+    def absent(self) -> list[str]:
+        """Parameters that require grad and had none when their bucket was packed in this pass."""
+        return self._pass.absent
+
+    @property
+    def nonfinite(self) -> tuple[int, int] | None:
+        """(rank, parameter) of the first infinity or NaN that arrived in this window."""
+        return self._pass.nonfinite
+
+    @property
+    def failure(self) -> str | None:
+        """Why the window is lost on this rank, if it is."""
+        return self._pass.failure
 
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
-        if not self._program.gathers_sums:
-            works = [
-                (bucket, self._gather(bucket, bucket.values.tensor))
-                for bucket in self._flat.buckets
-            ]
-            for bucket, work in works:
-                self._complete(work, f"all_gather of {_contents(bucket)}")
-        self._flat.published()
+        works: list[tuple[FlatBucket, Work]] = []
+        try:
+            _to_the_end(lambda: self._publish(works))
+        finally:
+            self._flat.published()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within, the caller stands still for the collective `what`; `waited` adds up the host's
-        seconds of it.
+        """Within, the caller stands still for the collective `what`, as the watch is told.
 
         A collective that fails or times out raises `CommError` naming it.
         """
         mark, start = self.watch.mark(), perf_counter()
+        try:
+            with self._naming(what):
+                yield
+        finally:
+            # where waiting does not block the host, only the device knows how long it stood still
+            self.waited += perf_counter() - start if self.device.blocks else nan
+            self.watch.waited(mark, what)
+
+    # The cursor.
+
+    def _advance(self, end: int, *, wait: bool) -> None:
+        polls = self.device.blocks and not wait
+        while self._cursor < end:
+            verb, tell, flight = self._program.commands[self._cursor]
+            if polls and flight.under_way:
+                return
+            try:
+                verb(flight)
+            except BaseException as error:
+                self.poison(f"{type(error).__name__}: {error}")
+                raise
+            self._cursor += 1
+            tell(flight)
+
+    def _drain(self) -> None:
+        self._advance(self._allowed, wait=True)
+        for flight in self._program.flights:
+            if flight.state.hop > 0:
+                self._complete(flight)
+
+    def _launch(self, flight: Inflight) -> None:
+        before = flight.before
+        if before is not None and before.state.hop > 0:
+            self._complete(before)
+        with self.streams.packing(flight.lane):
+            flight.start()
+
+    def _retire(self, flight: Inflight) -> None:
+        if flight.state.hop == 0 and flight.state != IDLE:
+            self._complete(flight)
+        if flight.state != IDLE:
+            with self.streams.summing(flight.lane):
+                flight.start()
+
+    def _complete(self, flight: Inflight) -> None:
+        """Waits for the hop that is under way and takes its result."""
+        work = flight.state.work
+        with self.streams.summing(flight.lane):
+            if work is not None:
+                self._wait(work, f"{flight.hop.name} of {_contents(flight.bucket)}")
+            if self._pass.failure is None:
+                flight.take()
+            else:
+                flight.pass_over()
+
+    def _wait(self, work: Work, what: str) -> None:
+        # On a stream of its own a wait holds up nobody: who waits for that stream stands still.
+        with self.waiting(what) if self.device.blocks else self._naming(what):
+            work.wait()
+
+    def _publish(self, works: list[tuple[FlatBucket, Work]]) -> None:
+        if not works and self._program.publishes:
+            gather = self._comm.all_gather
+            works.extend([(b, gather(b.values.tensor)) for b in self._flat.buckets])
+        for bucket, work in works:
+            work.start()
+            self.watch.started(f"all_gather b{bucket.spec.id}", bucket.values.tensor.nbytes, work)
+        for bucket, work in works:
+            with self.waiting(f"all_gather of {_contents(bucket)}"):
+                work.wait()
+
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[None]:
         try:
             yield
         except CommError:
             raise  # it names its operation already
         except RuntimeError as error:
             raise self._comm.failure(what, error) from error
-        finally:
-            self.waited += perf_counter() - start
-            self.watch.waited(mark, what)
 
-    def _advance(self, end: int, *, wait: bool) -> None:
-        while self._cursor < end:
-            verb, flight = self._program.commands[self._cursor]
-            if not wait and flight.must_wait:
-                return
-            verb(flight)
-            self._cursor += 1
+    # What the watch is told.
 
-    def _launch(self, flight: Inflight) -> None:
-        self.streams.before_pack(shared=flight.before is not None)
-        if flight.before is not None:
-            self._take_sums(flight.before)
-        self.absent += flight.pack()
-        self.streams.after_pack()
-        flight.work = self._comm.reduce_scatter(flight.recv.tensor, flight.send)
-        spec = flight.bucket.spec
-        self.watch.launched(spec, flight.send.nbytes, DTYPES[flight.send.dtype])
-        self.watch.started(f"reduce_scatter b{spec.id}", flight.send.nbytes, flight.work)
+    def _launched(self, flight: Inflight) -> None:
+        if self.watch.enabled:
+            self.watch.launched(flight.bucket.spec, flight.send.nbytes, flight.send.dtype)
+            self._started(flight)
 
-    def _retire(self, flight: Inflight) -> None:
-        bucket = flight.bucket
-        with self.streams.side():
-            if flight.work is not None:
-                self._complete(flight.work, f"reduce_scatter of {_contents(bucket)}")
-            flight.work = None
-            scale = self._fold.scale * flight.transport.predivide
-            bucket.squares = flight.transport.wire.decode(
-                flight.recv, bucket.reduced_shard, scale=scale, add=self._fold.add
-            )
-            if (
-                isinstance(bucket.squares, float)
-                and not math.isfinite(bucket.squares)
-                and self.nonfinite is None
-            ):
-                self.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
-            if self._program.gathers_sums:
-                self._gather_sums(flight)
-        self.watch.retired(bucket.spec)
+    def _retired(self, flight: Inflight) -> None:
+        if self.watch.enabled:
+            self.watch.retired(flight.bucket.spec)
+            self._started(flight)
 
-    def _gather_sums(self, flight: Inflight) -> None:
-        if flight.narrows:
-            # What every rank will step with is the rounded sum, so the norm is that one's.
-            flight.bucket.squares = flight.transport.wire.round(
-                flight.bucket.reduced_shard, flight.own
-            )
-        flight.work = self._gather(flight.bucket, flight.gathered)
-        self._gathering.append(flight)
+    def _started(self, flight: Inflight) -> None:
+        if flight.state.work is not None:
+            name = f"{flight.hop.name} b{flight.bucket.spec.id}"
+            self.watch.started(name, flight.hop.size(flight), flight.state.work)
 
-    def _take_sums(self, flight: Inflight) -> None:
-        if flight.work is None:
-            return
-        self._complete(flight.work, f"all_gather of summed gradients, {_contents(flight.bucket)}")
-        flight.work = None
-        if flight.narrows:
-            flight.bucket.accum.tensor.copy_(flight.gathered)
 
-    def _complete(self, work: Work, what: str) -> None:
-        with self.waiting(what):
-            work.wait()
+def _to_the_end(run: Callable[[], None]) -> None:
+    """Calls `run`, once more where something breaks it off, and raises that then.
 
-    def _gather(self, bucket: FlatBucket, buffer: Tensor) -> Work:
-        work = self._comm.all_gather(buffer)
-        self.watch.started(f"all_gather b{bucket.spec.id}", buffer.nbytes, work)
-        return work
+    What a peer waits for is done before an exception is let out: after it nothing is in flight.
+    """
+    try:
+        run()
+    except CommError:
+        raise  # there is nobody left to do it for
+    except BaseException:
+        run()
+        raise
 
 
 def _contents(bucket: FlatBucket) -> str:

@@ -1,19 +1,27 @@
-"""A bucket under way: how it leaves this rank, its memory, and the collective that uses it."""
+"""A bucket under way: how it leaves this rank, its memory, and the collectives that use it.
+
+A flight makes its hops one after the other: the reduce-scatter, and where every rank needs the
+whole sum the gather that follows. What it guarantees: a hop is made once, started once and taken
+once, whatever raises between two of its lines, because its whole state is one attribute and a
+`Work` knows by itself whether it has been started. What it does not do: it does not know when its
+turn is, nor on which stream it runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from zerort.device import Lane
 from zerort.memory import FlatBucket, Memory
 from zerort.mesh import Comm, Work
 from zerort.wire import WireFormat
 
-__all__ = ["Inflight", "Lane", "Source", "Transport", "lane_for"]
+__all__ = ["Hop", "Inflight", "LaneMemory", "Source", "Transport", "lane_for"]
 
 
 class Source(Protocol):
@@ -54,20 +62,64 @@ class Transport:
     """What gradients are divided by before the sum over ranks, and multiplied by after it."""
 
 
-class Inflight:
-    """A bucket's send and receive memory and the collective that uses them.
+class Hop(Protocol):
+    """One collective of a bucket, and the arithmetic before and after it."""
 
-    From Launch to Retire; where sums are gathered, until they are. `before` is who used the same
-    memory last, this pass or the one before; None where nobody else does.
+    name: str
+    """Of the collective, for errors and traces."""
+
+    def make(self, flight: Inflight) -> Work:
+        """Writes what is to travel, and returns the collective, not started."""
+
+    def size(self, flight: Inflight) -> int:
+        """Bytes of the buffer that travels."""
+
+    def take(self, flight: Inflight) -> None:
+        """The collective is complete: its result goes where it belongs."""
+
+
+class State(NamedTuple):
+    """Where a flight is: at its hop number `hop`, whose collective has been made if there is a
+    `work`.
     """
 
-    __slots__ = ("before", "bucket", "own", "recv", "send", "slots", "transport", "work")
+    hop: int
+    work: Work | None
 
-    def __init__(self, bucket: FlatBucket, transport: Transport, lane: Lane, comm: Comm) -> None:
+
+IDLE = State(0, None)
+
+
+class Inflight:
+    """A bucket's send and receive memory and its hops.
+
+    `before` is who used the same memory last, this pass or the one before; None where nobody else
+    does.
+    """
+
+    __slots__ = (
+        "before",
+        "bucket",
+        "hops",
+        "lane",
+        "own",
+        "recv",
+        "send",
+        "slots",
+        "state",
+        "transport",
+    )
+
+    def __init__(
+        self, bucket: FlatBucket, transport: Transport, lane: LaneMemory, comm: Comm
+    ) -> None:
         numel, shard, dtype = bucket.spec.numel, bucket.spec.shard_numel, transport.wire.dtype
         self.bucket = bucket
         self.transport = transport
+        self.lane = lane.lane
         self.before: Inflight | None = None
+        self.hops: Sequence[Hop] = ()
+        self.state = IDLE
         self.send = lane.send.typed(dtype, 0, numel).tensor
         self.own = lane.send.typed(dtype, comm.rank * shard, shard)
         # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
@@ -75,7 +127,6 @@ class Inflight:
         self.slots = bucket.slots(self.send)
         if not lane.shared:
             transport.source.rest_in(self.slots)
-        self.work: Work | None = None
 
     @property
     def narrows(self) -> bool:
@@ -90,10 +141,37 @@ class Inflight:
         return self.send if self.narrows else self.bucket.accum.tensor
 
     @property
-    def must_wait(self) -> bool:
-        """Whether this flight's collective is under way, or the one before needs the memory."""
-        works = (self.work, self.before.work if self.before is not None else None)
+    def under_way(self) -> bool:
+        """Whether this flight's collective, or that of the one before in this memory, is not
+        complete.
+        """
+        works = (self.state.work, self.before.state.work if self.before is not None else None)
         return any(work is not None and not work.is_completed() for work in works)
+
+    @property
+    def hop(self) -> Hop:
+        """The hop it is at."""
+        return self.hops[self.state.hop]
+
+    def start(self) -> None:
+        """Makes and starts the hop it is at, once; nothing where that has been done."""
+        hop, work = self.state
+        if work is None:
+            work = self.hops[hop].make(self)
+            self.state = State(hop, work)
+        work.start()
+
+    def take(self) -> None:
+        """Takes the result of the hop it is at, whose collective is complete, and goes to the
+        next.
+        """
+        self.hop.take(self)
+        self.pass_over()
+
+    def pass_over(self) -> None:
+        """Goes to the next hop without the result."""
+        following = self.state.hop + 1
+        self.state = State(following, None) if following < len(self.hops) else IDLE
 
     def pack(self) -> list[str]:
         """Encodes the bucket's gradient; returns the names of parameters that had none."""
@@ -106,20 +184,24 @@ class Inflight:
 
 
 @dataclass(frozen=True)
-class Lane:
+class LaneMemory:
     """Memory for one bucket in flight; buckets that follow one another at the window's distance
     share it.
     """
 
     send: Memory
     recv: Memory | None
+    lane: Lane
+    """When the device is done with it."""
     shared: bool
 
 
-def lane_for(users: Sequence[FlatBucket], transports: Sequence[Transport], comm: Comm) -> Lane:
+def lane_for(
+    users: Sequence[FlatBucket], transports: Sequence[Transport], comm: Comm, lane: Lane
+) -> LaneMemory:
     """Memory for the largest of `users`, which are in flight one after the other."""
     sizes = (b.spec.numel * t.wire.dtype.itemsize for b, t in zip(users, transports, strict=True))
     size = max(sizes)
     send = Memory.zeros(size, torch.uint8, comm.device)
     recv = Memory.zeros(size, torch.uint8, comm.device) if comm.chunks > 1 else None
-    return Lane(send, recv, shared=len(users) > 1)
+    return LaneMemory(send, recv, lane, shared=len(users) > 1)

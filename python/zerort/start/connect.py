@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zerort.config import Config
+from zerort.device import place_of
 from zerort.errors import PlanError
 from zerort.mesh import Comm, Consensus, connect
 from zerort.start.compare import compare_settings
@@ -47,10 +48,12 @@ def agreed(comm: Comm, attempt: Callable[[], T]) -> T:
 
 
 def _device_of(model: Any) -> torch.device | None:
-    """The GPU the model is on already, if it is on one; what is no module is refused later."""
+    """The accelerator the model is on already, if it is on one; what cannot be trained is refused
+    later.
+    """
     if not isinstance(model, nn.Module):
         return None
     try:
-        return next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
+        return place_of(model.named_parameters())
     except Exception:
         return None  # raised again where the peers hear of it

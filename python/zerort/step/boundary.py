@@ -73,7 +73,7 @@ class Boundary:
         the first parameter that ranks treat differently, and `NonFiniteGradient` where the policy
         says so. Whatever happens, the window is over: what was accumulated is dropped.
         """
-        failure = failure or self.torn
+        failure = failure or self.torn or self.reduction.failure
         try:
             verdict = self._agree(fold, failure)
             self._refuse(verdict, failure)
@@ -96,7 +96,6 @@ class Boundary:
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
 
     def _agree(self, fold: float, failure: str | None) -> Verdict:
-        self.reduction.drain()
         verdict = self._vote(failure)
         while verdict.leftover and not verdict.poisoned:
             # Late gradients are in `.grad` on some rank: every rank runs the list once more over

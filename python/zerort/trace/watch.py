@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
+
 from zerort import _core
 from zerort.trace.sink import BucketLife, Mark, TraceSink
 
@@ -31,7 +33,7 @@ class Watch(Protocol):
     def mark(self) -> Mark:
         """This moment."""
 
-    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
+    def launched(self, bucket: _core.Bucket, size: int, dtype: torch.dtype) -> None:
         """The bucket's gradients are on their way: `size` bytes of elements of `dtype`."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
@@ -56,7 +58,7 @@ class Unwatched:
         """No clock is read."""
         return 0
 
-    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
+    def launched(self, bucket: _core.Bucket, size: int, dtype: torch.dtype) -> None:
         """Ignored."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
@@ -70,6 +72,15 @@ class Unwatched:
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """Ignored."""
+
+
+_NAMES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.uint8: "u8",
+}
 
 
 class _Launch(NamedTuple):
@@ -98,9 +109,10 @@ class BucketWatch:
         """The sink's clock, or an event on the current stream."""
         return self._sink.mark()
 
-    def launched(self, bucket: _core.Bucket, size: int, dtype: str) -> None:
+    def launched(self, bucket: _core.Bucket, size: int, dtype: torch.dtype) -> None:
         """Keeps moment and load for the bucket's life."""
-        self._launched[bucket.id] = _Launch(self._sink.mark(), size, dtype)
+        name = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
+        self._launched[bucket.id] = _Launch(self._sink.mark(), size, name)
 
     def started(self, name: str, size: int, work: Collective) -> None:
         """A span on the first lane that is free, so that spans of one track never cross."""

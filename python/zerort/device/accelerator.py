@@ -1,0 +1,187 @@
+"""Any accelerator that torch.accelerator drives: the host runs ahead, streams order the work.
+
+Gradients are packed on the stream that made the last of them, sums run on a stream of their own,
+and no method makes the host wait. Three things could go wrong without a word, and each has an order
+of its own: a gradient is read after the stream that made it (`produced`), its memory is given back
+to that stream only behind the read (`packing`), and a lane is packed again only behind the last sum
+out of it (`Lane.free`). Everything names the device, so that another one may be the current one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerort.device.contract import Figures, Flat, Lane
+
+__all__ = ["Accelerator", "AcceleratorStreams", "current", "select", "why_not"]
+
+# torch 2.8 renamed these and warns of the old names; 2.6 has only the old ones. Resolved once.
+_device_index: Callable[[], int] = (
+    getattr(torch.accelerator, "current_device_index", None) or torch.accelerator.current_device_idx
+)
+_set_device_index: Callable[[int], None] = (
+    getattr(torch.accelerator, "set_device_index", None) or torch.accelerator.set_device_idx
+)
+
+UNFIT = {"mps": "it has no 64-bit floats, in which norms are summed"}
+"""What torch.accelerator drives, but not with all that is needed here."""
+
+
+def current() -> torch.device | None:
+    """The current accelerator, if there is one that is supported."""
+    place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if place is None or place.type in UNFIT:
+        return None
+    return torch.device(place.type, _device_index())
+
+
+def why_not(place: torch.device) -> str | None:
+    """Why `place` cannot be used, None where it can."""
+    if place.type in UNFIT:
+        return UNFIT[place.type]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return "torch finds no accelerator on this machine"
+    if accelerator.type != place.type:
+        return f"the accelerator that torch drives here is {accelerator.type}"
+    return None
+
+
+def select(local_rank: int) -> None:
+    """Makes the accelerator of this number the current one, modulo how many there are."""
+    if current() is not None:
+        _set_device_index(local_rank % torch.accelerator.device_count())
+
+
+class Accelerator:
+    """One accelerator and its memory."""
+
+    blocks = False
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place if place.index is not None else torch.device(place.type, _device_index())
+
+    def streams(self) -> AcceleratorStreams:
+        """Streams of this device."""
+        return AcceleratorStreams(self.place)
+
+    def reduce(
+        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+    ) -> float | Tensor:
+        """In torch, on the current stream."""
+        precise = torch.promote_types(accum.tensor.dtype, torch.float32)
+        total, *rest = (piece.to(precise) for piece in chunks.tensor.chunk(world))
+        for piece in rest:
+            total = total + piece
+        if add:
+            accum.tensor.add_(total, alpha=scale)
+        else:
+            accum.tensor.copy_(total * scale)
+        return self.squared_norm(accum)
+
+    def squared_norm(self, memory: Flat) -> float | Tensor:
+        """A scalar tensor: reading it is for the vote."""
+        norm: Tensor = torch.linalg.vector_norm(memory.tensor, dtype=torch.float64)
+        return norm.square()
+
+    def random_state(self) -> Tensor | None:
+        """Of this device's default generator, on the CPU."""
+        state: Tensor = self._module.get_rng_state(self.place)
+        return state
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Of this device's default generator."""
+        self._module.set_rng_state(state, self.place)
+
+    def moment(self) -> Any:
+        """A `torch.Event` with timing, on this device's current stream."""
+        event: Any = torch.Event(self.place, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self.place))
+        return event
+
+    def memory(self) -> Figures | None:
+        """As the caching allocator counts it."""
+        module = self._module
+        return Figures(module.memory_allocated(self.place), module.max_memory_allocated(self.place))
+
+    @property
+    def _module(self) -> Any:
+        return torch.get_device_module(self.place)
+
+
+class AcceleratorStreams:
+    """A stream of sums beside the streams of the backward."""
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._sums: Any = torch.Stream(place)
+        self._producers: dict[int, Any] = {}
+
+    def lane(self) -> Lane:
+        """A lane that nothing has used."""
+        return Lane()
+
+    def produced(self) -> None:
+        """Keeps the stream; a backward usually has one, compiled graphs may have more."""
+        stream = self._current()
+        self._producers[stream.stream_id] = stream
+
+    def begin(self) -> None:
+        """Sums come after what the current stream still does with the accumulators.
+
+        The producers stay: the first gradient of a direct backward comes before its pass begins.
+        """
+        self._sums.wait_stream(self._current())
+
+    @contextmanager
+    def packing(self, lane: Lane | None) -> Iterator[None]:
+        """The current stream waits for the producers and for the lane, and they for it."""
+        packing = self._current()
+        others = [stream for stream in self._producers.values() if stream != packing]
+        if lane is not None and lane.free is not None:
+            packing.wait_event(lane.free)
+        for stream in others:
+            packing.wait_stream(stream)
+        try:
+            yield
+        finally:
+            # Memory that is freed goes back to the stream it was allocated on, which could write
+            # there before the copy has read it.
+            for stream in others:
+                stream.wait_stream(packing)
+
+    def packed(self) -> None:
+        """Forgets the producers."""
+        self._producers.clear()
+
+    @contextmanager
+    def summing(self, lane: Lane) -> Iterator[None]:
+        """The stream of sums becomes the current one, and the lane is marked behind it."""
+        with self._on(self._sums):
+            try:
+                yield
+            finally:
+                lane.free = self._sums.record_event()
+
+    def join(self) -> None:
+        """The current stream waits for the sums."""
+        self._current().wait_stream(self._sums)
+
+    def _current(self) -> Any:
+        return torch.accelerator.current_stream(self._place)
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        # Setting a stream makes its device the current one as well.
+        index, before = _device_index(), self._current()
+        torch.accelerator.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+            _set_device_index(index)

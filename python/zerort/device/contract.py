@@ -1,0 +1,118 @@
+"""The contract of a device: how its work is ordered, and its arithmetic, random numbers and memory.
+
+What it guarantees: whatever a pass enqueues between `begin` and `join` is ordered as the program
+reads, without a wait of the host's, whichever streams gradients were made on. What it does not do:
+it knows no buckets and no ranks.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zerort import _core
+
+__all__ = ["Device", "Figures", "Flat", "Lane", "Streams"]
+
+
+class Flat(Protocol):
+    """Flat memory as both sides see it: torch's tensor and the core's buffer, over the same
+    bytes.
+    """
+
+    tensor: Tensor
+    buffer: _core.Buffer
+
+
+class Lane:
+    """Memory of one bucket in flight: `free` is recorded behind its last use, None before the
+    first.
+    """
+
+    __slots__ = ("free",)
+
+    def __init__(self) -> None:
+        self.free: Any = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Bytes of a device's memory that this process's tensors take."""
+
+    allocated: int
+    """Now."""
+    peak: int
+    """At most, since the process began or torch was asked to forget."""
+
+
+class Streams(Protocol):
+    """The order of one engine's reduction on a device. No call makes the host wait."""
+
+    def lane(self) -> Lane:
+        """A lane that nothing has used."""
+
+    def produced(self) -> None:
+        """A gradient was written on the current stream."""
+
+    def begin(self) -> None:
+        """A pass begins: its sums overwrite the accumulators only once the current stream is done
+        with them.
+        """
+
+    def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
+        """Within, the current stream may read every gradient that was `produced`, and write into
+        the lane's memory, where there is a lane. Afterwards these gradients may be freed.
+        """
+
+    def packed(self) -> None:
+        """All that was `produced` has been packed."""
+
+    def summing(self, lane: Lane) -> AbstractContextManager[object]:
+        """Within, work goes to the stream of sums; afterwards it is the last use of the lane."""
+
+    def join(self) -> None:
+        """The current stream may read the accumulators."""
+
+
+class Device(Protocol):
+    """A device and what zerort asks of it."""
+
+    place: torch.device
+    blocks: bool
+    """Whether waiting for a collective blocks the host. Where it does, a hook asks first whether
+    the collective is complete; where it does not, the wait is enqueued.
+    """
+
+    def streams(self) -> Streams:
+        """The order of a reduction's work here."""
+
+    def reduce(
+        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+    ) -> float | Tensor:
+        """Sums `world` chunks of `accum`'s length, in order and with at least fp32 accumulation,
+        times `scale`, into `accum`, or onto it if `add`.
+
+        Returns the squared norm of `accum` afterwards, in fp64: a float where that costs no wait,
+        else a scalar tensor.
+        """
+
+    def squared_norm(self, memory: Flat) -> float | Tensor:
+        """In fp64; a float where that costs no wait, else a scalar tensor."""
+
+    def random_state(self) -> Tensor | None:
+        """The state of this device's generator, where it has one beside the CPU's."""
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Goes on where `random_state` was taken."""
+
+    def moment(self) -> Any:
+        """An event with timing, recorded on the current stream; None where the host's clock
+        serves.
+        """
+
+    def memory(self) -> Figures | None:
+        """How much of it is in use; None where torch does not count it."""

@@ -1,0 +1,84 @@
+"""The CPU: everything happens in the order of the program, and sums are the core's kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from zerort import _core
+from zerort.device.contract import Figures, Flat, Lane
+
+__all__ = ["Cpu"]
+
+_NOTHING = nullcontext()
+
+
+class InOrder:
+    """Streams where there are none."""
+
+    def lane(self) -> Lane:
+        """Never marked."""
+        return Lane()
+
+    def produced(self) -> None:
+        """In order already."""
+
+    def begin(self) -> None:
+        """In order already."""
+
+    def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
+        """The thread itself."""
+        return _NOTHING
+
+    def packed(self) -> None:
+        """In order already."""
+
+    def summing(self, lane: Lane) -> AbstractContextManager[object]:
+        """The thread itself."""
+        return _NOTHING
+
+    def join(self) -> None:
+        """In order already."""
+
+
+class Cpu:
+    """The CPU and its memory."""
+
+    place = torch.device("cpu")
+    blocks = True
+
+    def streams(self) -> InOrder:
+        """The order of the program."""
+        return InOrder()
+
+    def reduce(
+        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+    ) -> float | Tensor:
+        """One fused pass in the core."""
+        if accum.tensor.dtype in (torch.float32, torch.float64):
+            return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
+        # Sums are taken in fp32 all the same; only what is kept between passes is narrower.
+        exact = torch.empty(accum.tensor.numel(), dtype=torch.float32)
+        _core.reduce(chunks.buffer, _core.Buffer(exact), world=world, scale=scale, add=False)
+        accum.tensor.copy_(exact + accum.tensor if add else exact)
+        return self.squared_norm(accum)
+
+    def squared_norm(self, memory: Flat) -> float | Tensor:
+        """In the core."""
+        return _core.squared_norm(memory.buffer)
+
+    def random_state(self) -> Tensor | None:
+        """None: torch's own generator is the CPU's."""
+        return None
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Nothing to set."""
+
+    def moment(self) -> None:
+        """The host's clock serves."""
+
+    def memory(self) -> Figures | None:
+        """None: torch does not count the CPU's."""
+        return None

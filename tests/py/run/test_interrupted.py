@@ -1,0 +1,175 @@
+"""Whatever breaks a launch or a retirement off, between any two of its lines: no bucket travels
+twice, none is lost, and both ranks go on.
+
+One rank of two raises at one line after another of what the executor runs, and in between both
+train on. A twin without an engine says which weights are right.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ranks
+import zerort
+from zerort.run.executor import Executor
+
+PACKAGE = Path(zerort.__file__).parent
+ENTRIES = {
+    getattr(Executor, name).__code__ for name in ("begin", "run", "launch_all", "drain", "publish")
+}
+FOLDERS = tuple(str(PACKAGE / room) for room in ("run", "mesh", "wire", "grads/sources.py"))
+LAYERS = 3
+
+Place = tuple[str, int]
+"""File and line."""
+
+
+class Raiser:
+    """Within `at(place)`, raises once, before the line of that place runs under the executor."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+        self.seen: set[Place] = set()
+        self.target: Place | None = None
+
+    @contextmanager
+    def at(self, target: Place | None) -> Iterator[None]:
+        self.target = target
+        sys.settrace(self._call)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        ours = frame.f_code.co_filename.startswith(FOLDERS)
+        return self._line if ours and _below(frame) else None
+
+    def _line(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        if event == "line":
+            place = (frame.f_code.co_filename, frame.f_lineno)
+            self.seen.add(place)
+            if place == self.target:
+                self.target = None
+                raise self.kind(f"at {Path(place[0]).name}:{place[1]}")
+        return self._line
+
+
+def _below(frame: FrameType | None) -> bool:
+    """Whether the executor runs it; what stands in `publish` itself is not yet, or no longer, under
+    its care.
+    """
+    inner = frame
+    while inner is not None:
+        if inner.f_code in ENTRIES:
+            return inner is not frame or frame.f_code.co_name != "publish"
+        inner = inner.f_back
+    return False
+
+
+def model_of() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(LAYERS)))
+
+
+class Pair:
+    """An engine, and a twin that takes the same steps without one."""
+
+    def __init__(self, rank: int, stage: int, window: int | str) -> None:
+        model = model_of()
+        self.rank = rank
+        self.model, self.twin = model, copy.deepcopy(model)
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 256},
+            "zerort": {"window": window, "timeout": 20.0},
+        }
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        self.engine, *_ = zerort.initialize(model=model, optimizer=optimizer, config=config)
+        self.ahead = torch.optim.SGD(self.twin.parameters(), lr=0.01)
+
+    def step(self) -> BaseException | None:
+        """One step; returns what it raised."""
+        try:
+            self.engine.backward(self.engine(torch.ones(2, 16)).square().mean())
+            self.engine.step()
+        except BaseException as error:
+            return error
+        return None
+
+    def follow(self) -> bool | None:
+        """Whether the engine has applied the step; None if its weights are neither before it nor
+        after.
+        """
+        before = copy.deepcopy(self.twin.state_dict())
+        self.ahead.zero_grad()
+        self.twin(torch.ones(2, 16)).square().mean().backward()
+        self.ahead.step()
+        if self._equal():
+            return True
+        self.twin.load_state_dict(before)
+        return False if self._equal() else None
+
+    def _equal(self) -> bool:
+        pairs = zip(self.model.parameters(), self.twin.parameters(), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in pairs)
+
+
+def break_everywhere(
+    rank: int, world: int, stage: int, window: int | str, kind: type[BaseException]
+) -> list[tuple[Place, str, list[bool | None]]]:
+    """What each place came to: what rank 1 raised there, and whether each step was applied."""
+    pair, raiser = Pair(rank, stage, window), Raiser(kind)
+    for _ in range(2):
+        assert (pair.step(), pair.follow()) == (None, True)
+    for _ in range(2):  # which lines there are
+        with raiser.at(None):
+            assert (pair.step(), pair.follow()) == (None, True)
+    told: list[Any] = [sorted(raiser.seen)]
+    dist.broadcast_object_list(told, src=1)
+    results = []
+    for place in told[0]:
+        if rank == 1:
+            with raiser.at(place):
+                error = pair.step()
+        else:
+            error = pair.step()
+        applied = [pair.follow()]
+        assert pair.step() is None, f"the step after {place}"
+        results.append((place, type(error).__name__, [*applied, pair.follow()]))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("stage", "window", "kind"),
+    [(0, 2, KeyboardInterrupt), (2, 1, KeyError), (2, "all", KeyboardInterrupt)],
+)
+def test_a_command_that_is_broken_off_at_any_line_is_neither_lost_nor_repeated(
+    stage: int, window: int | str, kind: type[BaseException]
+) -> None:
+    first, second = ranks.run(2, break_everywhere, stage, window, kind, timeout=100)
+    assert len(first) > 60
+    broken = 0
+    for (place, on_the_other, here), (_, raised, there) in zip(first, second, strict=True):
+        assert here == there, f"{place}: the ranks differ, {here} and {there}"
+        applied, after = here
+        assert after is True, f"{place}: the step after it is wrong"
+        if applied:  # broken off behind the vote, or not at all: the timing was another
+            assert on_the_other == "NoneType", place
+        else:
+            assert applied is False, f"{place}: the weights are neither old nor new"
+            assert on_the_other == "StepError", place
+            broken += raised != "NoneType"
+    assert broken > 40
