@@ -22,6 +22,7 @@ __all__ = [
     "reduce",
     "reshard",
     "squared_norm",
+    "take_writes",
 ]
 
 _Dtype = Literal["f32", "f16", "bf16", "f64"]
@@ -278,6 +279,13 @@ def squared_norm(values: Buffer) -> float:
 
 def first_nonfinite(values: Buffer) -> int | None:
     """Index of the first infinity or NaN of a CPU buffer."""
+
+def take_writes(values: Buffer, master: Buffer) -> int:
+    """Takes what was written into `values` (n,), of bf16 or fp16, since they were cast from
+    `master` (n,), of fp32, over into `master`; returns the number of elements.
+
+    An element counts as written when its bits are not those of its master's cast. CPU only.
+    """
 
 def reshard(
     source: Plan, target: Plan, *, bucket: int, rank: int, came_from: Sequence[int]

@@ -104,7 +104,7 @@ class Load:
         if self.custom is not None:
             self.custom(src=weights, dst=self.state.module)
             for bucket in self.state.flat.buckets:
-                bucket.refresh_master()
+                bucket.take_writes()
         return staged.client_state
 
     def _parsed(self, data: bytes) -> Manifest:

@@ -48,6 +48,8 @@ class FlatBucket:
     """
 
     __slots__ = (
+        "_master",
+        "_noted",
         "accum",
         "forms",
         "local",
@@ -89,6 +91,8 @@ class FlatBucket:
         )
         self.accum = everything if everything and whole else self.reduced_shard
         self.squares: float | Tensor = 0.0
+        self._master = Memory.of(self.master) if self.has_master else None
+        self._noted: Tensor | None = None
 
     @property
     def has_master(self) -> bool:
@@ -99,21 +103,28 @@ class FlatBucket:
         """Casts the updated masters into the parameters this rank owns."""
         if self.has_master:
             self.owned.tensor.copy_(self.master)
+            self._noted = None
 
-    def refresh_master(self) -> None:
-        """Takes over what something outside a step has written into the parameters, such as
-        load_state_dict.
+    def take_writes(self) -> None:
+        """Brings to the masters what something outside a step has written into the parameters this
+        rank owns, such as load_state_dict or a clamp through `.data`.
+
+        Written is an element that has other bits than its master's cast: of the others the master
+        knows more, and keeps it.
+        """
+        if self._noted is not None:
+            values = self.owned.tensor
+            written = values.view(torch.int16) != self._noted.view(torch.int16)
+            torch.where(written, values, self.master, out=self.master)
+        elif self._master is not None:
+            _TAKE_WRITES[self.master.device.type](self.owned, self._master)
+
+    def note_writes(self) -> None:
+        """What stands in the parameters is not for the masters, although it is not their cast: a
+        feature has written it. It is what later writes are found by, until the next step.
         """
         if self.has_master:
-            values = self.owned.tensor
-            # Where the cast of a master still is the parameter, nothing was written, and the master
-            # knows more.
-            torch.where(
-                self.master.to(values.dtype) == values,
-                self.master,
-                values.to(self.master.dtype),
-                out=self.master,
-            )
+            self._noted = self.owned.tensor.clone()
 
     def slots(self, send: Tensor) -> list[Tensor]:
         """Views of a send buffer (numel,), one per parameter, in the layout of its gradient.
@@ -144,8 +155,6 @@ class FlatModel:
         }
         self._views = [views[param] for param in range(len(planned))]
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
-        self._mastered = any(bucket.has_master for bucket in self.buckets)
-        self._versions = self._current()
 
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
@@ -171,24 +180,29 @@ class FlatModel:
                 )
 
     def take_writes(self) -> None:
-        """Brings to the masters what something outside a step has written into parameters, such as
-        load_state_dict.
-
-        Autograd's version counters tell whether anything has; writes through `.data` are invisible
-        to them, and are undone by the masters.
+        """Brings to the masters what something outside a step has written into parameters, in
+        whatever way.
         """
-        if self._versions and self._versions != self._current():
-            for bucket in self.buckets:
-                bucket.refresh_master()
-            self._versions = self._current()
+        for bucket in self.buckets:
+            bucket.take_writes()
 
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it
         cannot see.
         """
         torch.autograd.graph.increment_version(self.params)
-        self._versions = self._current()
 
-    def _current(self) -> list[int]:
-        """Version counters, where there are masters that could differ from parameters."""
-        return [parameter._version for parameter in self.params] if self._mastered else []
+
+def _take_in_core(values: Memory, master: Memory) -> None:
+    _core.take_writes(values.buffer, master.buffer)
+
+
+def _take_in_torch(values: Memory, master: Memory) -> None:
+    now, kept = values.tensor, master.tensor
+    published = kept.to(now.dtype)
+    # A cast may give a NaN another payload, so bits alone would take it from the master each time.
+    same = (published.view(torch.int16) == now.view(torch.int16)) | (kept.isnan() & now.isnan())
+    torch.where(same, kept, now, out=kept)
+
+
+_TAKE_WRITES = {"cpu": _take_in_core, "cuda": _take_in_torch}

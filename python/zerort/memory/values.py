@@ -34,12 +34,16 @@ class Memory:
         self.buffer = buffer
 
     @classmethod
+    def of(cls, tensor: Tensor) -> Memory:
+        """Over a tensor's memory (numel,), contiguous."""
+        return cls(tensor, _core.Buffer(tensor))
+
+    @classmethod
     def zeros(cls, numel: int, dtype: torch.dtype, device: torch.device) -> Memory:
         """Fresh memory (numel,), touched: a page's first touch costs more than all its later use in
         a step.
         """
-        tensor = torch.empty(numel, dtype=dtype, device=device).zero_()
-        return cls(tensor, _core.Buffer(tensor))
+        return cls.of(torch.empty(numel, dtype=dtype, device=device).zero_())
 
     @classmethod
     def of_bucket(
@@ -60,8 +64,7 @@ class Memory:
 
     def typed(self, dtype: torch.dtype, start: int, length: int) -> Memory:
         """Elements start..start+length of these bytes, read as `dtype`."""
-        tensor = self.tensor.view(dtype).narrow(0, start, length)
-        return Memory(tensor, _core.Buffer(tensor))
+        return Memory.of(self.tensor.view(dtype).narrow(0, start, length))
 
 
 @dataclass(frozen=True)

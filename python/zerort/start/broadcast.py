@@ -17,7 +17,7 @@ def broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
     with torch.no_grad():
         for bucket in flat.buckets:
             comm.broadcast(bucket.values.tensor)
-            bucket.refresh_master()
+            bucket.take_writes()
         for tensor in (*(p for p in model.parameters() if id(p) not in planned), *model.buffers()):
             data = tensor.detach()
             piece = data if data.is_contiguous() else data.contiguous()

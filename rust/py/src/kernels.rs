@@ -85,6 +85,37 @@ pub fn first_nonfinite(py: Python<'_>, values: &Buffer) -> PyResult<Option<usize
     }
 }
 
+/// Takes what was written into `values` since they were cast from `master` over into `master`;
+/// returns the number of elements.
+#[pyfunction]
+pub fn take_writes(py: Python<'_>, values: &Buffer, master: &Buffer) -> PyResult<usize> {
+    let source = values.memory().read()?;
+    let mut target = master.memory().write()?;
+    if values.memory().numel() != master.memory().numel() {
+        return Err(LayoutError::new_err(format!(
+            "{} values have no {} masters",
+            values.memory().numel(),
+            master.memory().numel()
+        )));
+    }
+    match (source.values(), target.sums()) {
+        (Values::F16(values), Sums::F32(master)) => {
+            Ok(py.detach(|| kernels::take_writes(values, master)))
+        }
+        (Values::BF16(values), Sums::F32(master)) => {
+            Ok(py.detach(|| kernels::take_writes(values, master)))
+        }
+        (
+            Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,
+            Sums::F32(_) | Sums::F64(_) | Sums::Other(_),
+        ) => Err(LayoutError::new_err(format!(
+            "bf16 and fp16 have an fp32 master; got {} values and a {} master",
+            values.memory().dtype().name(),
+            master.memory().dtype().name()
+        ))),
+    }
+}
+
 fn not_a_number(what: &str) -> PyErr {
     LayoutError::new_err(format!("uint8 is bytes on a wire and has no {what}"))
 }

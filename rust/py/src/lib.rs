@@ -35,6 +35,8 @@ mod _core {
     #[pymodule_export]
     use super::kernels::squared_norm;
     #[pymodule_export]
+    use super::kernels::take_writes;
+    #[pymodule_export]
     use super::plan::Bucket;
     #[pymodule_export]
     use super::plan::Fragment;

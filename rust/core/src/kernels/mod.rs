@@ -2,7 +2,8 @@
 //!
 //! [`reduce`] is where a reduce-scatter over a network without reductions ends: every rank sent its
 //! copy of our shard, and the copies are summed here. [`squared_norm`] and [`first_nonfinite`] are
-//! what clipping and the overflow check ask about a gradient.
+//! what clipping and the overflow check ask about a gradient. [`take_writes`] brings to the masters
+//! what was written into parameters behind their back.
 //!
 //! Guarantees:
 //! * Low precision is for the wire alone: fp16 and bf16 are widened exactly and summed in fp32;
@@ -19,10 +20,12 @@
 mod element;
 mod norm;
 mod reduce;
+mod writes;
 
 pub use element::{Element, Real};
 pub use norm::{first_nonfinite, squared_norm};
 pub use reduce::{ShapeError, Write, reduce};
+pub use writes::{Published, take_writes};
 
 /// Elements that one pass works on: 4 KiB of fp32.
 pub const BLOCK: usize = 1024;
