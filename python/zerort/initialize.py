@@ -29,14 +29,15 @@ from zerort.readings import Parts
 from zerort.run.flight import Transport
 from zerort.start import checks
 from zerort.start.broadcast import broadcast
-from zerort.start.compare import compare_data, compare_optimizers, compare_plans
+from zerort.start.compare import compare_optimizers, compare_plans
 from zerort.start.connect import agreed, connected
-from zerort.start.loader import TrainingLoader, open_loader
+from zerort.start.loader import TrainingLoader
 from zerort.start.optimizer import choose_optimizer
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
+from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.watch import BucketWatch, Unwatched
 from zerort.wire import FORMATS, NAMES
 
@@ -88,7 +89,6 @@ def initialize(
         setup = agreed(comm, lambda: _decide(settings, comm, given, undo))
         compare_plans(comm, setup.planned, setup.plan)
         compare_optimizers(comm, setup.optimizer)
-        compare_data(comm, setup.loader)
         flat = agreed(comm, lambda: FlatModel(setup.model, setup.planned, setup.layout))
         broadcast(comm, setup.model, flat)
         engine = agreed(comm, lambda: _assemble(setup, flat, undo))
@@ -169,7 +169,7 @@ def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> 
         planned,
         plan,
         sink,
-        loader=open_loader(given.training_data, batch, comm, settings, given.collate_fn),
+        loader=_loader(settings, comm, batch, given),
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
         whole_tensors=whole is not None,
     )
@@ -211,7 +211,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide)
         for bucket in flat.buckets
     ]
-    watch = BucketWatch(sink, flat.names) if sink.enabled else Unwatched()
+    watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
     reduction = Reduction(setup.plan, flat, comm, transports, watch)
     undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
@@ -241,7 +241,20 @@ def _open_sink(settings: Config, comm: Comm) -> TraceSink:
     device = device_for(comm.device)
     if sink.enabled and not device.blocks:
         sink.on_device(device.moment)
-    return BreakdownSink(sink) if settings.wall_clock_breakdown and comm.rank == 0 else sink
+    breaks_down = settings.wall_clock_breakdown and comm.rank == 0
+    return ContainedSink(BreakdownSink(sink) if breaks_down else sink)
+
+
+def _loader(settings: Config, comm: Comm, batch: Batch, given: Arguments) -> TrainingLoader | None:
+    if given.training_data is None:
+        return None
+    return TrainingLoader(
+        given.training_data,
+        batch.micro,
+        comm,
+        drop_last=settings.dataloader_drop_last,
+        collate_fn=given.collate_fn,
+    )
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:

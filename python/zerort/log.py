@@ -9,10 +9,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 
 __all__ = ["show"]
 
 _log = logging.getLogger("zerort")
+
+
+def _contained(handle: Callable[[logging.LogRecord], object]) -> Callable[..., None]:
+    """A user's handler or filter that raises must not break a step off on one rank."""
+
+    def contained(record: logging.LogRecord) -> None:
+        try:
+            handle(record)
+        except Exception as error:
+            with suppress(Exception):
+                print(
+                    f"zerort: a logging handler raised {error!r} over: {record.getMessage()}",
+                    file=sys.stderr,
+                )
+
+    return contained
+
+
+_log.handle = _contained(_log.handle)  # type: ignore[method-assign]
 
 
 def show(rank: int) -> None:

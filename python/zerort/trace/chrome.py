@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 import warnings
 from collections import deque
@@ -24,6 +25,7 @@ from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 from zerort import _core
 from zerort.errors import ConfigError
@@ -31,6 +33,9 @@ from zerort.trace.clock import DeviceClock, axis_offset
 from zerort.trace.sink import BUCKETS, EXPOSED, MAIN, STEP, WAIT, Arg, BucketLife, DeviceEvent, Mark
 
 __all__ = ["ChromeSink"]
+
+Event: TypeAlias = tuple[tuple[Mark, ...], Callable[..., None]]
+"""Moments, and what writes them once their times are known."""
 
 
 class ChromeSink:
@@ -48,7 +53,8 @@ class ChromeSink:
         self._offset = axis_offset()
         self._record: Callable[[], Mark] = time.perf_counter_ns
         self._clock: DeviceClock | None = None
-        self._pending: deque[tuple[tuple[Mark, ...], Callable[..., None]]] = deque()
+        self._pending: deque[Event] = deque()
+        self._taking = threading.RLock()
         self._exposed_ns = 0
         self._lives = 0
         self._owner: int | None = os.getpid()
@@ -166,17 +172,37 @@ class ChromeSink:
             self._settle(wait=False)
 
     def _settle(self, wait: bool) -> None:
-        while self._pending:
-            moments, write = self._pending[0]
-            for moment in moments:
-                if isinstance(moment, int):
-                    continue
-                if wait:
-                    moment.synchronize()
-                elif not moment.query():
+        """Takes the queue as far as times are known. Collectives complete on threads of their own,
+        so several come here at once: one takes, the others leave theirs to it and never block.
+        """
+        if not self._taking.acquire(blocking=wait):
+            return
+        try:
+            # Out first: a signal's handler may come here in between, on this very thread.
+            while (event := self._next()) is not None:
+                moments, write = event
+                if not self._is_known(moments, wait):
+                    self._pending.appendleft(event)
                     return
-            self._pending.popleft()
-            write(*map(self._axis, moments))
+                write(*map(self._axis, moments))
+        finally:
+            self._taking.release()
+
+    def _next(self) -> Event | None:
+        try:
+            return self._pending.popleft()
+        except IndexError:
+            return None
+
+    def _is_known(self, moments: tuple[Mark, ...], wait: bool) -> bool:
+        for moment in moments:
+            if isinstance(moment, int):
+                continue
+            if wait:
+                moment.synchronize()
+            elif not moment.query():
+                return False
+        return True
 
     def _axis(self, moment: Mark) -> int:
         if isinstance(moment, int):

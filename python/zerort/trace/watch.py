@@ -144,6 +144,8 @@ class BucketWatch:
         """Tells the lives of the pass, now that all four moments are known."""
         arrivals = {bucket: rest for bucket, *rest in lives}
         for index, (bucket, retired) in self._retired.items():
+            if index not in self._launched:
+                continue  # its launch was broken off before anybody could tell
             launch = self._launched[index]
             first, full, last = arrivals.get(index, (launch.at, launch.at, -1))
             moments = BucketLife(first, full, launch.at, retired)

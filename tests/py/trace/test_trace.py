@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chrome_format import check, check_file
-from fake_device import FakeDevice, LostEvent
+from fake_device import FakeDevice, FakeEvent, LostEvent
 from zerort import _core
 from zerort.errors import ConfigError
 from zerort.trace import SINKS, BucketLife, ChromeSink, NullSink, ProfilerSink, TraceSink, open_sink
@@ -451,3 +453,58 @@ def test_the_checker_finds_what_is_wrong(tmp_path, wrong, complaint):
     check(events)
     with pytest.raises(AssertionError, match=complaint):
         check([*events, wrong])
+
+
+class Yielding(deque):
+    """A queue whose readers let other threads run at each look."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        time.sleep(1e-5)
+        return value
+
+    def popleft(self):
+        time.sleep(1e-5)
+        return super().popleft()
+
+
+def test_spans_of_several_threads_are_all_kept(sink):
+    threads, each = 3, 200
+    sink._pending = Yielding()
+    errors = []
+
+    def work(thread):
+        try:
+            for index in range(each):
+                sink.span(f"thread {thread}", f"{thread}.{index}", 0, 1)
+        except Exception as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    names = [event["name"] for event in written(sink) if event["ph"] == "X"]
+    assert errors == []
+    assert sorted(names) == sorted(f"{t}.{i}" for t in range(threads) for i in range(each))
+
+
+def test_a_signals_handler_may_record_while_a_span_is_being_written(sink):
+    class Interrupting(FakeEvent):
+        """An event in whose query a handler runs, on the same thread."""
+
+        def query(self):
+            if not done:
+                done.append(True)
+                sink.span("handler", "from the handler", 0, 1)
+                sink.flush()
+            return super().query()
+
+    done = []
+    device = FakeDevice()
+    sink.on_device(device.record)
+    sink.span("main", "interrupted", Interrupting(device, 1000.0), FakeEvent(device, 1000.0))
+    sink.step(0)
+    names = [event["name"] for event in written(sink) if event["ph"] == "X"]
+    assert sorted(names) == ["from the handler", "interrupted"]
