@@ -109,5 +109,5 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
         hint = f"; it takes {', '.join(takes)}" if isinstance(error, TypeError) else ""
         raise ConfigError(
             f"optimizer.params: {name} cannot be built with {options}: "
-            f"{type(error).__name__}: {error}{hint}"
+            f"{str(error) or type(error).__name__}{hint}"
         ) from error

@@ -395,7 +395,7 @@ def build(name: str, params: Mapping[str, Any], optimizer: _HasGroups) -> Any:
         raise
     except Exception as error:  # of any kind: the values come from a file
         raise ConfigError(
-            f"scheduler.params: {name} does not take them: {type(error).__name__}: {error}"
+            f"scheduler.params: {name} does not take them: {str(error) or type(error).__name__}"
         ) from error
     for index, group in enumerate(optimizer.param_groups):
         if not 0 <= float(group["lr"]) < math.inf:
