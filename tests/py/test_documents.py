@@ -69,9 +69,9 @@ def texts() -> list[str]:
     ]
     rust = [path.read_text(encoding="utf-8") for path in (ROOT / "rust").rglob("*.rs")]
     literals = [
-        re.sub(r"\{[^}]*\}", "…", text)
+        re.sub(r"\{[^}]*\}", "…", re.sub(r"\\\n\s*", "", text))  # a line may go on in the next
         for source in rust
-        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', source)
+        for text in re.findall(r'"((?:[^"\\]|\\.)*)"', source, re.DOTALL)
     ]
     return [text for text in python + literals if text]
 
