@@ -25,7 +25,7 @@ from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer, schedules
 from zerort.optim.elementwise import why_not_elementwise
-from zerort.readings import Parts
+from zerort.readings import Components
 from zerort.run.flight import Transport
 from zerort.start import checks
 from zerort.start.broadcast import broadcast
@@ -216,7 +216,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(comm, flat, reduction, shards, precision.loss_scale, policy, sink)
-    parts = Parts(
+    parts = Components(
         config,
         comm,
         setup.batch,

@@ -1,4 +1,6 @@
-"""What there is to read of an engine, under DeepSpeed's names. Nothing here changes anything."""
+"""What there is to read of an engine, under DeepSpeed's names. Nothing here changes anything, and
+nothing is kept here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from zerort.config import Batch, Config
@@ -15,13 +16,15 @@ from zerort.mesh import Comm
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
+from zerort.step.progress import momentum
+from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
 
-__all__ = ["Parts", "Readings"]
+__all__ = ["Components", "Readings"]
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What an engine is assembled from."""
 
     config: Config
@@ -36,18 +39,12 @@ class Parts:
     """The training loader that `initialize` made, or None."""
 
 
-class Readings(nn.Module):
-    """A module around `module` that tells where training stands. Unknown attributes are looked up
-    on `module`.
-    """
+class Readings:
+    """Getters over what the engine is made of."""
 
-    def __init__(self, module: nn.Module, parts: Parts) -> None:
-        super().__init__()
-        self.module = module
-        self.counters = Counters()
-        self._parts = parts
-        self._batch = parts.batch
-        self._applied = False
+    counters: Counters
+    _parts: Components
+    _transaction: Transaction
 
     @property
     def optimizer(self) -> Optimizer:
@@ -96,7 +93,7 @@ class Readings(nn.Module):
 
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the parameters."""
-        return self._applied
+        return self._transaction.progress.applied
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None
@@ -110,10 +107,7 @@ class Readings(nn.Module):
 
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of each parameter group."""
-        return [
-            group["betas"] if "betas" in group else group.get("momentum", 0.0)
-            for group in self.optimizer.param_groups
-        ]
+        return [momentum(group) for group in self.optimizer.param_groups]
 
     @property
     def exposed_communication(self) -> float:
@@ -124,28 +118,16 @@ class Readings(nn.Module):
 
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""
-        return self._batch.train
+        return self._transaction.batch.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one backward on one rank."""
-        return self._batch.micro
+        return self._transaction.batch.micro
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
-        return self._batch.accumulation
+        return self._transaction.batch.accumulation
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-        try:
-            return getattr(self.module, name)
-        except AttributeError as error:
-            kind = type(self.module).__name__
-            raise AttributeError(
-                f"neither the engine nor its module {kind} has {name!r}: {error}",
-                name=name,
-                obj=self,
-            ) from error
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last of its accumulation window."""
+        return self._transaction.accumulation.boundary

@@ -29,18 +29,22 @@ class Arrivals:
         self._schedule: list[tuple[str, int]] = []
         self._reached = 0
         self._before: list[Before] | None = None
-        self._held = False
+        self._resting: list[Before] | None = None
         self._unannounced = False
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule."""
         self._schedule = list(plan.schedule)
 
-    def hold(self) -> None:
-        """A micro-batch that is not reduced is over: what it has left in `.grad` is no news in the
-        next pass.
-        """
-        self._held = True
+    def rest(self) -> None:
+        """What is in `.grad` now is no news in the next pass."""
+        self._resting = self._now()
+
+    def new(self) -> bool:
+        """Whether `.grad` has anything that was not there at `rest`, or when a pass took all."""
+        if self._resting is None:
+            return any(parameter.grad is not None for parameter in self._flat.params)
+        return self._any_since(self._resting)
 
     def mark(self) -> None:
         """A backward begins that nobody has announced."""
@@ -53,19 +57,14 @@ class Arrivals:
 
     def unannounced(self) -> bool:
         """Whether a gradient has come since `mark`, and has not been announced."""
-        if not self._unannounced or self._before is None:
-            return False
-        return any(
-            _is_new(p.grad, before)
-            for p, before in zip(self._flat.params, self._before, strict=True)
-        )
+        return self._unannounced and self._before is not None and self._any_since(self._before)
 
     def begin(self) -> None:
         """A pass begins: starts at the head of the list."""
         self._reached = 0
-        if self._held and self._before is None:
-            self._before = self._now()
-        self._held = False
+        if self._before is None:
+            self._before = self._resting
+        self._resting = None
 
     def reach(self, hi: int) -> int:
         """How far below `hi` the list may run before a bucket lacks a gradient."""
@@ -80,6 +79,10 @@ class Arrivals:
         """The backward is over."""
         self._before = None
         self._unannounced = False
+
+    def _any_since(self, befores: list[Before]) -> bool:
+        pairs = zip(self._flat.params, befores, strict=True)
+        return any(_is_new(parameter.grad, before) for parameter, before in pairs)
 
     def _is_lacking(self, bucket: FlatBucket) -> bool:
         if self._before is None:

@@ -14,7 +14,7 @@ of the model must not copy the engine. Hooks return None and never block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from zerort import _core
 from zerort.run.executor import Executor
 
-__all__ = ["ParameterHooks", "after_backward", "plain_hook", "when_backward_reaches"]
+__all__ = ["ParameterHooks", "plain_hook", "when_backward_reaches"]
 
 Hook = Callable[[Tensor], None]
 Ready = Callable[[int], int | None]
@@ -147,13 +147,40 @@ def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
     """Calls `begin` once in each backward that reaches a tensor within `outputs`, before the
     module's part.
     """
-    leaves = [
-        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
-    ]
-    if leaves:
-        torch.autograd.graph.register_multi_grad_hook(leaves, lambda _: begin(), mode="any")
+    reached = [tensor for tensor in _tensors_in(outputs) if tensor.requires_grad]
+    if reached:
+        torch.autograd.graph.register_multi_grad_hook(reached, lambda _: begin(), mode="any")
 
 
-def after_backward(finish: Callable[[], None]) -> None:
-    """Calls `finish` when the backward under way is over. Only from within a backward."""
-    torch.autograd.Variable._execution_engine.queue_callback(finish)
+_PLAIN = (str, bytes, int, float, complex, type(None), type, nn.Module)
+"""What no tensor that was just computed hides in."""
+
+_MOST = 1000
+"""Objects to look into; what is hidden deeper is found by its gradients."""
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors within containers of any kind: torch's pytrees, mappings, sequences, and objects
+    by their attributes, such as dataclasses. Gives up in an object of very many parts.
+    """
+    seen: set[int] = set()
+    waiting = tree_leaves(value)
+    while waiting and len(seen) < _MOST:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            yield found
+        elif not isinstance(found, _PLAIN) and id(found) not in seen:
+            seen.add(id(found))
+            waiting.extend(leaf for part in _parts(found) for leaf in tree_leaves(part))
+
+
+def _parts(value: Any) -> list[Any]:
+    parts = list(value.values()) if isinstance(value, Mapping) else []
+    if isinstance(value, Sequence | Set):
+        parts.extend(value)
+    parts.extend(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        parts.extend(getattr(value, name) for name in names if hasattr(value, name))
+    return parts

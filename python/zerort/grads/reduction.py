@@ -5,7 +5,7 @@ accumulators.
                          └────── abort ───> idle      the rest of the list ran on zeros
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until
-`reset`. A gradient that no pass took stays in `.grad`, and `leftover` counts it, so that the vote
+`reset`. A gradient that no pass took stays in `.grad`, and `unreduced` counts it, so that the vote
 at the boundary can ask for one more.
 
 The first pass observes. From the second one on a bucket has one hook, on its sentinel: the
@@ -20,6 +20,7 @@ hook per parameter, for good.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +38,8 @@ from zerort.run.nonfinite import in_sum
 from zerort.trace.watch import Watch
 
 __all__ = ["Reduction"]
+
+_log = logging.getLogger("zerort")
 
 
 class Reduction:
@@ -59,11 +62,12 @@ class Reduction:
         self._reducer = _core.Reducer(plan)
         self._executor = Executor(flat, comm, transports, watch)
         self._executor.load(plan)
-        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._go)
+        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._dispatch)
         self._arrivals = Arrivals(flat)
         self._arrivals.load(plan)
         self._active: list[bool] = []
         self._learnt = False
+        self._late = False
         # Where the host runs ahead every hook notes the stream its gradient was made on, and a
         # bucket waits for all of them: a sentinel would know of its own only. A trace tells when
         # each bucket's first gradient came.
@@ -71,6 +75,7 @@ class Reduction:
         if self._sentinels:
             self._reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None
+        self._drop_stale()
         self.follow()
 
     @property
@@ -102,6 +107,19 @@ class Reduction:
             self._hooks.attach([index for index, trained in enumerate(active) if trained])
         return True
 
+    def _drop_stale(self) -> None:
+        """What a backward before this left in `.grad` is no part of the first step."""
+        pairs = zip(self._flat.names, self._flat.params, strict=True)
+        stale = [name for name, parameter in pairs if parameter.grad is not None]
+        if stale:
+            _log.warning(
+                "rank %d: %s%s had a .grad before initialize, which is dropped",
+                self._comm.rank,
+                stale[0],
+                f" and {len(stale) - 1} more parameters" if len(stale) > 1 else "",
+            )
+            self._flat.zero_grad()
+
     def begin(self, scale: float) -> None:
         """Starts a pass whose sums are multiplied by `scale`."""
         self.drain()  # the last pass's memory is about to be written
@@ -117,16 +135,14 @@ class Reduction:
         else:
             self._hooks.attach(watched)
 
-    def arm(self, announce: Callable[[], None]) -> bool:
+    def mark(self) -> None:
+        """A backward begins whose gradients stay in `.grad`; `disarm` tells whether any came."""
+        self._arrivals.mark()
+
+    def arm(self, announce: Callable[[], None]) -> None:
         """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the
         gradient then belongs.
-
-        Returns False, and changes nothing, when a gradient has come since an earlier `arm` and no
-        hook has told of it: the backward under way has been here before, or one before it has
-        raised.
         """
-        if self._arrivals.unannounced():
-            return False
         active = self._flat.active()
         everything = [index for index, requires_grad in enumerate(active) if requires_grad]
         watched = self._reducer.watched if active == self._active else everything
@@ -135,18 +151,17 @@ class Reduction:
             self._arrivals.mark()
         self._announce = announce
         self._reducer.arm()
-        return True
 
     def disarm(self) -> bool:
-        """No gradient is awaited any more. Returns whether any has come since `arm` that no hook
-        has told of.
+        """No gradient is awaited any more. Returns whether any has come since `arm` or `mark` that
+        no hook has told of.
         """
         self._reducer.disarm()
         come = self._arrivals.unannounced()
         self._arrivals.end()
         return come
 
-    def _go(self, index: int, hi: int) -> None:
+    def _dispatch(self, index: int, hi: int) -> None:
         if hi == 0:
             self._arrivals.announced()
             self._announce()
@@ -162,19 +177,15 @@ class Reduction:
         self._reducer.finish()
         self._hooks.relieve()
         self._arrivals.end()
+        self._late = self._arrivals.new()
         return self._executor.absent
 
-    def abort(self, scale: float, *, travels: bool) -> None:
+    def abort(self) -> None:
         """The backward failed: runs the rest of the list on zeros, so that the peers' collectives
         pair with ours.
-
-        `travels` says that the peers reduce in this micro-batch, whether or not this rank came as
-        far as `begin`.
         """
         self.drop()
         self._executor.poison("the backward was aborted")
-        if travels and not self.in_pass:
-            self.begin(scale)
         if self.in_pass:
             self.finish()
         self.drain()
@@ -203,11 +214,25 @@ class Reduction:
         """A micro-batch that is not reduced is over."""
         # a pass of the micro-batch before may still be sending from where gradients are to rest
         self._executor.collect()
-        self._arrivals.hold()
+        self._arrivals.rest()
 
-    def leftover(self) -> int:
+    def rest(self) -> None:
+        """What is in `.grad` has waited for the next pass, which takes it."""
+        self._arrivals.rest()
+
+    def holds_gradients(self) -> bool:
+        """Whether gradients have come that no pass and no `collect` has taken."""
+        return self._arrivals.new()
+
+    def unreduced(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
-        return sum(source.leftover() for source in self._sources)
+        return sum(source.unreduced() for source in self._sources)
+
+    def written(self) -> str | None:
+        """A parameter that has got a `.grad` since the last pass ended; None where one was late."""
+        pairs = zip(self._flat.names, self._flat.params, strict=True)
+        found = (name for name, parameter in pairs if parameter.grad is not None)
+        return None if self._late else next(found, None)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""
@@ -269,4 +294,5 @@ class Reduction:
 
     def close(self) -> None:
         """Takes the hooks off the model."""
+        self.disarm()
         self._hooks.remove()

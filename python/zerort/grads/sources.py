@@ -65,7 +65,7 @@ class Stolen:
         """One batched copy of all gradients that are not in their slots already."""
         return _pack(self._params, wire, slots)
 
-    def leftover(self) -> int:
+    def unreduced(self) -> int:
         """What is in `.grad`."""
         return sum(parameter.grad is not None for parameter in self._params)
 
@@ -138,7 +138,7 @@ class Summed:
         self._taken = True
         return absent
 
-    def leftover(self) -> int:
+    def unreduced(self) -> int:
         """What is in `.grad` or has waited."""
         pairs = zip(self._params, self._came, strict=True)
         return sum(came or parameter.grad is not None for parameter, came in pairs)

@@ -42,7 +42,7 @@ class Source(Protocol):
         Returns the positions in the bucket of parameters without a gradient; their slots are zero.
         """
 
-    def leftover(self) -> int:
+    def unreduced(self) -> int:
         """How many parameters have a gradient that has not been packed."""
 
     def drop(self) -> None:

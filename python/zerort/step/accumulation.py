@@ -1,5 +1,5 @@
-"""Where in an accumulation window the engine stands: which micro-batch is the boundary, and whose
-gradients travel.
+"""Where in an accumulation window the engine stands: which micro-batch is the boundary, whose
+gradients are reduced, and what the window holds.
 
 Pure bookkeeping: no tensor, no communication. The rule is DeepSpeed's: the boundary is every
 `steps`-th micro-batch, unless the user has said otherwise.
@@ -7,13 +7,17 @@ Pure bookkeeping: no tensor, no communication. The rule is DeepSpeed's: the boun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from zerort.errors import StepError
 
-__all__ = ["Accumulation", "Counters"]
+__all__ = ["Accumulation", "Counters", "UnusedParameters", "Window"]
+
+_log = logging.getLogger("zerort")
 
 
 @dataclass
@@ -29,21 +33,34 @@ class Counters:
 
 
 @dataclass
+class Window:
+    """What an accumulation window holds so far."""
+
+    taken: int = 0
+    """Micro-batches that are over."""
+    given: int = 0
+    """Micro-batches that brought a gradient which is still held; the current one included."""
+    divisor: float | None = None
+    """What the reduction still has to divide the window's gradients by; None before the first."""
+    failure: str | None = None
+    """Why this rank has failed within the window, for the vote at its end."""
+
+    def forget(self) -> None:
+        """What was gathered is dropped, so nothing is left to mix with."""
+        self.given, self.divisor = 0, None
+
+
+@dataclass
 class Accumulation:
-    """The current micro-batch's place. `every` says that gradients travel in every micro-batch."""
+    """The current micro-batch's place. `every` says that gradients are reduced in every one."""
 
     steps: int
     every: bool
     counters: Counters
+    window: Window = field(default_factory=Window)
     override: bool | None = None
     held: int = 0
     """Depth of `no_sync`."""
-    scaled: bool = False
-    """A backward of this window was divided by the number of steps before it ran."""
-    direct: bool = False
-    """A backward of this window was the user's own, and is divided in the reduction."""
-    taken: int = 0
-    """Micro-batches of this window that are over."""
     origin: int = 0
     """Where windows are counted from, in micro-batches: the last change of `steps`."""
 
@@ -55,7 +72,7 @@ class Accumulation:
         return (self.counters.micro_steps + 1 - self.origin) % self.steps == 0
 
     @property
-    def travels(self) -> bool:
+    def reduces(self) -> bool:
         """Whether this micro-batch's gradients are reduced in its backward."""
         return not self.held and (self.every or self.boundary)
 
@@ -68,24 +85,27 @@ class Accumulation:
         finally:
             self.held -= 1
 
-    def note(self, *, direct: bool) -> None:
-        """A backward begins. Raises `StepError` when a window would mix divided and undivided
-        losses.
+    def note(self, divisor: float) -> None:
+        """A backward begins, whose gradients the reduction has to divide by `divisor`.
+
+        Raises `StepError` when the window holds gradients that are to be divided by another one.
         """
-        self.direct, self.scaled = self.direct or direct, self.scaled or not direct
-        if self.direct and self.scaled and self.steps > 1:
+        known = self.window.divisor
+        if known is not None and known != divisor:
             raise StepError(
                 "one accumulation window mixes engine.backward(loss) or engine.scale(loss), which "
                 "divide by gradient_accumulation_steps, with a direct loss.backward(), which is "
-                "divided when it is reduced: use one of them for all micro-batches of a window. "
-                "Where another engine's backward comes through this module, freeze it meanwhile "
-                "with requires_grad_(False)"
+                "divided when it is reduced, or with another engine's backward, whose steps or "
+                "loss scale are not this engine's: use one of them for all micro-batches of a "
+                "window. Where another engine's backward comes through this module, freeze it "
+                "meanwhile with requires_grad_(False)"
             )
+        self.window.divisor = divisor
 
     @property
-    def divisor(self) -> int:
+    def divisor(self) -> float:
         """What the reduction still has to divide by."""
-        return self.steps if self.direct else 1
+        return self.window.divisor or 1.0
 
     def resize(self, steps: int, *, backwards: int) -> None:
         """Windows to come have `steps` micro-batches; the next one begins now.
@@ -95,7 +115,7 @@ class Accumulation:
         """
         if steps == self.steps:
             return
-        if self.taken or backwards:
+        if self.window.taken or backwards:
             raise StepError(
                 f"gradient accumulation cannot change from {self.steps} to {steps} steps in the "
                 "middle of a window, whose losses have been divided already: change it right "
@@ -103,20 +123,55 @@ class Accumulation:
             )
         self.steps, self.origin = steps, self.counters.micro_steps
 
-    def forget(self) -> None:
-        """What the window had gathered is dropped, so nothing is left to mix with."""
-        self.scaled = self.direct = False
-
     def realign(self) -> None:
         """Begins a window anew: what a window had gathered before a checkpoint is not in it."""
-        self.forget()
-        self.taken = self.origin = 0
+        self.window, self.origin = Window(), 0
         self.counters.micro_steps -= self.counters.micro_steps % self.steps
 
     def advance(self) -> None:
         """The micro-batch is over."""
-        self.taken += 1
         if self.boundary:
-            self.forget()
-            self.taken = 0
+            self.window = Window()
+        else:
+            self.window.taken += 1
         self.counters.micro_steps += 1
+
+    def end_window(self, micro_batches: int) -> None:
+        """The window, of so many `micro_batches`, is over wherever this rank stands in it."""
+        self.counters.micro_steps += micro_batches - self.window.taken
+        self.window, self.origin = Window(), self.counters.micro_steps
+
+
+_MOST = 8
+"""Names in one message."""
+
+
+class UnusedParameters:
+    """Parameters that a backward did not reach on this rank: each is named once, or is an error
+    where that is asked for.
+    """
+
+    def __init__(self, rank: int, policy: Literal["zero", "raise"]) -> None:
+        self._rank = rank
+        self._policy = policy
+        self._named: set[str] = set()
+
+    def report(self, names: Sequence[str]) -> None:
+        """Logs the new ones among `names`, or raises `StepError` where that is the policy."""
+        new = [name for name in names if name not in self._named]
+        if not new:
+            return
+        listed = ", ".join(new[:_MOST])
+        if len(new) > _MOST:
+            listed += f" and {len(new) - _MOST} more"
+        if self._policy == "raise":
+            raise StepError(
+                f"no gradient came for {listed}: the forward did not use them. Use or freeze them, "
+                'or let them count as zero with "zerort": {"unused_parameters": "zero"}'
+            )
+        self._named.update(new)
+        _log.warning(
+            "rank %d: no gradient came for %s; it counts as zero (said once per parameter)",
+            self._rank,
+            listed,
+        )

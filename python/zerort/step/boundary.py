@@ -48,9 +48,9 @@ class Boundary:
     """Crosses from gradients to parameters.
 
     `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds
-    that the host stood still for collectives since the boundary before. `torn` says how an update
-    broke off on this rank: half of its parameters may have moved, so it fails every vote until a
-    checkpoint is loaded.
+    that the host stood still for collectives since the boundary before. `half_updated` says how an
+    update, or what belongs to it, broke off on this rank: it fails every vote until a checkpoint is
+    loaded.
     """
 
     comm: Comm
@@ -62,29 +62,32 @@ class Boundary:
     sink: TraceSink
     norm: float | None = field(default=None, init=False)
     exposed: float = field(default=0.0, init=False)
-    torn: str | None = field(default=None, init=False)
+    half_updated: str | None = field(default=None, init=False)
     _waited: float = field(default=0.0, init=False)
+    _explained: bool = field(default=False, init=False)
 
-    def cross(self, fold: float, failure: str | None = None) -> Outcome:
-        """Votes and steps. `fold` is what a further pass would be multiplied by; `failure` poisons
-        the step.
+    def cross(
+        self, divide_factor: float, failure: str | None = None, correction: float = 1.0
+    ) -> Outcome:
+        """Votes and steps. `divide_factor` is what a further pass would be multiplied by;
+        `failure` poisons the step; the sums that have come are multiplied by `correction`.
 
         Raises `StepError` naming the ranks that failed or had no backward, `PlanMismatch` naming
         the first parameter that ranks treat differently, and `NonFiniteGradient` where the policy
         says so. Whatever happens, the window is over: what was accumulated is dropped.
         """
-        failure = failure or self.torn or self.reduction.failure
+        failure = failure or self.half_updated or self.reduction.failure
         try:
-            verdict = self._agree(fold, failure)
+            verdict = self._agree(divide_factor, failure)
             self._refuse(verdict, failure)
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()
             scale = self.loss_scale.scale
-            self.norm = verdict.norm / scale
+            self.norm = verdict.norm / scale * correction
             if not verdict.finite:
                 return self._overflow(scale)
-            self._apply(1.0 / (clip_factor(self.norm, self.policy.clip) * scale))
+            self._apply(correction / (clip_factor(self.norm, self.policy.clip) * scale))
             self.loss_scale.update(False)
             return Outcome.APPLIED
         except Exception:
@@ -95,29 +98,53 @@ class Boundary:
             self.reduction.reset()
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
 
-    def _agree(self, fold: float, failure: str | None) -> Verdict:
+    def _agree(self, divide_factor: float, failure: str | None) -> Verdict:
         verdict = self._vote(failure)
-        while verdict.leftover and not verdict.poisoned:
+        while verdict.unreduced and not verdict.poisoned:
             # Late gradients are in `.grad` on some rank: every rank runs the list once more over
             # what is there.
-            self.reduction.rerun(fold)
+            self.reduction.rerun(divide_factor)
             verdict = self._vote(failure)
         return verdict
 
     def _vote(self, failure: str | None) -> Verdict:
-        ballot = Ballot(self.reduction.leftover(), failure is not None, self.reduction.fingerprint)
+        unreduced = self.reduction.unreduced()
+        self._explain(unreduced)
+        ballot = Ballot(unreduced, failure is not None, self.reduction.fingerprint)
         with self.reduction.waiting("vote"):
             return vote(self.comm, self.flat, ballot)
+
+    def _explain(self, unreduced: int) -> None:
+        """Says once where gradients are, and names one that was written where they are not."""
+        if not self._explained:
+            self._explained = True
+            # who has turned clipping off may be about to clip by hand, in vain
+            _log.log(
+                logging.INFO if self.policy.clip else logging.WARNING,
+                "gradients leave .grad for their bucket during the backward, so that .grad is None "
+                "after it and torch.nn.utils.clip_grad_norm_ finds nothing: set gradient_clipping, "
+                "and read engine.get_global_grad_norm()",
+            )
+        name = self.reduction.written() if unreduced else None
+        if name is not None:
+            _log.warning(
+                "rank %d: parameter %s has a .grad that was not there when its backward ended, by "
+                "which time its gradient had left: it is added to the reduced one. Edit gradients "
+                "in a hook (parameter.register_hook), clip them with gradient_clipping, and run "
+                "backwards through the engine",
+                self.comm.rank,
+                name,
+            )
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:
             reasons = self.comm.gather_objects(failure)
-            told = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
+            message = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
             raise StepError(
-                f"the step was not applied on any rank, because some rank failed. {told}"
+                f"the step was not applied on any rank, because some rank failed. {message}"
             )
-        if verdict.strangers:
-            raise PlanMismatch(self._first_difference(verdict.strangers[0]))
+        if verdict.mismatched:
+            raise PlanMismatch(self._first_difference(verdict.mismatched[0]))
 
     def _first_difference(self, stranger: int) -> str:
         views = self.comm.gather_objects((self.flat.active(), self.reduction.plan.schedule))
@@ -184,7 +211,7 @@ class Boundary:
                 for bucket in self.flat.buckets:
                     bucket.write_back()
         except BaseException as error:
-            self.torn = (
+            self.half_updated = (
                 f"its optimizer raised {type(error).__name__}: {error}; parameters may be half "
                 "updated, so load a checkpoint before going on"
             )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from zerort.errors import StepError
+from zerort.grads.tasks import LossScaling
 
 __all__ = ["refuse_unfit", "scaled"]
 
@@ -29,10 +30,10 @@ def refuse_unfit(loss: Any) -> None:
         )
 
 
-def scaled(loss: Tensor, *, steps: int, scale: float) -> Tensor:
+def scaled(loss: Tensor, scaling: LossScaling) -> Tensor:
     """`loss` over the accumulation steps, times the loss scale; in fp32 where there is one, as fp16
     would overflow.
     """
-    if steps > 1:
-        loss = loss / steps
-    return loss if scale == 1.0 else loss.float() * scale
+    if scaling.steps is not None and scaling.steps > 1:
+        loss = loss / scaling.steps
+    return loss if scaling.scale == 1.0 else loss.float() * scaling.scale

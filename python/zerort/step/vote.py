@@ -27,7 +27,7 @@ _HALF = 1 << 32
 class Ballot:
     """What one rank brings to the vote."""
 
-    leftover: int
+    unreduced: int
     """Parameters with a gradient that no pass has taken."""
     poisoned: bool
     """This rank could not complete its backward."""
@@ -43,10 +43,10 @@ class Verdict:
     """Of the summed gradient, still times the loss scale; not finite when any element anywhere is
     not.
     """
-    leftover: int
+    unreduced: int
     poisoned: tuple[int, ...]
     """Ranks that failed."""
-    strangers: tuple[int, ...]
+    mismatched: tuple[int, ...]
     """Ranks whose fingerprint is not rank 0's."""
 
     @property
@@ -56,14 +56,14 @@ class Verdict:
 
 
 def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
-    """Exchanges the ballots. One all-reduce of five doubles a rank, and the boundary's one host
-    synchronisation.
+    """Exchanges the ballots: one all-reduce of five doubles a rank, on the host. Before it the
+    squares are read from the device, which is the boundary's one synchronisation.
     """
-    rows = torch.zeros(comm.world, 5, dtype=torch.float64, device=comm.device)
     high, low = divmod(ballot.fingerprint, _HALF)
-    facts = [float(ballot.leftover), float(ballot.poisoned), float(high), float(low)]
-    rows[comm.rank, 1:] = torch.tensor(facts, dtype=torch.float64)
-    rows[comm.rank, 0] = _total([bucket.squares for bucket in flat.buckets])
+    row = [_total([bucket.squares for bucket in flat.buckets])]
+    row += [float(ballot.unreduced), float(ballot.poisoned), float(high), float(low)]
+    rows = torch.zeros(comm.world, len(row), dtype=torch.float64)
+    rows[comm.rank] = torch.tensor(row, dtype=torch.float64)
     comm.all_reduce(rows)
     return _count(rows.tolist())
 
@@ -77,11 +77,11 @@ def clip_factor(norm: float, limit: float) -> float:
     return max(1.0, (norm + 1e-6) / limit) if limit > 0 else 1.0
 
 
-def _total(squares: Sequence[float | Tensor]) -> float | Tensor:
-    total: float | Tensor = 0.0
-    for value in squares:
-        total = total + value
-    return total
+def _total(squares: Sequence[float | Tensor]) -> float:
+    """Their sum, in order; what lies on a device is brought to the host in one copy."""
+    there = [value for value in squares if isinstance(value, Tensor)]
+    brought = iter(torch.stack(there).tolist() if there else ())
+    return float(sum(next(brought) if isinstance(v, Tensor) else v for v in squares))
 
 
 def _count(rows: list[list[float]]) -> Verdict:
@@ -94,7 +94,7 @@ def _count(rows: list[list[float]]) -> Verdict:
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().float().item()
     return Verdict(
         norm=norm,
-        leftover=int(sum(row[1] for row in rows)),
+        unreduced=int(sum(row[1] for row in rows)),
         poisoned=tuple(rank for rank, row in enumerate(rows) if row[2]),
-        strangers=tuple(rank for rank, mark in enumerate(prints) if mark != prints[0]),
+        mismatched=tuple(rank for rank, mark in enumerate(prints) if mark != prints[0]),
     )

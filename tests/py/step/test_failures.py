@@ -272,6 +272,7 @@ def _log_of(call: Callable[[], Any]) -> list[str]:
 
 def _log_of_a_nan(rank: int, world: int) -> list[str]:
     engine = engine_over_terms()
+    step_with(engine, 1.0, 1.0)
     return _log_of(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
 
 
@@ -286,6 +287,7 @@ def test_a_skipped_step_says_which_rank_and_parameter_once() -> None:
 
 def _log_of_an_unused_parameter(rank: int, world: int) -> list[str]:
     engine = engine_over_terms()
+    step_with(engine, 1.0, 1.0)
     return _log_of(lambda: [step_with(engine, 1.0, None if rank == 1 else 1.0) for _ in range(3)])
 
 

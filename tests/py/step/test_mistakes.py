@@ -259,11 +259,10 @@ def _misname_an_argument_of_the_scheduler(
     return error, step_with(engine, 1.0, 2.0)
 
 
-def test_a_scheduler_that_raises_on_one_rank_comes_after_all_that_ranks_do_together() -> None:
-    innocent, culprit = ranks.run(2, _misname_an_argument_of_the_scheduler, timeout=LIMIT)
-    assert innocent == (None, CLEAN)
-    assert_told(culprit[0], TypeError, "metric")
-    assert culprit[1] == CLEAN
+def test_what_a_scheduler_does_not_take_is_found_before_the_update_on_all_ranks() -> None:
+    for error, after in ranks.run(2, _misname_an_argument_of_the_scheduler, timeout=LIMIT):
+        assert_told(error, StepError, "cannot be stepped", "metric", "lr_kwargs")
+        assert after == (-1.0, -2.0)
 
 
 class _Breaking(torch.optim.SGD):

@@ -1,0 +1,116 @@
+"""What follows an update: counters, the learning rate, the log line and the trace.
+
+The parameters of all ranks have moved by then, or the step has been skipped on all. What the user's
+objects raise here can not take that back: the counters say what happened, and the error does too.
+What a scheduler refuses by its signature is found before the update.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zerort.errors import StepError
+from zerort.step.accumulation import Counters
+from zerort.step.boundary import Boundary, Outcome
+from zerort.trace import TraceSink
+
+__all__ = ["Progress"]
+
+_log = logging.getLogger("zerort")
+
+
+@dataclass
+class Progress:
+    """Counts steps and steps the scheduler. `steps_per_print` is None for never."""
+
+    counters: Counters
+    boundary: Boundary
+    scheduler: Any
+    sink: TraceSink
+    rank: int
+    steps_per_print: int | None
+    applied: bool = False
+    """Whether the last `step` changed the parameters."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the scheduler's step was given last."""
+    _accepted: frozenset[str] | None = field(default=None, init=False)
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Raises `StepError` where the scheduler's `step` does not take `arguments`."""
+        names = frozenset(arguments)
+        if self.scheduler is None or names == self._accepted:
+            return
+        try:
+            inspect.signature(self.scheduler.step).bind(**arguments)
+        except TypeError as error:
+            raise StepError(
+                f"the learning rate scheduler {type(self.scheduler).__name__} cannot be stepped "
+                f"with lr_kwargs {sorted(names)}: {error}; give engine.step(lr_kwargs=...) what "
+                "its step takes"
+            ) from error
+        except ValueError:
+            pass  # a builtin, which has no signature
+        self._accepted = names
+
+    def after(self, outcome: Outcome, samples: int, arguments: Mapping[str, Any]) -> None:
+        """A boundary has been crossed with `samples` over all ranks.
+
+        Raises `StepError` where the scheduler, the log or the trace raised; the step stands.
+        """
+        self.applied = outcome is Outcome.APPLIED
+        self.counters.global_steps += 1
+        self.counters.global_samples += samples
+        self.counters.skipped_steps += not self.applied
+        self.arguments = arguments
+        if self.applied and self.scheduler is not None:
+            self._step_scheduler(arguments)
+        try:
+            self._report()
+        except Exception as error:
+            raise StepError(
+                f"{self._stands()}; what reports it raised {type(error).__name__}: {error}"
+            ) from error
+
+    def _step_scheduler(self, arguments: Mapping[str, Any]) -> None:
+        try:
+            self.scheduler.step(**arguments)
+        except BaseException as error:
+            told = (
+                f"{self._stands()}; then the learning rate scheduler raised "
+                f"{type(error).__name__}: {error}, so that rates may differ between ranks: load a "
+                "checkpoint before going on"
+            )
+            self.boundary.half_updated = told
+            if not isinstance(error, Exception):
+                raise
+            raise StepError(told) from error
+
+    def _stands(self) -> str:
+        done = "applied" if self.applied else "skipped"
+        return f"step {self.counters.global_steps} was {done} on all ranks, and that stands"
+
+    def _report(self) -> None:
+        every, steps = self.steps_per_print, self.counters.global_steps
+        if every and steps % every == 0 and self.rank == 0:
+            groups = self.boundary.optimizer.optimizer.param_groups
+            _log.info(
+                "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
+                steps,
+                self.counters.skipped_steps,
+                [group["lr"] for group in groups],
+                [momentum(group) for group in groups],
+                self.boundary.norm,
+            )
+        scale = self.boundary.loss_scale.scale
+        if self.sink.enabled and scale != 1.0:
+            self.sink.counter("loss scale", self.sink.now(), scale)
+        self.sink.step(steps)
+
+
+def momentum(group: Mapping[str, Any]) -> Any:
+    """An optimizer group's betas, or its momentum."""
+    return group["betas"] if "betas" in group else group.get("momentum", 0.0)

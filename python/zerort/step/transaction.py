@@ -1,0 +1,547 @@
+"""A micro-batch as a transaction: what this rank's engine is in the middle of.
+
+    Idle ── backward ──> Backward ── over ──> Idle                 its gradients count
+      │                     └────── raises ──> Settled ── step ──> Idle      the step is void
+      └── a hook: a backward of somebody else's is here ──> Reached ── over ──> Idle
+                              its first gradient ──> Backward
+
+A collective in flight cannot be taken back, so a failure is carried through: the rank that raises
+*settles*, that is, it takes part in whatever its peers still wait for, on zeros, and puts its
+failure into the vote at the boundary. The peers raise with its reason, and the next micro-batch
+starts clean on all.
+
+Which backward is whose is asked of autograd (`grads.tasks`). The user's own, on what the module
+returned, begins a pass with its first gradient. Another engine's leaves its gradients in `.grad`,
+where this engine's next call finds them, unless they have been dropped by then. One that no hook
+has told of is found at `step` by its gradients.
+
+An evaluation within a backward or on another thread changes nothing here: a backward that still
+runs is not one that has raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerort.config import Batch
+from zerort.errors import CommError, PlanMismatch, StepError
+from zerort.grads.hooks import when_backward_reaches
+from zerort.grads.reduction import Reduction
+from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
+from zerort.step.accumulation import Accumulation, UnusedParameters
+from zerort.step.boundary import Boundary, Outcome
+from zerort.step.join import Join, JoinEnded, Next
+from zerort.step.loss import refuse_unfit, scaled
+from zerort.step.progress import Progress
+
+__all__ = ["Transaction"]
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Between calls."""
+
+    backwards: int = 0
+    """Of this micro-batch, those that are over."""
+    resting: LossScaling | None = None
+    """Another engine's backward has left gradients in `.grad`, its loss scaled like this."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A backward that this engine has not begun is in the module. It may accumulate gradients or
+    only compute some.
+    """
+
+    task: GraphTask
+    before: Idle
+    scaling: LossScaling | None
+    """What an engine did to its loss; None where it is the user's own."""
+    foreign: bool
+    """That was another engine."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A backward brings gradients."""
+
+    before: Idle
+    owes: bool = True
+    """The peers expect a pass of it, which has not begun here."""
+    task: GraphTask | None = None
+    """Where it is a `loss.backward()` of the user's own; else the engine's call ends it."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A backward has raised and its peers have been told: the `step` that belongs to it is void."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A collective has failed, so there is nobody left to keep in step with."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Destroyed:
+    """The engine has given everything back."""
+
+
+Phase = Idle | Reached | Backward | Settled | Lost | Destroyed
+
+
+class Transaction:
+    """Owns the phase. `averaged_over` is the number of ranks that sums are divided by."""
+
+    def __init__(
+        self,
+        accumulation: Accumulation,
+        reduction: Reduction,
+        boundary: Boundary,
+        progress: Progress,
+        unused: UnusedParameters,
+        batch: Batch,
+        averaged_over: int,
+    ) -> None:
+        self.accumulation = accumulation
+        self.reduction = reduction
+        self.boundary = boundary
+        self.progress = progress
+        self.batch = batch
+        self._unused = unused
+        self._averaged_over = averaged_over
+        self._phase: Phase = Idle()
+        self._join: Join | None = None
+
+    # The calls of a training loop.
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward. One that raises is the caller's own affair: nothing has been sent."""
+        if torch.is_grad_enabled() and self._raised():
+            self._settle("a direct loss.backward() raised", owes=True)
+        yield
+
+    def watch(self, outputs: Any) -> None:
+        """Hears of every backward that comes to `outputs` of the module."""
+        when_backward_reaches(outputs, self._reached)
+
+    def scale(self, loss: Tensor, scaling: LossScaling) -> Tensor:
+        """The scaled loss, for a `backward()` of the user's own that is then known as such."""
+        refuse_unfit(loss)
+        loss = scaled(loss, scaling)
+        announce(loss, self, scaling, by_call=False)
+        return loss
+
+    def backward(self, loss: Tensor, scaling: LossScaling, *, retain_graph: bool) -> None:
+        """The backward of a scalar loss. Raises what it raises, once the peers have been told."""
+        self._demand("backward()")
+        before = self._idle()
+        with self._settling(Settled()):
+            self._phase = Backward(before)
+            refuse_unfit(loss)
+            if before.resting is not None:
+                self._mind(before.resting)
+            self._open(scaling)
+            loss = scaled(loss, scaling)
+            handle = announce(loss, self, scaling, by_call=True)
+            try:
+                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            finally:
+                handle.remove()
+            self._close()
+
+    def step(self, arguments: Mapping[str, Any]) -> None:
+        """Ends the micro-batch, at the boundary with the vote and the update."""
+        if isinstance(self._phase, Settled):
+            self._phase = Idle()
+            return
+        self._demand("step()", recovering=False)
+        with self._settling(Idle()):
+            self._check_step(arguments)
+        self.progress.applied = False
+        try:
+            if self.accumulation.boundary:
+                self._roll(Next.VOTE)
+                self.progress.after(self._cross(), self._samples(), arguments)
+        except JoinEnded:
+            self._abandon()
+            raise
+        except BaseException:
+            self._advance()
+            raise
+        self._advance()
+
+    @contextmanager
+    def join(self, *, by_initial_world: bool, throws: bool) -> Iterator[None]:
+        """Within, ranks may run out of data at different steps."""
+        if self._join is not None:
+            raise StepError("join() inside join(): one context is enough")
+        self._demand("join()")
+        self._join = Join(self.boundary.comm, by_initial_world=by_initial_world, throws=throws)
+        try:
+            yield
+            self.recover()
+            self._serve(self._join)
+        except BaseException as error:
+            self._leave(self._join, error)
+            raise
+        finally:
+            self._join = None
+
+    def drop(self) -> None:
+        """Forgets all gradients since the last step."""
+        self.reduction.drain()
+        self.reduction.drop()
+        self.reduction.reset()
+        self.accumulation.window.forget()
+
+    def resize(self, batch: Batch) -> None:
+        """Windows to come have other sizes. Raises `StepError` in the middle of one."""
+        self.accumulation.resize(batch.accumulation, backwards=self._idle().backwards)
+        self.batch = batch
+
+    def pause(self, call: str) -> None:
+        """Before `call`, which all ranks make together: nothing is under way any more."""
+        if self._join is not None:
+            raise StepError(
+                f"{call} inside join(): a rank that is out of data would not make it; leave the "
+                "context first"
+            )
+        match self._phase:
+            case Lost():
+                return  # the call fails by itself, or needs no peers
+            case _:
+                self._demand(call)
+        self.reduction.drain()
+
+    def restart(self) -> None:
+        """A checkpoint has been loaded: the window begins anew."""
+        self.drop()
+        self._phase, self.boundary.half_updated = Idle(), None
+        self.accumulation.realign()
+
+    def recover(self) -> None:
+        """Settles for a backward of the user's own that has raised: nothing else tells of it."""
+        if self._interrupted():
+            self._settle("a direct loss.backward() raised", owes=True)
+
+    def close(self) -> None:
+        """Takes the hooks off the model; no call but `forward` works afterwards."""
+        if not isinstance(self._phase, Destroyed):
+            self._phase = Destroyed()
+            self.reduction.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been."""
+        return isinstance(self._phase, Destroyed)
+
+    # Phases.
+
+    def _demand(self, call: str, *, recovering: bool = True) -> None:
+        """Raises where `call` cannot be."""
+        match self._phase:
+            case Destroyed():
+                raise StepError(f"{call} after engine.destroy(): the engine has given all back")
+            case Lost(reason):
+                raise CommError(
+                    f"{call} after ranks have parted, so there is nobody to do it with: restart "
+                    f"the job from a checkpoint. What parted them: {reason}"
+                )
+            case Backward(task=None):
+                raise StepError(f"{call} while engine.backward(loss) runs: wait until it is over")
+            case Reached() | Backward() if in_backward():
+                raise StepError(f"{call} inside a loss.backward(): wait until it is over")
+            case _:
+                if recovering:
+                    self.recover()
+
+    def _idle(self) -> Idle:
+        return self._phase if isinstance(self._phase, Idle) else Idle()
+
+    def _raised(self) -> bool:
+        """Whether a backward that this engine has not begun has brought gradients and raised."""
+        match self._phase:
+            case Backward(task=GraphTask() as task):
+                return not task.runs
+            case Reached(task=task, before=before) if not task.runs:
+                self._phase = before
+                return self.reduction.disarm()
+            case _:
+                return False
+
+    def _interrupted(self) -> bool:
+        """`_raised`, asked by a call that cannot be within a backward.
+
+        On an accelerator a thread of autograd's may hold a backward for a moment after it has
+        raised.
+        """
+        match self._phase:
+            case Backward(task=GraphTask()):
+                return True
+            case Reached(before=before):
+                self._phase = before
+                return self.reduction.disarm()
+            case _:
+                return False
+
+    def _owes(self) -> bool:
+        match self._phase:
+            case Backward(owes=owes):
+                return owes
+            case Idle(backwards=backwards):
+                return backwards == 0
+            case _:
+                return True
+
+    # A backward that this engine has not begun. Everything here runs in hooks.
+
+    def _reached(self) -> None:
+        if not isinstance(self._phase, Idle | Settled):
+            return
+        running = running_here(self)
+        foreign = running is not None and running.owner is not self
+        if foreign:
+            self.reduction.mark()
+        else:
+            self.reduction.arm(self._announced)
+        scaling = running.scaling if running is not None else None
+        self._phase = Reached(GraphTask(self._ended), self._idle(), scaling, foreign)
+
+    def _announced(self) -> None:
+        """The first gradient has come."""
+        reached = self._phase
+        if not isinstance(reached, Reached):
+            return
+        self._phase = Backward(reached.before, task=reached.task)
+        self._open(reached.scaling)
+
+    def _ended(self) -> None:
+        """It is over, and has not raised."""
+        match self._phase:
+            case Reached(before=before, scaling=scaling, foreign=foreign):
+                came = self.reduction.disarm()
+                if came and not foreign:
+                    self._announced()  # it has touched no parameter with a hook
+                    self._close()
+                else:
+                    self._phase = replace(before, resting=scaling) if came else before
+            case Backward(task=GraphTask()):
+                self._close()
+            case _:
+                pass
+
+    def _mind(self, scaling: LossScaling) -> None:
+        """Another engine's backward has left gradients, unless they have been dropped since."""
+        if self.reduction.holds_gradients():
+            self.accumulation.note(self._divisor(scaling))
+            self.reduction.rest()
+
+    def _take(self, scaling: LossScaling | None) -> None:
+        """Takes what a backward that this engine has not begun has left in `.grad`."""
+        self._phase = Backward(self._idle())
+        self._open(scaling)
+        self._close()
+
+    # The parts of a backward.
+
+    def _open(self, scaling: LossScaling | None) -> None:
+        """A backward begins; `scaling` is None for a loss that nobody has scaled."""
+        if scaling is None and self.boundary.loss_scale.scale != 1.0:
+            raise StepError(
+                "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
+                "engine.scale(loss).backward()"
+            )
+        self.accumulation.note(self._divisor(scaling))
+        self.boundary.optimizer.check()
+        if self.reduction.follow():
+            self.boundary.optimizer.split()
+        if self.accumulation.reduces:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._roll(Next.PASS)
+        self.reduction.begin(self.divide_factor)
+        if isinstance(self._phase, Backward):
+            self._phase = replace(self._phase, owes=False)
+
+    def _close(self) -> None:
+        """A backward is over."""
+        running = self._phase
+        assert isinstance(running, Backward)
+        if self.reduction.in_pass:
+            self._unused.report(self.reduction.finish())
+        else:
+            self.reduction.collect()
+        if not running.before.backwards:
+            self.accumulation.window.given += 1
+        self._phase = Idle(running.before.backwards + 1)
+
+    def _divisor(self, scaling: LossScaling | None) -> float:
+        """What gradients of a loss that was scaled like this are still to be divided by."""
+        steps = self.accumulation.steps
+        if scaling is None:
+            return steps
+        own = self.boundary.loss_scale.scale
+        return steps / (scaling.steps or steps) * (scaling.scale / own)
+
+    @property
+    def divide_factor(self) -> float:
+        """What sums over ranks are multiplied by."""
+        return 1.0 / (self._averaged_over * self.accumulation.divisor)
+
+    # The boundary.
+
+    def _check_step(self, arguments: Mapping[str, Any]) -> None:
+        """Raises `StepError` where this micro-batch cannot end with a step."""
+        if self._interrupted():
+            self._phase = Backward(self._idle())
+            raise StepError(
+                "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
+            )
+        if torch.is_inference_mode_enabled():
+            raise StepError(
+                "step() under torch.inference_mode(): what it made could not be trained on; "
+                "leave it"
+            )
+        before = self._idle()
+        if before.resting is not None and self.reduction.holds_gradients():
+            self._take(before.resting)
+        elif not before.backwards and self.reduction.holds_gradients():
+            self._take(None)
+        if not self._idle().backwards:
+            raise StepError(
+                "step() without backward() in this micro-batch: call engine.backward(loss) first"
+            )
+        if self.accumulation.boundary:
+            self.progress.check(arguments)
+            self.reduction.drain()  # what is raised here reaches the vote
+
+    def _cross(self) -> Outcome:
+        failure = self.accumulation.window.failure
+        try:
+            return self.boundary.cross(self.divide_factor, failure, self._correction())
+        except CommError as error:
+            self._phase = Lost(str(error))
+            raise
+
+    def _advance(self) -> None:
+        """The micro-batch is over."""
+        self.accumulation.advance()
+        if not isinstance(self._phase, Lost):
+            self._phase = Idle()
+
+    @contextmanager
+    def _settling(self, after: Phase) -> Iterator[None]:
+        """Within, an exception leaves only once the peers have been told; the phase is `after`."""
+        try:
+            yield
+        except CommError as error:
+            self._phase = Lost(str(error))
+            raise
+        except JoinEnded:
+            self._abandon()
+            raise
+        except BaseException as error:
+            self._settle(f"{type(error).__name__}: {error}", owes=self._owes())
+            self._phase = after
+            raise
+
+    def _settle(self, failure: str, *, owes: bool) -> None:
+        """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary
+        also in the vote.
+        """
+        window = self.accumulation.window
+        window.failure = window.failure or failure
+        try:
+            self.reduction.drop()
+            if owes and self.accumulation.reduces and not self.reduction.in_pass:
+                self._begin()
+            self.reduction.abort()
+            if self.accumulation.boundary:
+                self._roll(Next.VOTE)
+                self.boundary.cross(self.divide_factor, window.failure)
+        except CommError as error:
+            self._phase = Lost(str(error))
+            raise
+        except JoinEnded:
+            self._abandon()
+            return
+        except StepError:
+            pass  # the verdict on our own failure, which the caller sees at first hand
+        self._advance()
+
+    def _abandon(self) -> None:
+        """Nobody goes on with this window."""
+        self.reduction.abort()
+        self.reduction.reset()
+        self._phase = Idle()
+        self.accumulation.end_window(self.accumulation.window.taken)
+
+    # Ranks that run out of data.
+
+    def _roll(self, coming: Next) -> None:
+        if self._join is not None:
+            self._join.roll(coming, self.accumulation.window)
+
+    def _leave(self, join: Join, error: BaseException) -> None:
+        """An exception leaves the context: the others hear of it where they wait next."""
+        if join.over or isinstance(self._phase, Lost | Destroyed):
+            return
+        with suppress(StepError, CommError):
+            join.roll(Next.FAILED, self.accumulation.window, f"{type(error).__name__}: {error}")
+        self._abandon()
+
+    def _serve(self, join: Join) -> None:
+        """Out of data: does on zeros what the others do, until no rank has data left."""
+        accumulation = self.accumulation
+        while True:
+            join.roll(Next.DONE, accumulation.window)
+            accumulation.window.divisor = accumulation.window.divisor or join.divisor
+            coming = {row.next for row in join.rows}
+            # once all are done, what their last windows hold is still a step
+            if Next.PASS in coming or (coming == {Next.DONE} and not accumulation.every):
+                self._serve_pass()
+            if Next.PASS in coming:
+                continue
+            if coming == {Next.DONE} and not join.given:
+                break
+            try:
+                self.reduction.drain()
+                outcome = self._cross()
+            except (StepError, PlanMismatch):
+                if self.boundary.half_updated is not None:
+                    raise
+                # else it is raised on all ranks, and those that go on call again
+            else:
+                self.progress.after(outcome, self._samples(), self.progress.arguments)
+            finally:
+                accumulation.end_window(join.taken)
+                self._phase = Idle()
+        accumulation.end_window(join.taken)
+
+    def _serve_pass(self) -> None:
+        if self.reduction.follow():
+            self.boundary.optimizer.split()
+        self.reduction.begin(self.divide_factor)
+        self.reduction.finish()
+
+    def _correction(self) -> float:
+        """What turns a division by all micro-batches of the window into one by those given."""
+        join, ranks = self._join, self.boundary.comm.world
+        if join is None or join.by_initial_world or self._averaged_over != ranks:
+            return 1.0
+        return ranks * self.accumulation.steps / join.given
+
+    def _samples(self) -> int:
+        """Of the step that ends, over all ranks."""
+        return self.batch.train if self._join is None else self.batch.micro * self._join.given
