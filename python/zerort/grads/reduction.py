@@ -118,7 +118,7 @@ class Reduction:
                 stale[0],
                 f" and {len(stale) - 1} more parameters" if len(stale) > 1 else "",
             )
-            self._flat.zero_grad()
+            self.drop()
 
     def begin(self, scale: float) -> None:
         """Starts a pass whose sums are multiplied by `scale`."""
