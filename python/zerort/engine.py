@@ -58,8 +58,7 @@ class Engine(Readings, nn.Module):
         parts = self._parts
         with self._transaction.forward():
             args, kwargs = parts.precision.inputs((args, kwargs))
-            context = parts.precision.context(self.module, parts.comm.device, args, kwargs)
-            with parts.sink.range("forward"), context:
+            with parts.sink.range("forward"), parts.precision.context(parts.comm.device):
                 outputs = self.module(*args, **kwargs)
         self._transaction.watch(outputs)
         return outputs
