@@ -29,9 +29,9 @@ from zerort.readings import Components
 from zerort.run.flight import Transport
 from zerort.start import checks
 from zerort.start.broadcast import broadcast
-from zerort.start.compare import compare_optimizers, compare_plans
+from zerort.start.compare import compare_data, compare_optimizers, compare_plans
 from zerort.start.connect import agreed, connected
-from zerort.start.loader import TrainingLoader
+from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.optimizer import choose_optimizer
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
@@ -89,6 +89,7 @@ def initialize(
         setup = agreed(comm, lambda: _decide(settings, comm, given, undo))
         compare_plans(comm, setup.planned, setup.plan)
         compare_optimizers(comm, setup.optimizer)
+        compare_data(comm, setup.loader)
         flat = agreed(comm, lambda: FlatModel(setup.model, setup.planned, setup.layout))
         broadcast(comm, setup.model, flat)
         engine = agreed(comm, lambda: _assemble(setup, flat, undo))
@@ -169,7 +170,7 @@ def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> 
         planned,
         plan,
         sink,
-        loader=_loader(settings, comm, batch, given),
+        loader=open_loader(given.training_data, batch, comm, settings, given.collate_fn),
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
         whole_tensors=whole is not None,
     )
@@ -243,18 +244,6 @@ def _open_sink(settings: Config, comm: Comm) -> TraceSink:
         sink.on_device(device.moment)
     breaks_down = settings.wall_clock_breakdown and comm.rank == 0
     return ContainedSink(BreakdownSink(sink) if breaks_down else sink)
-
-
-def _loader(settings: Config, comm: Comm, batch: Batch, given: Arguments) -> TrainingLoader | None:
-    if given.training_data is None:
-        return None
-    return TrainingLoader(
-        given.training_data,
-        batch.micro,
-        comm,
-        drop_last=settings.dataloader_drop_last,
-        collate_fn=given.collate_fn,
-    )
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:

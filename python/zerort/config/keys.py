@@ -344,6 +344,13 @@ _ROWS = (
     _same("zerort.trace.enabled", "false: no events even with a path"),
     _same("zerort.trace.path", "Chrome trace file, one per rank"),
     _same("zerort.trace.capacity", "events kept; older ones are overwritten"),
+    _same("zerort.loader", "how the loader made from training_data fetches samples"),
+    _same("zerort.loader.workers", "processes of each rank that fetch samples; none when left out"),
+    _same("zerort.loader.persistent_workers", "they stay from one epoch to the next"),
+    _same(
+        "zerort.loader.pin_memory",
+        "false: batches do not go through page-locked memory on their way to an accelerator",
+    ),
     _same("zerort.checkpoint", "defaults of save_checkpoint"),
     _same("zerort.checkpoint.overwrite", "an existing tag is replaced"),
     _same("zerort.checkpoint.keep_last", "number of tags kept; all when left out"),

@@ -33,6 +33,7 @@ __all__ = [
     "DataTypes",
     "DtypeName",
     "Fp16",
+    "Loader",
     "Optimizer",
     "Runtime",
     "Scheduler",
@@ -233,6 +234,17 @@ class Trace(_Section):
         return self.enabled and self.path is not None
 
 
+class Loader(_Section):
+    """`zerort.loader`: the loader that `initialize` makes from training_data."""
+
+    workers: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1024)] = 0
+    """Processes of each rank that fetch samples; 0 fetches them in the rank's own."""
+    persistent_workers: bool = False
+    """Workers stay from one epoch to the next."""
+    pin_memory: bool = True
+    """Batches go through page-locked memory; without effect on a CPU."""
+
+
 class CheckpointPolicy(_Section):
     """`zerort.checkpoint`: defaults of `save_checkpoint`'s keywords of the same names."""
 
@@ -260,6 +272,7 @@ class Runtime(_Section):
     timeout: Annotated[float, Field(ge=1, le=2_000_000)] = 300.0
     """Seconds a rank waits for its peers; the largest is what 31 bits of milliseconds hold."""
     trace: Trace = Field(default_factory=Trace)
+    loader: Loader = Field(default_factory=Loader)
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
 

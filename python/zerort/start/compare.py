@@ -19,8 +19,9 @@ from zerort.config import Config
 from zerort.errors import PlanMismatch
 from zerort.memory import PlannedParameter, Signature
 from zerort.mesh import Comm, Control
+from zerort.start.loader import TrainingLoader
 
-__all__ = ["compare_optimizers", "compare_plans", "compare_settings"]
+__all__ = ["compare_data", "compare_optimizers", "compare_plans", "compare_settings"]
 
 _OF_ONE_RANK: Any = {
     "steps_per_print": True,
@@ -49,6 +50,17 @@ def compare_optimizers(comm: Comm, optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         facts |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}
     _compare(comm, facts, "make the optimizer alike on all ranks")
+
+
+def compare_data(comm: Comm, loader: TrainingLoader | None) -> None:
+    """Raises `PlanMismatch` on all ranks if they would not read the same dataset."""
+    length = None if loader is None else loader.state_dict()["length"]
+    told = "none" if loader is None else "iterable" if length is None else f"{length} samples"
+    _compare(
+        comm,
+        {"training_data": told},
+        "give all ranks the whole dataset, of which each takes its part",
+    )
 
 
 def compare_plans(comm: Comm, planned: Sequence[PlannedParameter], plan: _core.Plan) -> None:

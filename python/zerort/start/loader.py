@@ -1,27 +1,82 @@
 """The training loader that `initialize` makes from a dataset: each rank sees its own part and knows
 its place in it.
+
+An epoch of a map-style dataset is one order of all samples, drawn from the epoch's number, and
+rank r of N takes every N-th of them: after k batches on every rank a beginning of the order has
+been seen, whatever N is. So a place is an epoch and a number of samples over all ranks, and any
+number of ranks goes on from it. As in torch's DistributedSampler the end of an epoch is filled up
+with samples from its beginning, so that all ranks have as many batches; with `drop_last` it is cut.
+
+Each `for` is an epoch. One that is left early, by `break` or by an error, is over: the next begins
+the next epoch, in another order, and what was not reached is not made up for. Only the first one
+after `load_state_dict` begins in the middle.
+
+Not restored: what workers have drawn for random augmentations within an epoch, and the place within
+an iterable dataset on another number of ranks.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypedDict
 
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from zerort.config import Batch, Config
+from zerort.config.model import Loader
+from zerort.errors import CheckpointError, ConfigError, StepError
 from zerort.mesh import Comm
 
-__all__ = ["TrainingLoader"]
+__all__ = ["EpochOrder", "LoaderState", "TrainingLoader", "open_loader"]
+
+_log = logging.getLogger("zerort")
+
+
+class LoaderState(TypedDict):
+    """A place in the data; the same on every rank."""
+
+    epoch: int
+    samples: int
+    """Samples of the epoch given out, over all ranks."""
+    length: int | None
+    """Samples of the dataset; None for an iterable one."""
+    world: int
+    """Ranks that shared them."""
+
+
+class EpochOrder(Sampler[int]):
+    """One rank's samples of an epoch, from `start` samples (over all ranks) on."""
+
+    def __init__(self, length: int, rank: int, world: int, *, drop_last: bool) -> None:
+        self.length, self.rank, self.world, self.drop_last = length, rank, world, drop_last
+        self.epoch = 0
+        self.start = 0
+
+    def share(self, start: int = 0) -> int:
+        """Samples of each rank from `start` on."""
+        left = max(self.length - start, 0)
+        return left // self.world if self.drop_last else -(-left // self.world)
+
+    def __len__(self) -> int:
+        return self.share()
+
+    def __iter__(self) -> Iterator[int]:
+        share = self.share(self.start)
+        if not share:
+            return iter(())
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.epoch))
+        places = self.start + self.rank + self.world * torch.arange(share)
+        return iter(order[places % self.length].tolist())
 
 
 class TrainingLoader:
-    """Micro-batches of a dataset, one epoch per iteration.
+    """Micro-batches of a dataset, one epoch per iteration, by torch's DataLoader.
 
-    A map-style dataset is shuffled anew each epoch and cut among the ranks; an iterable one cuts
-    itself. `state_dict` holds the epoch and the position within it, so that a restored loader goes
-    on with the next batch.
+    `len` is the batches of a whole epoch on each rank; it raises `TypeError` for an iterable
+    dataset without a length. An iterable dataset cuts itself among ranks and workers.
     """
 
     def __init__(
@@ -29,42 +84,148 @@ class TrainingLoader:
         dataset: Dataset[Any],
         micro_batch: int,
         comm: Comm,
+        settings: Loader,
         *,
-        drop_last: bool,
-        collate_fn: Callable[[Any], Any] | None,
+        drop_last: bool = False,
+        collate_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         self.epoch = 0
-        self.sampler: DistributedSampler[Any] | None = None
-        if not isinstance(dataset, IterableDataset):
-            self.sampler = DistributedSampler(
-                dataset, num_replicas=comm.world, rank=comm.rank, shuffle=True, drop_last=drop_last
-            )
-        with warnings.catch_warnings():
-            # torchdata calls a function that newer versions of torch have deprecated; it has no
-            # effect on us.
-            warnings.filterwarnings("ignore", message=".*set_vital.*")
-            self._loader: StatefulDataLoader[Any] = StatefulDataLoader(
-                dataset,
-                batch_size=micro_batch,
-                sampler=self.sampler,
-                collate_fn=collate_fn,
-                drop_last=drop_last,
-            )
+        self.samples = 0
+        self._micro, self._rank, self._world = micro_batch, comm.rank, comm.world
+        self._order = _order_of(dataset, comm, drop_last=drop_last)
+        self._running: object | None = None
+        """The iteration that has given batches and has not come to its end."""
+        self._seed = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=micro_batch,
+            sampler=self._order,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+            num_workers=settings.workers,
+            persistent_workers=settings.persistent_workers and settings.workers > 0,
+            pin_memory=settings.pin_memory and comm.device.type != "cpu",
+            # one of its own: an iteration draws a seed for its workers, and drawn from torch's a
+            # run that is resumed would not go on with the same random numbers
+            generator=self._seed,
+        )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.sampler is not None:
-            self.sampler.set_epoch(self.epoch)
-        yield from self._loader
-        self.epoch += 1
+        if self._running is not None:  # left early
+            self.epoch, self.samples = self.epoch + 1, 0
+        epoch, start, this = self.epoch, self.samples, object()
+        for given, batch in enumerate(self._batches(epoch, start), 1):
+            self._running = this
+            self.epoch, self.samples = epoch, self._after(start, given)
+            yield batch
+            # None where a place has been restored meanwhile: who goes on all the same is here again
+            if self._running not in (this, None):
+                raise StepError(
+                    "an iteration over the training loader goes on after another has begun: "
+                    "iterate once at a time, each is an epoch"
+                )
+        self._running = None
+        self.epoch, self.samples = epoch + 1, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch and the position in it."""
-        return {"epoch": self.epoch, "position": self._loader.state_dict()}
+    def _batches(self, epoch: int, start: int) -> Iterator[Any]:
+        self._seed.manual_seed((torch.initial_seed() + (epoch << 16) + self._rank) % 2**63)
+        if self._order is not None:
+            self._order.epoch, self._order.start = epoch, start
+            return iter(self._loader)
+        return itertools.islice(self._loader, start // (self._micro * self._world), None)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on where `state` was taken."""
-        self.epoch = state["epoch"]
-        self._loader.load_state_dict(state["position"])
+    def _after(self, start: int, given: int) -> int:
+        """Samples over all ranks when each has `given` batches."""
+        mine = given * self._micro
+        if self._order is None:
+            return start + mine * self._world
+        return min(start + min(mine, self._order.share(start)) * self._world, self._order.length)
+
+    def state_dict(self) -> LoaderState:
+        """The place behind the latest batch."""
+        length = None if self._order is None else self._order.length
+        return {
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "length": length,
+            "world": self._world,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on where `state` was taken, on any number of ranks.
+
+        Raises `CheckpointError` for what `state_dict` has not made.
+        """
+        epoch, samples = (_whole(state, name) for name in ("epoch", "samples"))
+        length, world = state.get("length"), state.get("world")
+        if self._order is None and samples and world != self._world:
+            samples = 0
+            self._warn(
+                "an iterable dataset cuts itself by the number of ranks, which was %s and is %d: "
+                "its epoch begins anew, and samples come again",
+                *(world, self._world),
+            )
+        if self._order is not None and length != self._order.length:
+            self._warn(
+                "training_data had %s samples and has %d, so its order is another: samples of "
+                "this epoch may come again or be left out",
+                *(length, self._order.length),
+            )
+        self.epoch, self.samples, self._running = epoch, samples, None
+
+    def _warn(self, text: str, *args: object) -> None:
+        if self._rank == 0:
+            _log.warning(text, *args)
+
+
+def open_loader(
+    dataset: Dataset[Any] | None,
+    batch: Batch,
+    comm: Comm,
+    settings: Config,
+    collate_fn: Callable[[Any], Any] | None,
+) -> TrainingLoader | None:
+    """The loader over `dataset`, or None without one. Raises `ConfigError` for what is no dataset
+    and for one that gives no batch.
+    """
+    if dataset is None:
+        return None
+    loader = TrainingLoader(
+        dataset,
+        batch.micro,
+        comm,
+        settings.zerort.loader,
+        drop_last=settings.dataloader_drop_last,
+        collate_fn=collate_fn,
+    )
+    if loader.state_dict()["length"] is not None and not len(loader):
+        raise ConfigError(
+            f"training_data has {loader.state_dict()['length']} samples, which give no batch of "
+            f"{batch.micro} on each of {comm.world} ranks: give more samples or a smaller "
+            "micro-batch, or leave dataloader_drop_last out"
+        )
+    return loader
+
+
+def _order_of(dataset: Any, comm: Comm, *, drop_last: bool) -> EpochOrder | None:
+    if isinstance(dataset, IterableDataset):
+        return None
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            "initialize(training_data=...): expected a dataset with __len__ and __getitem__, or "
+            f"an IterableDataset, got {type(dataset).__name__}"
+        )
+    return EpochOrder(len(dataset), comm.rank, comm.world, drop_last=drop_last)
+
+
+def _whole(state: Mapping[str, Any], name: str) -> int:
+    value = state.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
+        raise CheckpointError(
+            f"the training loader's place is damaged: expected {name} as an integer of at least "
+            f"0, got {value!r:.60}"
+        )
+    return value
