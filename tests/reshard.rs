@@ -38,12 +38,18 @@ fn fill(plan: &Plan, name: impl Fn(ParamId) -> Option<ParamId>) -> Shards {
     places(plan).map(shard).collect()
 }
 
+/// Where the parameters of one bucket came from.
+fn of_bucket(bucket: &Bucket, came_from: &[Option<ParamId>]) -> Vec<Option<ParamId>> {
+    bucket.params.iter().map(|param| came_from[param.index()]).collect()
+}
+
 /// Moves every segment from `shards` of `source` into new shards of `target`.
 fn carry(source: &Plan, target: &Plan, came_from: &[Option<ParamId>], shards: &Shards) -> Shards {
     let mut moved = Shards::new();
     for (bucket, rank) in places(target) {
         let mut shard = empty_shard(target, bucket.id);
-        for segment in reshard(source, target, bucket.id, rank, came_from).unwrap() {
+        let origins = of_bucket(bucket, came_from);
+        for segment in reshard(source, target, bucket.id, rank, &origins).unwrap() {
             let from = &shards[&(segment.source_bucket, segment.source_rank)];
             let (start, source_start) = (segment.start as usize, segment.source_start as usize);
             let length = segment.length as usize;
@@ -128,7 +134,8 @@ proptest! {
     fn segments_are_in_order_and_stay_inside_both_shards((source, target, came_from) in pair()) {
         for (bucket, rank) in places(&target) {
             let mut end = 0;
-            for segment in reshard(&source, &target, bucket.id, rank, &came_from).unwrap() {
+            let origins = of_bucket(bucket, &came_from);
+            for segment in reshard(&source, &target, bucket.id, rank, &origins).unwrap() {
                 let held = source.partition(segment.source_bucket).unwrap().shard_numel();
                 prop_assert!(segment.length > 0 && segment.start >= end);
                 prop_assert!(segment.source_rank.0 < source.world());

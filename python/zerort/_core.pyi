@@ -294,9 +294,9 @@ def reshard(
 
     Rows of (start in that shard, source rank, source bucket, start in the source's shard, length).
 
-    `came_from[p]` is the id in `source` of the target's parameter p, or -1 where the source has
-    none. Padding is not listed. Raises `PlanError` when the two disagree about a parameter's
-    length.
+    `came_from` has, for each parameter of the bucket in its order, the id in `source`, or -1 where
+    the source has none. Padding is not listed. Raises `PlanError` when the two disagree about a
+    parameter's length.
     """
 
 @final

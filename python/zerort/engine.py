@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zerort.checkpoint.checkpoints import Checkpoints
-from zerort.checkpoint.match import Choice
+from zerort.checkpoint.match import LoadOptions
+from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import SaveOptions
 from zerort.checkpoint.state import EngineState
 from zerort.config import Batch
@@ -58,8 +59,7 @@ class Engine(Readings, nn.Module):
         parts = self._parts
         with self._transaction.forward():
             args, kwargs = parts.precision.inputs((args, kwargs))
-            context = parts.precision.context(self.module, parts.comm.device, args, kwargs)
-            with parts.sink.range("forward"), context:
+            with parts.sink.range("forward"), parts.precision.context(parts.comm.device):
                 outputs = self.module(*args, **kwargs)
         self._transaction.watch(outputs)
         return outputs
@@ -247,22 +247,31 @@ class Engine(Readings, nn.Module):
 
         Any number of ranks, stage and bucket size may have saved it. Every byte is verified before
         the engine changes; with `fallback` a damaged checkpoint is replaced by the newest that
-        verifies. Random number generators and the position in the data are restored where the
-        number of ranks is the same. Returns the path and the client state, or (None, {}) with a
-        warning when there is no `latest`. Raises the same `CheckpointError` on all ranks.
+        verifies. Names are matched wherever they are held, in the optimizer or not. What is not
+        taken is logged, and stands in `last_load`: random number generators fit the same number of
+        ranks alone. Returns the path and the client state, or (None, {}) with a warning when there
+        is no `latest`. Raises the same `CheckpointError` on all ranks, and then the engine is as it
+        was, whichever object raised.
         """
         self._transaction.pause("load_checkpoint()")
-        choice = Choice(
+        options = LoadOptions(
             load_module_strict,
             load_optimizer_states,
             load_lr_scheduler_states,
             load_module_only,
             weights=custom_load_fn is None,
         )
-        loaded = self._checkpoints.load(load_dir, tag, choice, custom_load_fn, fallback=fallback)
+        loaded = self._checkpoints.load(load_dir, tag, options, custom_load_fn, fallback=fallback)
         if loaded[0] is not None:
             self._transaction.restart()
         return loaded
+
+    @property
+    def last_load(self) -> LoadRecord | None:
+        """What the last `load_checkpoint` did: which names kept their values, what was not taken;
+        None before the first.
+        """
+        return self._checkpoints.last_load
 
     def save_16bit_model(
         self,
@@ -337,6 +346,7 @@ def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineSt
         counters,
         parts.config.zero_optimization.stage,
         parts.loader,
+        lambda reason: setattr(boundary, "half_updated", reason),
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
-from zerort.checkpoint.match import Choice
+from zerort.checkpoint.match import LoadOptions
 from zerort.checkpoint.prune import Pruned
+from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.runs import Run
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
 from zerort.checkpoint.snapshot import collect
@@ -39,6 +40,7 @@ class Checkpoints:
         self.disk = Disk()
         self.bytes_read = 0
         """By this rank in the last load."""
+        self.last_load: LoadRecord | None = None
         self._config = config
         self._agreement = Consensus(state.comm, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
@@ -89,14 +91,14 @@ class Checkpoints:
         self,
         load_dir: str | os.PathLike[str],
         tag: str | None,
-        choice: Choice,
+        options: LoadOptions,
         custom: Callable[..., Any] | None,
         *,
         fallback: bool,
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
         folder = Path(load_dir)
-        loading = Load(self.state, self.disk, folder, choice, custom)
+        loading = Load(self.state, self.disk, folder, options, custom)
         loaded = loading.run(tag, fallback=fallback)
         self.bytes_read = loading.bytes_read
         if loaded is None:
@@ -109,6 +111,9 @@ class Checkpoints:
         self._loaded[folder.resolve()] = name
         assert loading.manifest is not None, "what was loaded had a manifest"
         self._run = self._run.behind(loading.manifest)
+        self.last_load = loading.record
+        if loading.record is not None and self.state.comm.rank == 0:
+            loading.record.log()
         return str(folder / name), client_state
 
     def save_weights(

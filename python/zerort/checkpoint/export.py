@@ -81,7 +81,7 @@ def state_dict_of(
         flat = torch.zeros(
             bucket.numel, dtype=torch.float64 if bucket.dtype == "f64" else torch.float32
         )
-        Shard(plan, 0).want(reader, bucket.id, "master", origins, flat)
+        Shard(plan, 0, origins).want(reader, bucket, "master", flat)
         flats.append(flat)
     for entry in manifest.tensors:
         kind, _, name = entry.name.partition(".")

@@ -2,9 +2,10 @@
 parameters.
 
     find the tag, read the manifest   all ranks act on rank 0's bytes
-    match                             does it fit? Names the first difference, before reading
-    stage                             read and verify what this rank needs; vote
-    apply                             only now the engine changes
+    match, fit                        what goes where; names the first difference, before reading
+    stage                             read and verify what this rank needs; all ranks agree
+    restore_objects                   the user's objects, which may raise, and then all is undone
+    apply                             only now the engine's memory changes
 
 Damage found on the way is `Damaged`: with `fallback` the newest tag that verifies is loaded
 instead, and without it the error names that tag.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,20 @@ from torch import Tensor
 
 from zerort.checkpoint.export import state_dict_of
 from zerort.checkpoint.files import Disk
+from zerort.checkpoint.fit import Fit, fit
 from zerort.checkpoint.manifest import Manifest
-from zerort.checkpoint.match import Choice, Match, match
+from zerort.checkpoint.match import LoadOptions, Match, match
+from zerort.checkpoint.objects import finish_objects, restore_objects
 from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader
-from zerort.checkpoint.restore import Staged, apply, stage
+from zerort.checkpoint.record import LoadRecord, record_of
+from zerort.checkpoint.restore import apply
+from zerort.checkpoint.staging import Staged, stage
 from zerort.checkpoint.state import EngineState
 from zerort.checkpoint.tags import LATEST, check_tag, latest, read_manifest
+from zerort.checkpoint.undo import Undo
 from zerort.checkpoint.verify import newest_good
-from zerort.errors import CheckpointError
+from zerort.errors import CheckpointError, CommError
 from zerort.mesh import Consensus
 
 __all__ = ["Damaged", "Load"]
@@ -51,12 +58,13 @@ class Load:
     state: EngineState
     disk: Disk
     folder: Path
-    choice: Choice
+    options: LoadOptions
     custom: Callable[..., Any] | None = None
     bytes_read: int = 0
     """By this rank, from the files of tensors."""
     manifest: Manifest | None = None
     """Of what was loaded."""
+    record: LoadRecord | None = None
 
     def run(self, tag: str | None, *, fallback: bool) -> tuple[str, Any] | None:
         """Loads `tag`, or what `latest` names; returns the tag and the client state, or None when
@@ -97,14 +105,20 @@ class Load:
         ranks, what = self._agreement, f"cannot load checkpoint {self.folder / tag}"
         data = ranks.first(what, lambda: read_manifest(self.disk, self.folder, tag), Damaged)
         manifest = ranks.agree(what, lambda: self._parsed(data), Damaged)
-        found = ranks.agree(what, lambda: match(manifest, self.state, self.choice))
-        staged, weights = ranks.agree(what, lambda: self._read(tag, manifest, found), Damaged)
+        found, fits = ranks.agree(what, lambda: self._decided(manifest))
+        staged, weights = ranks.agree(what, lambda: self._read(tag, manifest, found, fits), Damaged)
+        self.record = record_of(str(self.folder / tag), manifest, self.state.module, found, fits)
+        undo = Undo()
+        try:
+            ranks.agree(what, lambda: self._objects(manifest, staged, weights, undo))
+        except CommError:
+            undo.run()
+            raise
+        except BaseException as error:
+            self._take_back(undo, error)
+            raise
+        self._apply(found, staged, what)
         self.manifest = manifest
-        apply(self.state, manifest, found, staged, self.choice)
-        if self.custom is not None:
-            self.custom(src=weights, dst=self.state.module)
-            for bucket in self.state.flat.buckets:
-                bucket.take_writes()
         return staged.client_state
 
     def _parsed(self, data: bytes) -> Manifest:
@@ -112,10 +126,50 @@ class Load:
         manifest.plan  # noqa: B018 (raises where the buckets are no layout)
         return manifest
 
-    def _read(self, tag: str, manifest: Manifest, found: Match) -> tuple[Staged, dict[str, Tensor]]:
+    def _decided(self, manifest: Manifest) -> tuple[Match, Fit]:
+        options = self.options
+        return match(manifest, self.state, options), fit(manifest, self.state, options)
+
+    def _read(
+        self, tag: str, manifest: Manifest, found: Match, fits: Fit
+    ) -> tuple[Staged, dict[str, Tensor]]:
         reader = Reader(self.disk, self.folder / tag, manifest)
         reader.check_names()
-        staged = stage(reader, self.state, found, self.choice)
+        staged = stage(reader, self.state, found, fits, self.options)
         weights = state_dict_of(reader, as_saved=True) if self.custom is not None else {}
         self.bytes_read = reader.blocks.bytes_read
         return staged, weights
+
+    def _objects(
+        self, manifest: Manifest, staged: Staged, weights: dict[str, Tensor], undo: Undo
+    ) -> None:
+        custom, module = self.custom, self.state.module
+        call = None if custom is None else partial(custom, src=weights, dst=module)
+        restore_objects(self.state, manifest, staged, self.options, call, undo)
+
+    def _take_back(self, undo: Undo, error: BaseException) -> None:
+        """Puts the engine back, on all ranks. Raises `CheckpointError` where that failed on one."""
+        failures = self.state.comm.gather_objects(undo.run())
+        reasons = [reason for failed in failures for reason in failed]
+        if reasons:
+            message = (
+                f"{error}; and the engine could not be put back as it was ({'; '.join(reasons)}): "
+                "load a checkpoint before going on"
+            )
+            self.state.broke_off(message)
+            raise CheckpointError(message) from error
+
+    def _apply(self, found: Match, staged: Staged, what: str) -> None:
+        """Changes the engine's memory. An error here leaves it half loaded."""
+        try:
+            apply(self.state, found, staged, self.options)
+            if self.custom is not None:
+                for bucket in self.state.flat.buckets:
+                    bucket.take_writes()
+            self._agreement.agree(what, lambda: finish_objects(self.state, staged))
+        except BaseException as error:
+            self.state.broke_off(
+                f"{what}: it broke off halfway ({type(error).__name__}: {error}): load a "
+                "checkpoint before going on"
+            )
+            raise

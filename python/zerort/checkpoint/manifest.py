@@ -45,6 +45,7 @@ __all__ = [
     "OptimizerEntry",
     "ParamEntry",
     "ParamState",
+    "SchedulerEntry",
     "TensorEntry",
     "count_values",
     "dump",
@@ -176,6 +177,15 @@ class OptimizerEntry(Entry):
     groups: Annotated[tuple[dict[str, JsonValue], ...], _Stop]
 
 
+class SchedulerEntry(Entry):
+    """The learning-rate scheduler's class, with those of the schedulers in it, and its state,
+    encoded.
+    """
+
+    name: str
+    state: JsonValue
+
+
 class Counts(Entry):
     """The engine's counters."""
 
@@ -212,7 +222,7 @@ class Manifest(Entry):
     """
     buckets: Annotated[tuple[BucketEntry, ...], _Stop]
     optimizer: OptimizerEntry
-    scheduler: JsonValue
+    scheduler: SchedulerEntry | None
     loss_scale: tuple[float, int, int, int] | None
     """Of a dynamic loss scale: the scale, hysteresis left, boundaries seen, boundary of the last
     overflow.
@@ -239,6 +249,13 @@ class Manifest(Entry):
     def param(self) -> dict[str, int]:
         """Ids of the planned parameters, by name."""
         return {entry.name: index for index, entry in enumerate(self.params)}
+
+    @cached_property
+    def home(self) -> dict[int, int]:
+        """Buckets of the planned parameters, by id."""
+        return {
+            param: index for index, bucket in enumerate(self.buckets) for param in bucket.params
+        }
 
     @cached_property
     def dtype_of(self) -> dict[str, str]:

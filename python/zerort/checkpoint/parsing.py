@@ -33,6 +33,7 @@ from zerort.checkpoint.manifest import (
     OptimizerEntry,
     ParamEntry,
     ParamState,
+    SchedulerEntry,
     TensorEntry,
     count_values,
     rank_file,
@@ -98,6 +99,8 @@ def _check_keys(body: bytes) -> None:
     _compare_keys(MANIFEST, found, Manifest)
     for key, model in _OBJECTS.items():
         _compare_keys(f"{MANIFEST}: {key}", found[key], model)
+    if found["scheduler"] is not None:
+        _compare_keys(f"{MANIFEST}: scheduler", found["scheduler"], SchedulerEntry)
     aliases = found["aliases"]
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{MANIFEST}: aliases holds something else than names")

@@ -9,9 +9,11 @@ such segments: a rank that needs a part of it reads the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,17 @@ from zerort import _core
 from zerort.checkpoint.blocks import BlockReader, Want
 from zerort.checkpoint.encoding import decode
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import MANIFEST, Manifest, ParamEntry, TensorEntry, rank_file
+from zerort.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, rank_file
+from zerort.checkpoint.state import strides_of
 from zerort.checkpoint.tensors import DTYPES, as_bytes
 from zerort.errors import CheckpointError
 
 __all__ = ["Reader", "Shard"]
+
+Row = tuple[int, int, int, int, int]
+"""Of `_core.reshard`: start in the shard, source rank, source bucket, start there, length."""
+Strides = Callable[[int], tuple[int, ...]]
+"""Of a parameter, by id."""
 
 
 class Reader:
@@ -38,6 +46,8 @@ class Reader:
         self._disk = disk
         self._wants: dict[str, list[Want]] = {}
         self._rest: list[Callable[[], object]] = []
+        self._runs: dict[int, _Runs] = {}
+        """By the identity of their entry, which the manifest keeps alive."""
 
     def check_names(self) -> None:
         """Raises `CheckpointError` for a file that is missing or does not belong. Hidden files are
@@ -45,10 +55,10 @@ class Reader:
         """
         have = {name for name in self._disk.names(self.folder) if not name.startswith(".")}
         want = {MANIFEST, *self.manifest.file}
-        told = [f"{name} is missing" for name in sorted(want - have)]
-        told += [f"{name} does not belong to it" for name in sorted(have - want)]
-        if told:
-            raise CheckpointError(f"{self.folder}: {'; '.join(told[:8])}")
+        wrong = [f"{name} is missing" for name in sorted(want - have)]
+        wrong += [f"{name} does not belong to it" for name in sorted(have - want)]
+        if wrong:
+            raise CheckpointError(f"{self.folder}: {'; '.join(wrong[:8])}")
 
     def check_sizes(self) -> None:
         """Raises `CheckpointError` for a file that has another length than when it was written."""
@@ -60,12 +70,12 @@ class Reader:
         in its dtype.
         """
         dtype = DTYPES[entry.dtype]
-        landing = into
+        as_saved = into
         if dtype != into.dtype:
-            landing = torch.empty(into.shape, dtype=dtype)
-            self.then(partial(into.copy_, landing))
+            as_saved = torch.empty(into.shape, dtype=dtype)
+            self.then(partial(into.copy_, as_saved))
         byte = entry.start + start * dtype.itemsize
-        self._wants.setdefault(entry.file, []).append(Want(byte, as_bytes(landing)))
+        self._wants.setdefault(entry.file, []).append(Want(byte, as_bytes(as_saved)))
 
     def then(self, call: Callable[[], object]) -> None:
         """Calls `call` once all that was asked for is there, behind those that came earlier."""
@@ -101,6 +111,64 @@ class Reader:
         """Decodes a value of the manifest, and asks for the tensors in it, which `rank` wrote."""
         return decode(encoded, lambda name: self.whole(rank_file(rank), name))
 
+    def planned(self, param: int) -> Tensor:
+        """Asks for the masters of a planned parameter, in its shape; contiguous after `fill`."""
+        saved = self.manifest.params[param]
+        flat = self.flat(param, "master", self._master_dtype(param))
+        into = torch.empty(saved.shape, dtype=flat.dtype)
+        self.then(lambda: into.copy_(flat.as_strided(saved.shape, saved.strides)))
+        return into
+
+    def flat(self, param: int, kind: str, dtype: torch.dtype) -> Tensor:
+        """Asks for all elements (numel,) of a planned parameter, in the order in which they lie."""
+        numel = self.manifest.params[param].numel
+        whole = _core.Plan([(numel, "f32", 0, 0)], world=1, stage=0, cap_bytes=1)
+        flat = torch.empty(numel, dtype=dtype)
+        rows = _core.reshard(self.manifest.plan, whole, bucket=0, rank=0, came_from=[param])
+        self.rows(kind, rows, flat)
+        return flat
+
+    def _master_dtype(self, param: int) -> torch.dtype:
+        return torch.float64 if self.manifest.params[param].dtype == "F64" else torch.float32
+
+    def rows(self, kind: str, rows: Sequence[Row], into: Tensor) -> None:
+        """Asks for the segments of shards that the core has named."""
+        for start, source_rank, source_bucket, source_start, length in rows:
+            entry = self.entry(rank_file(source_rank), f"bucket.{source_bucket}.{kind}")
+            at = self._stored_at(entry, source_start, length)
+            self.want(entry, at, into.narrow(0, start, length))
+
+    def _stored_at(self, entry: TensorEntry, start: int, length: int) -> int:
+        """Where elements of a shard lie in the tensor that holds some stretches of it."""
+        runs = self._runs.get(id(entry))
+        if runs is None:
+            runs = self._runs[id(entry)] = _Runs(entry)
+        at = runs.stored_at(start, length)
+        if at is None:
+            raise CheckpointError(
+                f"tensor {entry.name} of {entry.file} lacks elements {start} to {start + length} "
+                "of its shard"
+            )
+        return at
+
+
+class _Runs:
+    """The stretches of a shard that a tensor holds, for looking up one among many."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self._runs = entry.runs or ()
+        self._starts = [start for start, _ in self._runs]
+        self._before = [0, *accumulate(length for _, length in self._runs)]
+
+    def stored_at(self, start: int, length: int) -> int | None:
+        """Where elements of the shard lie in the tensor; None where it lacks one of them."""
+        index = bisect_right(self._starts, start) - 1
+        if index < 0:
+            return None
+        run_start, run_length = self._runs[index]
+        inside = start + length <= run_start + run_length
+        return self._before[index] + start - run_start if inside else None
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -108,71 +176,86 @@ class Shard:
 
     plan: _core.Plan
     rank: int
+    origins: Sequence[int]
+    """For each parameter of the plan which saved one it is, or -1."""
     turned: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Strides of the plan's parameters whose elements lie in another order than in the checkpoint,
     by id.
     """
+    whole: Mapping[int, str] = field(default_factory=dict)
+    """Parameters of the plan, by id, that a whole tensor of rank 0's file fills."""
 
     def want(
-        self, reader: Reader, bucket: int, kind: str, origins: Sequence[int], into: Tensor
+        self,
+        reader: Reader,
+        bucket: _core.Bucket,
+        kind: str,
+        into: Tensor,
+        holders: Set[int] | None = None,
     ) -> None:
         """Asks for what fills this rank's shard of `bucket` (shard_numel,) with `kind`, "master" or
-        "state.KEY".
+        "state.KEY", out of saved shards.
 
-        `origins` says for each parameter which saved one it is, or -1. What has no origin keeps its
-        value in `into`. Raises `CheckpointError` when the checkpoint lacks a part.
+        With `holders`, for these parameters alone. What has no origin keeps its value in `into`.
+        Raises `CheckpointError` when the checkpoint lacks a part.
         """
-        straight = [-1 if param in self.turned else origin for param, origin in enumerate(origins)]
+        params = bucket.params
+        origins = [
+            self.origins[param] if holders is None or param in holders else -1 for param in params
+        ]
+        straight = [
+            -1 if param in self.turned else origin
+            for param, origin in zip(params, origins, strict=True)
+        ]
         rows = _core.reshard(
-            reader.manifest.plan, self.plan, bucket=bucket, rank=self.rank, came_from=straight
+            reader.manifest.plan, self.plan, bucket=bucket.id, rank=self.rank, came_from=straight
         )
-        _want_rows(reader, kind, rows, into)
-        for fragment in self.plan.fragments(bucket, self.rank) if self.turned else ():
-            origin = origins[fragment.param]
-            if fragment.param in self.turned and origin >= 0:
+        reader.rows(kind, rows, into)
+        wanted = dict(zip(params, origins, strict=True))
+        for fragment in self._fragments(bucket, self.turned):
+            origin = wanted[fragment.param]
+            if origin >= 0:
                 self._want_turned(reader, kind, fragment, origin, into)
+
+    def want_whole(
+        self, reader: Reader, bucket: _core.Bucket, strides: Strides, into: Tensor
+    ) -> None:
+        """Asks for what fills this rank's shard of `bucket` out of tensors that were saved whole.
+
+        `strides` says how a parameter's elements lie in the bucket.
+        """
+        for fragment in self._fragments(bucket, self.whole):
+            entry = reader.entry(rank_file(0), self.whole[fragment.param])
+            part = into.narrow(0, fragment.shard_start, fragment.length)
+            lies = strides(fragment.param)
+            if lies == strides_of(torch.empty(entry.shape, device="meta")):
+                reader.want(entry, fragment.param_start, part)
+                continue
+            saved = reader.whole(entry.file, entry.name)
+            reader.then(partial(_take_turned, part, saved, lies, fragment.param_start))
+
+    def _fragments(
+        self, bucket: _core.Bucket, params: Mapping[int, object]
+    ) -> Iterator[_core.Fragment]:
+        """This rank's fragments of those parameters."""
+        if params:
+            for fragment in self.plan.fragments(bucket.id, self.rank):
+                if fragment.param in params:
+                    yield fragment
 
     def _want_turned(
         self, reader: Reader, kind: str, fragment: _core.Fragment, origin: int, into: Tensor
     ) -> None:
         saved = reader.manifest.params[origin]
-        whole = _core.Plan([(saved.numel, "f32", 0, 0)], world=1, stage=0, cap_bytes=1)
-        rows = _core.reshard(reader.manifest.plan, whole, bucket=0, rank=0, came_from=[origin])
-        flat = torch.empty(saved.numel, dtype=into.dtype)
-        _want_rows(reader, kind, rows, flat)
+        flat = reader.flat(origin, kind, into.dtype)
         part = into.narrow(0, fragment.shard_start, fragment.length)
-        strides, start = self.turned[fragment.param], fragment.param_start
-        reader.then(
-            lambda: part.copy_(_turned(flat, saved, strides).narrow(0, start, fragment.length))
-        )
+        shaped = flat.as_strided(saved.shape, saved.strides)
+        lies = self.turned[fragment.param]
+        reader.then(partial(_take_turned, part, shaped, lies, fragment.param_start))
 
 
-def _want_rows(
-    reader: Reader, kind: str, rows: Sequence[tuple[int, int, int, int, int]], into: Tensor
-) -> None:
-    """Asks for the segments that the core has named."""
-    for start, source_rank, source_bucket, source_start, length in rows:
-        entry = reader.entry(rank_file(source_rank), f"bucket.{source_bucket}.{kind}")
-        reader.want(entry, _stored_at(entry, source_start, length), into.narrow(0, start, length))
-
-
-def _turned(flat: Tensor, saved: ParamEntry, strides: tuple[int, ...]) -> Tensor:
-    """A parameter's elements (numel,) as they lie with `strides`, from `flat` (numel,), where they
-    lie as saved.
-    """
-    turned = torch.empty_like(flat)
-    turned.as_strided(saved.shape, strides).copy_(flat.as_strided(saved.shape, saved.strides))
-    return turned
-
-
-def _stored_at(entry: TensorEntry, start: int, length: int) -> int:
-    """Where elements of a shard lie in the tensor that holds some stretches of it."""
-    stored = 0
-    for run_start, run_length in entry.runs or ():
-        if run_start <= start and start + length <= run_start + run_length:
-            return stored + start - run_start
-        stored += run_length
-    raise CheckpointError(
-        f"tensor {entry.name} of {entry.file} lacks elements {start} to {start + length} of its "
-        "shard"
-    )
+def _take_turned(part: Tensor, saved: Tensor, strides: tuple[int, ...], start: int) -> None:
+    """Fills `part` (n,) from element `start` of `saved` on, counted as they lie with `strides`."""
+    turned = torch.empty(saved.numel(), dtype=part.dtype)
+    turned.as_strided(saved.shape, strides).copy_(saved)
+    part.copy_(turned.narrow(0, start, len(part)))

@@ -8,9 +8,10 @@ of a parameter is told by every rank that owns a part of it, and must agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import islice
 from time import time_ns
 from typing import Any
 
@@ -21,7 +22,15 @@ from zerort import _core
 from zerort.checkpoint.encoding import Json, encode
 from zerort.checkpoint.manifest import ParamState
 from zerort.checkpoint.rng import random_states
-from zerort.checkpoint.state import EngineState, aliases, extra_states, loose, strides_of
+from zerort.checkpoint.state import (
+    EngineState,
+    aliases,
+    by_bucket,
+    extra_states,
+    loose,
+    scheduler_name,
+    strides_of,
+)
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.errors import CheckpointError
 from zerort.memory import FlatBucket
@@ -52,8 +61,10 @@ def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen:
     """
     snapshot, beside = Snapshot(), dict[str, Tensor]()
     state.flat.take_writes()
+    segments = by_bucket(state.optimizer)
     for bucket in state.flat.buckets:
-        _collect_bucket(state, bucket, snapshot, exclude_frozen=exclude_frozen)
+        of_bucket = segments.get(id(bucket), [])
+        _collect_bucket(state, bucket, of_bucket, snapshot, exclude_frozen=exclude_frozen)
     snapshot.own.update(_own(state, beside))
     if state.comm.rank == 0:
         snapshot.shared.update(_shared(state, client_state, beside, exclude_frozen=exclude_frozen))
@@ -88,7 +99,12 @@ def merged_states(
 
 
 def _collect_bucket(
-    state: EngineState, bucket: FlatBucket, snapshot: Snapshot, *, exclude_frozen: bool
+    state: EngineState,
+    bucket: FlatBucket,
+    segments: Iterable[Segment],
+    snapshot: Snapshot,
+    *,
+    exclude_frozen: bool,
 ) -> None:
     spec = bucket.spec
     lo = state.comm.rank * spec.shard_numel - bucket.start
@@ -98,29 +114,38 @@ def _collect_bucket(
     name = f"bucket.{spec.id}"
     snapshot.tensors.extend(_part(f"{name}.master", [(0, bucket.master)], spans, window))
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
-    for segment, held in _segments_with_state(state, bucket):
+    for segment, inside in _with_regions(segments, kept):
+        held = state.optimizer.optimizer.state.get(segment.tensor)
+        if not held:
+            continue
         elementwise, whole, values = _sorted(held, segment)
         for key in elementwise:
             pieces.setdefault(key, []).append((segment.start, segment.flattened(held[key])))
-        told = ParamState(values=values, tensors=tuple(elementwise), whole=tuple(whole))
-        for region in _overlapping(kept, segment.start, segment.start + segment.length):
+        found = ParamState(values=values, tensors=tuple(elementwise), whole=tuple(whole))
+        for region in inside:
             if region.start < window[1] and region.end > window[0]:
-                snapshot.states[region.param] = told
+                snapshot.states[region.param] = found
             if state.comm.rank == 0:
                 snapshot.tensors.extend(
                     Stored.of(f"optimizer.{region.param}.{key}", held[key]) for key in whole
                 )
-    for key, found in pieces.items():
-        snapshot.tensors.extend(_part(f"{name}.state.{key}", found, spans, window))
+    for key, parts in pieces.items():
+        snapshot.tensors.extend(_part(f"{name}.state.{key}", parts, spans, window))
 
 
-def _segments_with_state(
-    state: EngineState, bucket: FlatBucket
-) -> Iterator[tuple[Segment, dict[str, Any]]]:
-    for segment in state.optimizer.segments:
-        held = state.optimizer.optimizer.state.get(segment.tensor)
-        if segment.bucket is bucket and held:
-            yield segment, held
+def _with_regions(
+    segments: Iterable[Segment], kept: Sequence[Region]
+) -> Iterator[tuple[Segment, list[Region]]]:
+    """Each segment with the regions of `kept` in it. Both ascend, and no region is in two."""
+    at = 0
+    for segment in segments:
+        end = segment.start + segment.length
+        while at < len(kept) and kept[at].end <= segment.start:
+            at += 1
+        first = at
+        while at < len(kept) and kept[at].start < end:
+            at += 1
+        yield segment, list(kept[first:at])
 
 
 def _sorted(held: dict[str, Any], segment: Segment) -> tuple[list[str], list[str], dict[str, Json]]:
@@ -145,10 +170,6 @@ def _sorted(held: dict[str, Any], segment: Segment) -> tuple[list[str], list[str
     return elementwise, whole, values
 
 
-def _overlapping(kept: Iterable[Region], start: int, end: int) -> Iterator[Region]:
-    return (region for region in kept if region.start < end and region.end > start)
-
-
 def _joined(spans: Iterable[tuple[int, int]]) -> Spans:
     joined: Spans = []
     for start, end in spans:
@@ -167,8 +188,13 @@ def _part(
     """
     found: list[Tensor] = []
     runs: Spans = []
+    first = 0  # both ascend: what ends before this piece begins concerns none behind it either
     for at, piece in pieces:
-        for start, end in spans:
+        while first < len(spans) and spans[first][1] <= at:
+            first += 1
+        for start, end in islice(spans, first, None):
+            if start >= at + piece.numel():
+                break
             lo, hi = max(start, at, window[0]), min(end, at + piece.numel(), window[1])
             if lo < hi:
                 found.append(piece.narrow(0, lo - at, hi - lo))
@@ -227,9 +253,7 @@ def _shared(
                 _options(group, index, beside) for index, group in enumerate(optimizer.param_groups)
             ),
         },
-        "scheduler": None
-        if state.scheduler is None
-        else encode(state.scheduler.state_dict(), "scheduler", beside),
+        "scheduler": _scheduler(state, beside),
         "loss_scale": scale.state() if isinstance(scale, _core.LossScale) else None,
         "client_state": encode(client_state, "client_state", beside),
         "extra_state": {
@@ -237,6 +261,13 @@ def _shared(
             for name, module in extra_states(state.module)
         },
     }
+
+
+def _scheduler(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json] | None:
+    if state.scheduler is None:
+        return None
+    kept = encode(state.scheduler.state_dict(), "scheduler", beside)
+    return {"name": scheduler_name(state.scheduler), "state": kept}
 
 
 def _options(group: dict[str, Any], index: int, beside: dict[str, Tensor]) -> dict[str, Json]:

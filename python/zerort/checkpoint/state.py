@@ -9,7 +9,7 @@ rather than tensors, encoded into the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,23 @@ from torch import Tensor, nn
 
 from zerort import _core
 from zerort.grads.reduction import Reduction
-from zerort.memory import FlatModel
+from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
+from zerort.optim.shard import Segment
 from zerort.step.accumulation import Counters
 from zerort.step.precision import LossScale
 
-__all__ = ["EngineState", "aliases", "extra_states", "loose", "strides_of"]
+__all__ = [
+    "EngineState",
+    "aliases",
+    "by_bucket",
+    "extra_states",
+    "loose",
+    "own_shard",
+    "scheduler_name",
+    "strides_of",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ class EngineState:
     counters: Counters
     stage: int
     loader: Any = None
+    broke_off: Callable[[str], None] = lambda reason: None
+    """Told why when a load has left the engine half changed: no step may be applied before
+    another load.
+    """
 
     @property
     def plan(self) -> _core.Plan:
@@ -56,6 +70,19 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(
         stride if size > 1 else 0 for size, stride in zip(tensor.shape, dense, strict=True)
     )
+
+
+def own_shard(bucket: FlatBucket, owned: Tensor, rank: int) -> Tensor:
+    """This rank's shard of a tensor that lies as the bucket's owned part does."""
+    return owned.narrow(0, rank * bucket.spec.shard_numel - bucket.start, bucket.spec.shard_numel)
+
+
+def by_bucket(optimizer: ShardOptimizer) -> dict[int, list[Segment]]:
+    """The optimizer's segments by the identity of their bucket, in their order."""
+    found: dict[int, list[Segment]] = {}
+    for segment in optimizer.segments:
+        found.setdefault(id(segment.bucket), []).append(segment)
+    return found
 
 
 def loose(module: nn.Module, flat: FlatModel) -> Iterator[tuple[str, Tensor]]:
@@ -92,3 +119,14 @@ def extra_states(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_modules():
         if type(child).get_extra_state is not nn.Module.get_extra_state:
             yield name, child
+
+
+def scheduler_name(scheduler: Any) -> str | None:
+    """The class of a learning-rate scheduler, with those of the schedulers in it."""
+    if scheduler is None:
+        return None
+    name = type(scheduler).__qualname__
+    inner = getattr(scheduler, "_schedulers", None)  # torch's SequentialLR and ChainedScheduler
+    if not isinstance(inner, (list, tuple)):
+        return name
+    return f"{name}({', '.join(str(scheduler_name(one)) for one in inner)})"

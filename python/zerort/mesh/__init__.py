@@ -1,23 +1,20 @@
-"""Ranks and what is exchanged between them: the only room that imports torch.distributed.
+"""Ranks and what is exchanged between them: the only room that imports torch.distributed."""
 
-`Mesh` is named communicators, each a `Comm` over explicit ranks with a `Control` for small facts;
-`Consensus` is how ranks decide all or none.
-"""
-
-from zerort.mesh.comm import Comm, Control, Work
+from zerort.mesh.comm import Comm, Work
+from zerort.mesh.connect import connect
 from zerort.mesh.consensus import Consensus
-from zerort.mesh.control import meet
-from zerort.mesh.mesh import Mesh, connect, usual_device
+from zerort.mesh.gloo import GlooComm
+from zerort.mesh.local import LocalComm
+from zerort.mesh.nccl import NcclComm
 from zerort.mesh.rendezvous import init_distributed
 
 __all__ = [
     "Comm",
     "Consensus",
-    "Control",
-    "Mesh",
+    "GlooComm",
+    "LocalComm",
+    "NcclComm",
     "Work",
     "connect",
     "init_distributed",
-    "meet",
-    "usual_device",
 ]

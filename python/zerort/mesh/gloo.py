@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.mesh.comm import Work
-from zerort.mesh.control import GlooControl
-from zerort.mesh.data import GroupComm
+from zerort.mesh.groups import GroupComm
 
 __all__ = ["GlooComm"]
 
@@ -21,33 +20,29 @@ class GlooComm(GroupComm):
     all-gather.
     """
 
-    # Two groups, each with its own workers: publishing does not queue behind gradients.
-    gradients, parameters = "gradients", "parameters"
+    backend = "gloo"
     window: int | None = None
 
-    def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
-        super().__init__(control, device, "gloo", timeout)
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        super().__init__(device, timeout)
         self.chunks = self.world
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Every rank's piece of this rank's shard, in rank order."""
 
-        group = self._groups[self.gradients]
-
         def exchange() -> dist.Work | None:
-            return dist.all_to_all_single(recv, send, group=group, async_op=True)
+            return dist.all_to_all_single(recv, send, group=self._gradients, async_op=True)
 
-        return self._groups.work("all_to_all", self.gradients, [exchange])
+        return self._work("all_to_all", self._gradients, [exchange])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """One broadcast per rank, in rank order, on its slice."""
-        group = self._groups[self.parameters]
 
         # gloo's all_gather stages through fresh buffers: three times the CPU time of these
         # broadcasts.
         def broadcast(shard: Tensor, rank: int) -> dist.Work | None:
-            return dist.broadcast(shard, rank, group=group, async_op=True)
+            return dist.broadcast(shard, rank, group=self._parameters, async_op=True)
 
-        shards = zip(buffer.chunk(self.world), self.ranks, strict=True)
-        calls = [partial(broadcast, shard, rank) for shard, rank in shards]
-        return self._groups.work("broadcast", self.parameters, calls)
+        shards = enumerate(buffer.chunk(self.world))
+        calls = [partial(broadcast, shard, rank) for rank, shard in shards]
+        return self._work("broadcast", self._parameters, calls)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -57,21 +57,15 @@ def myself() -> Peer:
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of a group, as the job numbers them. `name` is the engine's own on the board."""
+    """All ranks of an engine, by rank. `name` is the engine's own on the board."""
 
-    everyone: Mapping[int, Peer]
+    everyone: Sequence[Peer]
     rank: int
     name: str
     board: Board | None
 
-    def among(self, ranks: Sequence[int]) -> Peers:
-        """The same of a part of the ranks."""
-        return replace(self, everyone={rank: self.everyone[rank] for rank in ranks})
-
     def told(self, what: str) -> str:
         """One sentence on why `what`, a collective that this rank waited for, may have failed."""
-        if not self.everyone:
-            return "a rank has gone, or cannot be reached, before the ranks had met"
         words: dict[int, str] = {}
         # A board whose host hangs does not answer either: it may only keep a thread waiting that
         # nobody waits for.
@@ -89,7 +83,7 @@ class Peers:
         here = self.everyone[self.rank].host
         others = (
             (rank, peer)
-            for rank, peer in self.everyone.items()
+            for rank, peer in enumerate(self.everyone)
             if peer.host == here and rank != self.rank
         )
         return {rank: fate for rank, peer in others if (fate := _fate(peer.process))}
@@ -102,7 +96,7 @@ class Peers:
         try:
             self.board.set(self._key(self.rank), what)
             while time.monotonic() < deadline and len(words) < len(self.everyone):
-                for rank in self.everyone:
+                for rank in range(len(self.everyone)):
                     if rank not in words and self.board.check([self._key(rank)]):
                         words[rank] = self.board.get(self._key(rank)).decode()
                 time.sleep(0.05)
@@ -110,7 +104,9 @@ class Peers:
             return  # the board has gone with its host; what came is told
 
     def _judged(self, what: str, words: Mapping[int, str]) -> str:
-        silent = [rank for rank in self.everyone if rank not in words and rank != self.rank]
+        silent = [
+            rank for rank in range(len(self.everyone)) if rank not in words and rank != self.rank
+        ]
         elsewhere = [
             f"{self._named(rank)} waited for {word}" for rank, word in words.items() if word != what
         ]

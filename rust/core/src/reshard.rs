@@ -33,8 +33,8 @@ pub struct Segment {
 
 /// What fills `rank`'s shard of `bucket` in `target`, in the order in which it lies there.
 ///
-/// `came_from[p]` is the source's id of the target's parameter `p`, or None where the source has
-/// none.
+/// `came_from` has, for each parameter of the bucket in its order, the source's id of it, or None
+/// where the source has none.
 ///
 /// # Errors
 /// [`PlanError::UnknownBucket`], [`PlanError::UnknownRank`] and [`PlanError::WrongLength`] about
@@ -47,13 +47,17 @@ pub fn reshard(
     rank: Rank,
     came_from: &[Option<ParamId>],
 ) -> Result<Vec<Segment>, PlanError> {
-    let params = target.params().len();
-    if came_from.len() != params {
-        return Err(PlanError::WrongLength { params, got: came_from.len() });
+    let members = &target.bucket(bucket)?.params;
+    if came_from.len() != members.len() {
+        return Err(PlanError::WrongLength { params: members.len(), got: came_from.len() });
     }
     let mut segments = Vec::new();
+    // Fragments lie in the order of the bucket's parameters, and empty ones have none.
+    let mut origins = members.iter().zip(came_from);
     for fragment in target.fragments(bucket, rank)? {
-        if let Some(origin) = came_from[fragment.param.index()] {
+        let origin = origins.find(|(member, _)| **member == fragment.param);
+        if let Some((_, Some(origin))) = origin {
+            let origin = *origin;
             check_length(source, target, origin, fragment.param)?;
             cut(source, origin, fragment, &mut segments)?;
         }

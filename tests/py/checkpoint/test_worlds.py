@@ -86,6 +86,39 @@ def test_each_rank_goes_on_with_its_own_random_numbers_and_data(tmp_path: Path) 
 # To another world.
 
 
+def in_the_middle_of_an_epoch(rank: int, world: int, folder: str, resume: bool) -> dict[str, Any]:
+    """The samples that this rank sees before it saves, or after it has loaded; and what is said."""
+    data = [torch.full((10,), float(i)) for i in range(24)]
+    engine, _, loader, _ = zerort.initialize(
+        model=Net(), optimizer=adamw, training_data=data, config=config_of(2)
+    )
+    if resume:
+        path, client_state = engine.load_checkpoint(folder)
+        told = (Path(path).name, client_state, engine.last_load.not_restored, loader.epoch)
+        return {"told": told, "seen": [float(x) for batch in loader for x in batch[:, 0]]}
+    for _ in loader:  # a whole epoch
+        pass
+    batches = iter(loader)
+    seen = [float(next(batches)[0, 0]) for _ in range(12 // world)]
+    engine.save_checkpoint(folder, "t", client_state={"mine": 1})
+    return {"seen": seen}
+
+
+@pytest.mark.parametrize(("saved", "loads"), [(2, 1), (1, 3), (2, 2)])
+def test_the_place_in_the_data_fits_any_number_of_ranks_and_random_numbers_do_not(
+    saved: int, loads: int, tmp_path: Path
+) -> None:
+    before = ranks.run(saved, in_the_middle_of_an_epoch, str(tmp_path), False)
+    after = ranks.run(loads, in_the_middle_of_an_epoch, str(tmp_path), True)
+    seen = [sample for rank in before + after for sample in rank["seen"]]
+    assert sorted(seen) == list(range(24))  # each once, in the second epoch
+    for rank in after:
+        tag, client_state, reasons, epoch = rank["told"]
+        assert (tag, client_state, epoch) == ("t", {"mine": 1}, 1)
+        expected = f"random numbers are not restored: {saved} ranks saved theirs, and {loads} load"
+        assert reasons == (() if saved == loads else (expected,))
+
+
 def save_each_optimizer(rank: int, world: int, folder: str) -> None:
     for name, optimizer in OPTIMIZERS.items():
         engine = engine_of(config_of(stage_of(name, 2)), optimizer=optimizer)
@@ -253,9 +286,21 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("something was unpickled")
 
-    for module, names in ((pickle, ("load", "loads", "Unpickler")), (torch, ("load",))):
+    made, dumps, loads = set[bytes](), pickle.dumps, pickle.loads
+
+    def remember(value: Any) -> bytes:
+        made.add(data := dumps(value))
+        return data
+
+    def unpickle(data: bytes) -> Any:
+        assert data in made, "something was unpickled that this process has not pickled"
+        return loads(data)
+
+    for module, names in ((pickle, ("load", "Unpickler")), (torch, ("load",))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(pickle, "dumps", remember)  # ranks exchange their own objects so
+    monkeypatch.setattr(pickle, "loads", unpickle)
     assert other.load_checkpoint(tmp_path)[0] is not None
     assert_equal(weights(other), weights(one))
 

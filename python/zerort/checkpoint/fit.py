@@ -1,0 +1,65 @@
+"""What of a checkpoint's small state fits this run: random numbers, place in the data, schedules.
+
+What does not fit is left out, with a sentence that says so; nothing is dropped in silence. The
+place in the data is counted in samples over all ranks, and fits any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zerort import _core
+from zerort.checkpoint.encoding import Json
+from zerort.checkpoint.manifest import Manifest
+from zerort.checkpoint.match import LoadOptions
+from zerort.checkpoint.state import EngineState, scheduler_name
+
+__all__ = ["Fit", "fit"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a rank takes of the small state, as the manifest has it."""
+
+    random: Json = None
+    loader: Json = None
+    writer: int = 0
+    """The rank whose file holds the tensors of the two."""
+    reasons: tuple[str, ...] = ()
+    """Why something is not taken, a sentence each."""
+
+
+def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
+    """What this rank takes; reads nothing."""
+    if options.module_only:
+        return Fit()
+    reasons = [*(_of_scheduler(manifest, state) if options.scheduler else ())]
+    reasons += _of_loss_scale(manifest, state)
+    saved, world, rank = manifest.world, state.comm.world, state.comm.rank
+    same = saved == world
+    if not same:
+        reasons.append(
+            f"random numbers are not restored: {saved} ranks saved theirs, and {world} load"
+        )
+    own = manifest.ranks[rank if same else 0]
+    loader = own.get("loader") if hasattr(state.loader, "load_state_dict") else None
+    if loader is None and state.loader is not None:
+        reasons.append("the place in the data is not restored: the checkpoint has none")
+    return Fit(own.get("rng") if same else None, loader, rank if same else 0, tuple(reasons))
+
+
+def _of_scheduler(manifest: Manifest, state: EngineState) -> Iterator[str]:
+    have = scheduler_name(state.scheduler)
+    if have is not None and manifest.scheduler is None:
+        yield f"the scheduler {have} stays as it is: the checkpoint has none"
+    if have is None and manifest.scheduler is not None:
+        yield f"the state of the scheduler {manifest.scheduler.name} is not taken: there is none"
+
+
+def _of_loss_scale(manifest: Manifest, state: EngineState) -> Iterator[str]:
+    dynamic = isinstance(state.loss_scale, _core.LossScale)
+    if dynamic and manifest.loss_scale is None:
+        yield "the loss scale starts anew: it was fixed, or there was none, when this was saved"
+    if not dynamic and manifest.loss_scale is not None:
+        yield "the loss scale is not restored: it is fixed here, or there is none"

@@ -1,0 +1,132 @@
+"""What a load reads: everything that fits, verified, before anything of the engine changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerort.checkpoint.encoding import decode
+from zerort.checkpoint.fit import Fit
+from zerort.checkpoint.manifest import Manifest, ParamState, rank_file
+from zerort.checkpoint.match import LoadOptions, Match
+from zerort.checkpoint.reading import Reader, Shard
+from zerort.checkpoint.state import EngineState, extra_states, own_shard, strides_of
+from zerort.checkpoint.tensors import DTYPES
+from zerort.errors import CheckpointError
+
+__all__ = ["Staged", "stage"]
+
+
+@dataclass
+class Staged:
+    """What this rank has read. Flat tensors are this rank's shards, on CPU."""
+
+    masters: dict[int, Tensor] = field(default_factory=dict)
+    """By bucket."""
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By bucket and key."""
+    whole: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Tensors of other shapes, by the engine's parameter and key."""
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Single values of the optimizer's state, by the engine's parameter and key."""
+    loose: dict[str, Tensor] = field(default_factory=dict)
+    """On rank 0 only, which broadcasts them."""
+    options: list[dict[str, Any] | None] = field(default_factory=list)
+    """Of each group of the optimizer; None where it keeps its own."""
+    scheduler: Any = None
+    loader: dict[str, Any] | None = None
+    random: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    client_state: Any = None
+
+
+def stage(
+    reader: Reader, state: EngineState, match: Match, fit: Fit, options: LoadOptions
+) -> Staged:
+    """Reads and verifies. Raises `CheckpointError` and `OSError`; the engine is as it was."""
+    staged, manifest = Staged(), reader.manifest
+    shard = Shard(state.plan, state.comm.rank, match.origins, match.turned, match.from_whole)
+    if options.weights:
+        _stage_weights(reader, state, match, shard, staged)
+    if options.optimizer:
+        _stage_optimizer(reader, state, match, shard, staged)
+    if options.scheduler and state.scheduler is not None and manifest.scheduler is not None:
+        staged.scheduler = reader.value(manifest.scheduler.state)
+    staged.random = reader.value(fit.random, fit.writer)
+    staged.loader = reader.value(fit.loader, fit.writer)
+    staged.client_state = reader.value(manifest.client_state)
+    reader.fill()
+    return staged
+
+
+def _stage_weights(
+    reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
+) -> None:
+    def strides(param: int) -> tuple[int, ...]:
+        return strides_of(state.flat.params[param])
+
+    for bucket in state.flat.buckets:
+        spec = bucket.spec
+        if all(match.origins[param] >= 0 for param in spec.params):
+            into = torch.zeros(spec.shard_numel, dtype=bucket.master.dtype)
+        else:
+            into = own_shard(bucket, bucket.master, state.comm.rank).detach().cpu().clone()
+        shard.want(reader, spec, "master", into)
+        shard.want_whole(reader, spec, strides, into)
+        staged.masters[spec.id] = into
+    if state.comm.rank == 0:
+        for name, source in match.loose.items():
+            if isinstance(source, int):
+                staged.loose[name] = reader.planned(source)
+            else:
+                staged.loose[name] = reader.whole(rank_file(0), source)
+    known = reader.manifest.extra_state
+    staged.extra = {
+        name: reader.value(known[name]) for name, _ in extra_states(state.module) if name in known
+    }
+
+
+def _stage_optimizer(
+    reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
+) -> None:
+    for bucket in state.flat.buckets:
+        held = {
+            param: kept for param in bucket.spec.params if (kept := match.states[param]) is not None
+        }
+        found = staged.states[bucket.spec.id] = {}
+        for key in sorted({key for kept in held.values() for key in kept.tensors}):
+            holders = {param for param, kept in held.items() if key in kept.tensors}
+            origin = match.origins[min(holders)]
+            dtype = _dtype_of(reader.manifest, key, origin, bucket.master.dtype)
+            into = torch.zeros(bucket.spec.shard_numel, dtype=dtype)
+            shard.want(reader, bucket.spec, f"state.{key}", into, holders)
+            found[key] = into
+        for param, kept in held.items():
+            staged.values[param] = _decoded(kept)
+            for key in kept.whole:
+                name = f"optimizer.{match.origins[param]}.{key}"
+                staged.whole[param, key] = reader.whole(rank_file(0), name)
+    saved = reader.manifest.optimizer.groups
+    staged.options = [
+        None if source is None else reader.value(saved[source]) for source in match.groups
+    ]
+
+
+def _decoded(kept: ParamState) -> dict[str, Any]:
+    return {key: decode(value, _no_tensor) for key, value in kept.values.items()}
+
+
+def _no_tensor(name: str) -> Tensor:
+    raise CheckpointError(f"a single value of the optimizer names tensor {name}")
+
+
+def _dtype_of(manifest: Manifest, key: str, origin: int, master: torch.dtype) -> torch.dtype:
+    """What a kind of state is kept in: the masters' dtype if it was saved in that, else what it was
+    saved in.
+    """
+    name = f"bucket.{manifest.home[origin]}"
+    saved = manifest.dtype_of[f"{name}.state.{key}"]
+    return master if saved == manifest.dtype_of.get(f"{name}.master") else DTYPES[saved]
