@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh import peers
+from zerort.mesh.board import board_of
 from zerort.mesh.comm import Work
-from zerort.mesh.peers import Peers
+from zerort.mesh.last_words import leave_at_exit
+from zerort.mesh.peers import Peer, Peers
+from zerort.mesh.process import this_process
 
 __all__ = ["GroupComm"]
 
@@ -39,20 +41,22 @@ class GroupComm:
         self._gradients, self._parameters, self._control = (
             self._new_group(timeout) for _ in range(3)
         )
-        self._peers = self._meet()
+        self._peers = Peers([], self.rank, "", None)
+        self._meet()
         self._dropped = weakref.finalize(
             self, _let_workers_go, [self._gradients, self._parameters, self._control]
         )
 
-    def _meet(self) -> Peers:
-        """Learns who the others are; rank 0 names the engine, so that several leave word side by
+    def _meet(self) -> None:
+        """Learns who the others are; rank 0 names the engine, so that several leave notes side by
         side.
         """
-        met = self.gather_objects((peers.myself(), uuid.uuid4().hex))
-        # Without the job's store (a private name of torch's) words of ranks that time out cannot be
-        # gathered.
+        # A private name of torch's. Without the job's store, ranks that time out cannot be asked.
         store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
-        return Peers([peer for peer, _ in met], self.rank, met[0][1], store)
+        board = None if store is None else board_of(store)
+        me = Peer(this_process(), "" if board is None else leave_at_exit(board))
+        met = self.gather_objects((me, uuid.uuid4().hex))
+        self._peers = Peers([peer for peer, _ in met], self.rank, met[0][1], board)
 
     def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
         group = dist.new_group(backend=self.backend, timeout=timeout)
@@ -118,7 +122,7 @@ class GroupComm:
                 "destroyed: call engine.destroy() first, and the process group after it"
             )
         return CommError(
-            f"rank {self.rank}: {what} failed: {self._peers.told(what)}. The cause as reported: "
+            f"rank {self.rank}: {what} failed: {self._peers.explain(what)}. The cause as reported: "
             f"{error}"
         )
 
