@@ -63,7 +63,8 @@ def backend(gradient: Tensor) -> Callable[[], Tensor]:
 
 def zerort(gradient: Tensor, name: str) -> Callable[[], Tensor]:
     """What the engine does with a bucket's gradient."""
-    comm, wire = connect(timedelta(minutes=5), gradient.device), FORMATS[name]
+    mesh, wire = connect(timedelta(minutes=5), gradient.device), FORMATS[name]
+    comm = mesh.shard
     shard = gradient.numel() // comm.world
     recv = Memory.zeros(shard * comm.chunks, gradient.dtype, gradient.device)
     accum = Memory.zeros(shard, torch.float32, gradient.device)

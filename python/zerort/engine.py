@@ -59,7 +59,8 @@ class Engine(Readings, nn.Module):
         parts = self._parts
         with self._transaction.forward():
             args, kwargs = parts.precision.inputs((args, kwargs))
-            with parts.sink.range("forward"), parts.precision.context(parts.comm.device):
+            context = parts.precision.context(self.module, parts.comm.device, args, kwargs)
+            with parts.sink.range("forward"), context:
                 outputs = self.module(*args, **kwargs)
         self._transaction.watch(outputs)
         return outputs

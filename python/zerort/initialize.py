@@ -83,8 +83,8 @@ def initialize(
         refused={"mpu": mpu, "mesh_param": mesh_param},
     )
     with ExitStack() as undo:
-        settings, comm = connected(lambda: load(config, args, config_params), model)
-        undo.callback(comm.close)
+        settings, mesh = connected(lambda: load(config, args, config_params), model, undo)
+        comm = mesh.job
         log.show(comm.rank)
         setup = agreed(comm, lambda: _decide(settings, comm, given, undo))
         compare_plans(comm, setup.planned, setup.plan)

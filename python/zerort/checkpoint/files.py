@@ -8,28 +8,26 @@ another `Disk` below, which records them or fails at one.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import stat
 from pathlib import Path
 
 from zerort.errors import CheckpointError
+from zerort.platforms import HERE
 
 __all__ = ["Disk"]
 
-_NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
-_KEEP_SIZE = 1
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Disk:
-    """The operations of POSIX that a checkpoint needs. Descriptors are plain integers; all errors
-    are `OSError`.
+    """The operations that a checkpoint needs. Descriptors are plain integers; all errors are
+    `OSError`.
     """
+
+    system = HERE
+    """What they are made of on this operating system."""
 
     def make_folder(self, path: Path) -> None:
         """A new folder; an existing one is an error."""
@@ -37,21 +35,13 @@ class Disk:
 
     def create(self, path: Path) -> int:
         """A new file, open for writing; an existing one is an error."""
-        return os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
+        return self.system.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def reserve(self, file: int, size: int) -> None:
         """Room for `size` bytes, where the file system can promise it; the file stays as long as it
         is.
-
-        Blocks asked for one write at a time cost more than the writing: saves of 1 GB took three
-        times as long.
         """
-        if _libc.fallocate(file, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size)) != 0:
-            number = ctypes.get_errno()
-            if number == errno.ENOSPC:
-                raise OSError(number, os.strerror(number))
+        self.system.reserve(file, size)
 
     def write(self, file: int, data: memoryview) -> None:
         """All of `data`, at the end."""
@@ -60,7 +50,7 @@ class Disk:
 
     def sync(self, file: int) -> None:
         """What was written survives a power loss from here on."""
-        os.fsync(file)
+        self.system.sync(file)
 
     def close(self, file: int) -> None:
         """Gives the descriptor back."""
@@ -68,31 +58,18 @@ class Disk:
 
     def sync_folder(self, path: Path) -> None:
         """The names in the folder, as they are now, survive a power loss from here on."""
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self.system.sync_folder(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """Moves a folder to a name that must be free."""
-        try:
-            _renameat2(source, target, _NOREPLACE)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            if os.path.lexists(target):
-                raise FileExistsError(
-                    errno.EEXIST, os.strerror(errno.EEXIST), str(target)
-                ) from error
-            source.rename(target)
+        self.system.rename(source, target)
 
     def exchange(self, first: Path, second: Path) -> None:
         """Two names change places in one instant. Raises `CheckpointError` where the file system
         has no such call.
         """
         try:
-            _renameat2(first, second, _EXCHANGE)
+            self.system.exchange(first, second)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
@@ -119,13 +96,7 @@ class Disk:
 
         Raises `BlockingIOError` while another process holds it; a process that dies lets go of it.
         """
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return False
-            raise
-        return True
+        return self.system.lock(file)
 
     def in_use(self, path: Path) -> bool:
         """Whether a process holds the file, or may do so."""
@@ -142,7 +113,7 @@ class Disk:
 
         Raises `BlockingIOError` while another process holds it; a process that dies lets go of it.
         """
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        file = self.system.open(path, os.O_RDWR | os.O_CREAT)
         held = False
         try:
             held = self.hold(file)
@@ -172,8 +143,7 @@ class Disk:
         included.
         """
         try:
-            # O_NONBLOCK: a pipe in the place of a file must not make the reader wait for a writer.
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = self.system.open(path, os.O_RDONLY)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise CheckpointError(
@@ -192,7 +162,7 @@ class Disk:
     def read(self, file: int, start: int, into: memoryview) -> None:
         """Fills `into` from byte `start` on. Raises `CheckpointError` at the end of the file."""
         while into:
-            count = os.preadv(file, [into], start)
+            count = self.system.read_at(file, start, into)
             if not count:
                 raise CheckpointError(f"the file ends at byte {start}")
             start, into = start + count, into[count:]
@@ -218,12 +188,3 @@ class Disk:
             self.remove_folder(path)
         else:
             self.remove_file(path)
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> None:
-    call = getattr(_libc, "renameat2", None)
-    if call is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source))
-    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(source), None, str(target))

@@ -14,6 +14,7 @@ of the model must not copy the engine. Hooks return None and never block.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -48,10 +49,13 @@ class ParameterHooks:
         )
         self._reducer = reducer
         self._executor = executor
-        self._go = go
+        # Python's collector does not look into a parameter's hooks: what they hold on to would
+        # keep the engine and its process groups for as long as the model lives, and the model too.
+        self._go = _weakly(go)
         self._wanted: list[int] = []
         self._behind: dict[int, Any] = {}
         self._before: dict[int, Any] = {}
+        weakref.finalize(self, _take_off, self._behind, self._before).atexit = False
 
     def attach(self, wanted: list[int]) -> None:
         """From now on exactly `wanted` have a hook, behind accumulation; torch refuses to hook a
@@ -93,6 +97,25 @@ class ParameterHooks:
     def remove(self) -> None:
         """Takes all hooks off."""
         self.attach([])
+
+
+def _weakly(go: Go) -> Go:
+    """`go`, a bound method, for as long as its object lives."""
+    method = weakref.WeakMethod(go)
+
+    def call(index: int, hi: int) -> None:
+        alive = method()
+        if alive is not None:
+            alive(index, hi)
+
+    return call
+
+
+def _take_off(*hooks: dict[int, Any]) -> None:
+    """The engine was collected without `destroy`: its model trains on as any other."""
+    for kind in hooks:
+        for handle in kind.values():
+            handle.remove()
 
 
 # Defaults instead of a closure's cells: in a backward over thousands of parameters every hook is

@@ -1,20 +1,23 @@
-"""Ranks and what is exchanged between them: the only room that imports torch.distributed."""
+"""Ranks and what is exchanged between them: the only room that imports torch.distributed.
 
-from zerort.mesh.comm import Comm, Work
-from zerort.mesh.connect import connect
+`Mesh` is named communicators, each a `Comm` over explicit ranks with a `Control` for small facts;
+`Consensus` is how ranks decide all or none.
+"""
+
+from zerort.mesh.comm import Comm, Control, Work
 from zerort.mesh.consensus import Consensus
-from zerort.mesh.gloo import GlooComm
-from zerort.mesh.local import LocalComm
-from zerort.mesh.nccl import NcclComm
+from zerort.mesh.control import meet
+from zerort.mesh.mesh import Mesh, connect, usual_device
 from zerort.mesh.rendezvous import init_distributed
 
 __all__ = [
     "Comm",
     "Consensus",
-    "GlooComm",
-    "LocalComm",
-    "NcclComm",
+    "Control",
+    "Mesh",
     "Work",
     "connect",
     "init_distributed",
+    "meet",
+    "usual_device",
 ]

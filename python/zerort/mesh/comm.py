@@ -1,4 +1,4 @@
-"""The contract of a communicator: flat buffers between ranks.
+"""The contract of a communicator: flat buffers and small facts between ranks.
 
 What it guarantees: every call is made on groups of the engine's own, so a collective of the user's
 can never pair with one of ours, and every group has the configured time-out, so no rank waits for a
@@ -14,6 +14,7 @@ way and delivers one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,11 @@ from torch import Tensor
 
 from zerort.errors import CommError
 
-__all__ = ["Comm", "Work"]
+__all__ = ["Comm", "Control", "Handles", "Work"]
+
+
+Handles = dict[int, "dist.Work | None"]
+"""What torch's library gave for each of a collective's calls so far."""
 
 
 class Work:
@@ -32,29 +37,32 @@ class Work:
     one of them to the library. `count` is the library's own count of what it has been given, so
     that a `start` which an exception has cut off, Ctrl-C between two instructions included, can be
     called again: nothing is given twice and nothing is left out. A handle that was lost that way is
-    not waited for; by then the rank has failed, and nobody reads the result.
+    not waited for; by then the rank has failed, and nobody reads the result. `waited` hears when
+    all have been waited for.
     """
 
     def __init__(
         self,
         calls: Sequence[Callable[[], dist.Work | None]] = (),
         count: Callable[[], int] = lambda: 0,
+        waited: Callable[[], object] = lambda: None,
     ) -> None:
         self._calls = calls
         self._count = count
+        self._waited = waited
         self._first: int | None = None
-        self._handles: dict[int, dist.Work | None] = {}
+        self.handles: Handles = {}
 
     def start(self) -> Work:
         """Hands the collective to the library, once. Raises `CommError`."""
         if self._first is None:
             self._first = self._count()
         while (given := self._given(self._first)) < len(self._calls):
-            self._handles[given] = self._calls[given]()
+            self.handles[given] = self._calls[given]()
         return self
 
     def _given(self, first: int) -> int:
-        return max(self._count() - first, max(self._handles, default=-1) + 1)
+        return max(self._count() - first, max(self.handles, default=-1) + 1)
 
     def is_completed(self) -> bool:
         """Whether `wait`, after `start`, would return at once."""
@@ -66,6 +74,7 @@ class Work:
         """
         for work in self._works():
             work.wait()
+        self._waited()
 
     def when_complete(self, call: Callable[[], None]) -> None:
         """Calls `call` on the worker that completes the last of them; at once where there is
@@ -78,21 +87,62 @@ class Work:
         works[-1].get_future().add_done_callback(lambda _: call())
 
     def _works(self) -> list[dist.Work]:
-        return [work for work in self._handles.values() if work is not None]
+        return [work for work in self.handles.values() if work is not None]
+
+
+class Control(Protocol):
+    """Small facts between ranks, exchanged on the host: votes, decisions, reasons.
+
+    On every device these have a time-out that names a rank, and no stream ever waits for them.
+    Tensors are CPU tensors.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+
+    @property
+    def world(self) -> int:
+        """How many ranks the group has."""
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sums small `values` over the ranks, in place."""
+
+    def broadcast(self, values: Tensor, source: int = 0) -> None:
+        """Copies `values` from rank `source` to all, in place."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Slow: for set-up, saving and failures."""
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long a rank waits for its peers from now on."""
+
+    def close(self) -> None:
+        """Gives the group back; a second call does nothing."""
 
 
 class Comm(Protocol):
-    """What the engine needs of a communication library.
+    """A group of ranks, and what the engine needs of a communication library over it.
 
-    Buffers are 1-D and contiguous; a bucket's buffer is `world` equal shards in rank order.
+    `ranks` are its members as the job numbers them, in ascending order; `rank` is this one's place
+    among them, `world` their number. Buffers are 1-D and contiguous; a bucket's buffer is `world`
+    equal shards in the order of `ranks`.
     """
 
+    ranks: tuple[int, ...]
     rank: int
     world: int
     device: torch.device
     chunks: int
     window: int | None
     """Buckets in flight unless the configuration says otherwise; None means all."""
+
+    @property
+    def control(self) -> Control:
+        """Small facts between the same ranks."""
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """What moves `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard.
@@ -104,17 +154,17 @@ class Comm(Protocol):
         is started. Asynchronous.
         """
 
-    def all_reduce(self, values: Tensor) -> None:
-        """Sums small `values` over the ranks, in place."""
-
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        """Copies `buffer` from rank `source` to all, in place."""
+        """Copies `buffer`, on `device`, from rank `source` to all, in place."""
+
+    def all_reduce(self, values: Tensor) -> None:
+        """`control.all_reduce`, of values on any device."""
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. Slow: for set-up, saving and failures."""
+        """`control.gather_objects`."""
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
 
     def close(self) -> None:
-        """Gives the groups back."""
+        """Gives the groups back; a second call does nothing."""

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.mesh.comm import Work
-from zerort.mesh.groups import GroupComm
+from zerort.mesh.control import GlooControl
+from zerort.mesh.data import GroupComm
 
 __all__ = ["GlooComm"]
 
@@ -20,29 +21,33 @@ class GlooComm(GroupComm):
     all-gather.
     """
 
-    backend = "gloo"
+    # Two groups, each with its own workers: publishing does not queue behind gradients.
+    gradients, parameters = "gradients", "parameters"
     window: int | None = None
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
-        super().__init__(device, timeout)
+    def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
+        super().__init__(control, device, "gloo", timeout)
         self.chunks = self.world
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Every rank's piece of this rank's shard, in rank order."""
 
-        def exchange() -> dist.Work | None:
-            return dist.all_to_all_single(recv, send, group=self._gradients, async_op=True)
+        group = self._groups[self.gradients]
 
-        return self._work("all_to_all", self._gradients, [exchange])
+        def exchange() -> dist.Work | None:
+            return dist.all_to_all_single(recv, send, group=group, async_op=True)
+
+        return self._groups.work("all_to_all", self.gradients, [exchange])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """One broadcast per rank, in rank order, on its slice."""
+        group = self._groups[self.parameters]
 
         # gloo's all_gather stages through fresh buffers: three times the CPU time of these
         # broadcasts.
         def broadcast(shard: Tensor, rank: int) -> dist.Work | None:
-            return dist.broadcast(shard, rank, group=self._parameters, async_op=True)
+            return dist.broadcast(shard, rank, group=group, async_op=True)
 
-        shards = enumerate(buffer.chunk(self.world))
-        calls = [partial(broadcast, shard, rank) for rank, shard in shards]
-        return self._work("broadcast", self._parameters, calls)
+        shards = zip(buffer.chunk(self.world), self.ranks, strict=True)
+        calls = [partial(broadcast, shard, rank) for shard, rank in shards]
+        return self._groups.work("broadcast", self.parameters, calls)

@@ -1,153 +1,213 @@
-"""What communicators over torch.distributed have alike: groups of the engine's own, small
-collectives, and errors that name a rank.
+"""Process groups of the engine's own: made over explicit ranks, given back once.
+
+What it guarantees: nothing of the engine's is ever sent on a group of the user's, so a collective
+of the user's cannot pair with one of ours; a failure names ranks as the job numbers them; and
+groups, threads and descriptors are given back by `close`, or when the owner is collected. What it
+does not do: it starts no collective.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from itertools import count
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from zerort.errors import CommError
-from zerort.mesh.board import board_of
-from zerort.mesh.comm import Work
-from zerort.mesh.last_words import leave_at_exit
-from zerort.mesh.peers import Peer, Peers
-from zerort.mesh.process import this_process
+from zerort.errors import CommError, ConfigError
+from zerort.mesh.comm import Handles, Work
+from zerort.mesh.peers import Peers
 
-__all__ = ["GroupComm"]
+__all__ = ["Groups", "Members", "Partition"]
+
+Partition = tuple[tuple[int, ...], ...]
+"""The job's ranks in parts, each in ascending order."""
 
 
-class GroupComm:
-    """Three groups of the engine's own: gradients, parameters and control never queue behind one
-    another.
-    """
+@dataclass(frozen=True)
+class Members:
+    """One part of a partition of the job: the one that this rank is in."""
 
-    backend: str
-    window: int | None
-    chunks: int
+    parts: Partition
+    job_rank: int
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._gradients, self._parameters, self._control = (
-            self._new_group(timeout) for _ in range(3)
-        )
-        self._peers = Peers([], self.rank, "", None)
-        self._meet()
-        self._dropped = weakref.finalize(
-            self, _let_workers_go, [self._gradients, self._parameters, self._control]
-        )
+    @classmethod
+    def of(cls, name: str, parts: Sequence[Sequence[int]], job_rank: int, world: int) -> Members:
+        """Raises `ConfigError` unless every rank of the job is in one part."""
+        given = tuple(tuple(part) for part in parts)
+        if sorted(rank for part in given for rank in part) != list(range(world)):
+            raise ConfigError(
+                f"mesh group {name!r}: its parts {[*map(list, given)]} do not hold each of the "
+                f"{world} ranks of the job once"
+            )
+        if any(list(part) != sorted(part) for part in given):
+            raise ConfigError(
+                f"mesh group {name!r}: list the ranks of each part in ascending order, which is "
+                "the order that torch.distributed gives them"
+            )
+        return cls(given, job_rank)
 
-    def _meet(self) -> None:
-        """Learns who the others are; rank 0 names the engine, so that several leave notes side by
-        side.
-        """
-        # A private name of torch's. Without the job's store, ranks that time out cannot be asked.
-        store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
-        board = None if store is None else board_of(store)
-        me = Peer(this_process(), "" if board is None else leave_at_exit(board))
-        met = self.gather_objects((me, uuid.uuid4().hex))
-        self._peers = Peers([peer for peer, _ in met], self.rank, met[0][1], board)
+    @classmethod
+    def everyone(cls, job_rank: int, world: int) -> Members:
+        """The job as one part."""
+        return cls((tuple(range(world)),), job_rank)
 
-    def _new_group(self, timeout: timedelta) -> dist.ProcessGroup:
-        group = dist.new_group(backend=self.backend, timeout=timeout)
-        if not isinstance(group, dist.ProcessGroup):
-            raise CommError("this process is not a member of torch.distributed's default group")
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of this part, as the job numbers them."""
+        return next(part for part in self.parts if self.job_rank in part)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them, from 0."""
+        return self.ranks.index(self.job_rank)
+
+
+class Groups:
+    """One rank's process groups over the same members, by the name of what they carry."""
+
+    def __init__(self, members: Members, peers: Peers) -> None:
+        self.members = members
+        self.peers = peers
+        self._under_way: UnderWay = {}
+        self._numbers = count()
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._given_back = weakref.finalize(self, _drop, self._groups, self._under_way)
+        self._given_back.atexit = False
+        weakref.finalize(self, time.sleep, _LINGER)
+
+    def open(self, name: str, backend: str, timeout: timedelta) -> None:
+        """Makes a group for every part; all ranks of the job call it, in the same order."""
+        for part in self.members.parts:
+            if len(part) == 1:
+                continue
+            group = dist.new_group(list(part), backend=backend, timeout=timeout)
+            if part == self.members.ranks:
+                if not isinstance(group, dist.ProcessGroup):
+                    raise CommError(
+                        "this process is not a member of torch.distributed's default group"
+                    )
+                self._groups[name] = group
+
+    def __getitem__(self, name: str) -> dist.ProcessGroup:
+        """Raises `CommError` after `close`."""
+        group = self._groups.get(name)
+        if group is None:
+            raise CommError(
+                f"rank {self.members.job_rank}: its process groups have been given back by "
+                "engine.destroy(), or by an initialize that failed"
+            )
         return group
 
-    def all_reduce(self, values: Tensor) -> None:
-        """On the control group; blocks the host where the device does, else the stream."""
-        with self._named("all_reduce"):
-            dist.all_reduce(values, group=self._control)
-
-    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        """On the control group."""
-        with self._named("broadcast"):
-            dist.broadcast(buffer, source, group=self._control)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Pickled, on the control group."""
-        values: list[Any] = [None] * self.world
-        with self._named("all_gather_object"):
-            dist.all_gather_object(values, value, group=self._control)
-        return values
+    def set_timeout(self, timeout: timedelta) -> None:
+        """For all collectives from now on."""
+        for group in self._groups.values():
+            _set_timeout(timeout, group)
 
     def close(self) -> None:
-        """Destroys the three groups, once; the job's own stays."""
-        if not self._dropped.alive:
-            return
-        for group in (self._gradients, self._parameters, self._control):
-            if dist.is_initialized():
-                dist.destroy_process_group(group)
-        # A group gives threads and descriptors back when nobody refers to it any more, and a
-        # traceback may hold on to this object for long.
-        del self._gradients, self._parameters, self._control, group
-        self._dropped()
+        """Waits for what is under way, which ends with the time-out at the latest, and gives the
+        groups back. A second call does nothing.
+        """
+        while self._given_back.alive and _busy(self._under_way):
+            time.sleep(_POLL)
+        self._given_back()
 
-    def _work(
-        self,
-        operation: str,
-        group: dist.ProcessGroup,
-        calls: Sequence[Callable[[], dist.Work | None]],
+    def work(
+        self, operation: str, name: str, calls: Sequence[Callable[[], dist.Work | None]]
     ) -> Work:
-        """A collective on `group`, of one torch work for each of `calls`."""
+        """A collective on the group `name`, of one torch work for each of `calls`."""
 
         def named(call: Callable[[], dist.Work | None]) -> dist.Work | None:
-            with self._named(operation):
+            with self.named(operation):
                 return call()
 
-        return Work([partial(named, call) for call in calls], _counter(group))
+        key = next(self._numbers)
+        waited = partial(self._under_way.pop, key, None)
+        work = Work([partial(named, call) for call in calls], _counter(self[name]), waited)
+        self._under_way[key] = work.handles
+        return work
 
     @contextmanager
-    def _named(self, operation: str) -> Iterator[None]:
+    def named(self, operation: str) -> Iterator[None]:
+        """Within, what torch raises becomes a `CommError` that names ranks."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
+            if isinstance(error, CommError):
+                raise
             raise self.failure(operation, error) from error
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
+        rank = self.members.job_rank
         if not dist.is_initialized():
             return CommError(
-                f"rank {self.rank}: {what} failed because torch.distributed's process group was "
+                f"rank {rank}: {what} failed because torch.distributed's process group was "
                 "destroyed: call engine.destroy() first, and the process group after it"
             )
         return CommError(
-            f"rank {self.rank}: {what} failed: {self._peers.explain(what)}. The cause as reported: "
-            f"{error}"
+            f"rank {rank}: {what} failed: {self.peers.told(what)}. The cause as reported: {error}"
         )
+
+
+_LINGER = 0.02
+_POLL = 0.005
+
+UnderWay = dict[int, Handles]
+"""Collectives that nobody has waited for yet, numbered."""
+
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
+
+def _busy(under_way: UnderWay) -> bool:
+    works = [work for handles in list(under_way.values()) for work in handles.values()]
+    return any(work is not None and not work.is_completed() for work in works)
 
 
 def _counter(group: dist.ProcessGroup) -> Callable[[], int]:
     """Says how many collectives `group` has been given; where its library does not count, 0."""
-    count: Callable[[], int] = getattr(group, "_get_sequence_number_for_group", _uncounted)
+    counter: Callable[[], int] = getattr(group, "_get_sequence_number_for_group", _uncounted)
     try:
-        count()
+        counter()
     except RuntimeError:
         return _uncounted
-    return count
+    return counter
 
 
 def _uncounted() -> int:
     return 0
 
 
-def _let_workers_go(groups: list[dist.ProcessGroup]) -> None:
-    """Drops `groups` a moment after their last use, when an engine is collected or the interpreter
-    ends.
+def _drop(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
+    """Gives groups back whose owner has been closed or collected.
 
-    A worker of gloo's that still holds a tensor of the last collective needs the interpreter to let
-    go of it, and the group's destructor waits for the worker while it holds the interpreter: seen
-    to hang for ever with torch 2.6.
+    A group's destructor waits for its workers, while it holds the interpreter. So it must not run
+    while a collective is under way (a peer may take its time, and nothing else would run
+    meanwhile), nor right after the last one: a worker of gloo's that still holds a tensor needs the
+    interpreter to let go of it, which was seen to hang for ever with torch 2.6.
     """
-    time.sleep(0.02)
-    groups.clear()
+    if _busy(under_way):
+        threading.Thread(target=_wait_and_destroy, args=(groups, under_way), daemon=True).start()
+    else:
+        _destroy(groups)
+
+
+def _wait_and_destroy(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
+    while _busy(under_way):
+        time.sleep(_POLL)
+    _destroy(groups)
+
+
+def _destroy(groups: dict[str, dist.ProcessGroup]) -> None:
+    time.sleep(_LINGER)
+    while groups:
+        _, group = groups.popitem()
+        # Raised where the user has destroyed torch.distributed, and ours with it.
+        with suppress(AssertionError, ValueError):
+            dist.destroy_process_group(group)

@@ -1,7 +1,8 @@
-"""One process: the null communicator."""
+"""One rank alone: the null communicator and the null control group, of the same contracts."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,17 +11,45 @@ from torch import Tensor
 from zerort.errors import CommError
 from zerort.mesh.comm import Work
 
-__all__ = ["LocalComm"]
+__all__ = ["LocalComm", "LocalControl"]
+
+
+class LocalControl:
+    """Nobody to tell."""
+
+    rank, world = 0, 1
+
+    def all_reduce(self, values: Tensor) -> None:
+        """The sum over one rank."""
+
+    def broadcast(self, values: Tensor, source: int = 0) -> None:
+        """Nothing to move."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value itself."""
+        return [value]
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """One rank has no peers to name."""
+        return CommError(f"{what} failed: {error}")
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Nobody is waited for."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class LocalComm:
-    """One process: the null communicator, which satisfies the same contract."""
+    """A group of one rank, which the job numbers `job_rank`."""
 
     rank, world, chunks = 0, 1, 1
     window: int | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, job_rank: int = 0) -> None:
         self.device = device
+        self.ranks: tuple[int, ...] = (job_rank,)
+        self.control = LocalControl()
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Nothing to move: `recv` is `send`."""
@@ -30,19 +59,19 @@ class LocalComm:
         """Nothing to move."""
         return Work()
 
-    def all_reduce(self, values: Tensor) -> None:
-        """The sum over one rank."""
-
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Nothing to move."""
+
+    def all_reduce(self, values: Tensor) -> None:
+        """The sum over one rank."""
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The value itself."""
         return [value]
 
     def failure(self, what: str, error: Exception) -> CommError:
-        """One process has no peers to name."""
-        return CommError(f"{what} failed: {error}")
+        """One rank has no peers to name."""
+        return self.control.failure(what, error)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.mesh.comm import Work
-from zerort.mesh.groups import GroupComm
+from zerort.mesh.control import GlooControl
+from zerort.mesh.data import GroupComm
 
 __all__ = ["NcclComm"]
 
@@ -29,20 +30,23 @@ class NcclComm(GroupComm):
     into the sum that follows.
     """
 
+    # One group: two whose kernels are in flight together can deadlock.
+    gradients = parameters = "data"
     chunks = 1
     window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
-        self.backend = dist.get_default_backend_for_device(device)
-        super().__init__(device, timeout)
+    def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
+        super().__init__(control, device, dist.get_default_backend_for_device(device), timeout)
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Summed on the way; `recv` may be this rank's slice of `send`."""
-        call = partial(_reduce_scatter, recv, send, group=self._gradients, async_op=True)
-        return self._work("reduce_scatter", self._gradients, [call])
+        group = self._groups[self.gradients]
+        call = partial(_reduce_scatter, recv, send, group=group, async_op=True)
+        return self._groups.work("reduce_scatter", self.gradients, [call])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
-        call = partial(_all_gather, buffer, own, group=self._parameters, async_op=True)
-        return self._work("all_gather", self._parameters, [call])
+        group = self._groups[self.parameters]
+        call = partial(_all_gather, buffer, own, group=group, async_op=True)
+        return self._groups.work("all_gather", self.parameters, [call])

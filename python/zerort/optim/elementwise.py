@@ -39,7 +39,7 @@ _KNOWN = (
 def why_never(optimizer: Optimizer) -> str | None:
     """None when the optimizer may run at some stage, else the reason it may at none."""
     if isinstance(optimizer, torch.optim.SparseAdam):
-        return "it takes sparse gradients only, and gradients travel dense; use Adam"
+        return "it takes sparse gradients only, and gradients are reduced dense; use Adam"
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return (

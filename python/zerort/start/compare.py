@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from zerort import _core
 from zerort.config import Config
 from zerort.errors import PlanMismatch
 from zerort.memory import PlannedParameter, Signature
-from zerort.mesh import Comm
+from zerort.mesh import Comm, Control
 from zerort.start.loader import TrainingLoader
 
 __all__ = ["compare_data", "compare_optimizers", "compare_plans", "compare_settings"]
@@ -31,13 +32,14 @@ _OF_ONE_RANK: Any = {
 """What is printed and recorded may differ."""
 
 
-def compare_settings(comm: Comm, settings: Config) -> None:
-    """Raises `PlanMismatch` on all ranks if their configurations differ, naming the first key."""
-    _compare(
-        comm,
-        dict(_leaves("", settings.model_dump(exclude=_OF_ONE_RANK))),
-        "give all ranks the same configuration",
-    )
+def compare_settings(control: Control, settings: Config, device: torch.device) -> None:
+    """Raises `PlanMismatch` on all ranks if their configurations differ, naming the first key, or
+    the kinds of their devices.
+    """
+    facts = {"the device": device.type}
+    _compare(control, facts, "move the model to the same kind of device on all ranks")
+    facts = dict(_leaves("", settings.model_dump(exclude=_OF_ONE_RANK)))
+    _compare(control, facts, "give all ranks the same configuration")
 
 
 def compare_optimizers(comm: Comm, optimizer: Optimizer) -> None:
@@ -110,7 +112,7 @@ def _leaves(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _compare(comm: Comm, facts: Mapping[str, Any], advice: str) -> None:
+def _compare(comm: Comm | Control, facts: Mapping[str, Any], advice: str) -> None:
     views = comm.gather_objects(facts)
     for rank, theirs in enumerate(views):
         for key in {**views[0], **theirs}:

@@ -1,8 +1,9 @@
-"""The configuration, and the communicator that it asks for."""
+"""The configuration, and the mesh that it asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,48 +13,36 @@ from torch import nn
 from zerort.config import Config
 from zerort.device import place_of
 from zerort.errors import PlanError
-from zerort.mesh import Comm, Consensus, connect
+from zerort.mesh import Comm, Consensus, Control, Mesh, meet, usual_device
 from zerort.start.compare import compare_settings
 
 __all__ = ["agreed", "connected"]
 
 T = TypeVar("T")
 
-
-def connected(read: Callable[[], Config], model: Any) -> tuple[Config, Comm]:
-    """The configuration, and a communicator with its time-out; until it is read, the default has to
-    do.
-    """
-    default = timedelta(minutes=5)
-    device = _device_of(model)
-    comm = connect(default, device)
-    try:
-        settings = agreed(comm, read)
-        compare_settings(comm, settings)
-    except BaseException:
-        comm.close()
-        raise
-    wanted = timedelta(seconds=settings.zerort.timeout)
-    if wanted != default:
-        comm.close()
-        comm = connect(wanted, device)
-    return settings, comm
+_UNTIL_READ = timedelta(minutes=5)
+"""The time-out of the ranks' first meeting: the configuration's is not known yet."""
 
 
-def agreed(comm: Comm, attempt: Callable[[], T]) -> T:
+def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[Config, Mesh]:
+    """What all ranks were configured with, and their mesh, which `undo` gives back."""
+    control = meet(_UNTIL_READ)
+    undo.callback(control.close)
+    settings, device = agreed(control, lambda: (read(), _device_of(model)))
+    compare_settings(control, settings, device)
+    mesh = Mesh(control, device, timedelta(seconds=settings.zerort.timeout))
+    undo.callback(mesh.close)
+    return settings, mesh
+
+
+def agreed(ranks: Comm | Control, attempt: Callable[[], T]) -> T:
     """Runs `attempt` on all ranks. Where it raised on one, that rank raises its own error and the
     others `PlanError` with its reason.
     """
-    return Consensus(comm, PlanError).agree("no rank starts, because one cannot", attempt)
+    return Consensus(ranks, PlanError).agree("no rank starts, because one cannot", attempt)
 
 
-def _device_of(model: Any) -> torch.device | None:
-    """The accelerator the model is on already, if it is on one; what cannot be trained is refused
-    later.
-    """
-    if not isinstance(model, nn.Module):
-        return None
-    try:
-        return place_of(model.named_parameters())
-    except Exception:
-        return None  # raised again where the peers hear of it
+def _device_of(model: Any) -> torch.device:
+    """Where the model will be trained: on the accelerator that it is on, if it is on one."""
+    place = place_of(model.named_parameters()) if isinstance(model, nn.Module) else None
+    return place or usual_device()

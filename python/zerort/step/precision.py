@@ -1,10 +1,10 @@
-"""What the module computes in, what travels, and by how much the loss is scaled."""
+"""What the module computes in, what is sent, and by how much the loss is scaled."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
-from zerort.memory import DTYPES as PLANNED
+from zerort.step.casting import cast, explained
 from zerort.wire import FORMATS, NAMES
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
@@ -62,10 +62,10 @@ class Precision:
     loss_scale: LossScale
     autocast: torch.dtype | None
     low_modules: tuple[type[nn.Module], ...]
-    """Classes whose gradients travel in the dtype that autocast computes them in."""
+    """Classes whose gradients are sent in the dtype that autocast computes them in."""
     casts_inputs: bool
     wire: str | None
-    """The format that all gradients travel in; None where it follows from each parameter."""
+    """The format that all gradients are sent in; None where it follows from each parameter."""
     sums: torch.dtype
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
@@ -94,18 +94,13 @@ class Precision:
         )
 
     def cast(self, module: nn.Module) -> None:
-        """Casts parameters in place; buffers keep their dtype, and so do parameters that are no
-        numbers to compute with: integers, and floats of 8 bits, which are codes of something.
-        """
-        if self.compute is None:
-            return
-        for parameter in module.parameters():
-            if parameter.dtype in PLANNED:
-                parameter.data = parameter.data.to(self.compute)
+        """Casts the module in place where it computes in a low precision; see `casting`."""
+        if self.compute is not None:
+            cast(module, self.compute)
 
     def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:
         """Tells the number of the wire format that the gradient of each of `module`'s parameters
-        travels in.
+        is sent in.
 
         It is the configured one, else the dtype that autocast computes it in, else the parameter's;
         fp64 stays whole.
@@ -135,36 +130,15 @@ class Precision:
             Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, value
         )
 
-    def context(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What the forward runs in."""
+    def context(
+        self, module: nn.Module, device: torch.device, args: tuple[Any, ...], kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """What the forward over these arguments runs in."""
         if self.autocast:
             return torch.autocast(device.type, self.autocast)
         return (
-            nullcontext() if self.compute is None or self.casts_inputs else _explained(self.compute)
+            nullcontext() if self.compute is None else explained(module, self.compute, args, kwargs)
         )
-
-
-_ABOUT_TYPES = ("dtype", "scalar type", "should be the same")
-"""What torch's errors say of two tensors of different types: of a product, of a normalisation, of a
-convolution.
-"""
-
-
-@contextmanager
-def _explained(compute: torch.dtype) -> Iterator[None]:
-    """Within, an error about types gets a note (from Python 3.11 on): most often an input has not
-    been cast.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in _ABOUT_TYPES) and hasattr(error, "add_note"):
-            error.add_note(
-                f"zerort: the module's parameters are {compute} by the configuration, its inputs "
-                f"are not cast: cast floating-point inputs with .to({compute}), or use "
-                "torch_autocast (for fp16 also fp16.auto_cast)"
-            )
-        raise
 
 
 def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...]:
@@ -175,7 +149,7 @@ def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...
         return _COMPUTED_LOW if wire is None else ()
     if wire is not None:
         raise ConfigError(
-            "torch_autocast.lower_precision_safe_modules chooses what travels in low precision, "
+            "torch_autocast.lower_precision_safe_modules chooses what is sent in low precision, "
             f"and so does communication_data_type or zerort.wire ({wire}): give one of them"
         )
     return tuple(_module_class(name) for name in names)

@@ -1,0 +1,113 @@
+"""Small facts between ranks, over gloo on the host whatever the device is.
+
+What it guarantees: a wait for a peer ends with the time-out and an error that names a rank, which a
+GPU's own library does not offer, and no stream of a GPU is involved.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from zerort.errors import CommError
+from zerort.mesh import peers
+from zerort.mesh.comm import Control
+from zerort.mesh.groups import Groups, Members
+from zerort.mesh.local import LocalControl
+from zerort.mesh.peers import Peers
+from zerort.mesh.rendezvous import init_distributed
+
+__all__ = ["GlooControl", "meet", "open_control"]
+
+_CONTROL = "control"
+
+
+class GlooControl:
+    """A control group of its own, so that nothing queues behind gradients or parameters."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self.rank, self.world = groups.members.rank, len(groups.members.ranks)
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sums in place; blocks the host."""
+        with self.groups.named("all_reduce"):
+            dist.all_reduce(values, group=self.groups[_CONTROL])
+
+    def broadcast(self, values: Tensor, source: int = 0) -> None:
+        """In place; blocks the host."""
+        with self.groups.named("broadcast"):
+            rank = self.groups.members.ranks[source]
+            dist.broadcast(values, rank, group=self.groups[_CONTROL])
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Pickled; blocks the host."""
+        values: list[Any] = [None] * self.world
+        with self.groups.named("all_gather_object"):
+            dist.all_gather_object(values, value, group=self.groups[_CONTROL])
+        return values
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+        return self.groups.failure(what, error)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """For what starts from now on."""
+        self.groups.set_timeout(timeout)
+
+    def close(self) -> None:
+        """Gives the group back, once."""
+        self.groups.close()
+
+
+def meet(timeout: timedelta) -> Control:
+    """The control group of this job: adopts torch.distributed, initialises it under torchrun, or
+    stands for one process.
+
+    The ranks tell one another who they are, so that each can name any that is lost. Raises
+    `ConfigError` for an environment that is not complete and `CommError`.
+    """
+    if not init_distributed(timeout=timeout) or dist.get_world_size() == 1:
+        return LocalControl()
+    members = Members.everyone(dist.get_rank(), dist.get_world_size())
+    control = open_control(members, Peers({}, members.job_rank, "", None), timeout)
+    try:
+        control.groups.peers = _introduced(control)
+    except BaseException:
+        control.close()
+        raise
+    return control
+
+
+def open_control(members: Members, known: Peers, timeout: timedelta) -> GlooControl:
+    """A control group over each part of `members`. Raises `CommError` naming the variable that
+    tells gloo which interface to use.
+    """
+    groups = Groups(members, known)
+    try:
+        groups.open(_CONTROL, "gloo", timeout)
+    except (RuntimeError, ValueError) as error:
+        groups.close()
+        raise CommError(
+            f"rank {members.job_rank}: cannot make the control group, which is gloo's on every "
+            f"device: {error}. If no rank has died, gloo may have found no network interface that "
+            "the other ranks reach: name one in GLOO_SOCKET_IFNAME, for example the one of "
+            "NCCL_SOCKET_IFNAME"
+        ) from error
+    return GlooControl(groups)
+
+
+def _introduced(control: GlooControl) -> Peers:
+    """Learns who the others are; rank 0 names the engine, so that several leave messages side by
+    side.
+    """
+    met = control.gather_objects((peers.myself(), uuid.uuid4().hex))
+    # Without the job's store (a private name of torch's) messages of ranks that time out cannot be
+    # gathered.
+    store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+    everyone = {rank: peer for rank, (peer, _) in enumerate(met)}
+    return Peers(everyone, control.rank, met[0][1], store)

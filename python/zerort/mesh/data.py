@@ -1,0 +1,62 @@
+"""Buffers between ranks: what the communicators over torch.distributed have alike."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zerort.errors import CommError
+from zerort.mesh.control import GlooControl
+from zerort.mesh.groups import Groups
+
+__all__ = ["GroupComm"]
+
+
+class GroupComm:
+    """Buffers over groups of its own, small facts over `control`, among the same ranks.
+
+    `gradients` and `parameters` name the groups that carry them; they may be one.
+    """
+
+    gradients: str
+    parameters: str
+
+    def __init__(
+        self, control: GlooControl, device: torch.device, backend: str, timeout: timedelta
+    ) -> None:
+        self.control = control
+        self.device = device
+        self.ranks = control.groups.members.ranks
+        self.rank, self.world = control.rank, control.world
+        self._groups = Groups(control.groups.members, control.groups.peers)
+        for name in dict.fromkeys((self.gradients, self.parameters)):
+            self._groups.open(name, backend, timeout)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Among the parameters' collectives."""
+        with self._groups.named("broadcast"):
+            dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters])
+
+    def all_reduce(self, values: Tensor) -> None:
+        """On the host: values that are on a device go there and back."""
+        on_host = values.cpu()
+        self.control.all_reduce(on_host)
+        if on_host is not values:
+            values.copy_(on_host)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """On the control group."""
+        return self.control.gather_objects(value)
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """The error to raise when `what`, a collective, failed with `error`."""
+        return self._groups.failure(what, error)
+
+    def close(self) -> None:
+        """Gives the groups back, once; the job's own stays."""
+        self._groups.close()
+        self.control.close()

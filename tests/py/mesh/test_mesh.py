@@ -1,0 +1,196 @@
+"""Named communicators over explicit ranks, on real gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ranks
+from catching import assert_told, caught
+from zerort.errors import CommError, ConfigError
+from zerort.mesh import Mesh, connect, meet
+
+CPU = torch.device("cpu")
+MINUTE = timedelta(seconds=60)
+GRID = {"shard": [[0, 1], [2, 3]], "replica": [[0, 2], [1, 3]]}
+
+
+def move(mesh: Mesh, name: str) -> dict[str, Any]:
+    """Every collective of one group, on values that tell who sent them."""
+    comm = mesh[name]
+    send = torch.arange(2.0 * comm.world) + 100 * mesh.rank
+    recv = torch.zeros(2 * comm.chunks)
+    if comm.world == 1:
+        recv = send
+    comm.reduce_scatter(recv, send).start().wait()
+    whole = torch.zeros(comm.world)
+    whole[comm.rank] = mesh.rank
+    comm.all_gather(whole).start().wait()
+    told = torch.tensor([float(mesh.rank)])
+    comm.broadcast(told, comm.world - 1)
+    votes = torch.tensor([1.0 + mesh.rank])
+    comm.control.all_reduce(votes)
+    fact = torch.tensor([float(mesh.rank)])
+    comm.control.broadcast(fact, comm.world - 1)
+    return {
+        "ranks": comm.ranks,
+        "rank": comm.rank,
+        "pieces": recv.view(-1, 2).tolist(),
+        "whole": whole.tolist(),
+        "told": (told.item(), fact.item()),
+        "votes": votes.item(),
+        "objects": comm.control.gather_objects(mesh.rank),
+    }
+
+
+def in_a_grid(rank: int, world: int) -> dict[str, Any]:
+    mesh = connect(MINUTE, CPU, GRID)
+    found = {name: move(mesh, name) for name in ("shard", "replica", "job", "own")}
+    counts = mesh.counts(), mesh.counts("shard")
+    mesh.close()
+    return {**found, "counts": counts}
+
+
+@ranks.once(None)
+def grid() -> list[dict[str, Any]]:
+    return ranks.run(4, in_a_grid)
+
+
+@pytest.mark.parametrize("name", ["shard", "replica", "job", "own"])
+def test_each_group_moves_buffers_and_facts_among_its_own_ranks(name: str) -> None:
+    for rank, found in enumerate(grid()):
+        part = {
+            "job": [0, 1, 2, 3],
+            "own": [rank],
+            **{key: next(p for p in parts if rank in p) for key, parts in GRID.items()},
+        }[name]
+        place = part.index(rank)
+        assert found[name] == {
+            "ranks": tuple(part),
+            "rank": place,
+            "pieces": [[100.0 * r + 2 * place, 100.0 * r + 2 * place + 1] for r in part],
+            "whole": [float(r) for r in part],
+            "told": (float(part[-1]), float(part[-1])),
+            "votes": float(sum(1 + r for r in part)),
+            "objects": part,
+        }
+
+
+def test_a_sum_over_the_job_counts_each_copy_once() -> None:
+    assert [found["counts"][0] for found in grid()] == [True, True, False, False]
+    assert [found["counts"][1] for found in grid()] == [True, False, False, False]
+
+
+def by_default(rank: int, world: int) -> tuple[bool, tuple[int, ...], int]:
+    mesh = connect(MINUTE, CPU)
+    before = len(dist.distributed_c10d._world.pg_map)
+    same = mesh.shard is mesh.job and mesh.replica is mesh["own"]
+    mesh.close()
+    mesh.close()
+    return same, mesh.replica.ranks, before
+
+
+def test_without_groups_all_ranks_share_one_model_state_and_one_communicator() -> None:
+    found = ranks.run(2, by_default)
+    # the job's own, and ours for gradients, parameters and control
+    assert found == [(True, (0,), 4), (True, (1,), 4)]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a_rank_left_out": ({"shard": [[0]]}, "'shard'.*once"),
+    "a_rank_twice": ({"tensor": [[0, 1], [1]]}, "'tensor'.*once"),
+    "a_rank_too_many": ({"shard": [[0, 1, 2]]}, "'shard'.*once"),
+    "descending": ({"shard": [[1, 0]]}, "ascending"),
+    "reserved": ({"inner": [[0, 1]]}, "'inner'.*reserved"),
+    "both_alike": ({"shard": [[0, 1]], "replica": [[0, 1]]}, "ranks 0 and 1"),
+}
+
+
+def with_wrong_groups(rank: int, world: int) -> dict[str, Any]:
+    found = {
+        name: caught(partial(connect, MINUTE, CPU, groups)) for name, (groups, _) in WRONG.items()
+    }
+    mesh = connect(MINUTE, CPU)
+    found["no_such_name"] = caught(lambda: mesh["tier"])
+    mesh.close()
+    return {**found, "groups": len(dist.distributed_c10d._world.pg_map)}
+
+
+def test_groups_that_do_not_fit_the_job_are_refused_by_name() -> None:
+    for found in ranks.run(2, with_wrong_groups):
+        for name, (_, words) in WRONG.items():
+            with pytest.raises(ConfigError, match=words):
+                raise found[name]
+        assert_told(found["no_such_name"], ConfigError, "'tier'", "shard")
+        assert found["groups"] == 1
+
+
+# ---- when a rank does not come
+
+
+def one_leaves(rank: int, world: int) -> tuple[str, float, list[int]]:
+    mesh = connect(timedelta(seconds=20), CPU, GRID)
+    if rank == 3:
+        os._exit(9)
+    start = time.monotonic()
+    error = caught(lambda: mesh.shard.control.gather_objects(0)) if rank == 2 else None
+    objects = mesh.shard.control.gather_objects(rank) if rank < 2 else []
+    return str(error), time.monotonic() - start, objects
+
+
+def test_a_group_that_loses_a_rank_names_it_as_the_job_does_and_other_groups_go_on() -> None:
+    first, second, third, lost = ranks.attempt(4, one_leaves, timeout=40)
+    assert isinstance(lost, ranks.Died)
+    assert first.value[2] == second.value[2] == [0, 1]  # type: ignore[union-attr]
+    message, seconds, _ = third.value  # type: ignore[union-attr]
+    assert "rank 2: " in message
+    assert "rank 3 (process" in message
+    assert "has exited" in message
+    assert seconds < 10
+
+
+def one_is_late(rank: int, world: int) -> tuple[Exception | None, float]:
+    mesh = connect(timedelta(seconds=2), CPU)
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(6)
+        return None, 0.0
+    error = caught(lambda: mesh.job.control.all_reduce(torch.ones(1)))
+    return error, time.monotonic() - start
+
+
+def test_the_control_group_waits_as_long_as_it_is_told_and_names_who_is_missing() -> None:
+    (error, seconds), _ = ranks.run(2, one_is_late)
+    assert_told(error, CommError, "rank 0: all_reduce failed", "rank 1", "did not come")
+    assert seconds < 5
+
+
+def dies_while_meeting(rank: int, world: int) -> Exception | None:
+    if rank == 1:
+        dist.new_group(backend="gloo")
+        os._exit(9)
+    return caught(lambda: meet(MINUTE))
+
+
+def test_a_rank_that_dies_before_the_ranks_have_met_is_an_error_of_communication() -> None:
+    survivor, _ = ranks.attempt(2, dies_while_meeting, timeout=30)
+    assert_told(survivor.value, CommError, "rank 0", "before the ranks had met")  # type: ignore[union-attr]
+
+
+def without_an_interface(rank: int, world: int) -> tuple[Exception | None, int]:
+    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
+    error = caught(lambda: meet(MINUTE))
+    return error, len(dist.distributed_c10d._world.pg_map)
+
+
+def test_without_a_network_interface_the_error_names_the_variable_that_chooses_one() -> None:
+    for error, groups in ranks.run(2, without_an_interface, timeout=30):
+        assert_told(error, CommError, "gloo", "nowhere0", "GLOO_SOCKET_IFNAME")
+        assert groups == 1
