@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh import peers
+from zerort.mesh.board import board_of
 from zerort.mesh.comm import Control
 from zerort.mesh.groups import Groups, Members
+from zerort.mesh.last_words import leave_at_exit
 from zerort.mesh.local import LocalControl
-from zerort.mesh.peers import Peers
+from zerort.mesh.peers import Peer, Peers
+from zerort.mesh.process import this_process
 from zerort.mesh.rendezvous import init_distributed
 
 __all__ = ["GlooControl", "meet", "open_control"]
@@ -105,9 +107,10 @@ def _introduced(control: GlooControl) -> Peers:
     """Learns who the others are; rank 0 names the engine, so that several leave messages side by
     side.
     """
-    met = control.gather_objects((peers.myself(), uuid.uuid4().hex))
-    # Without the job's store (a private name of torch's) messages of ranks that time out cannot be
-    # gathered.
+    # A private name of torch's. Without the job's store, ranks that time out cannot be asked.
     store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+    board = None if store is None else board_of(store)
+    me = Peer(this_process(), "" if board is None else leave_at_exit(board))
+    met = control.gather_objects((me, uuid.uuid4().hex))
     everyone = {rank: peer for rank, (peer, _) in enumerate(met)}
-    return Peers(everyone, control.rank, met[0][1], store)
+    return Peers(everyone, control.rank, met[0][1], board)

@@ -152,7 +152,8 @@ class Groups:
                 "destroyed: call engine.destroy() first, and the process group after it"
             )
         return CommError(
-            f"rank {rank}: {what} failed: {self.peers.told(what)}. The cause as reported: {error}"
+            f"rank {rank}: {what} failed: {self.peers.explain(what)}. The cause as reported: "
+            f"{error}"
         )
 
 

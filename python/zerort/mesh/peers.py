@@ -1,63 +1,72 @@
 """Which rank has gone, when a collective has failed: gloo tells an address, a person needs a rank.
 
-Every rank knows every other's host and process id from the start. After a failure two things are
-asked, for a moment: of this host, which processes are gone (one that is gone or a zombie was lost,
-one that is stopped was stopped); of all hosts, who has left word of what it waited for. A rank that
-waited for nothing has not come to the collective at all.
+Every rank knows every other's process from the start. After a failure it asks for a moment:
+
+    its host     which processes have ended or are stopped
+    the board    what the others wait for, which processes their hosts miss, and the last words of
+                 those that have ended or did not come
+
+What it guarantees: a rank that runs is never called dead. A process is looked for only where its id
+means something; of one on another host, or in another container, no more is said than that it
+cannot be reached or did not come. What it does not do: it decides nothing, it words an error.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import threading
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-__all__ = ["Board", "Peer", "Peers", "myself"]
+from zerort.mesh.board import Board, Unanswered
+from zerort.mesh.last_words import FINISHED
+from zerort.mesh.process import Process
+
+__all__ = ["Peer", "Peers"]
 
 PATIENCE = 1.0
 """Seconds: a connection closes a little before its process is gone, and time-outs end one after
 another.
 """
 
-_NOT_HERE = "makes fewer steps, waits for something else, or needs longer than zerort.timeout"
+_POLL = 0.02
+_NAMED = 8  # ranks that a sentence has room for
+_LATE = "makes fewer steps, waits for something else, or needs longer than zerort.timeout"
+_CONSEQUENCE = "ended with CommError"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A process of the job."""
+    """A rank's process, and where its last words will be."""
 
-    host: str
-    process: int
-
-
-class Board(Protocol):
-    """Where ranks leave word for one another without a collective: what is used of
-    torch.distributed's Store.
-    """
-
-    def set(self, key: str, value: str, /) -> None:
-        """Leaves `value`."""
-
-    def get(self, key: str, /) -> bytes:
-        """What was left."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all of them were."""
+    process: Process
+    last_words: str
 
 
-def myself() -> Peer:
-    """This process."""
-    return Peer(socket.gethostname(), os.getpid())
+@dataclass
+class Heard:
+    """What a rank has found out about the others, by rank."""
+
+    answered: bool
+    """Whether the board has."""
+    waits: dict[int, str] = field(default_factory=dict)
+    fates: dict[int, str] = field(default_factory=dict)
+    words: dict[int, str] = field(default_factory=dict)
+
+    def ended(self) -> dict[int, str]:
+        """How: in its own words, unless its host knows more."""
+        known = {rank: fate for rank, fate in self.fates.items() if "code" in fate}
+        words = {
+            rank: said for rank, said in self.words.items() if said != FINISHED or rank not in known
+        }
+        return {**self.fates, **words}
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of a group, as the job numbers them. `name` is the engine's own on the board."""
+    """The ranks of a group, as the job numbers them; none before they have met. `name` is the
+    engine's own on the board, which is None where ranks have no store in common.
+    """
 
     everyone: Mapping[int, Peer]
     rank: int
@@ -68,88 +77,153 @@ class Peers:
         """The same of a part of the ranks."""
         return replace(self, everyone={rank: self.everyone[rank] for rank in ranks})
 
-    def told(self, what: str) -> str:
+    def explain(self, what: str) -> str:
         """One sentence on why `what`, a collective that this rank waited for, may have failed."""
         if not self.everyone:
-            return "a rank has gone, or cannot be reached, before the ranks had met"
-        words: dict[int, str] = {}
-        # A board whose host hangs does not answer either: it may only keep a thread waiting that
-        # nobody waits for.
-        asking = threading.Thread(target=self._exchange, args=(what, words), daemon=True)
-        asking.start()
+            return (
+                "a rank has gone, or did not come, before the ranks had met: look at their output"
+            )
+        heard = self._ask(what)
+        ended = heard.ended()
+        # Who came and was let down, or says that a peer had gone, has ended for the same reason.
+        first = {
+            rank: how
+            for rank, how in ended.items()
+            if rank not in heard.waits and not how.startswith(_CONSEQUENCE)
+        }
+        if ended:
+            found = sorted((first or ended).items())
+            return "; ".join(f"{self._named(rank)} {how}" for rank, how in found[:_NAMED])
+        return self._judge(what, heard)
+
+    # Asking.
+
+    def _ask(self, what: str) -> Heard:
+        heard, known = Heard(self._post({"rank": self.rank, "waits": what})), 0
         deadline = time.monotonic() + PATIENCE
-        while not (fates := self._fates()):
-            if time.monotonic() > deadline:
-                return self._judged(what, dict(words))
-            time.sleep(0.02)
-        return "; ".join(f"{self._named(rank)} {fate}" for rank, fate in fates.items())
+        while True:
+            here = self._fates()
+            heard.fates.update(here)
+            if heard.answered:
+                known = self._read(heard, known, deadline)
+            if heard.fates or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL)
+        if here:
+            self._post({"fates": {str(rank): fate for rank, fate in here.items()}})
+        if heard.answered:
+            self._find_last_words(heard)
+        if self.rank == 0 and not all(map(self._beside, self.everyone)):
+            # Its process may hold the store, and what stands there is for other hosts too.
+            time.sleep(max(0.0, deadline - time.monotonic()))
+        return heard
 
     def _fates(self) -> dict[int, str]:
-        """Of the other processes of this host: which are gone or stopped."""
-        here = self.everyone[self.rank].host
+        """Of the other processes of this place: which have ended or are stopped."""
         others = (
-            (rank, peer)
+            (rank, peer.process)
             for rank, peer in self.everyone.items()
-            if peer.host == here and rank != self.rank
+            if rank != self.rank and self._beside(rank)
         )
-        return {rank: fate for rank, peer in others if (fate := _fate(peer.process))}
+        return {rank: fate for rank, process in others if (fate := process.fate())}
 
-    def _exchange(self, what: str, words: dict[int, str]) -> None:
-        """Leaves word, and keeps gathering the others'."""
+    def _post(self, entry: Mapping[str, object]) -> bool:
+        """Whether the board has taken it."""
         if self.board is None:
-            return
-        deadline = time.monotonic() + PATIENCE
+            return False
         try:
-            self.board.set(self._key(self.rank), what)
-            while time.monotonic() < deadline and len(words) < len(self.everyone):
-                for rank in self.everyone:
-                    if rank not in words and self.board.check([self._key(rank)]):
-                        words[rank] = self.board.get(self._key(rank)).decode()
-                time.sleep(0.05)
-        except (RuntimeError, ValueError):
-            return  # the board has gone with its host; what came is told
+            self.board.post(self._log, json.dumps(entry), PATIENCE)
+        except Unanswered:
+            return False
+        return True
 
-    def _judged(self, what: str, words: Mapping[int, str]) -> str:
-        silent = [rank for rank in self.everyone if rank not in words and rank != self.rank]
+    def _read(self, heard: Heard, known: int, deadline: float) -> int:
+        """Takes in what is new; returns how many entries are known then."""
+        assert self.board is not None
+        try:
+            entries = self.board.news(self._log, known, max(0.1, deadline - time.monotonic()))
+        except Unanswered:
+            heard.answered = False
+            return known
+        for entry in map(json.loads, entries):
+            if "waits" in entry:
+                heard.waits[entry["rank"]] = entry["waits"]
+            heard.fates.update({int(rank): fate for rank, fate in entry.get("fates", {}).items()})
+        heard.fates.pop(self.rank, None)
+        return known + len(entries)
+
+    def _find_last_words(self, heard: Heard) -> None:
+        """Of those that have ended, else of those that did not come."""
+        assert self.board is not None
+        asked = sorted(heard.fates) or self._silent(heard)
+        keys = {self.everyone[rank].last_words: rank for rank in asked[: 8 * _NAMED]}
+        try:
+            found = self.board.find(keys, PATIENCE)
+        except Unanswered:
+            heard.answered = False
+            return
+        heard.words.update({keys[key]: words for key, words in found.items()})
+
+    @property
+    def _log(self) -> str:
+        return f"zerort/{self.name}"
+
+    # Judging.
+
+    def _judge(self, what: str, heard: Heard) -> str:
+        """Nobody is known to have ended."""
         elsewhere = [
-            f"{self._named(rank)} waited for {word}" for rank, word in words.items() if word != what
+            f"{self._named(rank)} waited for {other}"
+            for rank, other in sorted(heard.waits.items())
+            if other != what and rank != self.rank
         ]
-        if not words:
-            found = [
-                f"every rank of this host is running, so one of them or of another host {_NOT_HERE}"
-            ]
-        elif silent:
-            found = [
-                f"{', '.join(map(self._named, silent))} did not come to this point: it {_NOT_HERE}"
-            ]
-        else:
-            found = (
-                [] if elsewhere else ["every rank waited for it: look at the network between them"]
+        return "; ".join([*self._missing(heard, bool(elsewhere)), *elsewhere[:_NAMED]])
+
+    def _missing(self, heard: Heard, elsewhere: bool) -> list[str]:
+        silent = self._silent(heard)
+        here = [rank for rank in silent if self._beside(rank)]
+        there = [rank for rank in silent if rank not in here]
+        sentences = []
+        if there:
+            store = "" if heard.answered else ", and the job's store does not answer either"
+            sentences.append(
+                f"{self._all(there)} cannot be reached or did not come to this point{store}: look "
+                "at the network between the hosts, and at what those ranks do"
             )
-        return "; ".join(found + elsewhere)
+        elif here and not heard.answered:
+            return [
+                "every rank of this host is running, but could not be asked what it waits for: one "
+                f"of them {_LATE}"
+            ]
+        if here and heard.answered:
+            sentences.append(
+                f"{self._all(here)} is running but did not come to this point: it {_LATE}"
+            )
+        if not silent and not elsewhere:
+            sentences.append(
+                "every rank waited for it: the network between them is cut, or needs longer than "
+                "zerort.timeout"
+            )
+        return sentences
+
+    def _silent(self, heard: Heard) -> list[int]:
+        """Who has not said what it waits for."""
+        return [rank for rank in self.everyone if rank not in heard.waits and rank != self.rank]
+
+    def _beside(self, rank: int) -> bool:
+        """Whether that process can be seen from here."""
+        return self.everyone[rank].process.beside(self.everyone[self.rank].process)
+
+    def _all(self, ranks: Sequence[int]) -> str:
+        more = len(ranks) - _NAMED
+        shown: Iterable[str] = map(self._named, ranks[:_NAMED])
+        return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
     def _named(self, rank: int) -> str:
-        peer = self.everyone[rank]
-        where = "" if peer.host == self.everyone[self.rank].host else f" on {peer.host}"
-        return f"rank {rank} (process {peer.process}{where})"
-
-    def _key(self, rank: int) -> str:
-        return f"zerort/{self.name}/{rank}"
-
-
-def _fate(process: int) -> str | None:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return None if _exists(process) else "has exited"
-    return {"Z": "has exited", "X": "has exited", "T": "is stopped", "t": "is stopped"}.get(state)
-
-
-def _exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        mine, other = self.everyone[self.rank].process, self.everyone[rank].process
+        where = ""
+        if other.host != mine.host:
+            where = f" on {other.host}"
+        elif not self._beside(rank):
+            where = f" in another container or machine named {other.host}"
+        return f"rank {rank} (process {other.pid}{where})"

@@ -13,7 +13,8 @@ agree on a name for each start, in the store itself:
 
 A word that an earlier start has left is answered too, but nobody confirms it.
 
-What it does not do: it leaves a default group alone that the user has made.
+What it does not do: it leaves a default group alone that the user has made. Where rank 0 holds the
+store itself, every start has a new one, and needs no name.
 """
 
 from __future__ import annotations
@@ -61,17 +62,18 @@ def init_distributed(
     # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
     select(int(os.environ.get("LOCAL_RANK", "0")))
     chosen = dist_backend or dist.get_default_backend_for_device(default_place())
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_in_agents_store(chosen, timeout)
+    else:
+        dist.init_process_group(chosen, timeout=timeout)
+    return True
+
+
+def _join_in_agents_store(backend: str, timeout: timedelta) -> None:
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    start = _name_of_this_start(store, rank, world, timeout)
-    dist.init_process_group(
-        chosen,
-        store=PrefixStore(start, store),
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-    )
-    return True
+    start = PrefixStore(_name_of_this_start(store, rank, world, timeout), store)
+    dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
 
 
 def _name_of_this_start(store: Store, rank: int, world: int, timeout: timedelta) -> str:

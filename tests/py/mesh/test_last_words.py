@@ -1,0 +1,82 @@
+"""A rank that ends outside the engine's calls leaves its last words, and its peers print them; and
+the interpreters of those that survive end as Python's do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+pytestmark = pytest.mark.timeout(150)
+SCRIPT = Path(__file__).parents[1] / "exits.py"
+CASES = ("raises", "own hook", "exits", "finishes", "killed", "is a worker", "store hangs")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What became of the ranks of a case: the last is the one that ended before the others."""
+
+    codes: list[int]
+    seconds: float
+    errors: list[str]
+
+
+@cache
+def scenes() -> dict[str, Scene]:
+    with TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", str(SCRIPT), folder, *CASES],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=140,
+            check=True,
+        )
+        return {
+            told["case"]: Scene(
+                told["codes"],
+                told["seconds"],
+                [(Path(folder) / f"{told['case']}-{rank}").read_text() for rank in range(2)],
+            )
+            for told in map(json.loads, run.stdout.splitlines())
+        }
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("raises", "ended with ValueError: no such token: 50257 (exits.py:"),
+        ("own hook", "ended with KeyError: 'batch 7' (exits.py:"),
+        ("exits", "exit"),
+        ("finishes", "has finished its program"),
+        ("killed", "was killed by SIGKILL"),
+        ("is a worker", "ended with RuntimeError: out of a process of multiprocessing"),
+    ],
+)
+def test_peers_of_a_rank_that_has_ended_say_how(case: str, words: str) -> None:
+    for error in scenes()[case].errors[:1]:
+        assert "CommError" in error and "rank 1 (process" in error and words in error, error
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_survivors_end_with_pythons_own_exit_code(case: str) -> None:
+    """Not by SIGABRT, as when a thread comes back into an interpreter that is being taken down."""
+    assert scenes()[case].codes[0] == 1, scenes()[case].errors
+
+
+def test_the_users_own_hook_for_exceptions_is_called() -> None:
+    assert "the user's own hook" in scenes()["own hook"].errors[1]
+
+
+def test_a_store_that_hangs_holds_nobody_for_long() -> None:
+    scene = scenes()["store hangs"]
+    assert scene.seconds - scenes()["killed"].seconds < 6
+    assert all("rank 1 (process" in error for error in scene.errors[:1]), scene.errors
