@@ -6,10 +6,11 @@ RANKS  ?= 2
 VENV  := .venv
 BIN   := $(VENV)/bin
 TOOLS := $(VENV)/.tools
+ZIG   := $(VENV)/.zig
 WHEEL := $(VENV)/.wheel
 
 # What a wheel is made of; a change in any of it makes the next target rebuild and reinstall the wheel.
-SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md \
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md THIRD-PARTY-LICENSES \
            $(shell find rust python -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.py' -o -name '*.pyi' -o -name 'py.typed' \))
 
 # maturin sets this for the wheel; clippy needs it too, so that nothing links against libpython.
@@ -17,7 +18,15 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint all help clean
+.PHONY: demo test test-all wheel sdist bench lint all help clean
+
+# On Linux the wheel for others is linked by zig against a glibc older than this machine's.
+ifeq ($(shell uname -s),Linux)
+PORTABLE := --zig --compatibility manylinux_2_28
+endif
+# A panic names a source file: by these, not by the folders of who built it. \037 stands between flags, spaces within.
+ANONYMOUS = $$(printf -- '--remap-path-prefix=%s=cargo\037--remap-path-prefix=%s=zerort' \
+                '$(or $(CARGO_HOME),$(HOME)/.cargo)' '$(CURDIR)')
 
 demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py $(if $(RESUME),--resume)
@@ -25,6 +34,18 @@ demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESU
 test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked
 	$(BIN)/python -m pytest
+
+test-all: test wheel sdist  ## test, then the wheel and the sdist for others, and what they contain
+	$(BIN)/python -m pytest -m distribution
+
+wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on
+	rm -f dist/zerort-*.whl
+	CARGO_ENCODED_RUSTFLAGS="$(ANONYMOUS)" PATH="$(abspath $(BIN)):$$PATH" \
+	    $(BIN)/maturin build --locked --release $(PORTABLE) --interpreter $(BIN)/python --out dist
+
+sdist: $(TOOLS)  ## the sources for others into dist
+	rm -f dist/zerort-*.tar.gz
+	$(BIN)/maturin sdist --out dist
 
 bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundancyOptimizer and FSDP2
 	cargo bench --locked
@@ -36,6 +57,7 @@ bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundan
 lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the built module
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(BIN)/python packaging/licenses.py --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -44,7 +66,7 @@ lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the buil
 all: test bench  ## test and bench
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 clean:  ## remove the virtual environment, the wheel and everything compiled
 	rm -rf $(VENV) dist target .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -52,7 +74,7 @@ clean:  ## remove the virtual environment, the wheel and everything compiled
 $(TOOLS):
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "zerort needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install 'maturin>=1.9.4,<2'
+	$(BIN)/python -m pip install 'maturin>=1.12,<2'
 	touch $@
 
 # Two installs: the first replaces a wheel of the same version, the second brings what pyproject.toml asks for.
@@ -61,4 +83,8 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 	$(BIN)/maturin build --locked --release --interpreter $(BIN)/python --out dist
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/zerort-*.whl
 	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[dev]"
+	touch $@
+
+$(ZIG): $(TOOLS)
+	$(BIN)/python -m pip install ziglang
 	touch $@
