@@ -22,15 +22,20 @@ from zerort.errors import ConfigError, PlanError
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import source_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
-from zerort.mesh import Comm
+from zerort.mesh import Comm, Mesh
 from zerort.optim import ShardOptimizer, schedules
 from zerort.optim.elementwise import why_not_elementwise
 from zerort.readings import Components
 from zerort.run.flight import Transport
-from zerort.start import checks
-from zerort.start.broadcast import broadcast
-from zerort.start.compare import compare_data, compare_optimizers, compare_plans
-from zerort.start.connect import agreed, connected
+from zerort.start import agreed, checks
+from zerort.start.broadcast import broadcast, loose
+from zerort.start.compare import (
+    compare_data,
+    compare_loose,
+    compare_optimizers,
+    compare_plans,
+)
+from zerort.start.connect import connected
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.optimizer import choose_optimizer
 from zerort.step.boundary import Boundary, Policy
@@ -84,15 +89,10 @@ def initialize(
     )
     with ExitStack() as undo:
         settings, mesh = connected(lambda: load(config, args, config_params), model, undo)
-        comm = mesh.job
-        log.show(comm.rank)
-        setup = agreed(comm, lambda: _decide(settings, comm, given, undo))
-        compare_plans(comm, setup.planned, setup.plan)
-        compare_optimizers(comm, setup.optimizer)
-        compare_data(comm, setup.loader)
-        flat = agreed(comm, lambda: FlatModel(setup.model, setup.planned, setup.layout))
-        broadcast(comm, setup.model, flat)
-        engine = agreed(comm, lambda: _assemble(setup, flat, undo))
+        log.show(mesh.rank)
+        setup = _set_up(settings, mesh, given, undo)
+        flat = _move(setup)
+        engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
         undo.pop_all()
     _log_start(setup, flat)
     return engine, setup.optimizer, setup.loader, engine.lr_scheduler
@@ -136,6 +136,25 @@ class Setup:
         every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
         return Layout(self.plan, self.comm.rank, self.precision.sums, local_sums)
+
+
+def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> Setup:
+    """What each rank would do by itself, compared: the ranks differ in nothing that matters."""
+    control = mesh.control
+    setup = agreed(control, lambda: _decide(settings, mesh.job, given, undo))
+    compare_plans(control, setup.planned, setup.plan)
+    compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
+    compare_optimizers(control, setup.optimizer)
+    compare_data(control, setup.loader)
+    return setup
+
+
+def _move(setup: Setup) -> FlatModel:
+    """Parameters into buckets, with rank 0's values on all ranks."""
+    control = setup.comm.control
+    flat = agreed(control, lambda: FlatModel(setup.model, setup.planned, setup.layout))
+    broadcast(setup.comm, setup.model, flat)
+    return flat
 
 
 def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> Setup:

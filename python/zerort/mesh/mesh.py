@@ -74,6 +74,11 @@ class Mesh:
             raise
 
     @property
+    def control(self) -> Control:
+        """The job's."""
+        return self.job.control
+
+    @property
     def job(self) -> Comm:
         """All ranks."""
         return self._comms["job"]

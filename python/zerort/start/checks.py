@@ -63,7 +63,7 @@ def checked(model: Any) -> nn.Module:
 
 def refuse_unready(module: nn.Module) -> None:
     """Raises `PlanError` naming the first parameter that is lazy, on the meta device, or made for
-    inference only.
+    inference only, or the first buffer without values.
     """
     if torch.is_inference_mode_enabled():
         raise PlanError(
@@ -90,6 +90,12 @@ def refuse_unready(module: nn.Module) -> None:
             raise PlanError(
                 f"parameter {name} was made under torch.inference_mode(): make the model outside "
                 "of it"
+            )
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise PlanError(
+                f"buffer {name} is on the meta device and has no values: call "
+                "model.to_empty(device=...) and fill it, then initialize"
             )
 
 

@@ -7,8 +7,8 @@ shard by its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from zerort import _core
 from zerort.config import Config
 from zerort.errors import PlanMismatch
 from zerort.memory import PlannedParameter, Signature
-from zerort.mesh import Comm, Control
+from zerort.mesh import Control
+from zerort.start import gathered
 from zerort.start.loader import TrainingLoader
 
 __all__ = ["compare_data", "compare_optimizers", "compare_plans", "compare_settings"]
@@ -36,38 +37,49 @@ def compare_settings(control: Control, settings: Config, device: torch.device) -
     """Raises `PlanMismatch` on all ranks if their configurations differ, naming the first key, or
     the kinds of their devices.
     """
-    facts = {"the device": device.type}
-    _compare(control, facts, "move the model to the same kind of device on all ranks")
-    facts = dict(_leaves("", settings.model_dump(exclude=_OF_ONE_RANK)))
-    _compare(control, facts, "give all ranks the same configuration")
-
-
-def compare_optimizers(comm: Comm, optimizer: Optimizer) -> None:
-    """Raises `PlanMismatch` on all ranks if their optimizers differ in class or in a number of a
-    group.
-    """
-    facts = {"optimizer": type(optimizer).__name__}
-    for index, group in enumerate(optimizer.param_groups):
-        facts |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}
-    _compare(comm, facts, "make the optimizer alike on all ranks")
-
-
-def compare_data(comm: Comm, loader: TrainingLoader | None) -> None:
-    """Raises `PlanMismatch` on all ranks if they would not read the same dataset."""
-    length = None if loader is None else loader.state_dict()["length"]
-    told = "none" if loader is None else "iterable" if length is None else f"{length} samples"
     _compare(
-        comm,
-        {"training_data": told},
-        "give all ranks the whole dataset, of which each takes its part",
+        control,
+        lambda: {"the device": device.type},
+        "move the model to the same kind of device on all ranks",
+    )
+    _compare(
+        control,
+        lambda: dict(_leaves("", settings.model_dump(exclude=_OF_ONE_RANK))),
+        "give all ranks the same configuration",
     )
 
 
-def compare_plans(comm: Comm, planned: Sequence[PlannedParameter], plan: _core.Plan) -> None:
+def compare_optimizers(control: Control, optimizer: Optimizer) -> None:
+    """Raises `PlanMismatch` on all ranks if their optimizers differ in class or in a number of a
+    group.
+    """
+
+    def facts() -> dict[str, Any]:
+        found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+        for index, group in enumerate(optimizer.param_groups):
+            found |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}
+        return found
+
+    _compare(control, facts, "make the optimizer alike on all ranks")
+
+
+def compare_data(control: Control, loader: TrainingLoader | None) -> None:
+    """Raises `PlanMismatch` on all ranks if they would not read the same dataset."""
+
+    def facts() -> dict[str, str]:
+        if loader is None:
+            return {"training_data": "none"}
+        length = loader.state_dict()["length"]
+        return {"training_data": "iterable" if length is None else f"{length} samples"}
+
+    _compare(control, facts, "give all ranks the whole dataset, of which each takes its part")
+
+
+def compare_plans(control: Control, planned: Sequence[PlannedParameter], plan: _core.Plan) -> None:
     """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
     difference.
     """
-    views = comm.gather_objects(([member.signature() for member in planned], plan.digest))
+    views = gathered(control, lambda: ([member.signature() for member in planned], plan.digest))
     ours, digest = views[0]
     for rank, (theirs, other) in enumerate(views):
         for a, b in zip(ours, theirs, strict=False):
@@ -91,6 +103,21 @@ def compare_plans(comm: Comm, planned: Sequence[PlannedParameter], plan: _core.P
             )
 
 
+def compare_loose(control: Control, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises `PlanMismatch` on all ranks if what lies in no bucket differs in name, shape or dtype:
+    rank 0's values would not fit.
+    """
+
+    def facts() -> dict[str, str]:
+        return {
+            name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in tensors
+        }
+
+    advice = "make frozen parameters and buffers alike on all ranks"
+    _compare(control, facts, advice, what="models")
+
+
 def _described(signature: Signature) -> str:
     name, shape, order, dtype, group = signature
     strides = f"strides {list(order)} " if order else ""
@@ -112,8 +139,14 @@ def _leaves(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _compare(comm: Comm | Control, facts: Mapping[str, Any], advice: str) -> None:
-    views = comm.gather_objects(facts)
+def _compare(
+    control: Control,
+    facts: Callable[[], Mapping[str, Any]],
+    advice: str,
+    *,
+    what: Literal["models", "settings"] = "settings",
+) -> None:
+    views = gathered(control, facts)
     for rank, theirs in enumerate(views):
         for key in {**views[0], **theirs}:
             ours, other = (
@@ -121,6 +154,6 @@ def _compare(comm: Comm | Control, facts: Mapping[str, Any], advice: str) -> Non
             )
             if ours != other:
                 raise PlanMismatch(
-                    f"ranks have different settings: {key} is {ours} on rank 0 and {other} on rank "
+                    f"ranks have different {what}: {key} is {ours} on rank 0 and {other} on rank "
                     f"{rank}; {advice}"
                 )

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from zerort.config import Config
 from zerort.device import place_of
-from zerort.errors import PlanError
-from zerort.mesh import Comm, Consensus, Control, Mesh, meet, usual_device
+from zerort.mesh import Mesh, meet, usual_device
+from zerort.start import agreed
 from zerort.start.compare import compare_settings
 
-__all__ = ["agreed", "connected"]
-
-T = TypeVar("T")
+__all__ = ["connected"]
 
 _UNTIL_READ = timedelta(minutes=5)
 """The time-out of the ranks' first meeting: the configuration's is not known yet."""
@@ -33,13 +31,6 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
     mesh = Mesh(control, device, timedelta(seconds=settings.zerort.timeout))
     undo.callback(mesh.close)
     return settings, mesh
-
-
-def agreed(ranks: Comm | Control, attempt: Callable[[], T]) -> T:
-    """Runs `attempt` on all ranks. Where it raised on one, that rank raises its own error and the
-    others `PlanError` with its reason.
-    """
-    return Consensus(ranks, PlanError).agree("no rank starts, because one cannot", attempt)
 
 
 def _device_of(model: Any) -> torch.device:

@@ -155,12 +155,6 @@ class _Complex(Terms):
         self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
 
 
-class _Integer(Terms):
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
-
-
 def all_frozen() -> nn.Module:
     return Terms().requires_grad_(False)
 
@@ -237,11 +231,6 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
         lambda: {"model": made_for_inference()},
         PlanError,
         ["parameter a", "inference_mode"],
-    ),
-    "integer_parameter": (
-        lambda: {"model": _Integer()},
-        PlanError,
-        ["parameter steps", "int64", "cast"],
     ),
     "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
     "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
