@@ -3,8 +3,8 @@
 Gradients are packed on the stream that made the last of them, sums run on a stream of their own,
 and no method makes the host wait. Three things could go wrong without a word, and each has an order
 of its own: a gradient is read after the stream that made it (`produced`), its memory is given back
-to that stream only behind the read (`packing`), and a lane is packed again only behind the last sum
-out of it (`Lane.free`). Everything names the device, so that another one may be the current one.
+to that stream only behind the read (`packing`), and a lane's packing and its sums take turns
+(`Lane`). Everything names the device, so that another one may be the current one.
 """
 
 from __future__ import annotations
@@ -131,16 +131,12 @@ class AcceleratorStreams:
         stream = self._current()
         self._producers[stream.stream_id] = stream
 
-    def begin(self) -> None:
-        """Sums come after what the current stream still does with the accumulators.
-
-        The producers stay: the first gradient of a direct backward comes before its pass begins.
-        """
-        self._sums.wait_stream(self._current())
-
     @contextmanager
     def packing(self, lane: Lane | None) -> Iterator[None]:
-        """The current stream waits for the producers and for the lane, and they for it."""
+        """The current stream waits for the producers and for the lane, and they for it.
+
+        What made the gradients came after the last step, so the sums out of this lane will too.
+        """
         packing = self._current()
         others = [stream for stream in self._producers.values() if stream != packing]
         if lane is not None and lane.free is not None:
@@ -154,14 +150,20 @@ class AcceleratorStreams:
             # there before the copy has read it.
             for stream in others:
                 stream.wait_stream(packing)
+            if lane is not None:
+                lane.packed = packing.record_event()
 
     def packed(self) -> None:
-        """Forgets the producers."""
+        """Forgets the producers: not earlier, for the first gradient of a direct backward comes
+        before its pass begins.
+        """
         self._producers.clear()
 
     @contextmanager
     def summing(self, lane: Lane) -> Iterator[None]:
         """The stream of sums becomes the current one, and the lane is marked behind it."""
+        if lane.packed is not None:
+            self._sums.wait_event(lane.packed)
         with self._on(self._sums):
             try:
                 yield

@@ -1,8 +1,8 @@
 """The contract of a device: how its work is ordered, and its arithmetic, random numbers and memory.
 
-What it guarantees: whatever a pass enqueues between `begin` and `join` is ordered as the program
-reads, without a wait of the host's, whichever streams gradients were made on. What it does not do:
-it knows no buckets and no ranks.
+What it guarantees: whatever a pass enqueues before `join` is ordered as the program reads, without
+a wait of the host's, whichever streams gradients were made on. What it does not do: it knows no
+buckets and no ranks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Flat(Protocol):
 
 
 class Lane:
-    """Memory of one bucket in flight: `free` is recorded behind its last use, None before the
-    first.
+    """Memory of one bucket in flight, and two moments of it, None before the first: `packed` is
+    behind the last write of gradients into it, `free` behind the last sum out of it.
     """
 
-    __slots__ = ("free",)
+    __slots__ = ("free", "packed")
 
     def __init__(self) -> None:
+        self.packed: Any = None
         self.free: Any = None
 
 
@@ -58,11 +59,6 @@ class Streams(Protocol):
     def produced(self) -> None:
         """A gradient was written on the current stream."""
 
-    def begin(self) -> None:
-        """A pass begins: its sums overwrite the accumulators only once the current stream is done
-        with them.
-        """
-
     def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
         """Within, the current stream may read every gradient that was `produced`, and write into
         the lane's memory, where there is a lane. Afterwards these gradients may be freed.
@@ -72,7 +68,9 @@ class Streams(Protocol):
         """All that was `produced` has been packed."""
 
     def summing(self, lane: Lane) -> AbstractContextManager[object]:
-        """Within, work goes to the stream of sums; afterwards it is the last use of the lane."""
+        """Within, work goes to the stream of sums, behind the lane's packing; afterwards it is the
+        last use of the lane.
+        """
 
     def join(self) -> None:
         """The current stream may read the accumulators."""

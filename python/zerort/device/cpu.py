@@ -25,9 +25,6 @@ class InOrder:
     def produced(self) -> None:
         """In order already."""
 
-    def begin(self) -> None:
-        """In order already."""
-
     def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
         """The thread itself."""
         return _NOTHING

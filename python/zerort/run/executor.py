@@ -125,7 +125,6 @@ class Executor:
         self._pass.fold = fold
         self._pass.absent = []
         self._cursor = self._allowed = 0
-        self.streams.begin()
 
     def run(self, hi: int) -> None:
         """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any
@@ -159,7 +158,6 @@ class Executor:
             for transport in self._transports:
                 transport.source.collect()
         self.streams.packed()
-        self.streams.produced()
 
     def poison(self, failure: str) -> None:
         """The window is lost on this rank: what is left of the list runs on zeros."""

@@ -1,0 +1,513 @@
+"""An accelerator on the CPU, for tests of the order that work is put into.
+
+Its streams run later than the host: an event has not passed until the host has waited for it.
+Operations give their results at once, so values are those of the CPU, and what a real device would
+do is followed by vector clocks: every operation of torch's, seen by a dispatch mode, is one piece
+of work on the stream that is current, and knows which work of other streams is over before it. Two
+accesses to the same memory of which at least one writes, and neither of which is known to be over
+before the other, are a *race*. So is memory that was freed to the stream it was allocated on, while
+another stream still uses it: a caching allocator would hand it out again there.
+
+Time passes too: each operation takes a millisecond of its stream, each collective as long as the
+test says, and a wait takes a stream to the moment it waits for.
+
+Not followed: kernels of the core, which this device does not call, and copies between hosts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import zerort.device
+from zerort.device import Accelerator, accelerator
+from zerort.mesh import GlooComm, LocalComm
+
+__all__ = ["Machine", "Race", "SimulatedAlone", "SimulatedComm", "Site", "on_stream"]
+
+GRANULE = 64  # bytes; parameters and allocations start on such a boundary
+Clock = dict[int, int]
+Site = tuple[str, int]
+"""File and line of a call that orders streams."""
+
+
+class Race(NamedTuple):
+    """Two accesses in no order: what, and on which stream."""
+
+    earlier: str
+    later: str
+
+
+class Access(NamedTuple):
+    """The count of a stream at an access."""
+
+    stream: int
+    count: int
+    what: str
+
+
+class Cell:
+    """The last write and the reads since, of one granule of memory."""
+
+    __slots__ = ("excused", "reads", "write")
+
+    def __init__(self) -> None:
+        self.write: Access | None = None
+        self.reads: dict[int, Access] = {}
+        self.excused: set[int] = set()
+
+    def all(self) -> list[Access]:
+        return [*([self.write] if self.write else ()), *self.reads.values()]
+
+
+class Stream:
+    """In the shape of torch.Stream."""
+
+    def __init__(self, machine: Machine, name: str, device_index: int = 0) -> None:
+        self.machine = machine
+        self.name = name
+        self.device_index = device_index
+        self.stream_id = len(machine.streams)
+        self.clock: Clock = {}
+        self.ms = 0.0
+        machine.streams.append(self)
+
+    def wait_stream(self, other: Stream) -> None:
+        if self.machine.ordered():
+            self.merge(other.clock, other.ms)
+
+    def wait_event(self, event: Event) -> None:
+        if self.machine.ordered():
+            self.merge(event.clock, event.ms)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event(self.machine)
+        if self.machine.ordered():
+            event.record(self)
+        return event
+
+    def merge(self, clock: Clock, ms: float) -> None:
+        for stream, count in clock.items():
+            self.clock[stream] = max(self.clock.get(stream, 0), count)
+        self.ms = max(self.ms, ms)
+
+
+class Event:
+    """In the shape of torch.Event."""
+
+    def __init__(self, machine: Machine, enable_timing: bool = False) -> None:
+        self.machine = machine
+        self.clock: Clock = {}
+        self.ms = 0.0
+
+    def record(self, stream: Stream) -> None:
+        self.clock, self.ms = dict(stream.clock), stream.ms
+
+    def query(self) -> bool:
+        return all(self.machine.host.get(s, 0) >= count for s, count in self.clock.items())
+
+    def synchronize(self) -> None:
+        self.machine.sync(self.clock)
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.query() and end.query(), "asked before the device had passed it"
+        return end.ms - self.ms
+
+
+class Machine(TorchDispatchMode):
+    """One accelerator, its streams and its memory. Within `running`, zerort sees it for the CPU."""
+
+    def __init__(self, dropped: Site | None = None) -> None:
+        super().__init__()
+        self.streams: list[Stream] = []
+        self.main = self.current = Stream(self, "main")
+        self.links = Stream(self, "links")
+        """Where collectives run, one after the other."""
+        self.host: Clock = {}
+        self.syncs: list[str] = []
+        self.races: list[Race] = []
+        self.sites: set[Site] = set()
+        self.dropped = dropped
+        """A call that is left out: what it orders is in no order."""
+        self.device_index = 0
+        self.collective_ms = 1.0
+        self._memory: dict[int, Cell] = {}
+        self._live: list[tuple[StorageWeakRef, Stream, range]] = []
+        self._free: dict[int, list[Access]] = {}
+
+    # What is put in torch's place.
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """In torch.accelerator's place, and as the device of CPU tensors."""
+        facade = Facade(self)
+        device = Accelerator(torch.device("cpu", 0))
+        saved = {name: getattr(accelerator, name) for name in ("torch", *facade.indices)}
+        variable = torch.autograd.Variable
+        saved_cpu, saved_engine = zerort.device.CPU, variable._execution_engine
+        saved_tolist = torch.Tensor.tolist
+        accelerator.torch = facade  # type: ignore[attr-defined]
+        for name, function in facade.indices.items():
+            setattr(accelerator, name, function)
+        zerort.device.CPU = device  # type: ignore[assignment]
+        variable._execution_engine = Autograd(self, saved_engine)
+        torch.Tensor.tolist = self._syncing(saved_tolist)  # type: ignore[method-assign]
+        try:
+            with self:
+                yield
+        finally:
+            zerort.device.CPU, variable._execution_engine = saved_cpu, saved_engine
+            torch.Tensor.tolist = saved_tolist  # type: ignore[method-assign]
+            for name, value in saved.items():
+                setattr(accelerator, name, value)
+
+    def _syncing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def syncing(tensor: Tensor) -> Any:
+            if tensor.numel() and self._known(tensor):
+                self.syncs.append("tolist")
+                self._access([tensor], [], "tolist")
+                self.sync(self.current.clock)
+            return function(tensor)
+
+        return syncing
+
+    def _known(self, tensor: Tensor) -> bool:
+        """Whether it lies on the device: what torch.tensor makes of numbers lies on the host."""
+        return any(address in self._memory for address in _granules(tensor))
+
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        """As Tensor.record_stream: the allocator waits for that stream's use of it."""
+        for address in _granules(tensor):
+            self._memory.setdefault(address, Cell()).excused.add(stream.stream_id)
+
+    def forget(self, tensor: Tensor) -> None:
+        """It lies on the host."""
+        for address in _granules(tensor):
+            self._memory.pop(address, None)
+
+    @contextmanager
+    def on(self, stream: Stream, *, after: Stream) -> Iterator[None]:
+        """A user's own stream, behind what `after` has done."""
+        stream.merge(after.clock, after.ms)
+        outside, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = outside
+
+    def sync(self, clock: Clock) -> None:
+        """The host waits."""
+        for stream, count in clock.items():
+            self.host[stream] = max(self.host.get(stream, 0), count)
+
+    def ordered(self) -> bool:
+        """Notes who puts streams in order, and whether this call counts."""
+        frame = sys._getframe(2)
+        site = (Path(frame.f_code.co_filename).name, frame.f_lineno)
+        self.sites.add(site)
+        return site != self.dropped
+
+    # What runs.
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._sweep()
+        out = function(*args, **kwargs)
+        schema = function._schema
+        reads, writes = _operands(schema, args, kwargs)
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        name = schema.name.removeprefix("aten::")
+        if name == "lift_fresh":  # what torch.tensor makes of numbers
+            self.forget(out)
+            return out
+        if _is_view(schema):
+            return out
+        if name == "_local_scalar_dense" and not self._known(reads[0]):
+            return out
+        if name == "_local_scalar_dense":
+            self.syncs.append("item")
+            self._access(reads, [], name)
+            self.sync(self.current.clock)
+            return out
+        fresh = [] if writes else results
+        if writes or any(self._known(tensor) for tensor in reads) or not reads:
+            for tensor in fresh:
+                self._allocate(tensor)
+            self._access(reads, [*writes, *fresh], name)
+        else:
+            for tensor in fresh:
+                self.forget(tensor)
+        return out
+
+    def _allocate(self, tensor: Tensor) -> None:
+        for address in _granules(tensor):
+            self._memory[address] = Cell()
+        storage = tensor.untyped_storage()
+        span = range(
+            storage.data_ptr() // GRANULE, -(-(storage.data_ptr() + storage.nbytes()) // GRANULE)
+        )
+        self._live.append((StorageWeakRef(storage), self.current, span))
+        freed = self._free.pop(self.current.stream_id, [])
+        for access in freed:
+            if not self._over(access, self.current):
+                self.races.append(Race(access.what, f"new memory on {self.current.name}"))
+
+    def _sweep(self) -> None:
+        """What has been freed goes back to the stream it was allocated on."""
+        living = []
+        for storage, stream, span in self._live:
+            if not storage.expired():
+                living.append((storage, stream, span))
+                continue
+            for address in span:
+                cell = self._memory.pop(address, None)
+                if cell is not None:
+                    self._free.setdefault(stream.stream_id, []).extend(
+                        access for access in cell.all() if access.stream not in cell.excused
+                    )
+        self._live = living
+
+    def _access(self, reads: list[Tensor], writes: list[Tensor], what: str) -> None:
+        stream = self.current
+        self.work(stream, 1.0)
+        self.touch(stream, reads, writes, what)
+
+    def work(self, stream: Stream, ms: float) -> None:
+        """One more piece of work, enqueued by the host."""
+        stream.merge(self.host, stream.ms)
+        stream.clock[stream.stream_id] = stream.clock.get(stream.stream_id, 0) + 1
+        stream.ms += ms
+
+    def touch(self, stream: Stream, reads: list[Tensor], writes: list[Tensor], what: str) -> None:
+        """The work reads and writes memory."""
+        access = Access(
+            stream.stream_id, stream.clock[stream.stream_id], f"{what} on {stream.name}"
+        )
+        for tensor in reads:
+            for address in _granules(tensor):
+                cell = self._memory.setdefault(address, Cell())
+                self._compare([cell.write] if cell.write else [], stream, access)
+                cell.reads[stream.stream_id] = access
+        for tensor in writes:
+            for address in _granules(tensor):
+                cell = self._memory.setdefault(address, Cell())
+                self._compare(cell.all(), stream, access)
+                cell.write, cell.reads = access, {}
+
+    def _compare(self, earlier: list[Access], stream: Stream, access: Access) -> None:
+        for other in earlier:
+            if not self._over(other, stream):
+                self.races.append(Race(other.what, access.what))
+
+    def _over(self, access: Access, stream: Stream) -> bool:
+        return stream.clock.get(access.stream, 0) >= access.count
+
+
+class Autograd:
+    """Autograd's engine: at the end of a backward, before its callbacks, the caller's stream waits
+    for all that the backward has used.
+    """
+
+    def __init__(self, machine: Machine, engine: Any) -> None:
+        self._machine = machine
+        self._engine = engine
+        self._caller = machine.main
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        self._caller = self._machine.current
+        try:
+            return self._engine.run_backward(*args, **kwargs)
+        finally:
+            self._join()
+
+    def queue_callback(self, callback: Callable[[], None]) -> None:
+        def call() -> None:
+            self._join()
+            callback()
+
+        self._engine.queue_callback(call)
+
+    def _join(self) -> None:
+        for stream in self._machine.streams:
+            if stream.name == "user":
+                self._caller.merge(stream.clock, stream.ms)
+        self._machine.current = self._caller
+
+
+class Facade:
+    """torch, with this machine for its accelerator."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.accelerator = self
+        self.machine = machine
+        self.indices = {
+            "_device_index": lambda: machine.device_index,
+            "_set_device_index": lambda index: setattr(machine, "device_index", index),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def Stream(self, place: torch.device) -> Stream:
+        return Stream(self.machine, "sums", place.index or 0)
+
+    def Event(self, place: torch.device, enable_timing: bool = False) -> Event:
+        return Event(self.machine, enable_timing)
+
+    def current_stream(self, place: torch.device) -> Stream:
+        return self.machine.current
+
+    def set_stream(self, stream: Stream) -> None:
+        self.machine.current = stream
+        self.machine.device_index = stream.device_index
+
+
+def _granules(tensor: Tensor) -> range:
+    if not tensor.numel():
+        return range(0)
+    last = sum((s - 1) * stride for s, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return range(start // GRANULE, (start + (last + 1) * tensor.itemsize - 1) // GRANULE + 1)
+
+
+def _operands(schema: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    reads: list[Tensor] = []
+    writes: list[Tensor] = []
+    for index, argument in enumerate(schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        leaves = value if isinstance(value, list | tuple) else [value]
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        (writes if written else reads).extend(t for t in leaves if isinstance(t, Tensor))
+    return reads, writes
+
+
+def _is_view(schema: Any) -> bool:
+    infos = [result.alias_info for result in schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+# Collectives.
+
+
+class SimulatedWork:
+    """One collective on the links, behind the stream that starts it."""
+
+    def __init__(
+        self, machine: Machine, run: Callable[[], tuple[list[Tensor], list[Tensor]]]
+    ) -> None:
+        self._machine = machine
+        self._run = run
+        self._end: Event | None = None
+
+    def start(self) -> SimulatedWork:
+        if self._end is None:
+            machine, links = self._machine, self._machine.links
+            links.merge(machine.current.clock, machine.current.ms)
+            with _disable_current_modes():
+                reads, writes = self._run()
+            machine.work(links, machine.collective_ms)
+            machine.touch(links, reads, writes, "collective")
+            self._end = Event(machine)
+            self._end.record(links)
+        return self
+
+    def is_completed(self) -> bool:
+        raise AssertionError("a collective on an accelerator was asked whether it is complete")
+
+    def wait(self) -> None:
+        assert self._end is not None
+        if self._machine.ordered():
+            self._machine.current.merge(self._end.clock, self._end.ms)
+
+    def when_complete(self, call: Callable[[], None]) -> None:
+        """Nobody on the host finds out."""
+
+
+class SimulatedComm(GlooComm):
+    """As NCCL's: sums on the way, in place, on a stream of its own. The bytes go over gloo."""
+
+    window = 4
+
+    def __init__(self, machine: Machine, timeout: Any) -> None:
+        super().__init__(torch.device("cpu"), timeout)
+        self.machine = machine
+        self.chunks = 1
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Any:
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            total = send.clone()
+            dist.all_reduce(total, group=self._gradients)
+            recv.copy_(total.chunk(self.world)[self.rank])
+            return [send], [recv]
+
+        return SimulatedWork(self.machine, run)
+
+    def all_gather(self, buffer: Tensor) -> Any:
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            pieces = buffer.chunk(self.world)
+            for rank, piece in enumerate(pieces):
+                dist.broadcast(piece, rank, group=self._parameters)
+            others = [piece for rank, piece in enumerate(pieces) if rank != self.rank]
+            return [pieces[self.rank]], others
+
+        return SimulatedWork(self.machine, run)
+
+    def all_reduce(self, values: Tensor) -> None:
+        self.machine.forget(values)  # control is on the host
+        with _disable_current_modes():
+            super().all_reduce(values)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        with _disable_current_modes():
+            super().broadcast(buffer, source)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        with _disable_current_modes():
+            return super().gather_objects(value)
+
+
+class SimulatedAlone(LocalComm):
+    """One process on the machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(torch.device("cpu"))
+        self.machine = machine
+
+    def all_reduce(self, values: Tensor) -> None:
+        self.machine.forget(values)  # control is on the host
+
+
+class _OnStream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, machine: Machine, stream: Stream, after: Stream) -> Tensor:
+        ctx.machine, ctx.stream, ctx.after = machine, stream, after
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.stream.merge(ctx.after.clock, ctx.after.ms)
+        ctx.machine.record_stream(gradient, ctx.stream)
+        ctx.machine.current = ctx.stream
+        return gradient, None, None, None
+
+
+def on_stream(x: Tensor, machine: Machine, stream: Stream, after: Stream) -> Tensor:
+    """`x`, of which the backward goes on on `stream`, behind what `after` has done: the one that
+    made the gradient, as autograd does.
+    """
+    out: Tensor = _OnStream.apply(x, machine, stream, after)
+    return out
