@@ -59,7 +59,7 @@ class Engine(Readings, nn.Module):
         parts = self._parts
         with self._transaction.forward():
             args, kwargs = parts.precision.inputs((args, kwargs))
-            context = parts.precision.context(self.module, parts.comm.device, args, kwargs)
+            context = parts.precision.context(self.module, parts.mesh.device, args, kwargs)
             with parts.sink.range("forward"), context:
                 outputs = self.module(*args, **kwargs)
         self._transaction.watch(outputs)
@@ -146,12 +146,12 @@ class Engine(Readings, nn.Module):
         Raises `ConfigError` where the batch sizes do not divide, and `StepError` in the middle of a
         window.
         """
-        micro, ranks = self.train_micro_batch_size_per_gpu(), self._parts.comm.world
+        micro, ranks = self.train_micro_batch_size_per_gpu(), self._parts.mesh.world
         self._transaction.resize(Batch.resolve(train_batch_size, micro, None, ranks))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Changes the micro-batch and with it the train batch; the accumulation steps stay."""
-        steps, ranks = self.gradient_accumulation_steps(), self._parts.comm.world
+        steps, ranks = self.gradient_accumulation_steps(), self._parts.mesh.world
         self._transaction.resize(Batch.resolve(None, micro_batch_size, steps, ranks))
 
     def compile(
@@ -182,7 +182,7 @@ class Engine(Readings, nn.Module):
         if self.is_compiled:
             return
         self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
-        if self._parts.comm.rank == 0:
+        if self._parts.mesh.rank == 0:
             _log.warning(checks.COMPILED_WHOLE)
 
     @property
@@ -197,7 +197,7 @@ class Engine(Readings, nn.Module):
         """
         if not self._transaction.closed:
             self._give_back()
-            self._parts.comm.close()
+            self._parts.mesh.close()
 
     # Saving and loading.
 
@@ -318,19 +318,19 @@ class Engine(Readings, nn.Module):
 
 
 def _transaction(parts: Components, counters: Counters) -> Transaction:
-    config, comm = parts.config, parts.comm
+    config, mesh = parts.config, parts.mesh
     every = config.reduces_every_micro_batch(parts.reduction.plan.reduces_every_micro_batch)
     progress = Progress(
-        counters, parts.boundary, parts.scheduler, parts.sink, comm.rank, config.steps_per_print
+        counters, parts.boundary, parts.scheduler, parts.sink, mesh.rank, config.steps_per_print
     )
     return Transaction(
         Accumulation(parts.batch.accumulation, every, counters),
         parts.reduction,
         parts.boundary,
         progress,
-        UnusedParameters(comm.rank, config.unused_parameters),
+        UnusedParameters(mesh.rank, config.unused_parameters),
         parts.batch,
-        averaged_over=comm.world if config.gradient_allreduce_op == "mean" else 1,
+        averaged_over=mesh.world if config.gradient_allreduce_op == "mean" else 1,
     )
 
 
@@ -338,7 +338,7 @@ def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineSt
     boundary = parts.boundary
     return EngineState(
         module,
-        parts.comm,
+        parts.mesh.job,
         boundary.flat,
         parts.reduction,
         boundary.optimizer,

@@ -117,7 +117,7 @@ class Setup:
     """What a rank has decided by itself, before ranks are compared and memory moves."""
 
     config: Config
-    comm: Comm
+    mesh: Mesh
     model: nn.Module
     batch: Batch
     precision: Precision
@@ -135,13 +135,13 @@ class Setup:
         """Where the model's memory will lie."""
         every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
-        return Layout(self.plan, self.comm.rank, self.precision.sums, local_sums)
+        return Layout(self.plan, self.mesh.shard.rank, self.precision.sums, local_sums)
 
 
 def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> Setup:
     """What each rank would do by itself, compared: the ranks differ in nothing that matters."""
     control = mesh.control
-    setup = agreed(control, lambda: _decide(settings, mesh.job, given, undo))
+    setup = agreed(control, lambda: _decide(settings, mesh, given, undo))
     compare_plans(control, setup.planned, setup.plan)
     compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
     compare_optimizers(control, setup.optimizer)
@@ -151,37 +151,37 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
 
 def _move(setup: Setup) -> FlatModel:
     """Parameters into buckets, with rank 0's values on all ranks."""
-    control = setup.comm.control
-    flat = agreed(control, lambda: FlatModel(setup.model, setup.planned, setup.layout))
-    broadcast(setup.comm, setup.model, flat)
+    job = setup.mesh.job
+    flat = agreed(job.control, lambda: FlatModel(setup.model, setup.planned, setup.layout))
+    broadcast(job, setup.model, flat)
     return flat
 
 
-def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> Setup:
+def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> Setup:
     """What this rank would do: everything that can go wrong for its own reasons happens here, the
     user's factories included, before anything is moved into buckets.
     """
     checks.refuse_arguments(given.refused)
     model = checks.checked(given.model)
-    batch, precision = settings.resolve_batch(comm.world), Precision.of(settings)
+    batch, precision = settings.resolve_batch(mesh.world), Precision.of(settings)
     checks.refuse_unready(model)
     checks.settle_sparse(model, settings.zerort.sparse_gradients)
     place_of(model.named_parameters())  # refuses what is not supported
     precision.cast(model)
-    model.to(comm.device)
+    model.to(mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
-    planned, plan = _planned(settings, comm, model, chosen, precision)
+    planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
     whole = why_not_elementwise(chosen)
     if whole is not None and plan.shards_optimizer:
         raise ConfigError(
             f"optimizer {type(chosen).__name__} cannot run on shards: {whole}. Use "
             "zero_optimization.stage 0, which keeps the optimizer whole"
         )
-    sink = _open_sink(settings, comm)
+    sink = _open_sink(settings, mesh)
     undo.callback(sink.close)
     return Setup(
         settings,
-        comm,
+        mesh,
         model,
         batch,
         precision,
@@ -189,7 +189,7 @@ def _decide(settings: Config, comm: Comm, given: Arguments, undo: ExitStack) -> 
         planned,
         plan,
         sink,
-        loader=open_loader(given.training_data, batch, comm, settings, given.collate_fn),
+        loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
         whole_tensors=whole is not None,
     )
@@ -224,7 +224,7 @@ def _planned(
 
 
 def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
-    config, comm, precision, sink = setup.config, setup.comm, setup.precision, setup.sink
+    config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=setup.whole_tensors)
     shards.split()
     transports = [
@@ -232,13 +232,13 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         for bucket in flat.buckets
     ]
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
-    reduction = Reduction(setup.plan, flat, comm, transports, watch)
+    reduction = Reduction(setup.plan, flat, mesh.shard, transports, watch)
     undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
-    boundary = Boundary(comm, flat, reduction, shards, precision.loss_scale, policy, sink)
+    boundary = Boundary(mesh.job, flat, reduction, shards, precision.loss_scale, policy, sink)
     parts = Components(
         config,
-        comm,
+        mesh,
         setup.batch,
         precision,
         reduction,
@@ -250,18 +250,18 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     return Engine(setup.model, parts)
 
 
-def _open_sink(settings: Config, comm: Comm) -> TraceSink:
+def _open_sink(settings: Config, mesh: Mesh) -> TraceSink:
     wanted = settings.zerort.trace
     sink = open_sink(
         wanted.path if wanted.enabled else None,
-        rank=comm.rank,
-        world=comm.world,
+        rank=mesh.rank,
+        world=mesh.world,
         capacity=wanted.capacity,
     )
-    device = device_for(comm.device)
+    device = device_for(mesh.device)
     if sink.enabled and not device.blocks:
         sink.on_device(device.moment)
-    breaks_down = settings.wall_clock_breakdown and comm.rank == 0
+    breaks_down = settings.wall_clock_breakdown and mesh.rank == 0
     return ContainedSink(BreakdownSink(sink) if breaks_down else sink)
 
 
@@ -276,7 +276,7 @@ def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
 def _log_start(setup: Setup, flat: FlatModel) -> None:
     """Nothing is ignored in silence."""
     settings, model = setup.config, setup.model
-    if setup.comm.rank != 0:
+    if setup.mesh.rank != 0:
         return
     if settings.dump_state:
         _log.info("configuration: %s", settings.model_dump_json(indent=2))

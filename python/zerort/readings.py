@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from zerort.config import Batch, Config
 from zerort.grads.reduction import Reduction
-from zerort.mesh import Comm
+from zerort.mesh import Mesh
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
@@ -28,7 +28,7 @@ class Components:
     """What an engine is assembled from."""
 
     config: Config
-    comm: Comm
+    mesh: Mesh
     batch: Batch
     precision: Precision
     reduction: Reduction
@@ -64,7 +64,7 @@ class Readings:
     @property
     def device(self) -> torch.device:
         """Where the module lives."""
-        return self._parts.comm.device
+        return self._parts.mesh.device
 
     @property
     def loss_scale(self) -> float:

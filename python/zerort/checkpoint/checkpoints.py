@@ -42,7 +42,7 @@ class Checkpoints:
         """By this rank in the last load."""
         self.last_load: LoadRecord | None = None
         self._config = config
-        self._agreement = Consensus(state.comm, CheckpointError, alike=True)
+        self._agreement = Consensus(state.comm.control, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
         self._run = Run()
         self._spared = False

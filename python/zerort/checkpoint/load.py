@@ -95,7 +95,7 @@ class Load:
 
     @property
     def _agreement(self) -> Consensus:
-        return Consensus(self.state.comm, CheckpointError, alike=True)
+        return Consensus(self.state.comm.control, CheckpointError, alike=True)
 
     def _latest(self) -> str | None:
         what = f"cannot read {self.folder / LATEST}"
@@ -149,7 +149,7 @@ class Load:
 
     def _take_back(self, undo: Undo, error: BaseException) -> None:
         """Puts the engine back, on all ranks. Raises `CheckpointError` where that failed on one."""
-        failures = self.state.comm.gather_objects(undo.run())
+        failures = self.state.comm.control.gather_objects(undo.run())
         reasons = [reason for failed in failures for reason in failed]
         if reasons:
             message = (

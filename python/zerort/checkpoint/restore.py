@@ -42,7 +42,7 @@ def _apply_masters(state: EngineState, staged: Staged) -> None:
 
 
 def _apply_loose(state: EngineState, staged: Staged) -> None:
-    names = state.comm.gather_objects(list(staged.loose))[0]
+    names = state.comm.control.gather_objects(list(staged.loose))[0]
     tensors = dict(loose(state.module, state.flat))
     for name in names:
         data = tensors[name].detach()

@@ -79,7 +79,7 @@ def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL
     """Rank 0's tag, checked. Raises `CheckpointError` on all ranks when they differ and
     `validation` is FAIL.
     """
-    agreement = Consensus(comm, CheckpointError, alike=True)
+    agreement = Consensus(comm.control, CheckpointError, alike=True)
     tags = agreement.gather("cannot save", lambda: check_tag(tag))
     if len(set(tags)) > 1 and validation != "IGNORE":
         named = ", ".join(f"{rank}: {name}" for rank, name in enumerate(tags[:8]))
@@ -122,7 +122,7 @@ class Save:
             f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power "
             "loss"
         )
-        agreement = Consensus(self.comm, CheckpointError, alike=True)
+        agreement = Consensus(self.comm.control, CheckpointError, alike=True)
         try:
             self._name(agreement.first(not_saved, self.open))
             written = agreement.gather(not_saved, lambda: self.write(snapshot))

@@ -72,10 +72,10 @@ def newest_good(comm: Comm, disk: Disk, folder: Path, skip: str | None) -> str |
     """The newest tag, other than `skip`, without a problem; all ranks look at their part of the
     files.
     """
-    agreement = Consensus(comm, CheckpointError, alike=True)
+    agreement = Consensus(comm.control, CheckpointError, alike=True)
     tags = agreement.first(str(folder), lambda: _candidates(disk, folder, skip))
     for tag in tags:
-        found = comm.gather_objects(problems(folder, tag, disk, comm.rank, comm.world))
+        found = comm.control.gather_objects(problems(folder, tag, disk, comm.rank, comm.world))
         if not any(found):
             return tag
     return None

@@ -281,11 +281,9 @@ class Reduction:
             return False
         self._learnt = True
         seen = self._reducer.observed if self._comm.rank == 0 else []
-        order = torch.full(
-            (self.plan.num_params + 1,), -1, dtype=torch.int64, device=self._comm.device
-        )
-        order[: len(seen)] = torch.tensor(seen, dtype=torch.int64, device=self._comm.device)
-        self._comm.broadcast(order)
+        order = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64)
+        order[: len(seen)] = torch.tensor(seen, dtype=torch.int64)
+        self._comm.control.broadcast(order)
         self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)

@@ -157,12 +157,6 @@ class Comm(Protocol):
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Copies `buffer`, on `device`, from rank `source` to all, in place."""
 
-    def all_reduce(self, values: Tensor) -> None:
-        """`control.all_reduce`, of values on any device."""
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """`control.gather_objects`."""
-
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,17 +39,6 @@ class GroupComm:
         """Among the parameters' collectives."""
         with self._groups.named("broadcast"):
             dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters])
-
-    def all_reduce(self, values: Tensor) -> None:
-        """On the host: values that are on a device go there and back."""
-        on_host = values.cpu()
-        self.control.all_reduce(on_host)
-        if on_host is not values:
-            values.copy_(on_host)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """On the control group."""
-        return self.control.gather_objects(value)
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""

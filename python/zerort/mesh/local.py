@@ -62,13 +62,6 @@ class LocalComm:
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Nothing to move."""
 
-    def all_reduce(self, values: Tensor) -> None:
-        """The sum over one rank."""
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The value itself."""
-        return [value]
-
     def failure(self, what: str, error: Exception) -> CommError:
         """One rank has no peers to name."""
         return self.control.failure(what, error)

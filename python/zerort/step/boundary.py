@@ -138,7 +138,7 @@ class Boundary:
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:
-            reasons = self.comm.gather_objects(failure)
+            reasons = self.comm.control.gather_objects(failure)
             message = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
             raise StepError(
                 f"the step was not applied on any rank, because some rank failed. {message}"
@@ -147,7 +147,7 @@ class Boundary:
             raise PlanMismatch(self._first_difference(verdict.mismatched[0]))
 
     def _first_difference(self, stranger: int) -> str:
-        views = self.comm.gather_objects((self.flat.active(), self.reduction.plan.schedule))
+        views = self.comm.control.gather_objects((self.flat.active(), self.reduction.plan.schedule))
         ours, theirs = views[0], views[stranger]
         for name, here, there in zip(self.flat.names, ours[0], theirs[0], strict=True):
             if here != there:
@@ -191,7 +191,7 @@ class Boundary:
     def _culprit(self) -> str:
         found = [
             place
-            for place in self.comm.gather_objects(self.reduction.nonfinite())
+            for place in self.comm.control.gather_objects(self.reduction.nonfinite())
             if place is not None
         ]
         if not found:

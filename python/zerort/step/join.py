@@ -100,13 +100,13 @@ class Join:
         rows[self._comm.rank] = torch.tensor(
             [row.next, row.given, row.taken, row.divisor], dtype=torch.float64
         )
-        self._comm.all_reduce(rows)
+        self._comm.control.all_reduce(rows)
         self.rows = [
             Row(Next(int(each[0])), int(each[1]), int(each[2]), each[3]) for each in rows.tolist()
         ]
         found = read(self.rows, throws=self._throws)
         if any(each.next is Next.FAILED for each in self.rows):
-            reasons = self._comm.gather_objects(reason)
+            reasons = self._comm.control.gather_objects(reason)
             found = "; ".join(
                 f"rank {rank}: {each}" for rank, each in enumerate(reasons) if each is not None
             )

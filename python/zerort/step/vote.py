@@ -64,7 +64,7 @@ def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
     row += [float(ballot.unreduced), float(ballot.poisoned), float(high), float(low)]
     rows = torch.zeros(comm.world, len(row), dtype=torch.float64)
     rows[comm.rank] = torch.tensor(row, dtype=torch.float64)
-    comm.all_reduce(rows)
+    comm.control.all_reduce(rows)
     return _count(rows.tolist())
 
 
