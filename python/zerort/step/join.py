@@ -67,11 +67,6 @@ class Join:
         self._over: str | None = None
 
     @property
-    def over(self) -> bool:
-        """Whether the ranks have parted."""
-        return self._over is not None
-
-    @property
     def given(self) -> int:
         """Micro-batches with a gradient that all ranks have brought to this window."""
         return sum(row.given for row in self.rows)

@@ -491,21 +491,24 @@ class Transaction:
 
     def _roll(self, coming: Next) -> None:
         if self._join is not None:
+            # no rank may wait here for another that waits for its sums
+            self.reduction.drain()
             self._join.roll(coming, self.accumulation.window)
 
     def _leave(self, join: Join, error: BaseException) -> None:
         """An exception leaves the context: the others hear of it where they wait next."""
-        if join.over or isinstance(self._phase, Lost | Destroyed):
+        if isinstance(self._phase, Lost | Destroyed):
             return
-        with suppress(StepError, CommError):
-            join.roll(Next.FAILED, self.accumulation.window, f"{type(error).__name__}: {error}")
-        self._abandon()
+        with suppress(CommError):
+            self._abandon()
+            with suppress(JoinEnded):
+                join.roll(Next.FAILED, self.accumulation.window, f"{type(error).__name__}: {error}")
 
     def _serve(self, join: Join) -> None:
         """Out of data: does on zeros what the others do, until no rank has data left."""
         accumulation = self.accumulation
         while True:
-            join.roll(Next.DONE, accumulation.window)
+            self._roll(Next.DONE)
             accumulation.window.divisor = accumulation.window.divisor or join.divisor
             coming = {row.next for row in join.rows}
             # once all are done, what their last windows hold is still a step
@@ -516,7 +519,6 @@ class Transaction:
             if coming == {Next.DONE} and not join.given:
                 break
             try:
-                self.reduction.drain()
                 outcome = self._cross()
             except (StepError, PlanMismatch):
                 if self.boundary.half_updated is not None:
@@ -534,13 +536,15 @@ class Transaction:
             self.boundary.optimizer.split()
         self.reduction.begin(self.divide_factor)
         self.reduction.finish()
+        self.reduction.drain()
 
     def _correction(self) -> float:
         """What turns a division by all micro-batches of the window into one by those given."""
         join, ranks = self._join, self.boundary.comm.world
         if join is None or join.by_initial_world or self._averaged_over != ranks:
             return 1.0
-        return ranks * self.accumulation.steps / join.given
+        # a rank that has failed may have been the only one to give: that step is not applied
+        return ranks * self.accumulation.steps / max(1, join.given)
 
     def _samples(self) -> int:
         """Of the step that ends, over all ranks."""
