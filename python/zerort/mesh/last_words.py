@@ -21,7 +21,9 @@ from zerort.mesh.board import Board, Unanswered
 
 __all__ = ["FINISHED", "leave_at_exit"]
 
-FINISHED = "has finished its program, or left it by sys.exit"
+FINISHED = (
+    "has finished its program, or left it by sys.exit (engine.join() lets ranks end unevenly)"
+)
 
 _LONGEST = 600  # characters of an exception's message
 _PATIENCE = 0.5  # seconds
