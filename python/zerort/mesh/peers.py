@@ -32,8 +32,8 @@ another.
 _POLL = 0.02
 _NAMED = 8  # ranks that a sentence has room for
 _LATE = (
-    "makes fewer steps (which engine.join() allows), waits for something else, or needs longer than "
-    "zerort.timeout"
+    "makes fewer steps (which engine.join() allows), waits for something else, or needs longer "
+    "than zerort.timeout"
 )
 _CONSEQUENCE = "ended with CommError"
 
