@@ -25,6 +25,7 @@ from torch import Tensor
 
 import ranks
 from rounds import Spread
+from zerort.device import device_for
 from zerort.memory import Memory
 from zerort.mesh import connect
 from zerort.wire import FORMATS
@@ -63,15 +64,15 @@ def backend(gradient: Tensor) -> Callable[[], Tensor]:
 
 def zerort(gradient: Tensor, name: str) -> Callable[[], Tensor]:
     """What the engine does with a bucket's gradient."""
-    mesh, wire = connect(timedelta(minutes=5), gradient.device), FORMATS[name]
-    comm = mesh.shard
-    shard = gradient.numel() // comm.world
-    recv = Memory.zeros(shard * comm.chunks, gradient.dtype, gradient.device)
+    comm = connect(timedelta(minutes=5), gradient.device).shard
+    device = device_for(gradient.device)
+    shard, pieces = gradient.numel() // comm.world, comm.pieces(adds=FORMATS[name].adds)
+    recv = Memory.zeros(shard * pieces, gradient.dtype, gradient.device)
     accum = Memory.zeros(shard, torch.float32, gradient.device)
 
     def reduce() -> Tensor:
         comm.reduce_scatter(recv.tensor, gradient).start().wait()
-        wire.decode(recv, accum, scale=1.0 / comm.world, add=False)
+        device.reduce(recv, accum, world=pieces, scale=1.0 / comm.world, add=False)
         return accum.tensor
 
     return reduce

@@ -44,7 +44,7 @@ from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.watch import BucketWatch, Unwatched
-from zerort.wire import FORMATS, NAMES
+from zerort.wire import format_of
 
 __all__ = ["initialize"]
 
@@ -227,12 +227,13 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=setup.whole_tensors)
     shards.split()
+    wires = [format_of(bucket.spec.wire) for bucket in flat.buckets]
     transports = [
-        Transport(source_of(bucket), FORMATS[NAMES[bucket.spec.wire]], precision.predivide)
-        for bucket in flat.buckets
+        Transport(source_of(bucket), wire, wire.encoder(bucket, precision.predivide))
+        for bucket, wire in zip(flat.buckets, wires, strict=True)
     ]
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
-    reduction = Reduction(setup.plan, flat, mesh.shard, transports, watch)
+    reduction = Reduction(setup.plan, flat, mesh, transports, watch)
     undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(mesh.job, flat, reduction, shards, precision.loss_scale, policy, sink)

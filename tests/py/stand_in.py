@@ -445,7 +445,9 @@ class SimulatedComm(GlooComm):
     def __init__(self, machine: Machine, timeout: Any) -> None:
         super().__init__(torch.device("cpu"), timeout)
         self.machine = machine
-        self.chunks = 1
+
+    def pieces(self, *, adds: bool) -> int:
+        return 1
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Any:
         def run() -> tuple[list[Tensor], list[Tensor]]:

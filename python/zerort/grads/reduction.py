@@ -31,7 +31,7 @@ from zerort import _core
 from zerort.grads.arrivals import Arrivals
 from zerort.grads.hooks import ParameterHooks
 from zerort.memory import FlatModel
-from zerort.mesh import Comm
+from zerort.mesh import Mesh
 from zerort.run.executor import Executor, Fold
 from zerort.run.flight import Transport
 from zerort.run.nonfinite import in_sum
@@ -49,18 +49,19 @@ class Reduction:
         self,
         plan: _core.Plan,
         flat: FlatModel,
-        comm: Comm,
+        mesh: Mesh,
         transports: Sequence[Transport],
         watch: Watch,
     ) -> None:
         self.plan = plan
         self.passes = 0
         self._flat = flat
-        self._comm = comm
+        self._comm = mesh.shard
         self._sources = [transport.source for transport in transports]
+        self._encoders = [transport.encoder for transport in transports]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
-        self._executor = Executor(flat, comm, transports, watch)
+        self._executor = Executor(flat, mesh, transports, watch)
         self._executor.load(plan)
         self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._dispatch)
         self._arrivals = Arrivals(flat)
@@ -266,12 +267,23 @@ class Reduction:
         for source in self._sources:
             source.drop()
 
-    def reset(self) -> None:
-        """The boundary is over: the next pass overwrites the accumulators."""
+    def reset(self, *, applied: bool = False, growth: float = 1.0) -> None:
+        """The window is over: the next pass overwrites the accumulators.
+
+        Its sums are in the parameters if `applied`, else they are dropped. From now on gradients
+        are `growth` times as large, because the loss scale has moved.
+        """
         self.passes = 0
         self._executor.reset()
         for source in self._sources:
             source.reset()
+        for encoder in self._encoders:
+            encoder.close(applied=applied, growth=growth)
+
+    def forget(self) -> None:
+        """Another state of the model has been loaded: nothing of the steps before it is kept."""
+        for encoder in self._encoders:
+            encoder.forget()
 
     def learn(self) -> bool:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients

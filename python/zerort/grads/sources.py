@@ -10,6 +10,7 @@ Both leave `.grad` as None behind what they took, and both name what never came.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from zerort.memory import FlatBucket, Memory
 from zerort.run.flight import Source
-from zerort.wire import WireFormat
+from zerort.wire import Encoder
 
 __all__ = ["Stolen", "Summed", "source_of"]
 
@@ -37,15 +38,12 @@ class Stolen:
 
     def __init__(self, bucket: FlatBucket) -> None:
         self._params = bucket.params
-        self._slots: list[Tensor] = []
+        self._slots: Sequence[Tensor] = []
 
-    def rest_in(self, slots: list[Tensor]) -> None:
+    def rest_in(self, slots: Sequence[Tensor]) -> None:
         """Fits when it is of the gradients' dtype."""
-        self._slots = (
-            slots
-            if all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=True))
-            else []
-        )
+        fits = all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=False))
+        self._slots = slots if fits else []
 
     def collect(self) -> None:
         """Moves what is not there yet into the send buffer, in one batch."""
@@ -61,9 +59,9 @@ class Stolen:
         for parameter, slot in moving:
             parameter.grad = slot
 
-    def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
-        """One batched copy of all gradients that are not in their slots already."""
-        return _pack(self._params, wire, slots)
+    def pack(self, encoder: Encoder) -> list[int]:
+        """What is in `.grad`."""
+        return _pack(self._params, encoder)
 
     def unreduced(self) -> int:
         """What is in `.grad`."""
@@ -95,7 +93,7 @@ class Summed:
         self._taken = local is None
         self._came = [False] * len(bucket.params)
 
-    def rest_in(self, slots: list[Tensor]) -> None:
+    def rest_in(self, slots: Sequence[Tensor]) -> None:
         """Declined: the wire is narrower than the sum."""
 
     def _sum(self) -> _Sum:
@@ -123,17 +121,17 @@ class Summed:
         for i, _ in arrived:
             self._came[i] = True
 
-    def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
+    def pack(self, encoder: Encoder) -> list[int]:
         """Adds what is in `.grad` to what has waited, and encodes the sum."""
         if not any(self._came):
             self._taken = True
-            return _pack(self._params, wire, slots)
+            return _pack(self._params, encoder)
         self.collect()
         total = self._sum()
         absent = [i for i, came in enumerate(self._came) if not came]
         if absent:
             torch._foreach_zero_([total.views[i] for i in absent])
-        wire.encode([total.flat], [send])
+        encoder.encode_flat(total.flat)
         self._came = [False] * len(self._params)
         self._taken = True
         return absent
@@ -165,15 +163,10 @@ class _Sum:
         return cls(memory.tensor, bucket.slots(memory.tensor))
 
 
-def _pack(params: list[torch.nn.Parameter], wire: WireFormat, slots: list[Tensor]) -> list[int]:
+def _pack(params: list[torch.nn.Parameter], encoder: Encoder) -> list[int]:
     gradients = _take(params)
-    absent = [i for i, gradient in enumerate(gradients) if gradient is None]
-    if absent:
-        torch._foreach_zero_([slots[i] for i in absent])
-    moving = [(g, s) for g, s in zip(gradients, slots, strict=True) if g is not None and g is not s]
-    if moving:
-        wire.encode([gradient for gradient, _ in moving], [slot for _, slot in moving])
-    return absent
+    encoder.encode(gradients)
+    return [i for i, gradient in enumerate(gradients) if gradient is None]
 
 
 def _take(params: list[torch.nn.Parameter]) -> list[Tensor | None]:

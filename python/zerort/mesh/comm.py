@@ -5,10 +5,10 @@ can never pair with one of ours, and every group has the configured time-out, so
 peer for ever. What it deliberately does not do: it knows no buckets, dtypes or steps, and it
 decides no order.
 
-Reduction is split at the wire: a `Comm` delivers `chunks` equal pieces for this rank's shard and
-the wire format sums them. gloo delivers one piece per rank (an all-to-all moves (N-1)/N of the
-bytes, half of what gloo's own reduce-scatter does, and lets us sum in rank order); NCCL sums on its
-way and delivers one.
+Reduction is split at the wire: a `Comm` delivers equal `pieces` of this rank's shard, and the wire
+format adds them up. gloo delivers one piece from each rank (an all-to-all moves (N-1)/N of the
+bytes, half of what gloo's own reduce-scatter does, and lets us add in rank order); NCCL adds on the
+way and delivers one, unless what is sent is encoded so that it must not.
 """
 
 from __future__ import annotations
@@ -136,7 +136,6 @@ class Comm(Protocol):
     rank: int
     world: int
     device: torch.device
-    chunks: int
     window: int | None
     """Buckets in flight unless the configuration says otherwise; None means all."""
 
@@ -144,9 +143,14 @@ class Comm(Protocol):
     def control(self) -> Control:
         """Small facts between the same ranks."""
 
+    def pieces(self, *, adds: bool) -> int:
+        """How many pieces of this rank's shard arrive: one where the library adds on the way, which
+        it may only if `adds`; else one from each rank, in rank order.
+        """
+
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
-        """What moves `send` (world x n,) so that `recv` (chunks x n,) sums up to this rank's shard.
-        Asynchronous, once started.
+        """What moves `send` (world x n,) so that `recv` (pieces x n,) sums up to this rank's shard;
+        one piece may lie in this rank's slice of `send`. Asynchronous, once started.
         """
 
     def all_gather(self, buffer: Tensor) -> Work:

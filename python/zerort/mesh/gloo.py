@@ -27,7 +27,10 @@ class GlooComm(GroupComm):
 
     def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
         super().__init__(control, device, "gloo", timeout)
-        self.chunks = self.world
+
+    def pieces(self, *, adds: bool) -> int:
+        """One from each rank."""
+        return self.world
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Every rank's piece of this rank's shard, in rank order."""

@@ -43,13 +43,17 @@ class LocalControl:
 class LocalComm:
     """A group of one rank, which the job numbers `job_rank`."""
 
-    rank, world, chunks = 0, 1, 1
+    rank, world = 0, 1
     window: int | None = None
 
     def __init__(self, device: torch.device, job_rank: int = 0) -> None:
         self.device = device
         self.ranks: tuple[int, ...] = (job_rank,)
         self.control = LocalControl()
+
+    def pieces(self, *, adds: bool) -> int:
+        """What it sent."""
+        return 1
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Nothing to move: `recv` is `send`."""

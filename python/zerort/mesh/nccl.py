@@ -32,17 +32,25 @@ class NcclComm(GroupComm):
 
     # One group: two whose kernels are in flight together can deadlock.
     gradients = parameters = "data"
-    chunks = 1
     window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
     def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
         super().__init__(control, device, dist.get_default_backend_for_device(device), timeout)
 
+    def pieces(self, *, adds: bool) -> int:
+        """One, unless it may not be added."""
+        return 1 if adds else self.world
+
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
-        """Summed on the way; `recv` may be this rank's slice of `send`."""
+        """Added on the way where one piece is to arrive, else exchanged."""
+        name, call = (
+            ("reduce_scatter", _reduce_scatter)
+            if recv.numel() < send.numel()
+            else ("all_to_all", dist.all_to_all_single)
+        )
         group = self._groups[self.gradients]
-        call = partial(_reduce_scatter, recv, send, group=group, async_op=True)
-        return self._groups.work("reduce_scatter", self.gradients, [call])
+        start = partial(call, recv, send, group=group, async_op=True)
+        return self._groups.work(name, self.gradients, [start])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""

@@ -29,9 +29,9 @@ from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
 from zerort.memory import FlatBucket, FlatModel
-from zerort.mesh import Comm, Work
-from zerort.run.flight import IDLE, Inflight, Transport, lane_for
-from zerort.run.hops import Fold, GatherSums, Pass, ReduceScatter
+from zerort.mesh import Mesh, Work
+from zerort.run.flight import Flight, Hop, Inflight, LaneMemory, Transport, lane_for
+from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
 from zerort.trace.watch import Watch
 
 __all__ = ["Executor", "Fold"]
@@ -49,17 +49,17 @@ class Program:
     """In the order of their launches."""
     launches_end: int = 0
     """One past the last Launch."""
-    publishes: bool = False
-    """Updated shards are brought to all ranks after a step."""
+    publish: Sequence[tuple[FlatBucket, Sequence[Hop]]] = ()
+    """How updated shards are brought to all ranks after a step."""
 
 
 class Executor:
     """A second cursor into the schedule: what has run, behind what is allowed to."""
 
     def __init__(
-        self, flat: FlatModel, comm: Comm, transports: Sequence[Transport], watch: Watch
+        self, flat: FlatModel, mesh: Mesh, transports: Sequence[Transport], watch: Watch
     ) -> None:
-        self.device = device_for(comm.device)
+        self.device = device_for(mesh.device)
         self.streams = self.device.streams()
         self.watch = watch
         self.waited = 0.0
@@ -67,7 +67,8 @@ class Executor:
         waiting does not block it.
         """
         self._flat = flat
-        self._comm = comm
+        self._mesh = mesh
+        self._comm = mesh.shard
         self._transports = transports
         self._lock = threading.Lock()
         self._program = Program()
@@ -90,33 +91,36 @@ class Executor:
             [flights[bucket] for kind, bucket in plan.schedule if kind == "launch"],
             launches_end=1
             + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
-            publishes=plan.shards_optimizer,
+            publish=[(bucket, self._publish_hops(bucket)) for bucket in self._flat.buckets],
         )
         self._cursor = self._allowed = 0
 
     def _flights(self, plan: _core.Plan) -> dict[int, Inflight]:
         """By bucket. The n-th launch uses lane n modulo the window."""
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
-        gathers_sums = not plan.shards_optimizer and self._comm.world > 1
-        hops = [
-            ReduceScatter(self._comm, self._pass),
-            *([GatherSums(self._comm)] if gathers_sums else ()),
-        ]
         flights: dict[int, Inflight] = {}
         for position in range(plan.window):
             users = order[position :: plan.window]
-            lane = lane_for(
-                [self._flat.buckets[b] for b in users],
-                [self._transports[b] for b in users],
-                self._comm,
-                self.streams.lane(),
-            )
+            sizes = [(self._flat.buckets[b], self._transports[b].wire) for b in users]
+            lane = lane_for(sizes, self._comm, self.streams.lane())
             for b in users:
-                flights[b] = Inflight(self._flat.buckets[b], self._transports[b], lane, self._comm)
-                flights[b].hops = hops
+                flights[b] = self._flight(self._flat.buckets[b], self._transports[b], lane)
             for last, b in zip(users[-1:] + users, users, strict=False):
                 flights[b].before = flights[last] if lane.shared else None
         return flights
+
+    def _flight(self, bucket: FlatBucket, transport: Transport, lane: LaneMemory) -> Inflight:
+        buffers = lane.buffers(bucket, transport.wire, self._comm)
+        transport.encoder.bind(buffers)
+        transport.source.rest_in(transport.encoder.slots)
+        hops = [
+            REDUCE[hop.op](self._mesh[hop.group], bucket, transport, buffers, self._pass)
+            for hop in bucket.spec.reduce_hops
+        ]
+        return Inflight(bucket, hops, lane.lane)
+
+    def _publish_hops(self, bucket: FlatBucket) -> Sequence[Hop]:
+        return [PUBLISH[hop.op](self._mesh[hop.group], bucket) for hop in bucket.spec.publish_hops]
 
     # A pass.
 
@@ -184,9 +188,9 @@ class Executor:
 
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
-        works: list[tuple[FlatBucket, Work]] = []
+        flights: list[Flight] = []
         try:
-            _to_the_end(lambda: self._publish(works))
+            _to_the_end(lambda: self._publish(flights))
         finally:
             self._flat.published()
 
@@ -224,20 +228,28 @@ class Executor:
     def _drain(self) -> None:
         self._advance(self._allowed, wait=True)
         for flight in self._program.flights:
-            if flight.state.hop > 0:
-                self._complete(flight)
+            self._finish(flight)
 
     def _launch(self, flight: Inflight) -> None:
-        before = flight.before
-        if before is not None and before.state.hop > 0:
-            self._complete(before)
+        if flight.before is not None:
+            self._finish(flight.before)
+        flight.rewind()
         with self.streams.packing(flight.lane):
             flight.start()
 
     def _retire(self, flight: Inflight) -> None:
-        if flight.state.hop == 0 and flight.state != IDLE:
+        if flight.state.hop == 0:
             self._complete(flight)
-        if flight.state != IDLE:
+        self._start(flight)
+
+    def _finish(self, flight: Inflight) -> None:
+        """Makes the hops that follow the first."""
+        while flight.state.hop > 0 and not flight.over:
+            self._start(flight)
+            self._complete(flight)
+
+    def _start(self, flight: Inflight) -> None:
+        if not flight.over:
             with self.streams.summing(flight.lane):
                 flight.start()
 
@@ -257,16 +269,26 @@ class Executor:
         with self.waiting(what) if self.device.blocks else self._naming(what):
             work.wait()
 
-    def _publish(self, works: list[tuple[FlatBucket, Work]]) -> None:
-        if not works and self._program.publishes:
-            gather = self._comm.all_gather
-            works.extend([(b, gather(b.values.tensor)) for b in self._flat.buckets])
-        for bucket, work in works:
-            work.start()
-            self.watch.started(f"all_gather b{bucket.spec.id}", bucket.values.tensor.nbytes, work)
-        for bucket, work in works:
-            with self.waiting(f"all_gather of {_contents(bucket)}"):
-                work.wait()
+    def _publish(self, flights: list[Flight]) -> None:
+        if not flights:
+            flights.extend([Flight(bucket, hops) for bucket, hops in self._program.publish])
+        for flight in flights:
+            if not flight.over:
+                self._send(flight)
+        for flight in flights:
+            while not flight.over:
+                work = self._send(flight)
+                with self.waiting(f"{flight.hop.name} of {_contents(flight.bucket)}"):
+                    work.wait()
+                flight.take()
+
+    def _send(self, flight: Flight) -> Work:
+        """Starts the hop that a bucket being published is at, unless that has been done."""
+        fresh = flight.state.work is None
+        work = flight.start()
+        if fresh and self.watch.enabled:
+            self._started(flight)
+        return work
 
     @contextmanager
     def _naming(self, what: str) -> Iterator[None]:
@@ -281,7 +303,8 @@ class Executor:
 
     def _launched(self, flight: Inflight) -> None:
         if self.watch.enabled:
-            self.watch.launched(flight.bucket.spec, flight.send.nbytes, flight.send.dtype)
+            sent = flight.hop.buffer
+            self.watch.launched(flight.bucket.spec, sent.nbytes, sent.dtype)
             self._started(flight)
 
     def _retired(self, flight: Inflight) -> None:
@@ -289,10 +312,10 @@ class Executor:
             self.watch.retired(flight.bucket.spec)
             self._started(flight)
 
-    def _started(self, flight: Inflight) -> None:
+    def _started(self, flight: Flight) -> None:
         if flight.state.work is not None:
             name = f"{flight.hop.name} b{flight.bucket.spec.id}"
-            self.watch.started(name, flight.hop.size(flight), flight.state.work)
+            self.watch.started(name, flight.hop.buffer.nbytes, flight.state.work)
 
 
 def _to_the_end(run: Callable[[], None]) -> None:

@@ -1,10 +1,9 @@
 """A bucket under way: how it leaves this rank, its memory, and the collectives that use it.
 
-A flight makes its hops one after the other: the reduce-scatter, and where every rank needs the
-whole sum the gather that follows. What it guarantees: a hop is made once, started once and taken
-once, whatever raises between two of its lines, because its whole state is one attribute and a
-`Work` knows by itself whether it has been started. What it does not do: it does not know when its
-turn is, nor on which stream it runs.
+A flight makes the hops that were planned for its bucket one after the other. What it guarantees: a
+hop is made once, started once and taken once, whatever raises between two of its lines, because its
+whole state is one attribute and a `Work` knows by itself whether it has been started. What it does
+not do: it does not know when its turn is, nor on which stream it runs.
 """
 
 from __future__ import annotations
@@ -19,27 +18,26 @@ from torch import Tensor
 from zerort.device import Lane
 from zerort.memory import FlatBucket, Memory
 from zerort.mesh import Comm, Work
-from zerort.wire import WireFormat
+from zerort.wire import Buffers, Encoder, WireFormat
 
-__all__ = ["Hop", "Inflight", "LaneMemory", "Source", "Transport", "lane_for"]
+__all__ = ["Flight", "Hop", "Inflight", "LaneMemory", "Source", "Transport", "lane_for"]
 
 
 class Source(Protocol):
-    """One bucket's gradient on this rank, before it travels."""
+    """One bucket's gradient on this rank, before it is sent."""
 
-    def rest_in(self, slots: list[Tensor]) -> None:
+    def rest_in(self, slots: Sequence[Tensor]) -> None:
         """Offers the bucket's own send buffer, as one view per parameter, to keep gradients in
-        until it is packed.
+        until it is packed. Without slots there is no such memory.
         """
 
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
 
-    def pack(self, wire: WireFormat, send: Tensor, slots: list[Tensor]) -> list[int]:
-        """Encodes the gradient into `send`, of which `slots` are views, one per parameter; `.grad`
-        is None afterwards.
+    def pack(self, encoder: Encoder) -> list[int]:
+        """Encodes the gradient; `.grad` is None afterwards.
 
-        Returns the positions in the bucket of parameters without a gradient; their slots are zero.
+        Returns the positions in the bucket of parameters without a gradient, which counts as zero.
         """
 
     def unreduced(self) -> int:
@@ -58,8 +56,7 @@ class Transport:
 
     source: Source
     wire: WireFormat
-    predivide: float = 1.0
-    """What gradients are divided by before the sum over ranks, and multiplied by after it."""
+    encoder: Encoder
 
 
 class Hop(Protocol):
@@ -68,77 +65,79 @@ class Hop(Protocol):
     name: str
     """Of the collective, for errors and traces."""
 
-    def make(self, flight: Inflight) -> Work:
-        """Writes what is to travel, and returns the collective, not started."""
+    @property
+    def buffer(self) -> Tensor:
+        """What is sent."""
 
-    def size(self, flight: Inflight) -> int:
-        """Bytes of the buffer that travels."""
+    def make(self) -> Work:
+        """Writes what is to be sent, and returns the collective, not started."""
 
-    def take(self, flight: Inflight) -> None:
+    def take(self) -> None:
         """The collective is complete: its result goes where it belongs."""
 
 
 class State(NamedTuple):
     """Where a flight is: at its hop number `hop`, whose collective has been made if there is a
-    `work`.
+    `work`; at the end where there is no such hop.
     """
 
     hop: int
     work: Work | None
 
 
-IDLE = State(0, None)
+class Flight:
+    """A bucket on its way through its hops."""
+
+    __slots__ = ("bucket", "hops", "state")
+
+    def __init__(self, bucket: FlatBucket, hops: Sequence[Hop]) -> None:
+        self.bucket = bucket
+        self.hops = hops
+        self.state = State(0, None)
+
+    @property
+    def over(self) -> bool:
+        """Whether no hop is left."""
+        return self.state.hop == len(self.hops)
+
+    @property
+    def hop(self) -> Hop:
+        """The hop it is at."""
+        return self.hops[self.state.hop]
+
+    def start(self) -> Work:
+        """Makes and starts the hop it is at, once; nothing where that has been done."""
+        hop, work = self.state
+        if work is None:
+            work = self.hops[hop].make()
+            self.state = State(hop, work)
+        return work.start()
+
+    def take(self) -> None:
+        """Takes the result of the hop it is at, whose collective is complete, and goes to the
+        next.
+        """
+        self.hop.take()
+        self.pass_over()
+
+    def pass_over(self) -> None:
+        """Goes to the next hop without the result."""
+        self.state = State(self.state.hop + 1, None)
 
 
-class Inflight:
-    """A bucket's send and receive memory and its hops.
+class Inflight(Flight):
+    """A bucket's gradient on its way, pass after pass, in the memory of a lane.
 
     `before` is who used the same memory last, this pass or the one before; None where nobody else
     does.
     """
 
-    __slots__ = (
-        "before",
-        "bucket",
-        "hops",
-        "lane",
-        "own",
-        "recv",
-        "send",
-        "slots",
-        "state",
-        "transport",
-    )
+    __slots__ = ("before", "lane")
 
-    def __init__(
-        self, bucket: FlatBucket, transport: Transport, lane: LaneMemory, comm: Comm
-    ) -> None:
-        numel, shard, dtype = bucket.spec.numel, bucket.spec.shard_numel, transport.wire.dtype
-        self.bucket = bucket
-        self.transport = transport
-        self.lane = lane.lane
+    def __init__(self, bucket: FlatBucket, hops: Sequence[Hop], lane: Lane) -> None:
+        super().__init__(bucket, hops)
+        self.lane = lane
         self.before: Inflight | None = None
-        self.hops: Sequence[Hop] = ()
-        self.state = IDLE
-        self.send = lane.send.typed(dtype, 0, numel).tensor
-        self.own = lane.send.typed(dtype, comm.rank * shard, shard)
-        # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
-        self.recv = lane.recv.typed(dtype, 0, numel) if lane.recv else self.own
-        self.slots = bucket.slots(self.send)
-        if not lane.shared:
-            transport.source.rest_in(self.slots)
-
-    @property
-    def narrows(self) -> bool:
-        """Whether the sum is gathered in fewer bytes than it is kept in: from where the gradients
-        were sent.
-        """
-        return self.send.itemsize < self.bucket.accum.tensor.itemsize
-
-    @property
-    def gathered(self) -> Tensor:
-        """Where all ranks' sums come together (numel,)."""
-        return self.send if self.narrows else self.bucket.accum.tensor
 
     @property
     def under_way(self) -> bool:
@@ -148,45 +147,16 @@ class Inflight:
         works = (self.state.work, self.before.state.work if self.before is not None else None)
         return any(work is not None and not work.is_completed() for work in works)
 
-    @property
-    def hop(self) -> Hop:
-        """The hop it is at."""
-        return self.hops[self.state.hop]
-
-    def start(self) -> None:
-        """Makes and starts the hop it is at, once; nothing where that has been done."""
-        hop, work = self.state
-        if work is None:
-            work = self.hops[hop].make(self)
-            self.state = State(hop, work)
-        work.start()
-
-    def take(self) -> None:
-        """Takes the result of the hop it is at, whose collective is complete, and goes to the
-        next.
-        """
-        self.hop.take(self)
-        self.pass_over()
-
-    def pass_over(self) -> None:
-        """Goes to the next hop without the result."""
-        following = self.state.hop + 1
-        self.state = State(following, None) if following < len(self.hops) else IDLE
-
-    def pack(self) -> list[str]:
-        """Encodes the bucket's gradient; returns the names of parameters that had none."""
-        if self.before is not None:
-            self.send.zero_()  # it had its padding elsewhere
-        absent = self.transport.source.pack(self.transport.wire, self.send, self.slots)
-        if self.transport.predivide != 1.0:
-            self.send.div_(self.transport.predivide)
-        return [self.bucket.names[i] for i in absent if self.bucket.params[i].requires_grad]
+    def rewind(self) -> None:
+        """Back to the first hop, where it is over."""
+        if self.over:
+            self.state = State(0, None)
 
 
 @dataclass(frozen=True)
 class LaneMemory:
-    """Memory for one bucket in flight; buckets that follow one another at the window's distance
-    share it.
+    """Memory for one bucket in flight, in bytes; buckets that follow one another at the window's
+    distance share it.
     """
 
     send: Memory
@@ -195,13 +165,26 @@ class LaneMemory:
     """When the device is done with it."""
     shared: bool
 
+    def buffers(self, bucket: FlatBucket, wire: WireFormat, comm: Comm) -> Buffers:
+        """The memory as one of its users sees it."""
+        dtype = wire.dtype or torch.uint8
+        length = wire.shard_bytes(bucket.spec.shard_numel) // dtype.itemsize
+        pieces = comm.pieces(adds=wire.adds)
+        own = self.send.typed(dtype, comm.rank * length, length)
+        # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
+        recv = self.recv.typed(dtype, 0, pieces * length) if self.recv and pieces > 1 else own
+        send = self.send.typed(dtype, 0, comm.world * length)
+        return Buffers(send, own, recv, self.shared)
 
-def lane_for(
-    users: Sequence[FlatBucket], transports: Sequence[Transport], comm: Comm, lane: Lane
-) -> LaneMemory:
+
+def lane_for(users: Sequence[tuple[FlatBucket, WireFormat]], comm: Comm, lane: Lane) -> LaneMemory:
     """Memory for the largest of `users`, which are in flight one after the other."""
-    sizes = (b.spec.numel * t.wire.dtype.itemsize for b, t in zip(users, transports, strict=True))
-    size = max(sizes)
-    send = Memory.zeros(size, torch.uint8, comm.device)
-    recv = Memory.zeros(size, torch.uint8, comm.device) if comm.chunks > 1 else None
+    sizes = [
+        (wire.shard_bytes(bucket.spec.shard_numel), comm.pieces(adds=wire.adds))
+        for bucket, wire in users
+    ]
+    sent = max(comm.world * piece for piece, _ in sizes)
+    received = max(pieces * piece if pieces > 1 else 0 for piece, pieces in sizes)
+    send = Memory.zeros(sent, torch.uint8, comm.device)
+    recv = Memory.zeros(received, torch.uint8, comm.device) if received else None
     return LaneMemory(send, recv, lane, shared=len(users) > 1)

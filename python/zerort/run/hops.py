@@ -1,15 +1,20 @@
-"""The collectives of a bucket's gradient, and the arithmetic around them."""
+"""The collectives of a bucket, and the arithmetic around them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from zerort.memory import FlatBucket
 from zerort.mesh import Comm, Work
 from zerort.run import nonfinite
-from zerort.run.flight import Inflight
+from zerort.run.flight import Hop, Transport
+from zerort.wire import Buffers
 
-__all__ = ["Fold", "GatherSums", "Pass", "ReduceScatter"]
+__all__ = ["PUBLISH", "REDUCE", "Fold", "GatherSums", "GatherValues", "Pass", "ReduceScatter"]
 
 
 @dataclass(frozen=True)
@@ -32,71 +37,110 @@ class Pass:
     nonfinite: tuple[int, int] | None = None
     """(rank, parameter) of the first infinity or NaN that arrived."""
     failure: str | None = None
-    """What broke off on this rank. From then on zeros travel and results are not taken: peers find
-    a partner for each of their collectives, and the vote drops the window on all ranks.
+    """What broke off on this rank. From then on zeros are sent and results are not taken: peers
+    find a partner for each of their collectives, and the vote drops the window on all ranks.
     """
 
 
-class ReduceScatter:
+@dataclass(frozen=True)
+class OfGradient:
+    """A hop of a bucket's gradient, with all that it needs."""
+
+    comm: Comm
+    """Of the hop's group."""
+    bucket: FlatBucket
+    transport: Transport
+    buffers: Buffers
+    current: Pass
+
+
+class ReduceScatter(OfGradient):
     """From gradients to the sum of this rank's shard, in the accumulator."""
 
     name = "reduce_scatter"
 
-    def __init__(self, comm: Comm, current: Pass) -> None:
-        self._comm = comm
-        self._pass = current
+    @property
+    def buffer(self) -> Tensor:
+        """The gradient of the whole bucket, encoded."""
+        return self.buffers.send.tensor
 
-    def make(self, flight: Inflight) -> Work:
+    def make(self) -> Work:
         """Packs the gradients."""
-        if self._pass.failure is None:
-            self._pass.absent += flight.pack()
+        if self.current.failure is None:
+            absent = self.transport.source.pack(self.transport.encoder)
+            names, params = self.bucket.names, self.bucket.params
+            self.current.absent += [names[i] for i in absent if params[i].requires_grad]
         else:
-            flight.send.zero_()
-        return self._comm.reduce_scatter(flight.recv.tensor, flight.send)
+            self.transport.encoder.clear()
+        return self.comm.reduce_scatter(self.buffers.recv.tensor, self.buffers.send.tensor)
 
-    def size(self, flight: Inflight) -> int:
-        """All of the bucket, as it is encoded."""
-        return flight.send.nbytes
-
-    def take(self, flight: Inflight) -> None:
+    def take(self) -> None:
         """Sums what arrived."""
-        bucket, fold = flight.bucket, self._pass.fold
-        bucket.squares = flight.transport.wire.decode(
-            flight.recv,
-            bucket.reduced_shard,
-            scale=fold.scale * flight.transport.predivide,
-            add=fold.add,
-        )
+        bucket, fold = self.bucket, self.current.fold
+        decode = self.transport.encoder.decode
+        bucket.squares = decode(bucket.reduced_shard, scale=fold.scale, add=fold.add)
         if (
             isinstance(bucket.squares, float)
             and not math.isfinite(bucket.squares)
-            and self._pass.nonfinite is None
+            and self.current.nonfinite is None
         ):
-            self._pass.nonfinite = nonfinite.in_arrival(bucket, flight.recv, self._comm.rank)
+            self.current.nonfinite = self._culprit()
+
+    def _culprit(self) -> tuple[int, int] | None:
+        wire, encoder = self.transport.wire, self.transport.encoder
+        pieces = self.comm.pieces(adds=wire.adds)
+        return nonfinite.in_arrival(self.bucket, encoder, pieces, self.comm.rank)
 
 
-class GatherSums:
+class GatherSums(OfGradient):
     """From each rank's sums to all of them on every rank, where each has the whole optimizer."""
 
     name = "all_gather"
 
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
+    @property
+    def buffer(self) -> Tensor:
+        """Where all ranks' sums come together."""
+        rounds = self.transport.encoder.rounds
+        return self.buffers.send.tensor if rounds else self.bucket.accum.tensor
 
-    def make(self, flight: Inflight) -> Work:
-        """Rounds the sum to what travels."""
-        if flight.narrows:
+    def make(self) -> Work:
+        """Rounds the sum to what is sent."""
+        if self.transport.encoder.rounds:
             # What every rank will step with is the rounded sum, so the norm is that one's.
-            flight.bucket.squares = flight.transport.wire.round(
-                flight.bucket.reduced_shard, flight.own
-            )
-        return self._comm.all_gather(flight.gathered)
+            self.bucket.squares = self.transport.encoder.round(self.bucket.reduced_shard)
+        return self.comm.all_gather(self.buffer)
 
-    def size(self, flight: Inflight) -> int:
-        """All of the bucket, as it is gathered."""
-        return flight.gathered.nbytes
+    def take(self) -> None:
+        """Widens the sums where they were rounded."""
+        if self.transport.encoder.rounds:
+            self.transport.encoder.spread(self.bucket.accum)
 
-    def take(self, flight: Inflight) -> None:
-        """Widens the sums where fewer bytes travelled."""
-        if flight.narrows:
-            flight.bucket.accum.tensor.copy_(flight.gathered)
+
+@dataclass(frozen=True)
+class GatherValues:
+    """From each rank's updated parameters to all of them on every rank."""
+
+    comm: Comm
+    bucket: FlatBucket
+
+    name = "all_gather"
+
+    @property
+    def buffer(self) -> Tensor:
+        """The parameters themselves."""
+        return self.bucket.values.tensor
+
+    def make(self) -> Work:
+        """Nothing to write: this rank's part is in its place."""
+        return self.comm.all_gather(self.buffer)
+
+    def take(self) -> None:
+        """Nothing to read: parameters are views."""
+
+
+REDUCE: dict[str, Callable[[Comm, FlatBucket, Transport, Buffers, Pass], Hop]] = {
+    "reduce_scatter": ReduceScatter,
+    "all_gather": GatherSums,
+}
+PUBLISH: dict[str, Callable[[Comm, FlatBucket], Hop]] = {"all_gather": GatherValues}
+"""What makes the hops that the core plans, by their `op`."""

@@ -7,22 +7,24 @@ from bisect import bisect_right
 import torch
 
 from zerort import _core
-from zerort.memory import FlatBucket, Memory
+from zerort.memory import FlatBucket
+from zerort.wire import Encoder
 
 __all__ = ["in_arrival", "in_sum"]
 
 UNKNOWN = -1
 
 
-def in_arrival(bucket: FlatBucket, chunks: Memory, rank: int) -> tuple[int, int] | None:
-    """(source rank, parameter) of the first such element among the chunks that arrived for `rank`'s
-    shard, on CPU.
+def in_arrival(
+    bucket: FlatBucket, encoder: Encoder, pieces: int, rank: int
+) -> tuple[int, int] | None:
+    """(source rank, parameter) of the first such element among the `pieces` that arrived for
+    `rank`'s shard, on CPU.
     """
-    shard = bucket.spec.shard_numel
-    for source in range(chunks.tensor.numel() // shard if shard else 0):
-        index = _core.first_nonfinite(chunks.buffer.slice(source * shard, shard))
+    for source in range(pieces):
+        index = _core.first_nonfinite(encoder.piece(source))
         if index is not None:
-            return source, _parameter_at(bucket, rank * shard + index)
+            return source, _parameter_at(bucket, rank * bucket.spec.shard_numel + index)
     return None
 
 

@@ -77,25 +77,26 @@ class Boundary:
         says so. Whatever happens, the window is over: what was accumulated is dropped.
         """
         failure = failure or self.half_updated or self.reduction.failure
+        scale, applied = self.loss_scale.scale, False
         try:
             verdict = self._agree(divide_factor, failure)
             self._refuse(verdict, failure)
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()
-            scale = self.loss_scale.scale
             self.norm = verdict.norm / scale * correction
             if not verdict.finite:
                 return self._overflow(scale)
             self._apply(correction / (clip_factor(self.norm, self.policy.clip) * scale))
             self.loss_scale.update(False)
+            applied = True
             return Outcome.APPLIED
         except Exception:
             # a rank that did not fail may hold gradients that no pass has taken
             self.reduction.drop()
             raise
         finally:
-            self.reduction.reset()
+            self.reduction.reset(applied=applied, growth=self.loss_scale.scale / scale)
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
 
     def _agree(self, divide_factor: float, failure: str | None) -> Verdict:

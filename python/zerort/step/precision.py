@@ -16,7 +16,7 @@ from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
 from zerort.step.casting import cast, explained
-from zerort.wire import FORMATS, NAMES
+from zerort.wire import FORMATS, number_of
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
 
@@ -115,10 +115,10 @@ class Precision:
         def number(parameter: nn.Parameter) -> int:
             dtype = parameter.dtype
             if dtype != torch.float64 and self.wire is not None:
-                return NAMES.index(self.wire)
+                return number_of(self.wire)
             if dtype == torch.float32 and id(parameter) in low and self.autocast is not None:
                 dtype = self.autocast
-            return next(i for i, name in enumerate(NAMES) if FORMATS[name].dtype == dtype)
+            return next(i for i, wire in enumerate(FORMATS.values()) if wire.dtype == dtype)
 
         return number
 

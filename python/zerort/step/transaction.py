@@ -226,6 +226,7 @@ class Transaction:
     def restart(self) -> None:
         """A checkpoint has been loaded: the window begins anew."""
         self.drop()
+        self.reduction.forget()
         self._phase, self.boundary.half_updated = Idle(), None
         self.accumulation.realign()
 

@@ -1,48 +1,23 @@
-"""How a bucket travels: what autograd wrote is encoded into a send buffer, what arrives is summed
-into an accumulator.
+"""How a bucket's gradients are encoded on the wire, and how what arrives is added up.
 
-A wire format guarantees that encoding and decoding touch every element once, and that the sum runs
-in rank order with at least fp32 accumulation wherever this package does the summing. To add one: a
-file here, and a row in `FORMATS`.
+A *format* says what encoding costs: how many bytes a shard takes, and whether a network may add
+what is encoded. For each bucket it makes an *encoder*, which sees every gradient of the bucket once
+a pass and may keep state from step to step. Sums run in rank order with at least fp32 accumulation
+wherever this package does the adding, and an infinity or NaN arrives as one. Formats do not
+communicate, and force no host synchronisation on an accelerator.
+
+To add one: a file here, and a row at the end of `FORMATS`, whose order is the number that plans
+know a format by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
-from zerort.memory import Memory
+from zerort.wire.contract import Buffers, Encoder, WireFormat
 from zerort.wire.dense import Dense
 
-__all__ = ["FORMATS", "NAMES", "WireFormat"]
-
-
-class WireFormat(Protocol):
-    """Encodes gradients for the wire and decodes what arrives."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the send and receive buffers."""
-
-    def encode(self, gradients: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
-        """Writes each gradient into its slot, a view of the send buffer of its shape."""
-
-    def decode(self, chunks: Memory, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
-        """Sums the chunks that arrived (a multiple of n,), in rank order, times `scale`, into or
-        onto `accum` (n,).
-
-        Returns the squared norm of `accum` afterwards, in fp64: a float on CPU, a scalar tensor on
-        CUDA (no host sync). It is not finite exactly when an element is not.
-        """
-
-    def round(self, total: Memory, out: Memory) -> float | Tensor:
-        """Writes a finished sum (n,) into `out` (n,) of `dtype`, to be gathered; returns the
-        squared norm of `out`.
-        """
-
+__all__ = ["FORMATS", "Buffers", "Encoder", "WireFormat", "format_of", "number_of"]
 
 FORMATS: dict[str, WireFormat] = {
     "fp32": Dense(torch.float32),
@@ -51,5 +26,12 @@ FORMATS: dict[str, WireFormat] = {
     "fp64": Dense(torch.float64),
 }
 
-NAMES: tuple[str, ...] = tuple(FORMATS)
-"""By the number that a plan knows a format by."""
+
+def number_of(name: str) -> int:
+    """The number that plans know a format by."""
+    return list(FORMATS).index(name)
+
+
+def format_of(number: int) -> WireFormat:
+    """The format of a number."""
+    return list(FORMATS.values())[number]

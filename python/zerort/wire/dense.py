@@ -1,4 +1,4 @@
-"""Dense wire formats: every element travels, in one dtype."""
+"""Dense wire formats: every element is sent, in one dtype."""
 
 from __future__ import annotations
 
@@ -7,29 +7,101 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zerort import _core
 from zerort.device import device_for
-from zerort.memory import Memory
+from zerort.memory import FlatBucket, Memory
+from zerort.wire.contract import Buffers
 
 __all__ = ["Dense"]
 
 
 class Dense:
-    """Gradients cast to `dtype` on the way into the send buffer; sums in fp32, or fp64 for fp64."""
+    """Gradients in `dtype`, which a network may add; sums in fp32, or fp64 for fp64."""
+
+    adds = True
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def encode(self, gradients: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
+    def shard_bytes(self, numel: int) -> int:
+        """Every element in `dtype`."""
+        return numel * self.dtype.itemsize
+
+    def encoder(self, bucket: FlatBucket, predivide: float) -> DenseEncoder:
+        """Keeps no state."""
+        return DenseEncoder(self.dtype, bucket, predivide)
+
+
+class DenseEncoder:
+    """Casts gradients on their way into the send buffer, in one batch."""
+
+    def __init__(self, dtype: torch.dtype, bucket: FlatBucket, predivide: float) -> None:
+        self.rounds = dtype.itemsize < bucket.accum.tensor.itemsize
+        self._bucket = bucket
+        self._predivide = predivide
+        self._device = device_for(bucket.accum.tensor.device)
+        self._views: list[Tensor] = []
+
+    @property
+    def slots(self) -> Sequence[Tensor]:
+        """The parameters' places in the send buffer, where nobody else writes there."""
+        return [] if self._buffers.shared else self._views
+
+    def bind(self, buffers: Buffers) -> None:
+        """Cuts the send buffer."""
+        self._buffers = buffers
+        self._views = self._bucket.slots(buffers.send.tensor)
+
+    def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """One batched copy, which casts where dtypes differ."""
-        torch._foreach_copy_(list(slots), list(gradients))
+        if self._buffers.shared:
+            self._buffers.send.tensor.zero_()  # others wrote where this bucket has padding
+        pairs = list(zip(gradients, self._views, strict=True))
+        empty = [slot for gradient, slot in pairs if gradient is None]
+        if empty:
+            torch._foreach_zero_(empty)
+        moving = [(g, slot) for g, slot in pairs if g is not None and g is not slot]
+        if moving:
+            torch._foreach_copy_([slot for _, slot in moving], [g for g, _ in moving])
+        self._divide()
 
-    def decode(self, chunks: Memory, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
-        """The sum over ranks, as the device takes it."""
-        world = chunks.tensor.numel() // accum.tensor.numel() if accum.tensor.numel() else 1
-        device = device_for(accum.tensor.device)
-        return device.reduce(chunks, accum, world=world, scale=scale, add=add)
-
-    def round(self, total: Memory, out: Memory) -> float | Tensor:
+    def encode_flat(self, gradient: Tensor) -> None:
         """A cast."""
-        out.tensor.copy_(total.tensor)
-        return device_for(out.tensor.device).squared_norm(out)
+        self._buffers.send.tensor.copy_(gradient)
+        self._divide()
+
+    def clear(self) -> None:
+        """Zeros."""
+        self._buffers.send.tensor.zero_()
+
+    def decode(self, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
+        """The sum over ranks, as the device takes it."""
+        recv = self._buffers.recv
+        pieces = recv.tensor.numel() // accum.tensor.numel()
+        scale *= self._predivide
+        return self._device.reduce(recv, accum, world=pieces, scale=scale, add=add)
+
+    def piece(self, source: int) -> _core.Buffer:
+        """A slice."""
+        shard = self._bucket.spec.shard_numel
+        return self._buffers.recv.buffer.slice(source * shard, shard)
+
+    def round(self, total: Memory) -> float | Tensor:
+        """A cast."""
+        own = self._buffers.own
+        own.tensor.copy_(total.tensor)
+        return self._device.squared_norm(own)
+
+    def spread(self, accum: Memory) -> None:
+        """A cast."""
+        accum.tensor.copy_(self._buffers.send.tensor)
+
+    def close(self, *, applied: bool, growth: float) -> None:
+        """Nothing is kept."""
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def _divide(self) -> None:
+        if self._predivide != 1.0:
+            self._buffers.send.tensor.div_(self._predivide)

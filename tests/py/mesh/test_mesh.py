@@ -26,7 +26,7 @@ def move(mesh: Mesh, name: str) -> dict[str, Any]:
     """Every collective of one group, on values that tell who sent them."""
     comm = mesh[name]
     send = torch.arange(2.0 * comm.world) + 100 * mesh.rank
-    recv = torch.zeros(2 * comm.chunks)
+    recv = torch.zeros(2 * comm.pieces(adds=True))
     if comm.world == 1:
         recv = send
     comm.reduce_scatter(recv, send).start().wait()

@@ -21,7 +21,7 @@ from tap import tapped
 from terms import Weights, engine_over_terms, step_with, weights
 from training import Config, assert_same, at_stage, train, train_all, twin_of
 from zerort.errors import ConfigError, NonFiniteGradient, StepError
-from zerort.wire import FORMATS, NAMES
+from zerort.wire import FORMATS, format_of
 
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
 
@@ -467,12 +467,12 @@ def _wires_under_autocast(rank: int, world: int, autocast: Config, more: Config)
         engine.step()
     sent = Counter(call.tensors[0].dtype for call in calls if call.op == "all_to_all_single")
     names = {
-        name: NAMES[bucket.spec.wire]
+        name: list(FORMATS)[bucket.spec.wire]
         for bucket in engine._parts.boundary.flat.buckets
         for name in bucket.names
     }
     assert sent == Counter(
-        FORMATS[NAMES[bucket.spec.wire]].dtype for bucket in engine._parts.boundary.flat.buckets
+        format_of(bucket.spec.wire).dtype for bucket in engine._parts.boundary.flat.buckets
     )
     return names
 
