@@ -18,13 +18,12 @@ from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
 from zerort.engine import Engine
-from zerort.errors import ConfigError, PlanError
+from zerort.errors import PlanError
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import source_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm, Mesh
-from zerort.optim import ShardOptimizer, schedules
-from zerort.optim.elementwise import why_not_elementwise
+from zerort.optim import Abilities, ShardOptimizer, schedules
 from zerort.readings import Components
 from zerort.run.flight import Transport
 from zerort.start import agreed, checks
@@ -37,7 +36,7 @@ from zerort.start.compare import (
 )
 from zerort.start.connect import connected
 from zerort.start.loader import TrainingLoader, open_loader
-from zerort.start.optimizer import choose_optimizer
+from zerort.start.optimizer import abilities_of, choose_optimizer
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
 from zerort.trace import TraceSink, open_sink
@@ -127,8 +126,8 @@ class Setup:
     sink: TraceSink
     loader: TrainingLoader | None
     scheduler: Any
-    whole_tensors: bool
-    """The optimizer looks at whole parameters, not at each element alone."""
+    abilities: Abilities
+    """What the optimizer can be given."""
 
     @property
     def layout(self) -> Layout:
@@ -171,12 +170,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     model.to(mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
-    whole = why_not_elementwise(chosen)
-    if whole is not None and plan.shards_optimizer:
-        raise ConfigError(
-            f"optimizer {type(chosen).__name__} cannot run on shards: {whole}. Use "
-            "zero_optimization.stage 0, which keeps the optimizer whole"
-        )
+    abilities = abilities_of(chosen, shards=plan.shards_optimizer)
     sink = _open_sink(settings, mesh)
     undo.callback(sink.close)
     return Setup(
@@ -191,7 +185,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         sink,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
-        whole_tensors=whole is not None,
+        abilities=abilities,
     )
 
 
@@ -225,7 +219,7 @@ def _planned(
 
 def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
-    shards = ShardOptimizer(setup.optimizer, flat, whole_tensors=setup.whole_tensors)
+    shards = ShardOptimizer(setup.optimizer, flat, setup.abilities)
     shards.split()
     wires = [format_of(bucket.spec.wire) for bucket in flat.buckets]
     transports = [

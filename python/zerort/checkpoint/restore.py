@@ -19,7 +19,7 @@ from zerort.checkpoint.match import LoadOptions, Match
 from zerort.checkpoint.staging import Staged
 from zerort.checkpoint.state import EngineState, by_bucket, loose, own_shard
 from zerort.memory import FlatBucket
-from zerort.optim.shard import Segment, regions
+from zerort.optim.segments import Segment, regions
 
 __all__ = ["apply"]
 

@@ -34,7 +34,7 @@ from zerort.checkpoint.state import (
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.errors import CheckpointError
 from zerort.memory import FlatBucket
-from zerort.optim.shard import Region, Segment, regions
+from zerort.optim.segments import Region, Segment, regions
 
 __all__ = ["Snapshot", "collect", "merged_states"]
 

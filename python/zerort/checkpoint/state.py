@@ -21,7 +21,7 @@ from zerort.grads.reduction import Reduction
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
-from zerort.optim.shard import Segment
+from zerort.optim.segments import Segment
 from zerort.step.accumulation import Counters
 from zerort.step.precision import LossScale
 

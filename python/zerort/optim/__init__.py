@@ -16,10 +16,12 @@ import torch
 from torch.optim import Optimizer
 
 from zerort.errors import ConfigError
+from zerort.optim.initial import has_stepped
 from zerort.optim.lion import Lion
-from zerort.optim.shard import ShardOptimizer, has_stepped
+from zerort.optim.probe import Abilities, examine
+from zerort.optim.shard import ShardOptimizer
 
-__all__ = ["NAMED", "Lion", "ShardOptimizer", "build", "has_stepped"]
+__all__ = ["NAMED", "Abilities", "Lion", "ShardOptimizer", "build", "examine", "has_stepped"]
 
 Params = Iterable[Any]
 

@@ -11,87 +11,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zerort.errors import StepError
-from zerort.memory import FlatBucket, FlatModel, Form
+from zerort.memory import FlatModel
+from zerort.optim.initial import InitialState
+from zerort.optim.probe import Abilities, is_known
+from zerort.optim.segments import Segment, flat_segments, runs, shaped_segments
 
-__all__ = ["Region", "Segment", "ShardOptimizer", "has_stepped", "regions"]
-
-
-@dataclass
-class Segment:
-    """A run of a bucket's owned part that the optimizer sees as one parameter; start and length in
-    elements of it.
-    """
-
-    bucket: FlatBucket
-    start: int
-    length: int
-    form: Form | None = None
-    active: bool = True
-    tensor: nn.Parameter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tensor = nn.Parameter(self.of(self.bucket.master), requires_grad=False)
-
-    def of(self, flat: Tensor) -> Tensor:
-        """This segment's part of a tensor that lies as the bucket's owned part does, in the
-        segment's shape.
-        """
-        piece = flat.narrow(0, self.start, self.length)
-        return piece if self.form is None else self.form.over(piece)
-
-    def flattened(self, value: Tensor) -> Tensor:
-        """The inverse of `of`: a tensor in the segment's shape as the (length,) elements of the
-        owned part.
-        """
-        if self.form is None:
-            return value
-        flat = torch.empty(self.length, dtype=value.dtype, device=value.device)
-        self.form.over(flat).copy_(value)
-        return flat
-
-    def load_gradient(self) -> None:
-        """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
-        gradient = self.of(self.bucket.accum.tensor) if self.active else None
-        # torch wants gradients in their parameter's dtype; sums in less than that are widened here.
-        self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
-
-    def cut(self, runs: Sequence[tuple[int, int, bool]]) -> list[Segment]:
-        """This segment's parts along `runs` (start, end, active) of the bucket's owned part."""
-        parts = []
-        for start, end, active in runs:
-            lo, hi = max(start, self.start), min(end, self.start + self.length)
-            if lo < hi:
-                parts.append(Segment(self.bucket, lo, hi - lo, self.form, active))
-        return parts
+__all__ = ["ShardOptimizer"]
 
 
 class ShardOptimizer:
     """Steps `optimizer` over segments instead of the module's parameters.
 
-    `whole_tensors` gives it one shaped segment per parameter, for optimizers that look at whole
-    tensors; that needs a replicated optimizer, where every rank owns every bucket.
+    One that cannot run on shards gets a shaped segment for each parameter; that needs a replicated
+    optimizer, where every rank owns every bucket. One that cannot step over gaps is shown only
+    groups and tensors that have a gradient.
     """
 
-    def __init__(self, optimizer: Optimizer, flat: FlatModel, *, whole_tensors: bool) -> None:
+    def __init__(self, optimizer: Optimizer, flat: FlatModel, abilities: Abilities) -> None:
         self.optimizer = optimizer
-        self._buckets, self._whole_tensors = flat.buckets, whole_tensors
-        self.segments = self._uncut()
-        self._scales_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-            group.get("fused") for group in optimizer.param_groups
+        self._buckets, self._gaps = flat.buckets, abilities.gaps
+        self._whole_tensors = abilities.shards is not None
+        # Said by torch of its own classes; a subclass may do without.
+        self._scales_itself = (
+            is_known(optimizer)
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and all(group.get("fused") for group in optimizer.param_groups)
         )
-        self._initial = _initial_state(optimizer)
-        optimizer.state.clear()
-        self._regroup()
-        self._give_initial_state()
+        self._initial = InitialState(optimizer, flat.params)
+        self.restart(lambda _: None)
 
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and
@@ -118,38 +73,23 @@ class ShardOptimizer:
 
         The parameters of a segment have one label then, so that one state can be given to them all.
         """
-        self.optimizer.state.clear()
+        self._initial.begin(self.optimizer)
         self.segments = self._uncut()
-        self._give_initial_state()
-        self._cut(label)
-
-    def _give_initial_state(self) -> None:
+        self._cut(lambda param: (self._initial.label(param), label(param)))
         for segment in self.segments:
-            initial = self._initial.get(segment.bucket.spec.group)
-            if initial is not None:
-                self.optimizer.state[segment.tensor] = {
-                    key: torch.full_like(segment.tensor, value)
-                    if isinstance(value, float)
-                    else value.clone()
-                    for key, value in initial.items()
-                }
+            state = self._initial.of(segment.param, segment.tensor)
+            if state:
+                self.optimizer.state[segment.tensor] = state
 
     def _uncut(self) -> list[Segment]:
-        return [
-            segment
-            for bucket in self._buckets
-            for segment in (
-                _shaped(bucket)
-                if self._whole_tensors
-                else [Segment(bucket, 0, bucket.master.numel())]
-            )
-        ]
+        uncut = shaped_segments if self._whole_tensors else flat_segments
+        return [segment for bucket in self._buckets for segment in uncut(bucket)]
 
     def _cut(self, label: Callable[[int], Hashable]) -> None:
-        runs = {id(bucket): list(_runs(bucket, label)) for bucket in self._buckets}
+        along = {id(bucket): list(runs(bucket, label)) for bucket in self._buckets}
         segments: list[Segment] = []
         for segment in self.segments:
-            parts = segment.cut(runs[id(segment.bucket)])
+            parts = segment.cut(along[id(segment.bucket)])
             if len(parts) == 1:
                 segment.active = parts[0].active
                 segments.append(segment)
@@ -175,15 +115,18 @@ class ShardOptimizer:
         gradients = [
             segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None
         ]
-        if factor == 1.0 or not gradients:
-            # A rank that owns frozen parameters only steps too: hooks, counters and schedulers go
-            # the same way on every rank.
-            self.optimizer.step()
-        elif self._scales_itself:
+        if factor != 1.0 and gradients and self._scales_itself:
             self._step_scaled(1.0 / factor, gradients[0].device)
-        else:
+            return
+        if factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
+        # A rank that owns frozen parameters only steps too: hooks, counters and schedulers go the
+        # same way on every rank.
+        if self._gaps:
             self.optimizer.step()
+        elif gradients:
+            with _without_gaps(self.optimizer):
+                self.optimizer.step()
 
     def _step_scaled(self, divisor: float, device: torch.device) -> None:
         # Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses
@@ -198,7 +141,8 @@ class ShardOptimizer:
 
     def _regroup(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
-            group["params"] = [
+            # in place: an optimizer may hold the very list
+            group["params"][:] = [
                 segment.tensor for segment in self.segments if segment.bucket.spec.group == index
             ]
         self._given = [
@@ -217,68 +161,17 @@ class ShardOptimizer:
             }
 
 
-def has_stepped(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's state holds more than its constructor put there (Adagrad's does, most
-    leave it empty).
-    """
-    return any(
-        bool((value != value.reshape(-1)[0]).any())
-        if value.shape == parameter.shape
-        else bool(value.any())
-        for parameter, state in optimizer.state.items()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.numel()
-    )
-
-
-def _initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """By group, what the constructor gave its first parameter: a number for what has its shape,
-    else a tensor.
-    """
-    initial = {}
-    for index, group in enumerate(optimizer.param_groups):
-        parameter = next((p for p in group["params"] if p.numel() and optimizer.state.get(p)), None)
-        if parameter is not None:
-            initial[index] = {
-                key: float(value.reshape(-1)[0]) if value.shape == parameter.shape else value
-                for key, value in optimizer.state[parameter].items()
-            }
-    return initial
-
-
-@dataclass(frozen=True)
-class Region:
-    """A parameter's elements of a bucket's owned part, with the padding behind them; start and end
-    count from there.
-    """
-
-    start: int
-    end: int
-    param: int
-    """Id of the parameter."""
-    parameter: nn.Parameter
-
-
-def regions(bucket: FlatBucket) -> Iterator[Region]:
-    """What tiles the bucket's owned part. Empty parameters have no region."""
-    end_of_owned = bucket.start + bucket.master.numel()
-    ends = [*bucket.spec.offsets[1:], bucket.spec.numel]
-    members = zip(bucket.spec.offsets, ends, bucket.spec.params, bucket.params, strict=True)
-    for start, end, param, parameter in members:
-        lo, hi = max(start, bucket.start), min(end, end_of_owned)
-        if lo < hi:
-            yield Region(lo - bucket.start, hi - bucket.start, param, parameter)
-
-
-def _runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> Iterator[tuple[int, int, bool]]:
-    def key(region: Region) -> tuple[bool, Hashable]:
-        return region.parameter.requires_grad, label(region.param)
-
-    for (active, _), group in groupby(regions(bucket), key=key):
-        members = list(group)
-        yield members[0].start, members[-1].end, active
-
-
-def _shaped(bucket: FlatBucket) -> list[Segment]:
-    pieces = zip(bucket.spec.offsets, bucket.spec.numels, bucket.forms, strict=True)
-    return [Segment(bucket, start, length, form) for start, length, form in pieces]
+@contextmanager
+def _without_gaps(optimizer: Optimizer) -> Iterator[None]:
+    """Within, the optimizer has only tensors with a gradient, and only groups that have some."""
+    groups = list(optimizer.param_groups)
+    params = [list(group["params"]) for group in groups]
+    for group, tensors in zip(groups, params, strict=True):
+        group["params"][:] = [tensor for tensor in tensors if tensor.grad is not None]
+    optimizer.param_groups[:] = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        optimizer.param_groups[:] = groups
+        for group, tensors in zip(groups, params, strict=True):
+            group["params"][:] = tensors
