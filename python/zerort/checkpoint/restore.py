@@ -52,7 +52,15 @@ def _apply_loose(state: EngineState, staged: Staged) -> None:
         if sent.numel():
             # As bytes: not every dtype is one that a collective takes.
             state.comm.broadcast(sent.view(-1).view(torch.uint8))
-        data.copy_(sent)
+        _write(data, sent)
+
+
+def _write(data: Tensor, values: Tensor) -> None:
+    """Each element of memory once: an expanded tensor refuses to be written to."""
+    for dim, stride in enumerate(data.stride()):
+        if stride == 0 and data.shape[dim] > 1:
+            data, values = data.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    data.copy_(values)
 
 
 def _owned(state: EngineState, bucket: FlatBucket, shard: Tensor) -> Tensor:

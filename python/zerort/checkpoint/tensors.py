@@ -38,6 +38,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -71,7 +74,13 @@ class Stored:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Stored:
-        """A whole tensor."""
+        """A whole tensor. Raises `CheckpointError` naming one that the format cannot hold."""
+        if tensor.layout != torch.strided or tensor.dtype not in CODES:
+            advice = ": keep torch.view_as_real(...) of it" if tensor.is_complex() else ""
+            raise CheckpointError(
+                f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors has no "
+                f"form for{advice}"
+            )
         return cls(name, tensor.dtype, tuple(tensor.shape), [tensor])
 
 
@@ -93,7 +102,7 @@ def size_of(code: str, shape: Iterable[int]) -> int:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The elements in order, as bytes: the tensor's own memory where contiguous and on CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
