@@ -5,6 +5,9 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d \\
              --rdzv_endpoint=HOST:29400 examples/train_text.py      many machines, the same file
 
+With --max-restarts=3 before the script and --resume behind it, torchrun starts all ranks anew when
+one is lost, and they go on from the last checkpoint (docs/restarts.md).
+
 Nothing is downloaded. How it is trained stands in train_text.json beside this file; bits per byte
 start at 8. With --resume a run that was interrupted, however rudely, goes on from its last
 checkpoint, on any number of ranks.

@@ -71,6 +71,11 @@ class HashedFile:
         """Shows others, until the file is closed, that it is in use."""
         self._disk.hold(self._descriptor())
 
+    @property
+    def bytes_written(self) -> int:
+        """So far."""
+        return self._bytes
+
     def write(self, data: memoryview | bytes) -> None:
         """Appends `data`."""
         rest = memoryview(data).cast("B")

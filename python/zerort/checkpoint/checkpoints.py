@@ -23,7 +23,7 @@ from zerort.checkpoint.state import EngineState
 from zerort.checkpoint.weights import save_weights
 from zerort.config import Config
 from zerort.errors import CheckpointError
-from zerort.mesh import Consensus
+from zerort.mesh import Consensus, Patience
 
 __all__ = ["Checkpoints"]
 
@@ -69,11 +69,15 @@ class Checkpoints:
         snapshot = self._agreement.agree(
             what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
         )
-        options = replace(options, keep=loaded, run=self._run)
+        options = replace(options, keep=loaded, run=self._run, timeout=self._timeout)
         saving = Save(comm, self.disk, folder, name, options)
         saving.run(snapshot)
         self._report(folder, options.keep_last, saving.pruned)
         return True
+
+    @property
+    def _timeout(self) -> float:
+        return self._config.zerort.checkpoint.timeout
 
     def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
         if pruned.gone:
@@ -98,7 +102,7 @@ class Checkpoints:
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
         folder = Path(load_dir)
-        loading = Load(self.state, self.disk, folder, options, custom)
+        loading = Load(self.state, self.disk, folder, options, custom, self._timeout)
         loaded = loading.run(tag, fallback=fallback)
         self.bytes_read = loading.bytes_read
         if loaded is None:
@@ -121,7 +125,8 @@ class Checkpoints:
     ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
         folder = Path(save_dir)
-        self._agreement.first(
+        patience = Patience(f"save {folder / name}", self._timeout, "zerort.checkpoint.timeout")
+        replace(self._agreement, patience=patience).first(
             f"{folder / name} was not saved",
             lambda: save_weights(
                 self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen

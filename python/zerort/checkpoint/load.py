@@ -38,7 +38,7 @@ from zerort.checkpoint.tags import LATEST, check_tag, latest, read_manifest
 from zerort.checkpoint.undo import Undo
 from zerort.checkpoint.verify import newest_good
 from zerort.errors import CheckpointError, CommError
-from zerort.mesh import Consensus
+from zerort.mesh import Consensus, Patience
 
 __all__ = ["Damaged", "Load"]
 
@@ -60,11 +60,14 @@ class Load:
     folder: Path
     options: LoadOptions
     custom: Callable[..., Any] | None = None
+    timeout: float = 3600.0
+    """Seconds that a rank may read nothing."""
     bytes_read: int = 0
     """By this rank, from the files of tensors."""
     manifest: Manifest | None = None
     """Of what was loaded."""
     record: LoadRecord | None = None
+    _reader: Reader | None = None
 
     def run(self, tag: str | None, *, fallback: bool) -> tuple[str, Any] | None:
         """Loads `tag`, or what `latest` names; returns the tag and the client state, or None when
@@ -79,7 +82,7 @@ class Load:
             found = found if found is not None else self._latest()
             return None if found is None else (found, self._load(found))
         except Damaged as error:
-            other = newest_good(self.state.comm, self.disk, self.folder, found)
+            other = newest_good(self._reading, self.disk, self.folder, found)
             if other is None:
                 raise CheckpointError(
                     f"{error}; no other checkpoint in {self.folder} verifies"
@@ -97,16 +100,33 @@ class Load:
     def _agreement(self) -> Consensus:
         return Consensus(self.state.comm.control, CheckpointError, alike=True)
 
+    @property
+    def _reading(self) -> Consensus:
+        """For what only reads files, at the speed of its disk."""
+        patience = Patience(
+            f"load a checkpoint of {self.folder}",
+            self.timeout,
+            "zerort.checkpoint.timeout",
+            lambda: 0 if self._reader is None else self._reader.blocks.bytes_read,
+        )
+        return Consensus(self.state.comm.control, CheckpointError, alike=True, patience=patience)
+
     def _latest(self) -> str | None:
         what = f"cannot read {self.folder / LATEST}"
-        return self._agreement.first(what, lambda: latest(self.disk, self.folder), Damaged)
+        return self._reading.first(what, lambda: latest(self.disk, self.folder), Damaged)
 
     def _load(self, tag: str) -> Any:
-        ranks, what = self._agreement, f"cannot load checkpoint {self.folder / tag}"
-        data = ranks.first(what, lambda: read_manifest(self.disk, self.folder, tag), Damaged)
+        ranks, reading, what = (
+            self._agreement,
+            self._reading,
+            f"cannot load checkpoint {self.folder / tag}",
+        )
+        data = reading.first(what, lambda: read_manifest(self.disk, self.folder, tag), Damaged)
         manifest = ranks.agree(what, lambda: self._parsed(data), Damaged)
         found, fits = ranks.agree(what, lambda: self._decided(manifest))
-        staged, weights = ranks.agree(what, lambda: self._read(tag, manifest, found, fits), Damaged)
+        staged, weights = reading.agree(
+            what, lambda: self._read(tag, manifest, found, fits), Damaged
+        )
         self.record = record_of(str(self.folder / tag), manifest, self.state.module, found, fits)
         undo = Undo()
         try:
@@ -133,7 +153,7 @@ class Load:
     def _read(
         self, tag: str, manifest: Manifest, found: Match, fits: Fit
     ) -> tuple[Staged, dict[str, Tensor]]:
-        reader = Reader(self.disk, self.folder / tag, manifest)
+        self._reader = reader = Reader(self.disk, self.folder / tag, manifest)
         reader.check_names()
         staged = stage(reader, self.state, found, fits, self.options)
         weights = state_dict_of(reader, as_saved=True) if self.custom is not None else {}

@@ -45,7 +45,7 @@ from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
 from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path
 from zerort.checkpoint.tensors import as_bytes, place
 from zerort.errors import CheckpointError
-from zerort.mesh import Comm, Consensus
+from zerort.mesh import Comm, Consensus, Patience
 
 __all__ = ["Save", "SaveOptions", "Written", "agreed_tag"]
 
@@ -63,6 +63,8 @@ class SaveOptions:
     """Tags that are never deleted."""
     run: Run = field(default_factory=Run)
     """Whose checkpoint it will be; rank 0's counts."""
+    timeout: float = 3600.0
+    """Seconds that a rank may write nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Save:
     pruned: Pruned = field(default=Pruned(), init=False)
     """On rank 0."""
     _lock: int | None = field(default=None, init=False)
+    _file: HashedFile | None = field(default=None, init=False)
+    """This rank's."""
 
     @property
     def target(self) -> Path:
@@ -122,7 +126,13 @@ class Save:
             f"checkpoint {self.target} is complete, but `{LATEST}` may not name it after a power "
             "loss"
         )
-        agreement = Consensus(self.comm.control, CheckpointError, alike=True)
+        patience = Patience(
+            f"save checkpoint {self.target}",
+            self.options.timeout,
+            "zerort.checkpoint.timeout",
+            lambda: 0 if self._file is None else self._file.bytes_written,
+        )
+        agreement = Consensus(self.comm.control, CheckpointError, alike=True, patience=patience)
         try:
             self._name(agreement.first(not_saved, self.open))
             written = agreement.gather(not_saved, lambda: self.write(snapshot))
@@ -151,6 +161,7 @@ class Save:
         head, placed = place(snapshot.tensors)
         size = len(head) + sum(at.end - at.start for _, at in placed)
         with HashedFile(self.disk, self.temporary / name, size) as file:
+            self._file = file
             file.write(head)
             for stored, _ in placed:
                 for piece in stored.pieces:

@@ -8,6 +8,7 @@ its part of the files. What a checkpoint means (whether it fits a model) is not 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from zerort.checkpoint.blocks import BlockReader
@@ -18,7 +19,7 @@ from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.tags import listed, read_manifest
 from zerort.checkpoint.tensors import header_bytes, read_header
 from zerort.errors import CheckpointError
-from zerort.mesh import Comm, Consensus
+from zerort.mesh import Consensus
 
 __all__ = ["newest_good", "problems"]
 
@@ -68,14 +69,14 @@ def _of_file(disk: Disk, folder: Path, manifest: Manifest, entry: FileEntry) -> 
         yield f"{path}: the header and the manifest disagree about tensor {name}"
 
 
-def newest_good(comm: Comm, disk: Disk, folder: Path, skip: str | None) -> str | None:
+def newest_good(ranks: Consensus, disk: Disk, folder: Path, skip: str | None) -> str | None:
     """The newest tag, other than `skip`, without a problem; all ranks look at their part of the
     files.
     """
-    agreement = Consensus(comm.control, CheckpointError, alike=True)
-    tags = agreement.first(str(folder), lambda: _candidates(disk, folder, skip))
-    for tag in tags:
-        found = comm.control.gather_objects(problems(folder, tag, disk, comm.rank, comm.world))
+    part, parts = ranks.comm.rank, ranks.comm.world
+    for tag in ranks.first(str(folder), lambda: _candidates(disk, folder, skip)):
+        look = partial(problems, folder, tag, disk, part, parts)
+        found = ranks.gather(str(folder / tag), look)
         if not any(found):
             return tag
     return None

@@ -354,6 +354,10 @@ _ROWS = (
     _same("zerort.checkpoint", "defaults of save_checkpoint"),
     _same("zerort.checkpoint.overwrite", "an existing tag is replaced"),
     _same("zerort.checkpoint.keep_last", "number of tags kept; all when left out"),
+    _same(
+        "zerort.checkpoint.timeout",
+        "seconds that a rank may write or read nothing while the others wait",
+    ),
 )
 
 KEYS: Mapping[str, Key] = {key.path: key for key in _ROWS}

@@ -246,10 +246,14 @@ class Loader(_Section):
 
 
 class CheckpointPolicy(_Section):
-    """`zerort.checkpoint`: defaults of `save_checkpoint`'s keywords of the same names."""
+    """`zerort.checkpoint`: saving and loading; the first two are defaults of `save_checkpoint`'s
+    keywords.
+    """
 
     overwrite: bool = False
     keep_last: _Count | None = None
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds that a rank may write or read nothing while the others wait for it."""
 
 
 class Runtime(_Section):

@@ -8,6 +8,7 @@ from zerort.mesh.comm import Comm, Control, Work
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import meet
 from zerort.mesh.mesh import Mesh, connect, usual_device
+from zerort.mesh.patience import Patience
 from zerort.mesh.rendezvous import init_distributed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Consensus",
     "Control",
     "Mesh",
+    "Patience",
     "Work",
     "connect",
     "init_distributed",

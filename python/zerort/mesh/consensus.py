@@ -4,6 +4,9 @@ What it guarantees: no rank goes on alone after a peer has failed, and no rank w
 has raised. What became of each rank's attempt is gathered before anyone acts on it, whatever was
 raised: an interrupt reaches the peers as a `KeyError` does.
 
+With `patience` a rank that works on its attempt is waited for beyond the communicator's time-out;
+the attempt may not use the communicator then.
+
 What it does not do: it undoes nothing where the attempt succeeded, and it adds no time-out of its
 own. A rank that dies in its attempt is found as in any other collective.
 """
@@ -13,26 +16,16 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from zerort.errors import CommError, ZerortError
+from zerort.mesh.patience import Gathers, Patience, together
 
-__all__ = ["Consensus", "Gathers"]
+__all__ = ["Consensus"]
 
 T = TypeVar("T")
 
 _NAMED = 8  # ranks whose reasons a message has room for
-
-
-class Gathers(Protocol):
-    """What is used of a communicator."""
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,13 @@ class Consensus:
     comm: Gathers
     kind: type[Exception]
     alike: bool = False
+    patience: Patience | None = None
 
     def agree(
         self, headline: str, attempt: Callable[[], T], kind: type[Exception] | None = None
     ) -> T:
         """Runs `attempt` on every rank; returns this rank's result once all have one."""
-        mine = _attempted(attempt)
+        mine = self._attempted(attempt)
         reasons = self.comm.gather_objects(mine.reason)
         self._refuse(headline, mine, reasons, kind)
         return mine.value
@@ -62,7 +56,7 @@ class Consensus:
     ) -> list[T]:
         """`agree`, but returns every rank's result, by rank. Results are pickled."""
         # Pickled within the attempt: a result that cannot be is a failure like any other.
-        mine = _attempted(lambda: pickle.dumps(attempt()))
+        mine = self._attempted(lambda: pickle.dumps(attempt()))
         found = self.comm.gather_objects((mine.reason, mine.value))
         self._refuse(headline, mine, [reason for reason, _ in found], kind)
         return [pickle.loads(value) for _, value in found]
@@ -71,13 +65,18 @@ class Consensus:
         self, headline: str, attempt: Callable[[], T], kind: type[Exception] | None = None
     ) -> T:
         """Runs `attempt` on rank 0 and returns its result, pickled, on every rank."""
-        mine = _attempted(lambda: pickle.dumps(attempt()) if self.comm.rank == 0 else b"")
+        mine = self._attempted(lambda: pickle.dumps(attempt()) if self.comm.rank == 0 else b"")
         found = self.comm.gather_objects((mine.reason, mine.value))
         reasons = [reason for reason, _ in found]
         # Rank 0 speaks for all: its number would say nothing.
         self._refuse(headline, mine, reasons[:1] if any(reasons[:1]) else reasons, kind)
         result: T = pickle.loads(found[0][1])
         return result
+
+    def _attempted(self, attempt: Callable[[], T]) -> _Attempt[T]:
+        if self.patience is None:
+            return _attempted(attempt)
+        return together(self.comm, self.patience, lambda: _attempted(attempt))
 
     def _refuse(
         self,
