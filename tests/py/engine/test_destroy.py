@@ -1,0 +1,118 @@
+"""What an engine gives back: by `destroy`, however often, and when it is merely dropped."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import ranks
+from catching import assert_told, caught
+from models import Terms
+from terms import engine_over_terms, step_with, weights
+from training import at_stage
+from zerort.errors import StepError
+
+pytestmark = pytest.mark.timeout(120)
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+
+
+def _hooks(model: Any) -> int:
+    return sum(
+        len(parameter._post_accumulate_grad_hooks or ()) + len(parameter._backward_hooks or ())
+        for parameter in model.parameters()
+    )
+
+
+def _use_after_destroy(rank: int, world: int, stage: int) -> None:
+    model = Terms()
+    engine = engine_over_terms(at_stage(stage), model=model)
+    step_with(engine, 1.0, 2.0)
+    pending = engine(1.0, 2.0)
+    armed = engine(1.0, 2.0)
+    engine.destroy()
+    engine.destroy()
+    assert _hooks(model) == 0
+    pending.backward()
+    engine(3.0, 4.0).backward()
+    assert (model.a.grad[0].item(), _hooks(model)) == (4.0, 0)
+    for call in (
+        lambda: engine.backward(armed),
+        engine.step,
+        lambda: engine.save_checkpoint("never"),
+        lambda: engine.load_checkpoint("never"),
+        lambda: engine.join().__enter__(),
+    ):
+        assert_told(caught(call), StepError, "after engine.destroy()")
+    assert weights(engine) == (-1.0, -2.0), "what can be read still can"
+    assert engine.global_steps == 1
+    engine = engine_over_terms(at_stage(stage), model=model)  # whose .grad is not the second's
+    assert step_with(engine, 1.0, 2.0) == (-2.0, -4.0)
+
+
+@every_stage
+def test_a_destroyed_engine_leaves_the_module_alone(stage: int) -> None:
+    ranks.run(2, _use_after_destroy, stage)
+
+
+def _destroy_within(rank: int, world: int) -> None:
+    model = Terms()
+    engine = engine_over_terms(model=model)
+    loss = engine(1.0, 2.0)
+    loss.register_hook(lambda _: engine.destroy())
+    loss.backward()
+    assert _hooks(model) == 0
+    assert_told(caught(engine.step), StepError, "after engine.destroy()")
+
+
+def test_an_engine_can_be_destroyed_within_a_direct_backward() -> None:
+    ranks.run(1, _destroy_within)
+
+
+def _drop(rank: int, world: int, stage: int, steps: int) -> tuple[bool, int, float]:
+    model = Terms()
+    engine = engine_over_terms(at_stage(stage), model=model)
+    for _ in range(steps):
+        step_with(engine, 1.0, 2.0)
+    pending = engine(1.0, 2.0)
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    hooks = _hooks(model)
+    pending.backward()
+    return gone() is None, hooks + _hooks(model), model.b.grad[0].item()
+
+
+@every_stage
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_engine_that_is_dropped_gives_its_hooks_back(stage: int, steps: int) -> None:
+    assert ranks.run(2, _drop, stage, steps) == [(True, 0, 2.0)] * 2
+
+
+def _trace(rank: int, world: int, folder: str) -> bool:
+    path = f"{folder}/trace.json"
+    engine = engine_over_terms({"zerort": {"trace": {"enabled": True, "path": path}}})
+    step_with(engine, 1.0, 2.0)
+    del engine
+    gc.collect()
+    with open(path) as file:
+        return "backward" in file.read()
+
+
+def test_an_engine_that_is_dropped_writes_its_trace(tmp_path: Any) -> None:
+    assert ranks.run(1, _trace, str(tmp_path)) == [True]
+
+
+def test_a_collected_engine_is_not_kept_by_a_backward_under_way() -> None:
+    model = Terms()
+    engine = engine_over_terms(model=model)
+    engine(1.0, 2.0).backward()
+    engine.step()
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(model.a.detach(), torch.full((4,), -1.0))

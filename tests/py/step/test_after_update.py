@@ -1,0 +1,140 @@
+"""Objects of the user's that raise when the parameters of all ranks have moved: the error says that
+the step stands, the counters say so too, and ranks do not part.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ranks
+from catching import assert_told, caught
+from models import Terms
+from terms import Weights, engine_over_terms, step_with, weights
+from training import at_stage
+from zerort.errors import StepError
+
+pytestmark = pytest.mark.timeout(120)
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+
+LIMIT = 40.0
+
+
+class _Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """A constant rate; its step raises while `broken`."""
+
+    broken: BaseException | None = None
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, lambda step: 1.0)
+
+    def step(self, epoch: Any = None) -> None:
+        if self.broken is not None:
+            raise self.broken
+        super().step(epoch)
+
+
+def _counts(engine: Any) -> tuple[int, ...]:
+    return engine.global_steps, engine.micro_steps, engine.skipped_steps, engine.global_samples
+
+
+def _engine(stage: int, **more: Any) -> Any:
+    model = Terms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return engine_over_terms(
+        {**at_stage(stage), **more}, model=model, optimizer=optimizer, lr_scheduler=_Schedule
+    )
+
+
+def _break_the_schedule(
+    rank: int, world: int, stage: int, interrupt: bool, folder: str
+) -> tuple[Any, ...]:
+    engine = _engine(stage)
+    engine.save_checkpoint(folder)
+    if rank == 1:
+        engine.lr_scheduler.broken = KeyboardInterrupt() if interrupt else ValueError("no rate")
+    first = None
+    try:
+        step_with(engine, 1.0, 2.0)
+    except (StepError, KeyboardInterrupt) as error:
+        first = (type(error).__name__, str(error), type(error.__cause__).__name__)
+    after = weights(engine), _counts(engine), engine.was_step_applied()
+    engine.lr_scheduler.broken = None
+    second = caught(lambda: step_with(engine, 64.0, 64.0))
+    unmoved = weights(engine)
+    engine.load_checkpoint(folder)
+    return first, after, second, unmoved, step_with(engine, 2.0, 4.0)
+
+
+@every_stage
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_scheduler_that_raises_stops_all_ranks_and_the_update_stands(
+    stage: int, interrupt: bool, tmp_path: Path
+) -> None:
+    innocent, culprit = ranks.run(
+        2, _break_the_schedule, stage, interrupt, str(tmp_path), timeout=LIMIT
+    )
+    assert innocent[0] is None
+    if interrupt:
+        assert culprit[0][0] == "KeyboardInterrupt"
+    else:
+        kind, message, cause = culprit[0]
+        assert (kind, cause) == ("StepError", "ValueError")
+        assert (
+            "step 1 was applied on all ranks, and that stands" in message and "no rate" in message
+        )
+    for _, after, second, unmoved, clean in (innocent, culprit):
+        assert after == ((-1.0, -2.0), (1, 1, 0, 2), True)
+        assert_told(second, StepError, "rank 1", "step 1 was applied", "load a checkpoint")
+        assert unmoved == (-1.0, -2.0)
+        assert clean == (-2.0, -4.0)
+
+
+class _Loud:
+    """A trace that breaks a promise of its kind: it raises at the end of a step."""
+
+    enabled = False
+
+    def step(self, number: int) -> None:
+        raise OSError("the disk of the trace is full")
+
+
+def _break_the_trace(rank: int, world: int, stage: int) -> tuple[Any, ...]:
+    engine = _engine(stage)
+    progress = engine._transaction.progress
+    quiet, progress.sink = progress.sink, _Loud() if rank == 0 else progress.sink
+    error = caught(lambda: step_with(engine, 1.0, 2.0))
+    progress.sink = quiet
+    between = weights(engine), _counts(engine), engine.lr_scheduler.last_epoch
+    return error, between, step_with(engine, 1.0, 2.0)
+
+
+@every_stage
+def test_a_trace_that_raises_says_that_the_step_stands_and_training_goes_on(stage: int) -> None:
+    culprit, other = ranks.run(2, _break_the_trace, stage, timeout=LIMIT)
+    assert other[0] is None
+    assert_told(culprit[0], StepError, "step 1 was applied on all ranks", "OSError", "full")
+    for _, between, after in (culprit, other):
+        assert between == ((-1.0, -2.0), (1, 1, 0, 2), 1)
+        assert after == (-2.0, -4.0)
+
+
+def _need_metrics(rank: int, world: int) -> tuple[Exception | None, Weights, float, Weights]:
+    model = Terms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    engine = engine_over_terms(model=model, optimizer=optimizer, lr_scheduler=plateau)
+    error = caught(lambda: step_with(engine, 64.0, 64.0))
+    unmoved = weights(engine)
+    engine.backward(engine(2.0, 4.0))
+    engine.step(lr_kwargs={"metrics": 1.0})
+    return error, unmoved, plateau.best, weights(engine)
+
+
+def test_a_scheduler_that_needs_more_than_it_is_given_is_found_before_the_update() -> None:
+    for error, unmoved, best, after in ranks.run(2, _need_metrics, timeout=LIMIT):
+        assert_told(error, StepError, "ReduceLROnPlateau", "metrics", "lr_kwargs")
+        assert (unmoved, best, after) == ((0.0, 0.0), 1.0, (-2.0, -4.0))
