@@ -111,8 +111,9 @@ class Readings:
 
     @property
     def exposed_communication(self) -> float:
-        """Seconds that the host stood still for collectives between the last two steps; on CUDA see
-        the trace.
+        """Seconds that the host stood still for collectives between the last two steps.
+
+        nan on an accelerator, which alone knows how long it stood still: see the trace.
         """
         return self._parts.boundary.exposed
 

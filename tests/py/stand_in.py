@@ -30,9 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import zerort.device
 from zerort.device import Accelerator, accelerator
-from zerort.mesh import GlooComm, LocalComm
+from zerort.mesh import mesh
+from zerort.mesh.gloo import GlooComm
+from zerort.mesh.local import LocalComm, LocalControl
 
-__all__ = ["Machine", "Race", "SimulatedAlone", "SimulatedComm", "Site", "on_stream"]
+__all__ = ["Machine", "Race", "Simulated", "SimulatedAlone", "SimulatedComm", "Site", "on_stream"]
 
 GRANULE = 64  # bytes; parameters and allocations start on such a boundary
 Clock = dict[int, int]
@@ -147,8 +149,12 @@ class Machine(TorchDispatchMode):
     # What is put in torch's place.
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """In torch.accelerator's place, and as the device of CPU tensors."""
+    def running(self, comms: Simulated | None = None) -> Iterator[None]:
+        """In torch.accelerator's place, as the device of CPU tensors, with these communicators."""
+        comms = comms or Simulated()
+        comms.several.machine = comms.alone.machine = self  # type: ignore[attr-defined]
+        saved_comms = mesh.GlooComm, mesh.LocalComm
+        mesh.GlooComm, mesh.LocalComm = comms  # type: ignore[misc,assignment]
         facade = Facade(self)
         device = Accelerator(torch.device("cpu", 0))
         saved = {name: getattr(accelerator, name) for name in ("torch", *facade.indices)}
@@ -165,6 +171,7 @@ class Machine(TorchDispatchMode):
             with self:
                 yield
         finally:
+            mesh.GlooComm, mesh.LocalComm = saved_comms  # type: ignore[misc]
             zerort.device.CPU, variable._execution_engine = saved_cpu, saved_engine
             torch.Tensor.tolist = saved_tolist  # type: ignore[method-assign]
             for name, value in saved.items():
@@ -228,6 +235,11 @@ class Machine(TorchDispatchMode):
         reads, writes = _operands(schema, args, kwargs)
         results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
         name = schema.name.removeprefix("aten::")
+        if name.startswith("c10d::"):  # of the control group, on the host
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self.forget(tensor)
+            return out
         if name == "lift_fresh":  # what torch.tensor makes of numbers
             self.forget(out)
             return out
@@ -368,6 +380,9 @@ class Facade:
     def Event(self, place: torch.device, enable_timing: bool = False) -> Event:
         return Event(self.machine, enable_timing)
 
+    def is_available(self) -> bool:
+        return False  # models go where CPU tensors are, which is the machine
+
     def current_stream(self, place: torch.device) -> Stream:
         return self.machine.current
 
@@ -440,11 +455,8 @@ class SimulatedWork:
 class SimulatedComm(GlooComm):
     """As NCCL's: sums on the way, in place, on a stream of its own. The bytes go over gloo."""
 
+    machine: Machine
     window = 4
-
-    def __init__(self, machine: Machine, timeout: Any) -> None:
-        super().__init__(torch.device("cpu"), timeout)
-        self.machine = machine
 
     def pieces(self, *, adds: bool) -> int:
         return 1
@@ -452,7 +464,7 @@ class SimulatedComm(GlooComm):
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Any:
         def run() -> tuple[list[Tensor], list[Tensor]]:
             total = send.clone()
-            dist.all_reduce(total, group=self._gradients)
+            dist.all_reduce(total, group=self._groups[self.gradients])
             recv.copy_(total.chunk(self.world)[self.rank])
             return [send], [recv]
 
@@ -462,35 +474,41 @@ class SimulatedComm(GlooComm):
         def run() -> tuple[list[Tensor], list[Tensor]]:
             pieces = buffer.chunk(self.world)
             for rank, piece in enumerate(pieces):
-                dist.broadcast(piece, rank, group=self._parameters)
+                dist.broadcast(piece, rank, group=self._groups[self.parameters])
             others = [piece for rank, piece in enumerate(pieces) if rank != self.rank]
             return [pieces[self.rank]], others
 
         return SimulatedWork(self.machine, run)
 
+
+class Alone(LocalControl):
+    """Nobody to tell; what would be told lies on the host."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
     def all_reduce(self, values: Tensor) -> None:
-        self.machine.forget(values)  # control is on the host
-        with _disable_current_modes():
-            super().all_reduce(values)
+        self._machine.forget(values)
 
-    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        with _disable_current_modes():
-            super().broadcast(buffer, source)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        with _disable_current_modes():
-            return super().gather_objects(value)
+    def broadcast(self, values: Tensor, source: int = 0) -> None:
+        self._machine.forget(values)
 
 
 class SimulatedAlone(LocalComm):
-    """One process on the machine."""
+    """One process, on the machine: there is nothing that a sum could wait for."""
 
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(torch.device("cpu"))
-        self.machine = machine
+    machine: Machine
 
-    def all_reduce(self, values: Tensor) -> None:
-        self.machine.forget(values)  # control is on the host
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.control = Alone(self.machine)
+
+
+class Simulated(NamedTuple):
+    """The communicators of engines on the machine."""
+
+    several: type[SimulatedComm] = SimulatedComm
+    alone: type[LocalComm] = SimulatedAlone
 
 
 class _OnStream(torch.autograd.Function):

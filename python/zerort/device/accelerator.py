@@ -89,6 +89,15 @@ class Accelerator:
         norm: Tensor = torch.linalg.vector_norm(memory.tensor, dtype=torch.float64)
         return norm.square()
 
+    def take_writes(self, values: Flat, master: Flat) -> None:
+        """In torch, on the current stream."""
+        now, kept = values.tensor, master.tensor
+        cast = kept.to(now.dtype)
+        # A cast may give a NaN another payload, so bits alone would take it from the master each
+        # time.
+        same = (cast.view(torch.int16) == now.view(torch.int16)) | (kept.isnan() & now.isnan())
+        torch.where(same, kept, now, out=kept)
+
     def random_state(self) -> Tensor | None:
         """Of this device's default generator, on the CPU."""
         state: Tensor = self._module.get_rng_state(self.place)
@@ -131,16 +140,19 @@ class AcceleratorStreams:
         stream = self._current()
         self._producers[stream.stream_id] = stream
 
+    def make_room(self, lane: Lane) -> None:
+        """The current stream waits for the last sum out of the lane."""
+        if lane.free is not None:
+            self._current().wait_event(lane.free)
+
     @contextmanager
     def packing(self, lane: Lane | None) -> Iterator[None]:
-        """The current stream waits for the producers and for the lane, and they for it.
+        """The current stream waits for the producers, and they for it.
 
         What made the gradients came after the last step, so the sums out of this lane will too.
         """
         packing = self._current()
         others = [stream for stream in self._producers.values() if stream != packing]
-        if lane is not None and lane.free is not None:
-            packing.wait_event(lane.free)
         for stream in others:
             packing.wait_stream(stream)
         try:

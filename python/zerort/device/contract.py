@@ -59,9 +59,12 @@ class Streams(Protocol):
     def produced(self) -> None:
         """A gradient was written on the current stream."""
 
+    def make_room(self, lane: Lane) -> None:
+        """The current stream may write into the lane's memory."""
+
     def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
-        """Within, the current stream may read every gradient that was `produced`, and write into
-        the lane's memory, where there is a lane. Afterwards these gradients may be freed.
+        """Within, the current stream may read every gradient that was `produced`; what it writes
+        goes into the lane, where there is one. Afterwards these gradients may be freed.
         """
 
     def packed(self) -> None:
@@ -100,6 +103,9 @@ class Device(Protocol):
 
     def squared_norm(self, memory: Flat) -> float | Tensor:
         """In fp64; a float where that costs no wait, else a scalar tensor."""
+
+    def take_writes(self, values: Flat, master: Flat) -> None:
+        """Where `values` is not, bit for bit, what `master` is cast to, `master` becomes it."""
 
     def random_state(self) -> Tensor | None:
         """The state of this device's generator, where it has one beside the CPU's."""

@@ -25,6 +25,9 @@ class InOrder:
     def produced(self) -> None:
         """In order already."""
 
+    def make_room(self, lane: Lane) -> None:
+        """In order already."""
+
     def packing(self, lane: Lane | None) -> AbstractContextManager[object]:
         """The thread itself."""
         return _NOTHING
@@ -65,6 +68,10 @@ class Cpu:
     def squared_norm(self, memory: Flat) -> float | Tensor:
         """In the core."""
         return _core.squared_norm(memory.buffer)
+
+    def take_writes(self, values: Flat, master: Flat) -> None:
+        """In the core."""
+        _core.take_writes(values.buffer, master.buffer)
 
     def random_state(self) -> Tensor | None:
         """None: torch's own generator is the CPU's."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
+from zerort.device import device_for
 from zerort.errors import StepError
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
@@ -117,7 +118,7 @@ class FlatBucket:
             written = values.view(torch.int16) != self._noted.view(torch.int16)
             torch.where(written, values, self.master, out=self.master)
         elif self._master is not None:
-            _TAKE_WRITES[self.master.device.type](self.owned, self._master)
+            device_for(self.master.device).take_writes(self.owned, self._master)
 
     def note_writes(self) -> None:
         """What stands in the parameters is not for the masters, although it is not their cast: a
@@ -191,18 +192,3 @@ class FlatModel:
         cannot see.
         """
         torch.autograd.graph.increment_version(self.params)
-
-
-def _take_in_core(values: Memory, master: Memory) -> None:
-    _core.take_writes(values.buffer, master.buffer)
-
-
-def _take_in_torch(values: Memory, master: Memory) -> None:
-    now, kept = values.tensor, master.tensor
-    published = kept.to(now.dtype)
-    # A cast may give a NaN another payload, so bits alone would take it from the master each time.
-    same = (published.view(torch.int16) == now.view(torch.int16)) | (kept.isnan() & now.isnan())
-    torch.where(same, kept, now, out=kept)
-
-
-_TAKE_WRITES = {"cpu": _take_in_core, "cuda": _take_in_torch}

@@ -8,7 +8,7 @@ device and the run goes on.
 
 What has started is not started again: whatever raises between two lines, Ctrl-C included, the next
 call goes on with the command at the cursor, and a command that runs twice has its effect once. The
-pass is lost all the same, so from then on zeros travel, and `failure` says why the vote must be
+pass is lost all the same, so from then on zeros are sent, and `failure` says why the vote must be
 lost. `launch_all`, `drain` and `publish` come to their end before they let an exception out.
 
 What it does not do: it decides nothing about the order, and it does not know what a step is.
@@ -44,7 +44,7 @@ class Program:
     """A plan's schedule with verbs and memory in place of kinds and numbers."""
 
     commands: Sequence[tuple[Verb, Verb, Inflight]] = ()
-    """What to do, whom to tell of it once the cursor has moved, and the bucket."""
+    """What to do, how to report it once the cursor has moved, and the bucket."""
     flights: Sequence[Inflight] = ()
     """In the order of their launches."""
     launches_end: int = 0
@@ -196,7 +196,7 @@ class Executor:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within, the caller stands still for the collective `what`, as the watch is told.
+        """Within, the caller stands still for the collective `what`, which the watch hears of.
 
         A collective that fails or times out raises `CommError` naming it.
         """
@@ -214,7 +214,7 @@ class Executor:
     def _advance(self, end: int, *, wait: bool) -> None:
         polls = self.device.blocks and not wait
         while self._cursor < end:
-            verb, tell, flight = self._program.commands[self._cursor]
+            verb, report, flight = self._program.commands[self._cursor]
             if polls and flight.under_way:
                 return
             try:
@@ -223,7 +223,7 @@ class Executor:
                 self.poison(f"{type(error).__name__}: {error}")
                 raise
             self._cursor += 1
-            tell(flight)
+            report(flight)
 
     def _drain(self) -> None:
         self._advance(self._allowed, wait=True)
@@ -234,6 +234,9 @@ class Executor:
         if flight.before is not None:
             self._finish(flight.before)
         flight.rewind()
+        if not self.device.blocks:
+            with self.waiting(f"room for {_contents(flight.bucket)}"):
+                self.streams.make_room(flight.lane)
         with self.streams.packing(flight.lane):
             flight.start()
 
@@ -299,7 +302,7 @@ class Executor:
         except RuntimeError as error:
             raise self._comm.failure(what, error) from error
 
-    # What the watch is told.
+    # What the watch hears.
 
     def _launched(self, flight: Inflight) -> None:
         if self.watch.enabled:

@@ -29,7 +29,7 @@ def in_arrival(
 
 
 def in_sum(bucket: FlatBucket, rank: int) -> tuple[int, int] | None:
-    """(unknown rank, parameter): after a sum on the wire nobody can tell whose it was."""
+    """(unknown rank, parameter): after a sum on the wire nobody knows whose it was."""
     found = torch.nonzero(~torch.isfinite(bucket.reduced_shard.tensor))
     if not found.numel():
         return None

@@ -15,9 +15,10 @@ _log = logging.getLogger("zerort")
 
 
 class BreakdownSink(SinkAround):
-    """Adds the times of `inner`'s ranges up and tells them at each step.
+    """Adds the times of `inner`'s ranges up and logs them at each step.
 
-    On CUDA a range is what the host took to enqueue it; the device's times are in the trace.
+    On an accelerator a range is what the host took to enqueue it; the device's times are in the
+    trace.
     """
 
     def __init__(self, inner: TraceSink) -> None:
@@ -29,11 +30,11 @@ class BreakdownSink(SinkAround):
         return self._timed(name, super().range(name))
 
     def step(self, number: int) -> None:
-        """Tells the times since the step before."""
-        told = " | ".join(
+        """Logs the times since the step before."""
+        times = " | ".join(
             f"{name}: {1000 * seconds:.2f}" for name, seconds in self._seconds.items()
         )
-        _log.info("step %d, time (ms) | %s", number, told)
+        _log.info("step %d, time (ms) | %s", number, times)
         self._seconds.clear()
         super().step(number)
 

@@ -36,7 +36,7 @@ def axis_offset() -> int:
 class DeviceClock:
     """The host's time of events on a device, from their distance to one whose time the host saw.
 
-    CUDA gives a distance as a 32-bit float of milliseconds: good to 60 ns over a second, to a
+    A device gives a distance as a 32-bit float of milliseconds: good to 60 ns over a second, to a
     quarter of a millisecond over an hour. The event measured from therefore moves along, a second
     at a time.
     """

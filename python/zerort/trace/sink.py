@@ -50,7 +50,7 @@ Arg: TypeAlias = str | int | float
 
 
 class DeviceEvent(Protocol):
-    """What a sink needs of a recorded `torch.cuda.Event(enable_timing=True)`."""
+    """What a sink needs of a recorded `torch.Event(enable_timing=True)`."""
 
     def query(self) -> bool:
         """True when the stream has passed the event."""

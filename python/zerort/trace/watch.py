@@ -1,4 +1,4 @@
-"""What the executor tells about buckets, and how it becomes events of a sink.
+"""What the executor reports of buckets, and how it becomes events of a sink.
 
 A `Watch` is called a few times per bucket, never per parameter. It never changes what it observes.
 """
@@ -18,10 +18,10 @@ __all__ = ["BucketWatch", "Collective", "Unwatched", "Watch"]
 
 
 class Collective(Protocol):
-    """What can tell when it is complete."""
+    """What knows when it is complete."""
 
-    def when_complete(self, tell: Callable[[], None]) -> None:
-        """Calls `tell` once, on whichever thread finds out."""
+    def when_complete(self, call: Callable[[], None]) -> None:
+        """Calls `call` once, on whichever thread finds out."""
 
 
 class Watch(Protocol):
@@ -37,7 +37,7 @@ class Watch(Protocol):
         """The bucket's gradients are on their way: `size` bytes of elements of `dtype`."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
-        """A collective over `size` bytes has started; `work` may tell when it is complete."""
+        """A collective over `size` bytes has started; `work` may say when it is complete."""
 
     def waited(self, start: Mark, what: str) -> None:
         """Since `start` the caller stood still for the collective `what`."""
@@ -84,7 +84,7 @@ _NAMES = {
 
 
 class _Launch(NamedTuple):
-    """When a bucket left, and what of it travels: bytes, element type."""
+    """When a bucket left, and what of it is sent: bytes, element type."""
 
     at: Mark
     size: int
@@ -92,7 +92,7 @@ class _Launch(NamedTuple):
 
 
 class BucketWatch:
-    """Tells a sink each bucket's life, each collective's span and each wait."""
+    """Reports to a sink each bucket's life, each collective's span and each wait."""
 
     enabled = True
 
@@ -141,11 +141,11 @@ class BucketWatch:
         self._retired[bucket.id] = (bucket, self._sink.mark())
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
-        """Tells the lives of the pass, now that all four moments are known."""
+        """Reports the lives of the pass, now that all four moments are known."""
         arrivals = {bucket: rest for bucket, *rest in lives}
         for index, (bucket, retired) in self._retired.items():
             if index not in self._launched:
-                continue  # its launch was broken off before anybody could tell
+                continue  # its launch was broken off before anybody could report it
             launch = self._launched[index]
             first, full, last = arrivals.get(index, (launch.at, launch.at, -1))
             moments = BucketLife(first, full, launch.at, retired)

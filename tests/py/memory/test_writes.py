@@ -17,9 +17,10 @@ import zerort
 from models import Terms
 from terms import at_each_stage, engine_over_terms, step_with, weights
 from zerort import _core
+from zerort.device.accelerator import Accelerator
+from zerort.device.cpu import Cpu
 from zerort.errors import LayoutError
 from zerort.memory import Memory
-from zerort.memory.buckets import _take_in_core, _take_in_torch
 
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 1.0}}
@@ -153,6 +154,9 @@ def test_masters_know_what_was_written(scenario: Callable[[int, int], None], sta
 # ---- the kernel, and the same in torch for devices
 
 
+TAKES = [Cpu().take_writes, Accelerator(torch.device("cpu", 0)).take_writes]
+
+
 def masters() -> Tensor:
     """Every kind of number, and values on both sides of a rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +166,7 @@ def masters() -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("take", [_take_in_core, _take_in_torch])
+@pytest.mark.parametrize("take", TAKES, ids=["core", "torch"])
 def test_what_torch_casts_is_no_write(
     take: Callable[[Memory, Memory], None], dtype: torch.dtype
 ) -> None:
@@ -173,7 +177,7 @@ def test_what_torch_casts_is_no_write(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("take", [_take_in_core, _take_in_torch])
+@pytest.mark.parametrize("take", TAKES, ids=["core", "torch"])
 def test_each_other_number_is_one(
     take: Callable[[Memory, Memory], None], dtype: torch.dtype
 ) -> None:
