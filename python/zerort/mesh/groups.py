@@ -77,13 +77,15 @@ class Groups:
         self.peers = peers
         self._under_way: UnderWay = {}
         self._numbers = count()
+        self._patience = timedelta(0)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._given_back = weakref.finalize(self, _drop, self._groups, self._under_way)
         self._given_back.atexit = False
-        weakref.finalize(self, time.sleep, _LINGER)
+        weakref.finalize(self, _linger, self._groups)
 
     def open(self, name: str, backend: str, timeout: timedelta) -> None:
         """Makes a group for every part; all ranks of the job call it, in the same order."""
+        self._patience = timeout
         for part in self.members.parts:
             if len(part) == 1:
                 continue
@@ -107,14 +109,16 @@ class Groups:
 
     def set_timeout(self, timeout: timedelta) -> None:
         """For all collectives from now on."""
+        self._patience = timeout
         for group in self._groups.values():
             _set_timeout(timeout, group)
 
     def close(self) -> None:
-        """Waits for what is under way, which ends with the time-out at the latest, and gives the
-        groups back. A second call does nothing.
+        """Waits for what is under way, at most as long as the time-out, and gives the groups back.
+        A second call does nothing.
         """
-        while self._given_back.alive and _busy(self._under_way):
+        deadline = time.monotonic() + self._patience.total_seconds()
+        while _busy(self._under_way) and self._groups and time.monotonic() < deadline:
             time.sleep(_POLL)
         self._given_back()
 
@@ -203,6 +207,12 @@ def _wait_and_destroy(groups: dict[str, dist.ProcessGroup], under_way: UnderWay)
     while _busy(under_way):
         time.sleep(_POLL)
     _destroy(groups)
+
+
+def _linger(groups: dict[str, dist.ProcessGroup]) -> None:
+    """When the interpreter ends, and takes groups down that nobody has closed."""
+    if groups:
+        time.sleep(_LINGER)
 
 
 def _destroy(groups: dict[str, dist.ProcessGroup]) -> None:

@@ -94,6 +94,7 @@ def attempts(rank: int, world: int) -> dict[str, Told]:
     found["first elsewhere"] = told(lambda: own.first("no", fails(ValueError, on=(1,))))
     found["first fails"] = told(lambda: own.first("no", fails(lambda: KeyError("x"), on=(0,))))
     found["no pickle"] = told(lambda: own.gather("no", lambda: (lambda: 0) if rank else 1))
+    found["both lost"] = told(lambda: own.agree("no", fails(lambda: CommError("x"), on=(0, 1))))
     found["after all of them"] = told(lambda: control.gather_objects(rank))
     control.close()
     return found
@@ -146,6 +147,12 @@ def test_a_reason_that_all_share_is_told_once_and_the_first_speaks_for_all() -> 
     culprit, innocent = (part["first fails"] for part in outcomes())
     assert culprit[0] == "KeyError"
     assert innocent[:2] == ("PlanError", "no: KeyError: 'x'")
+
+
+def test_a_failed_collective_is_not_told_to_ranks_that_have_heard_of_it() -> None:
+    for part in outcomes():
+        assert part["both lost"][:2] == ("CommError", "x")
+        assert part["after all of them"][1] == "[0, 1]"
 
 
 def test_a_result_that_cannot_be_pickled_is_a_failure_like_any_other() -> None:

@@ -62,6 +62,17 @@ def dropped_with_another_time_out() -> None:
     step(zerort.initialize(model=nn.Linear(8, 8), config=config)[0])
 
 
+KEPT: list[nn.Module] = []
+
+
+def dropped_and_the_model_kept() -> None:
+    model = nn.Linear(8, 8)
+    engine, *_ = zerort.initialize(model=model, config=CONFIG)
+    for _ in range(3):
+        step(engine)
+    KEPT.append(model)
+
+
 def dropped_in_a_backward() -> None:
     engine, *_ = zerort.initialize(model=nn.Linear(8, 8), config=CONFIG)
     engine.backward(engine(torch.ones(4, 8)).sum())
@@ -93,6 +104,7 @@ WAYS: list[Callable[[], None]] = [
     dropped_at_once,
     dropped_after_steps,
     dropped_with_another_time_out,
+    dropped_and_the_model_kept,
     dropped_in_a_backward,
     destroyed_twice,
     not_initialized,
@@ -133,12 +145,16 @@ def test_what_is_held_stays_what_it_was(way: str, world: int) -> None:
 def dropped_engine(rank: int, world: int) -> tuple[list[bool], bool]:
     model = nn.Linear(8, 8)
     engine, *_ = zerort.initialize(model=model, config=CONFIG)
-    step(engine)
+    for _ in range(3):
+        step(engine)
+    assert any(p._post_accumulate_grad_hooks for p in model.parameters())
     alive = weakref.ref(engine)
     del engine, _
     gc.collect()
     model(torch.ones(4, 8)).sum().backward()
-    trains_on = model.weight.grad is not None
+    hooked = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
+    trains_on = model.weight.grad is not None and not hooked
+    hooked.clear()
     gone = [alive() is None]
     other = weakref.ref(model)
     del model
