@@ -34,7 +34,7 @@ from zerort.start.compare import (
     compare_optimizers,
     compare_plans,
 )
-from zerort.start.connect import connected
+from zerort.start.connect import connected, started
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.optimizer import abilities_of, choose_optimizer
 from zerort.step.boundary import Boundary, Policy
@@ -92,6 +92,7 @@ def initialize(
         setup = _set_up(settings, mesh, given, undo)
         flat = _move(setup)
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
+        started(mesh, settings)
         undo.pop_all()
     _log_start(setup, flat)
     return engine, setup.optimizer, setup.loader, engine.lr_scheduler

@@ -63,7 +63,6 @@ class Mesh:
         singles = tuple((rank,) for rank in range(self.world))
         made: dict[Partition, Comm] = {singles: own}
         try:
-            control.set_timeout(timeout)
             for name, members in _members(groups or {}, self.rank, self.world).items():
                 if members.parts not in made:
                     made[members.parts] = _open(control, members, device, timeout)

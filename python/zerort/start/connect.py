@@ -16,21 +16,33 @@ from zerort.mesh import Mesh, meet, usual_device
 from zerort.start import agreed
 from zerort.start.compare import compare_settings
 
-__all__ = ["connected"]
+__all__ = ["connected", "started"]
 
-_UNTIL_READ = timedelta(minutes=5)
-"""The time-out of the ranks' first meeting: the configuration's is not known yet."""
+_STARTING = timedelta(minutes=5)
+"""How long ranks wait for one another while they start, at least. The configured time-out is for
+steps: ranks read a model or a dataset, and import what they need, at very different speeds.
+"""
 
 
 def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[Config, Mesh]:
-    """What all ranks were configured with, and their mesh, which `undo` gives back."""
-    control = meet(_UNTIL_READ)
+    """What all ranks were configured with, and their mesh, which `undo` gives back.
+
+    Until `started` its control group has the time-out of a start.
+    """
+    control = meet(_STARTING)
     undo.callback(control.close)
     settings, device = agreed(control, lambda: (read(), _device_of(model)))
     compare_settings(control, settings, device)
-    mesh = Mesh(control, device, timedelta(seconds=settings.zerort.timeout))
+    timeout = timedelta(seconds=settings.zerort.timeout)
+    control.set_timeout(max(timeout, _STARTING))
+    mesh = Mesh(control, device, timeout)
     undo.callback(mesh.close)
     return settings, mesh
+
+
+def started(mesh: Mesh, settings: Config) -> None:
+    """From now on ranks wait for one another as long as is configured."""
+    mesh.control.set_timeout(timedelta(seconds=settings.zerort.timeout))
 
 
 def _device_of(model: Any) -> torch.device:

@@ -157,7 +157,8 @@ def test_a_group_that_loses_a_rank_names_it_as_the_job_does_and_other_groups_go_
 
 
 def one_is_late(rank: int, world: int) -> tuple[Exception | None, float]:
-    mesh = Mesh(meet(MINUTE), CPU, timedelta(seconds=2))
+    mesh = connect(MINUTE, CPU)
+    mesh.control.set_timeout(timedelta(seconds=2))
     start = time.monotonic()
     if rank == 1:
         time.sleep(6)

@@ -17,7 +17,8 @@ from torch import nn
 
 import ranks
 import zerort
-from zerort.errors import ConfigError, PlanError
+from catching import caught
+from zerort.errors import CommError, ConfigError, PlanError
 
 SOON = 15.0  # seconds for one start that fails; the time-out is four times as long
 
@@ -203,6 +204,36 @@ def test_a_start_that_failed_gives_groups_and_files_back() -> None:
         assert {one.groups for one in part.values()} == {1}  # the job's own
         counts = [one.files for one in part.values()]
         assert max(counts[1:]) <= counts[0]
+
+
+# ---- a rank that takes its time
+
+
+def slow_on_rank_1(rank: int, world: int) -> tuple[bool, Exception | None]:
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        time.sleep(3.0 * rank)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    engine, *_ = zerort.initialize(
+        model=nn.Linear(4, 4),
+        optimizer=optimizer,
+        config={"train_micro_batch_size_per_gpu": 1, "zerort": {"timeout": 1.5}},
+    )
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    applied = engine.was_step_applied()
+    if rank == 1:
+        time.sleep(4)
+        return applied, None
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    return applied, caught(engine.step)
+
+
+def test_the_time_out_of_steps_is_not_that_of_the_start() -> None:
+    (waiting, error), (slow, _) = ranks.run(2, slow_on_rank_1, timeout=60)
+    assert waiting
+    assert slow
+    assert isinstance(error, CommError)
 
 
 # ---- what one rank is given and its peers are not
