@@ -154,7 +154,9 @@ class FlatModel:
             for bucket in self.buckets
             for param, view in zip(bucket.spec.params, bucket.values.views, strict=True)
         }
-        self._views = [views[param] for param in range(len(planned))]
+        # As long as a bucket holds its values, nothing else can have their addresses.
+        self._places = [views[param].data_ptr() for param in range(len(planned))]
+        self._numels = [parameter.numel() for parameter in self.params]
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
 
     def active(self) -> list[bool]:
@@ -168,17 +170,14 @@ class FlatModel:
         """
         self._registry.check()
         with torch._C.DisableTorchFunctionSubclass():
-            if not all(map(Tensor.is_set_to, self.params, self._views)):
-                moved = next(
-                    name
-                    for name, parameter, view in zip(
-                        self.names, self.params, self._views, strict=True
-                    )
-                    if not parameter.is_set_to(view)
-                )
-                raise StepError(
-                    f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
-                )
+            places = list(map(Tensor.data_ptr, self.params))
+            numels = list(map(Tensor.numel, self.params))
+        if places != self._places or numels != self._numels:
+            rows = zip(self.names, places, self._places, numels, self._numels, strict=True)
+            moved = next(row[0] for row in rows if row[1] != row[2] or row[3] != row[4])
+            raise StepError(
+                f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
+            )
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into parameters, in

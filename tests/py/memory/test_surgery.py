@@ -65,10 +65,6 @@ def narrow(model: Net) -> None:
     model.head.weight.data = model.head.weight.data[:4]
 
 
-def transpose(model: Net) -> None:
-    model.head.weight.data = model.head.weight.data.t()
-
-
 def swap(model: Net) -> None:
     torch.utils.swap_tensors(model.head.weight, nn.Parameter(torch.ones(SIZE, SIZE)))
 
@@ -97,7 +93,6 @@ REFUSED: dict[str, tuple[Callable[[Net], object], str]] = {
         "head.weight",
     ),
     "data narrowed in place": (narrow, "head.weight"),
-    "data transposed in place": (transpose, "head.weight"),
     "tensors swapped": (swap, "head.weight"),
 }
 
