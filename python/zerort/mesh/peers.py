@@ -149,10 +149,11 @@ class Peers:
             heard.answered = False
             return known
         for entry in map(json.loads, entries):
-            if "waits" in entry:
+            if entry.get("rank") in self.everyone:  # the engine may have other groups
                 heard.waits[entry["rank"]] = entry["waits"]
-            heard.fates.update({int(rank): fate for rank, fate in entry.get("fates", {}).items()})
-        heard.fates.pop(self.rank, None)
+            for rank, fate in entry.get("fates", {}).items():
+                if int(rank) in self.everyone and int(rank) != self.rank:
+                    heard.fates[int(rank)] = fate
         return known + len(entries)
 
     def _find_last_words(self, heard: Heard) -> None:
@@ -180,9 +181,13 @@ class Peers:
             for rank, other in sorted(heard.waits.items())
             if other != what and rank != self.rank
         ]
-        return "; ".join([*self._missing(heard, bool(elsewhere)), *elsewhere[:_NAMED]])
+        # On a slow network the buckets under way may not be the same ones.
+        parted = {_operation(waits) for waits in [what, *heard.waits.values()]} != {
+            _operation(what)
+        }
+        return "; ".join([*self._missing(heard, parted), *elsewhere[:_NAMED]])
 
-    def _missing(self, heard: Heard, elsewhere: bool) -> list[str]:
+    def _missing(self, heard: Heard, parted: bool) -> list[str]:
         silent = self._silent(heard)
         here = [rank for rank in silent if self._beside(rank)]
         there = [rank for rank in silent if rank not in here]
@@ -202,10 +207,10 @@ class Peers:
             sentences.append(
                 f"{self._all(here)} is running but did not come to this point: it {_LATE}"
             )
-        if not silent and not elsewhere:
+        if not silent and not parted:
             sentences.append(
-                "every rank waited for it: the network between them is cut, or needs longer than "
-                "zerort.timeout"
+                "every rank waited for it, or for another bucket: the network between them is cut, "
+                "or needs longer than zerort.timeout"
             )
         return sentences
 
@@ -230,3 +235,8 @@ class Peers:
         elif not self._beside(rank):
             where = f" in another container or machine named {other.host}"
         return f"rank {rank} (process {other.pid}{where})"
+
+
+def _operation(what: str) -> str:
+    """Without the bucket."""
+    return what.partition(" of ")[0]

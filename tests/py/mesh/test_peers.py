@@ -181,7 +181,23 @@ def test_a_rank_that_ended_because_of_another_is_not_blamed() -> None:
 def test_where_every_rank_waits_the_network_is_named() -> None:
     board = board_with(f'{{"rank": 1, "waits": "{WHAT}"}}')
     said = peers_of(this_process(), ELSEWHERE, board=board).explain(WHAT)
-    assert said.startswith("every rank waited for it: the network")
+    assert said.startswith("every rank waited for it, or for another bucket: the network")
+
+
+def test_a_network_so_slow_that_ranks_wait_for_different_buckets_is_named_too() -> None:
+    board = board_with('{"rank": 1, "waits": "reduce_scatter of bucket 5"}')
+    said = peers_of(this_process(), ELSEWHERE, board=board).explain(WHAT)
+    assert "the network between them is cut, or needs longer" in said
+    assert said.endswith("on host1) waited for reduce_scatter of bucket 5")
+
+
+def test_what_other_groups_of_the_engine_have_found_is_not_this_ones() -> None:
+    board = board_with(
+        '{"rank": 7, "waits": "broadcast"}', '{"fates": {"0": "has exited", "7": "has exited"}}'
+    )
+    with child() as other:
+        said = peers_of(this_process(), as_process(other.pid), board=board).explain(WHAT)
+    assert "exited" not in said and "rank 7" not in said
 
 
 def test_before_the_ranks_have_met_nobody_is_named() -> None:
