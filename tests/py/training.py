@@ -32,6 +32,9 @@ Config = dict[str, Any]
 
 TABLE = {**CASES, **WHOLE, **DRAWN}
 
+KEPT: list[Any] = []
+"""Engines that end with their process."""
+
 
 def config_of(case: Case, accumulation: int, changes: Mapping[str, Any] | None = None) -> Config:
     """The configuration of a case; `changes` are merged into it, section by section."""
@@ -68,6 +71,13 @@ def train(
     rank: int, world: int, name: str, accumulation: int, changes: Mapping[str, Any]
 ) -> History:
     """Runs a case of the table to its end on this rank."""
+    history, engine = run(rank, name, accumulation, changes)
+    engine.destroy()
+    return history
+
+
+def run(rank: int, name: str, accumulation: int, changes: Mapping[str, Any]) -> tuple[History, Any]:
+    """A case's history, and the engine that has trained it."""
     case = TABLE[name]
     engine = engine_for(case, config_of(case, accumulation, changes))
     history = History()
@@ -77,8 +87,7 @@ def train(
         history.weights.append(weights_of(engine.module))
         history.norms.append(float(engine.get_global_grad_norm()))
         history.rates.append(list(engine.get_lr()))
-    engine.destroy()
-    return history
+    return history, engine
 
 
 def take_step(engine: Any, case: Case, rank: int, step: int, accumulation: int = 1) -> None:
@@ -92,14 +101,19 @@ def train_each(
     rank: int, world: int, name: str, accumulation: int, variants: list[Config]
 ) -> list[History]:
     """Every variant's history, trained one after another in one group."""
-    return [train(rank, world, name, accumulation, variant) for variant in variants]
+    ran = [run(rank, name, accumulation, variant) for variant in variants]
+    *others, last = (engine for _, engine in ran)
+    last.destroy()
+    # to destroy an engine is to wait for its groups' threads, most of the time of a small model
+    KEPT.extend(others)
+    return [history for history, _ in ran]
 
 
 def train_all(
     rank: int, world: int, name: str, accumulation: int, variants: list[Config]
 ) -> list[str]:
     """The digest of every variant's history, trained one after another in one group."""
-    return [digest(train(rank, world, name, accumulation, variant)) for variant in variants]
+    return [digest(found) for found in train_each(rank, world, name, accumulation, variants)]
 
 
 @cache

@@ -16,6 +16,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from zerort.platforms import HERE
+
 __all__ = ["Process", "this_process"]
 
 _PROC = Path("/proc")
@@ -40,10 +42,10 @@ class Process:
     def fate(self) -> str | None:
         """What has become of a process `beside` this one: a verb phrase; None while it runs."""
         if not self.place:
-            return None if _exists(self.pid) else "has exited"
+            return None if HERE.running(self.pid) else "has exited"
         fields = _stat(self.pid)
         if fields is None:
-            return None if _exists(self.pid) else "has exited"
+            return None if HERE.running(self.pid) else "has exited"
         if self.began is not None and int(fields[_STARTED]) != self.began:
             return "has exited"  # and its id is another's now
         match fields[_STATE]:
@@ -96,13 +98,3 @@ def _ended(status: int) -> str:
             return f"was killed by signal {number}"
     code = status >> 8
     return f"has exited with code {code}" if code else "has exited"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -10,6 +10,7 @@ import pytest
 import ranks
 from cases import CASES, WHOLE
 from reference import Precision, ReduceAt
+from table import STAGES, trained_in_every_way
 from training import History, assert_same, at_stage, train, train_each, twin_of
 
 FEW = [
@@ -20,7 +21,6 @@ FEW = [
     "other_order_on_one_rank",
     "retained_graph",
 ]
-STAGES = [0, 1, 2]
 
 
 def reduction(stage: int) -> ReduceAt:
@@ -43,7 +43,7 @@ def at_every_stage(world: int, name: str, gas: int) -> dict[int, list[History]]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
     expected = twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage))
-    assert_same(at_every_stage(2, name, gas)[stage], expected)
+    assert_same(trained_in_every_way(name, gas)[stage], expected)
 
 
 @pytest.mark.parametrize("gas", [1, 3])
