@@ -117,7 +117,7 @@ class Boundary:
 
     def _explain(self, unreduced: int) -> None:
         """Says once where gradients are, and names one that was written where they are not."""
-        if not self._explained:
+        if not self._explained and self.comm.rank == 0:
             self._explained = True
             # who has turned clipping off may be about to clip by hand, in vain
             _log.log(
