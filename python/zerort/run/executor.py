@@ -30,7 +30,7 @@ from zerort.device import device_for
 from zerort.errors import CommError
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh, Work
-from zerort.run.flight import Flight, Hop, Inflight, LaneMemory, Transport, lane_for
+from zerort.run.flight import FIRST, OVER, Flight, Hop, Inflight, LaneMemory, Transport, lane_for
 from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
 from zerort.trace.watch import Watch
 
@@ -91,7 +91,11 @@ class Executor:
             [flights[bucket] for kind, bucket in plan.schedule if kind == "launch"],
             launches_end=1
             + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
-            publish=[(bucket, self._publish_hops(bucket)) for bucket in self._flat.buckets],
+            publish=[
+                (bucket, self._publish_hops(bucket))
+                for bucket in self._flat.buckets
+                if bucket.spec.publish_hops
+            ],
         )
         self._cursor = self._allowed = 0
 
@@ -228,12 +232,15 @@ class Executor:
     def _drain(self) -> None:
         self._advance(self._allowed, wait=True)
         for flight in self._program.flights:
-            self._finish(flight)
+            if flight.state.hop > 0:
+                self._finish(flight)
 
     def _launch(self, flight: Inflight) -> None:
-        if flight.before is not None:
-            self._finish(flight.before)
-        flight.rewind()
+        before = flight.before
+        if before is not None and before.state.hop > 0:
+            self._finish(before)
+        if flight.state is OVER:
+            flight.state = FIRST
         if not self.device.blocks:
             with self.waiting(f"room for {_contents(flight.bucket)}"):
                 self.streams.make_room(flight.lane)
@@ -243,18 +250,19 @@ class Executor:
     def _retire(self, flight: Inflight) -> None:
         if flight.state.hop == 0:
             self._complete(flight)
-        self._start(flight)
+        if flight.state.hop > 0:
+            self._follow(flight)
 
     def _finish(self, flight: Inflight) -> None:
         """Makes the hops that follow the first."""
-        while flight.state.hop > 0 and not flight.over:
-            self._start(flight)
+        while flight.state.hop > 0:
+            self._follow(flight)
             self._complete(flight)
 
-    def _start(self, flight: Inflight) -> None:
-        if not flight.over:
-            with self.streams.summing(flight.lane):
-                flight.start()
+    def _follow(self, flight: Inflight) -> None:
+        """Starts a hop that follows the first, unless that has been done."""
+        with self.streams.summing(flight.lane):
+            flight.start()
 
     def _complete(self, flight: Inflight) -> None:
         """Waits for the hop that is under way and takes its result."""
@@ -276,10 +284,10 @@ class Executor:
         if not flights:
             flights.extend([Flight(bucket, hops) for bucket, hops in self._program.publish])
         for flight in flights:
-            if not flight.over:
+            if flight.state is not OVER:
                 self._send(flight)
         for flight in flights:
-            while not flight.over:
+            while flight.state is not OVER:
                 work = self._send(flight)
                 with self.waiting(f"{flight.hop.name} of {_contents(flight.bucket)}"):
                     work.wait()

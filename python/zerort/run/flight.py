@@ -20,7 +20,17 @@ from zerort.memory import FlatBucket, Memory
 from zerort.mesh import Comm, Work
 from zerort.wire import Buffers, Encoder, WireFormat
 
-__all__ = ["Flight", "Hop", "Inflight", "LaneMemory", "Source", "Transport", "lane_for"]
+__all__ = [
+    "FIRST",
+    "OVER",
+    "Flight",
+    "Hop",
+    "Inflight",
+    "LaneMemory",
+    "Source",
+    "Transport",
+    "lane_for",
+]
 
 
 class Source(Protocol):
@@ -78,11 +88,16 @@ class Hop(Protocol):
 
 class State(NamedTuple):
     """Where a flight is: at its hop number `hop`, whose collective has been made if there is a
-    `work`; at the end where there is no such hop.
+    `work`.
     """
 
     hop: int
     work: Work | None
+
+
+FIRST = State(0, None)
+OVER = State(-1, None)
+"""Behind the last hop."""
 
 
 class Flight:
@@ -93,12 +108,7 @@ class Flight:
     def __init__(self, bucket: FlatBucket, hops: Sequence[Hop]) -> None:
         self.bucket = bucket
         self.hops = hops
-        self.state = State(0, None)
-
-    @property
-    def over(self) -> bool:
-        """Whether no hop is left."""
-        return self.state.hop == len(self.hops)
+        self.state = FIRST if hops else OVER
 
     @property
     def hop(self) -> Hop:
@@ -122,7 +132,8 @@ class Flight:
 
     def pass_over(self) -> None:
         """Goes to the next hop without the result."""
-        self.state = State(self.state.hop + 1, None)
+        following = self.state.hop + 1
+        self.state = State(following, None) if following < len(self.hops) else OVER
 
 
 class Inflight(Flight):
@@ -146,11 +157,6 @@ class Inflight(Flight):
         """
         works = (self.state.work, self.before.state.work if self.before is not None else None)
         return any(work is not None and not work.is_completed() for work in works)
-
-    def rewind(self) -> None:
-        """Back to the first hop, where it is over."""
-        if self.over:
-            self.state = State(0, None)
 
 
 @dataclass(frozen=True)

@@ -56,19 +56,23 @@ class DenseEncoder:
         """One batched copy, which casts where dtypes differ."""
         if self._buffers.shared:
             self._buffers.send.tensor.zero_()  # others wrote where this bucket has padding
-        pairs = list(zip(gradients, self._views, strict=True))
-        empty = [slot for gradient, slot in pairs if gradient is None]
-        if empty:
-            torch._foreach_zero_(empty)
-        moving = [(g, slot) for g, slot in pairs if g is not None and g is not slot]
-        if moving:
-            torch._foreach_copy_([slot for _, slot in moving], [g for g, _ in moving])
-        self._divide()
+        pairs = zip(gradients, self._views, strict=True)
+        moving = [(g, slot) for g, slot in pairs if g is not slot]
+        came = [g for g, _ in moving if g is not None]
+        slots = [slot for _, slot in moving]
+        if len(came) < len(moving):
+            torch._foreach_zero_([slot for g, slot in moving if g is None])
+            slots = [slot for g, slot in moving if g is not None]
+        if came:
+            torch._foreach_copy_(slots, came)
+        if self._predivide != 1.0:
+            self._buffers.send.tensor.div_(self._predivide)
 
     def encode_flat(self, gradient: Tensor) -> None:
         """A cast."""
         self._buffers.send.tensor.copy_(gradient)
-        self._divide()
+        if self._predivide != 1.0:
+            self._buffers.send.tensor.div_(self._predivide)
 
     def clear(self) -> None:
         """Zeros."""
@@ -101,7 +105,3 @@ class DenseEncoder:
 
     def forget(self) -> None:
         """Nothing is kept."""
-
-    def _divide(self) -> None:
-        if self._predivide != 1.0:
-            self._buffers.send.tensor.div_(self._predivide)
