@@ -7,7 +7,7 @@ Medians of interleaved rounds, in nanoseconds of this thread's CPU time a parame
 
 * `call` calls the hooks themselves, as autograd would, without autograd;
 * `backward` runs a backward pass over that many scalar parameters: without hooks; with a hook
-  behind accumulation on each, which does nothing or asks the core (on CUDA, under a trace, where
+  after accumulation on each, which does nothing or asks the core (on CUDA, under a trace, where
   sentinels were dismissed); in the pass that observes, once in a training; and with sentinels, as
   in every pass after it;
 * `observing hooks` puts the hooks of the observing pass on and takes them off;
@@ -48,13 +48,19 @@ def silent(_: int) -> Hook:
     return hook
 
 
-def go(param: int, hi: int) -> None:
+class Idle:
     """There is nothing to run."""
+
+    def dispatch(self, param: int, hi: int) -> None:
+        """Nothing."""
+
+
+IDLE = Idle()
 
 
 def asking(reducer: _core.Reducer) -> Callable[[int], Hook]:
     """What an engine registers on every parameter."""
-    return lambda param: plain_hook(param, reducer, None, go)
+    return lambda param: plain_hook(param, reducer, None, IDLE.dispatch)
 
 
 def plan_of(params: int) -> _core.Plan:
@@ -81,8 +87,10 @@ class Watching:
         """As a new engine has them."""
         self.reducer = _core.Reducer(self._plan)
         self.reducer.post_sentinels()
-        untraced: Any = SimpleNamespace(watch=SimpleNamespace(enabled=False))
-        self._hooks = ParameterHooks(self.params, self.reducer, untraced, go)
+        untraced: Any = SimpleNamespace(
+            watch=SimpleNamespace(enabled=False), device=SimpleNamespace(blocks=True)
+        )
+        self._hooks = ParameterHooks(self.params, self.reducer, untraced, IDLE.dispatch)
 
     def observe(self) -> tuple[float, float]:
         """(a backward that observes, putting hooks on and taking them off)."""

@@ -1,11 +1,11 @@
 """Autograd hooks: each turns an event of autograd's into one integer for the core. No arithmetic,
 no tensors kept.
 
-There are two kinds on parameters. A hook *behind* accumulation finds `.grad` complete: a
-sentinel's, or every parameter's. While a pass only observes, hooks *before* accumulation do, and
-those can be taken off without a trace. Once a parameter has had a hook behind, torch (as of 2.15)
-crosses into Python for it in every later backward, whether there still is a hook to call or not,
-and that crossing is nearly all that a hook costs.
+There are two kinds on parameters. A *post-accumulate-grad hook* finds `.grad` complete: a
+sentinel's, or every parameter's. While a pass only observes, *tensor pre-hooks* do, which run
+before the gradient is accumulated and can be taken off without a trace. Once a parameter has had a
+post-accumulate-grad hook, torch (as of 2.15) crosses into Python for it in every later backward,
+whether there still is a hook to call or not, and that crossing is nearly all that a hook costs.
 
 A hook is a function of its own over an integer and two callables, never a bound method: a deepcopy
 of the model must not copy the engine. Hooks return None and never block.
@@ -29,15 +29,19 @@ __all__ = ["ParameterHooks", "plain_hook", "when_backward_reaches"]
 
 Hook = Callable[[Tensor], None]
 Ready = Callable[[int], int | None]
-Go = Callable[[int, int], None]
-"""Told a parameter and the `hi` that its gradient brought."""
+Dispatch = Callable[[int, int], None]
+"""Takes a parameter and the `hi` that its gradient brought."""
 
 
 class ParameterHooks:
     """The hooks on a model's parameters; a parameter has at most one."""
 
     def __init__(
-        self, params: Sequence[nn.Parameter], reducer: _core.Reducer, executor: Executor, go: Go
+        self,
+        params: Sequence[nn.Parameter],
+        reducer: _core.Reducer,
+        executor: Executor,
+        dispatch: Dispatch,
     ) -> None:
         self._params = params
         self._make = (
@@ -51,57 +55,57 @@ class ParameterHooks:
         self._executor = executor
         # Python's collector does not look into a parameter's hooks: what they hold on to would
         # keep the engine and its process groups for as long as the model lives, and the model too.
-        self._go = _weakly(go)
+        self._dispatch = _weakly(dispatch)
         self._wanted: list[int] = []
-        self._behind: dict[int, Any] = {}
-        self._before: dict[int, Any] = {}
-        weakref.finalize(self, _take_off, self._behind, self._before).atexit = False
+        self._post: dict[int, Any] = {}
+        self._pre: dict[int, Any] = {}
+        weakref.finalize(self, _take_off, self._post, self._pre).atexit = False
 
     def attach(self, wanted: list[int]) -> None:
-        """From now on exactly `wanted` have a hook, behind accumulation; torch refuses to hook a
+        """From now on exactly `wanted` have a post-accumulate-grad hook; torch refuses to hook a
         frozen parameter.
         """
         self.relieve()
         if wanted == self._wanted:
             return
-        for index in self._behind.keys() - set(wanted):
-            self._behind.pop(index).remove()
+        for index in self._post.keys() - set(wanted):
+            self._post.pop(index).remove()
         for index in wanted:
-            if index not in self._behind:
-                hook = self._make(index, self._reducer, self._executor, self._go)
-                self._behind[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if index not in self._post:
+                hook = self._make(index, self._reducer, self._executor, self._dispatch)
+                self._post[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._wanted = wanted
 
     def observe(self, wanted: list[int]) -> None:
-        """Until `relieve`, `wanted` have a hook before accumulation, unless all of them have one
-        behind it already.
+        """Until `relieve`, `wanted` have a tensor pre-hook, unless all of them have a
+        post-accumulate-grad hook already.
         """
         if wanted == self._wanted:
             return
         self.attach([])
         for index in wanted:
             hook = _observing_hook(index, self._reducer)
-            self._before[index] = self._params[index].register_hook(hook)  # type: ignore[no-untyped-call]
+            self._pre[index] = self._params[index].register_hook(hook)  # type: ignore[no-untyped-call]
 
     def relieve(self) -> None:
         """Takes the hooks of `observe` off."""
-        for index, handle in self._before.items():
+        for index, handle in self._pre.items():
             handle.remove()
             parameter = self._params[index]
             if not parameter._backward_hooks:
                 parameter._backward_hooks = (
                     None  # an empty dictionary of hooks is still crossed for
                 )
-        self._before.clear()
+        self._pre.clear()
 
     def remove(self) -> None:
         """Takes all hooks off."""
         self.attach([])
 
 
-def _weakly(go: Go) -> Go:
-    """`go`, a bound method, for as long as its object lives."""
-    method = weakref.WeakMethod(go)
+def _weakly(dispatch: Dispatch) -> Dispatch:
+    """`dispatch`, a bound method, for as long as its object lives."""
+    method = weakref.WeakMethod(dispatch)
 
     def call(index: int, hi: int) -> None:
         alive = method()
@@ -122,13 +126,18 @@ def _take_off(*hooks: dict[int, Any]) -> None:
 # met cold, and what it needs then lies in one tuple. It is a sixth of what a hook costs.
 
 
-def plain_hook(index: int, reducer: _core.Reducer, _: Executor | None, go: Go) -> Hook:
+def plain_hook(index: int, reducer: _core.Reducer, _: Executor | None, dispatch: Dispatch) -> Hook:
     """The hook of an ordinary run on CPU."""
 
-    def hook(_: Tensor, index: int = index, ready: Ready = reducer.grad_ready, go: Go = go) -> None:
+    def hook(
+        _: Tensor,
+        index: int = index,
+        ready: Ready = reducer.grad_ready,
+        dispatch: Dispatch = dispatch,
+    ) -> None:
         hi = ready(index)
         if hi is not None:
-            go(index, hi)
+            dispatch(index, hi)
 
     return hook
 
@@ -142,26 +151,30 @@ def _observing_hook(index: int, reducer: _core.Reducer) -> Hook:
     return hook
 
 
-def _stream_hook(index: int, reducer: _core.Reducer, executor: Executor, go: Go) -> Hook:
+def _stream_hook(
+    index: int, reducer: _core.Reducer, executor: Executor, dispatch: Dispatch
+) -> Hook:
     ready, produced = reducer.grad_ready, executor.streams.produced
 
-    def hook(_: Tensor, index: int = index, ready: Ready = ready, go: Go = go) -> None:
+    def hook(
+        _: Tensor, index: int = index, ready: Ready = ready, dispatch: Dispatch = dispatch
+    ) -> None:
         produced()
         hi = ready(index)
         if hi is not None:
-            go(index, hi)
+            dispatch(index, hi)
 
     return hook
 
 
-def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor, go: Go) -> Hook:
+def _timed_hook(index: int, reducer: _core.Reducer, executor: Executor, dispatch: Dispatch) -> Hook:
     ready, produced, now = reducer.grad_ready_at, executor.streams.produced, time.perf_counter_ns
 
     def hook(_: Tensor) -> None:
         produced()
         hi = ready(index, now())
         if hi is not None:
-            go(index, hi)
+            dispatch(index, hi)
 
     return hook
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 
 from zerort.errors import StepError
 from zerort.mesh import Comm
-from zerort.step.accumulation import Window
+from zerort.step.accumulation import Accumulation, Window
 
-__all__ = ["Join", "JoinEnded", "Next", "Row", "read"]
+__all__ = ["Join", "JoinEnded", "Next", "Row", "Served", "read"]
 
 
 class Next(IntEnum):
@@ -55,6 +56,21 @@ class Row:
     """What its window's gradients are still to be divided by; 0 where it has none."""
 
 
+class Served(Protocol):
+    """What a rank that is out of data does for the others."""
+
+    accumulation: Accumulation
+
+    def roll(self, coming: Next) -> None:
+        """Meets the other ranks."""
+
+    def reduce_nothing(self) -> None:
+        """Takes part in a pass."""
+
+    def end_step(self) -> None:
+        """Takes part in a step."""
+
+
 class Join:
     """One `engine.join()` under way."""
 
@@ -80,6 +96,33 @@ class Join:
     def divisor(self) -> float | None:
         """What the window's gradients are still to be divided by, on the ranks that have some."""
         return max((row.divisor for row in self.rows), default=0.0) or None
+
+    def correction(self, steps: int) -> float:
+        """What turns a division by `steps` on every rank into one by those given."""
+        if self.by_initial_world:
+            return 1.0
+        # a rank that has failed may have been the only one to give: that step is not applied
+        return len(self.rows) * steps / max(1, self.given)
+
+    def serve(self, served: Served) -> None:
+        """Out of data: does on zeros what the others do, until no rank has data left."""
+        accumulation = served.accumulation
+        while True:
+            served.roll(Next.DONE)
+            accumulation.window.divisor = accumulation.window.divisor or self.divisor
+            coming = {row.next for row in self.rows}
+            # once all are done, what their last windows hold is still a step
+            if Next.PASS in coming or (coming == {Next.DONE} and not accumulation.every):
+                served.reduce_nothing()
+            if Next.PASS in coming:
+                continue
+            if coming == {Next.DONE} and not self.given:
+                break
+            try:
+                served.end_step()
+            finally:
+                accumulation.end_window(self.taken)
+        accumulation.end_window(self.taken)
 
     def roll(self, coming: Next, window: Window, reason: str | None = None) -> None:
         """Tells what comes next here and hears what comes elsewhere.

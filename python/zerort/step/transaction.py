@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,64 +38,10 @@ from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.boundary import Boundary, Outcome
 from zerort.step.join import Join, JoinEnded, Next
 from zerort.step.loss import refuse_unfit, scaled
+from zerort.step.phases import Backward, Destroyed, Idle, Lost, Phase, Reached, Settled
 from zerort.step.progress import Progress
 
 __all__ = ["Transaction"]
-
-
-@dataclass(frozen=True)
-class Idle:
-    """Between calls."""
-
-    backwards: int = 0
-    """Of this micro-batch, those that are over."""
-    resting: LossScaling | None = None
-    """Another engine's backward has left gradients in `.grad`, its loss scaled like this."""
-
-
-@dataclass(frozen=True)
-class Reached:
-    """A backward that this engine has not begun is in the module. It may accumulate gradients or
-    only compute some.
-    """
-
-    task: GraphTask
-    before: Idle
-    scaling: LossScaling | None
-    """What an engine did to its loss; None where it is the user's own."""
-    foreign: bool
-    """That was another engine."""
-
-
-@dataclass(frozen=True)
-class Backward:
-    """A backward brings gradients."""
-
-    before: Idle
-    owes: bool = True
-    """The peers expect a pass of it, which has not begun here."""
-    task: GraphTask | None = None
-    """Where it is a `loss.backward()` of the user's own; else the engine's call ends it."""
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A backward has raised and its peers have been told: the `step` that belongs to it is void."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A collective has failed, so there is nobody left to keep in step with."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Destroyed:
-    """The engine has given everything back."""
-
-
-Phase = Idle | Reached | Backward | Settled | Lost | Destroyed
 
 
 class Transaction:
@@ -170,7 +116,7 @@ class Transaction:
         self.progress.applied = False
         try:
             if self.accumulation.boundary:
-                self._roll(Next.VOTE)
+                self.roll(Next.VOTE)
                 self.progress.after(self._cross(), self._samples(), arguments)
         except JoinEnded:
             self._abandon()
@@ -190,7 +136,7 @@ class Transaction:
         try:
             yield
             self.recover()
-            self._serve(self._join)
+            self._join.serve(self)
         except BaseException as error:
             self._leave(self._join, error)
             raise
@@ -370,7 +316,7 @@ class Transaction:
             self._begin()
 
     def _begin(self) -> None:
-        self._roll(Next.PASS)
+        self.roll(Next.PASS)
         self.reduction.begin(self.divide_factor)
         if isinstance(self._phase, Backward):
             self._phase = replace(self._phase, owes=False)
@@ -469,7 +415,7 @@ class Transaction:
                 self._begin()
             self.reduction.abort()
             if self.accumulation.boundary:
-                self._roll(Next.VOTE)
+                self.roll(Next.VOTE)
                 self.boundary.cross(self.divide_factor, window.failure)
         except CommError as error:
             self._phase = Lost(str(error))
@@ -490,7 +436,8 @@ class Transaction:
 
     # Ranks that run out of data.
 
-    def _roll(self, coming: Next) -> None:
+    def roll(self, coming: Next) -> None:
+        """Within `join`, meets the other ranks."""
         if self._join is not None:
             # no rank may wait here for another that waits for its sums
             self.reduction.drain()
@@ -505,47 +452,31 @@ class Transaction:
             with suppress(JoinEnded):
                 join.roll(Next.FAILED, self.accumulation.window, f"{type(error).__name__}: {error}")
 
-    def _serve(self, join: Join) -> None:
-        """Out of data: does on zeros what the others do, until no rank has data left."""
-        accumulation = self.accumulation
-        while True:
-            self._roll(Next.DONE)
-            accumulation.window.divisor = accumulation.window.divisor or join.divisor
-            coming = {row.next for row in join.rows}
-            # once all are done, what their last windows hold is still a step
-            if Next.PASS in coming or (coming == {Next.DONE} and not accumulation.every):
-                self._serve_pass()
-            if Next.PASS in coming:
-                continue
-            if coming == {Next.DONE} and not join.given:
-                break
-            try:
-                outcome = self._cross()
-            except (StepError, PlanMismatch):
-                if self.boundary.half_updated is not None:
-                    raise
-                # else it is raised on all ranks, and those that go on call again
-            else:
-                self.progress.after(outcome, self._samples(), self.progress.arguments)
-            finally:
-                accumulation.end_window(join.taken)
-                self._phase = Idle()
-        accumulation.end_window(join.taken)
-
-    def _serve_pass(self) -> None:
+    def reduce_nothing(self) -> None:
+        """Takes part in a pass with what has waited here, which mostly is nothing."""
         if self.reduction.follow():
             self.boundary.optimizer.split()
         self.reduction.begin(self.divide_factor)
         self.reduction.finish()
         self.reduction.drain()
 
+    def end_step(self) -> None:
+        """Takes part in a step. Raises what this rank alone is to hear of."""
+        try:
+            outcome = self._cross()
+        except (StepError, PlanMismatch):
+            if self.boundary.half_updated is not None:
+                raise
+            return  # it is raised on all ranks, and those that go on call again
+        finally:
+            self._phase = Idle()
+        self.progress.after(outcome, self._samples(), self.progress.arguments)
+
     def _correction(self) -> float:
         """What turns a division by all micro-batches of the window into one by those given."""
-        join, ranks = self._join, self.boundary.comm.world
-        if join is None or join.by_initial_world or self._averaged_over != ranks:
+        if self._join is None or self._averaged_over != self.boundary.comm.world:
             return 1.0
-        # a rank that has failed may have been the only one to give: that step is not applied
-        return ranks * self.accumulation.steps / max(1, join.given)
+        return self._join.correction(self.accumulation.steps)
 
     def _samples(self) -> int:
         """Of the step that ends, over all ranks."""
