@@ -321,11 +321,13 @@ def test_the_probe_changes_nothing_of_the_optimizer(name: str) -> None:
     assert not hooked
 
 
-def test_a_scheduler_made_before_is_told_of_no_step() -> None:
-    optimizer = Plain(of_matrices().parameters())
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    examine(optimizer)
-    assert not getattr(optimizer, "_opt_called", False)
+@pytest.mark.parametrize("kind", [Plain, Wrapping])
+def test_a_scheduler_made_before_hears_of_no_step(kind: Callable[[Any], Any]) -> None:
+    optimizer = kind(of_matrices().parameters())
+    scheduled = getattr(optimizer, "inner", optimizer)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(scheduled, gamma=0.5)
+    assert examine(optimizer) == Abilities()
+    assert not getattr(scheduled, "_opt_called", False)
     with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
         scheduler.step()
 
