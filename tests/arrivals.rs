@@ -171,7 +171,7 @@ fn red_2_a_launch_is_handed_out_exactly_when_all_before_it_and_its_own_bucket_ar
 }
 
 #[test]
-fn red_3_every_duplicate_at_every_place_travels_or_is_late() {
+fn red_3_every_duplicate_at_every_place_is_reduced_or_late() {
     each_order(1..=4, |plan, order| {
         let mut reducer = Reducer::new(Arc::clone(plan));
         teach(&mut reducer, order);
@@ -219,9 +219,9 @@ fn red_2_a_bucket_with_a_sentinel_leaves_when_that_has_come_whatever_the_order()
         assert!(watched.iter().all(|param| expected[param.index()] == 1));
         for arrivals in permutations(order.len() as u32) {
             compare(&mut reducer, &expected, &arrivals);
-            let told: Vec<ParamId> =
+            let announced: Vec<ParamId> =
                 arrivals.into_iter().filter(|param| watched.contains(param)).collect();
-            compare(&mut reducer, &expected, &told);
+            compare(&mut reducer, &expected, &announced);
         }
     });
 }

@@ -2,7 +2,7 @@
 
 mod arbitrary;
 
-use arbitrary::mesh;
+use arbitrary::{copies, mesh};
 use proptest::prelude::*;
 use zerort_core::{Group, Mesh, PlanError, Rank};
 
@@ -55,6 +55,19 @@ proptest! {
             prop_assert_eq!(place(Group::Shard), shard);
             let replicas = mesh.members(Group::Replica, rank).unwrap();
             prop_assert_eq!(mesh.holder(shard), replicas[0]);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn an_inner_group_is_a_host_as_it_was_given(copies in copies()) {
+        let mesh = Mesh::new(&copies).unwrap();
+        for (number, copy) in (0..).zip(&copies) {
+            for (host, &rank) in copy.iter().flat_map(|host| host.iter().map(move |at| (host, at))) {
+                prop_assert_eq!(&mesh.members(Group::Inner, rank).unwrap(), host);
+                prop_assert_eq!(mesh.position(Group::Replica, rank), Ok(number));
+            }
         }
     }
 }

@@ -104,7 +104,7 @@ fn red_3_a_gradient_after_its_bucket_left_is_named_once() {
 }
 
 #[test]
-fn red_3_one_gradient_too_many_travels_while_its_bucket_has_not_left() {
+fn red_3_one_gradient_too_many_is_reduced_while_its_bucket_has_not_left() {
     let (answers, end) = pass(&mut taught(&BACKWARD), &[3, 2, 3, 5, 5, 4, 1, 0]);
     assert_eq!(answers, [None, None, None, None, None, Some(4), None, Some(6)]);
     assert_eq!(end, finished(&[], &[]));

@@ -107,7 +107,7 @@ fn a_state_that_cannot_have_been_saved_is_refused_and_leaves_the_scale_alone() {
     assert_eq!(scale, before);
 }
 
-/// The rules told from the history of overflows, without any state but the scale and the
+/// The rules derived from the history of overflows, without any state but the scale and the
 /// forgiveness left.
 fn model(initial: f64, policy: Policy, history: &[bool]) -> Vec<f64> {
     let mut scale = initial;

@@ -40,19 +40,19 @@ pub fn shape() -> impl Strategy<Value = (u32, u32, u32)> {
     prop_oneof![(Just(1), Just(1), 1..=6_u32), (1..=3_u32, 1..=3_u32, 1..=3_u32)]
 }
 
-/// A mesh of that shape, over ranks in any order.
-pub fn mesh_of((copies, hosts, inner): (u32, u32, u32)) -> impl Strategy<Value = Mesh> {
-    let ranks: Vec<Rank> = (0..copies * hosts * inner).map(Rank).collect();
-    Just(ranks).prop_shuffle().prop_map(move |ranks| {
-        let hosts_of = |copy: &[Rank]| copy.chunks(inner as usize).map(<[Rank]>::to_vec).collect();
-        let copies: Vec<Vec<Vec<Rank>>> =
-            ranks.chunks((hosts * inner) as usize).map(hosts_of).collect();
-        Mesh::new(&copies).unwrap()
+/// Ranks in any order, by host and copy.
+pub fn copies() -> impl Strategy<Value = Vec<Vec<Vec<Rank>>>> {
+    shape().prop_flat_map(|(copies, hosts, inner)| {
+        let ranks: Vec<Rank> = (0..copies * hosts * inner).map(Rank).collect();
+        Just(ranks).prop_shuffle().prop_map(move |ranks| {
+            let copy = ranks.chunks((hosts * inner) as usize);
+            copy.map(|copy| copy.chunks(inner as usize).map(<[Rank]>::to_vec).collect()).collect()
+        })
     })
 }
 
 pub fn mesh() -> impl Strategy<Value = Mesh> {
-    shape().prop_flat_map(mesh_of)
+    copies().prop_map(|copies| Mesh::new(&copies).unwrap())
 }
 
 /// A specification for `params`, everything else at random.
