@@ -74,7 +74,8 @@ class Disk:
             if error.errno not in _NOT_HERE:
                 raise
             raise CheckpointError(
-                f"the file system of {second.parent} cannot exchange two folders in one instant, "
+                f"the file system of {second.parent} cannot exchange two folders in one instant "
+                "(on Linux and macOS most can, on Windows none), "
                 f"so {second.name} cannot be overwritten safely: save under another tag"
             ) from error
 
