@@ -14,7 +14,6 @@ of the model must not copy the engine. Hooks return None and never block.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -53,13 +52,10 @@ class ParameterHooks:
         )
         self._reducer = reducer
         self._executor = executor
-        # Python's collector does not look into a parameter's hooks: what they hold on to would
-        # keep the engine and its process groups for as long as the model lives, and the model too.
-        self._dispatch = _weakly(dispatch)
+        self._dispatch = dispatch
         self._wanted: list[int] = []
         self._post: dict[int, Any] = {}
         self._pre: dict[int, Any] = {}
-        weakref.finalize(self, _take_off, self._post, self._pre).atexit = False
 
     def attach(self, wanted: list[int]) -> None:
         """From now on exactly `wanted` have a post-accumulate-grad hook; torch refuses to hook a
@@ -101,25 +97,6 @@ class ParameterHooks:
     def remove(self) -> None:
         """Takes all hooks off."""
         self.attach([])
-
-
-def _weakly(dispatch: Dispatch) -> Dispatch:
-    """`dispatch`, a bound method, for as long as its object lives."""
-    method = weakref.WeakMethod(dispatch)
-
-    def call(index: int, hi: int) -> None:
-        alive = method()
-        if alive is not None:
-            alive(index, hi)
-
-    return call
-
-
-def _take_off(*hooks: dict[int, Any]) -> None:
-    """The engine was collected without `destroy`: its model trains on as any other."""
-    for kind in hooks:
-        for handle in kind.values():
-            handle.remove()
 
 
 # Defaults instead of a closure's cells: in a backward over thousands of parameters every hook is
