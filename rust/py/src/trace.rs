@@ -100,7 +100,7 @@ impl PyTrace {
         let written = self.fill(&partial).and_then(|()| fs::rename(&partial, &path));
         if written.is_err() {
             // Nothing more can be done about a file that cannot be removed either; the first error
-            // is the one to ask.
+            // is the one to report.
             let _ = fs::remove_file(&partial);
         }
         Ok(written?)
