@@ -339,7 +339,11 @@ _ROWS = (
     _same("zerort.on_nonfinite", '"skip" or "raise": a step with an infinity or NaN'),
     _same("zerort.unused_parameters", '"zero" or "raise": a parameter without a gradient'),
     _same("zerort.sparse_gradients", '"refuse" or "densify"'),
-    _same("zerort.timeout", "seconds a rank waits for its peers; 300 when left out"),
+    _same(
+        "zerort.timeout",
+        "seconds a rank waits for its peers in a step (while they start, at least 300); 300 when "
+        "left out",
+    ),
     _same("zerort.trace", "where runtime events go"),
     _same("zerort.trace.enabled", "false: no events even with a path"),
     _same("zerort.trace.path", "Chrome trace file, one per rank"),
