@@ -37,8 +37,8 @@ class Work:
     one of them to the library. `count` is the library's own count of what it has been given, so
     that a `start` which an exception has cut off, Ctrl-C between two instructions included, can be
     called again: nothing is given twice and nothing is left out. A handle that was lost that way is
-    not waited for; by then the rank has failed, and nobody reads the result. `waited` hears when
-    all have been waited for.
+    not waited for; by then the rank has failed, and nobody reads the result. `waited` is called
+    when all have been waited for.
     """
 
     def __init__(

@@ -98,7 +98,7 @@ def compare_plans(control: Control, planned: Sequence[PlannedParameter], plan: _
         if other != digest:
             raise PlanMismatch(
                 f"rank {rank} has rank 0's parameters but another plan: give all ranks the same "
-                "configuration, the sections zero_optimization and zerort and what travels "
+                "configuration, the sections zero_optimization and zerort and what is sent "
                 "(communication_data_type, torch_autocast) above all"
             )
 
