@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import zerort
+from zerort.checkpoint.files import Disk
 
 GLOBAL_BATCH = 12  # divisible by every world of the tests
 WIDTH = 10
@@ -66,6 +67,16 @@ def engine_of(
 ) -> Any:
     engine, *_ = zerort.initialize(model=model or Net(), optimizer=optimizer, config=config, **more)
     return engine
+
+
+class Unsynced(Disk):
+    """For tests about something else than crashes: waits for no disk."""
+
+    def sync(self, file: int) -> None:
+        """Left out."""
+
+    def sync_folder(self, path: Path) -> None:
+        """Left out."""
 
 
 def train(engine: Any, rank: int, world: int, steps: range) -> None:

@@ -15,6 +15,7 @@ from saved import (
     WIDTH,
     Net,
     Refactored,
+    Unsynced,
     assert_equal,
     config_of,
     contents,
@@ -44,6 +45,7 @@ def save_all(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Te
     for stage in STAGES:
         for dtype in DTYPES:
             engine = engine_of(config_of(stage, dtype))
+            engine._checkpoints.disk = Unsynced()
             train(engine, rank, world, range(SAVED_AT))
             engine.save_checkpoint(folder, name_of(world, stage, dtype))
             train(engine, rank, world, range(SAVED_AT, END))
@@ -55,19 +57,22 @@ def save_all(rank: int, world: int, folder: str) -> dict[str, dict[str, torch.Te
 def load_all(rank: int, world: int, folder: str, again: str) -> dict[str, dict[str, torch.Tensor]]:
     """Resumes from every checkpoint at every stage, saves at once, and goes on to the end of
     training.
+
+    Each engine loads one checkpoint after another: nothing of the one before may be left.
     """
     ends = {}
     for dtype in DTYPES:
         for stage in STAGES:
+            engine = engine_of(config_of(stage, dtype))
+            engine._checkpoints.disk = Unsynced()
             for source in (name_of(w, s, dtype) for w in WORLDS for s in STAGES):
-                engine = engine_of(config_of(stage, dtype))
                 engine.load_checkpoint(folder, source)
                 engine.module.norm.requires_grad_(False)  # as it was
                 resumed = f"{source}-at-{name_of(world, stage, dtype)}"
                 engine.save_checkpoint(again, resumed)
                 train(engine, rank, world, range(engine.global_steps, END))
                 ends[resumed] = weights(engine)
-                engine.destroy()
+            engine.destroy()
     return ends
 
 
