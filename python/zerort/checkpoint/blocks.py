@@ -148,7 +148,7 @@ class Want:
 
 
 class BlockReader:
-    """Reads slices of files; verifies each block it reads, and reads none twice in a sweep."""
+    """Reads slices of files; verifies each block it reads, and reads none twice in a pass."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -157,7 +157,7 @@ class BlockReader:
         """From disk, in whole blocks."""
 
     def read(self, path: Path, hashes: Hashes, wants: Iterable[Want], what: WhatLiesAt) -> None:
-        """Fills all `wants` in one sweep. Raises `CheckpointError` naming the file and `what` is
+        """Fills all `wants` in one pass. Raises `CheckpointError` naming the file and `what` is
         damaged; `OSError`.
         """
         with self._opened(path, hashes) as file:

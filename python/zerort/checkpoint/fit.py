@@ -40,7 +40,7 @@ def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
     same = saved == world
     if not same:
         reasons.append(
-            f"random numbers are not restored: {saved} ranks saved theirs, and {world} load"
+            f"random numbers are not restored: each rank has its own, {saved} saved, {world} load"
         )
     own = manifest.ranks[rank if same else 0]
     loader = own.get("loader") if hasattr(state.loader, "load_state_dict") else None

@@ -74,7 +74,7 @@ def parse(data: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(body)
     except ValidationError as error:
-        if error.error_count() > 1000:  # which would take a kilobyte each to be told
+        if error.error_count() > 1000:  # which take a kilobyte each
             raise CheckpointError(
                 f"{MANIFEST} has {error.error_count()} values that do not belong there"
             ) from None

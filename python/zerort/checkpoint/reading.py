@@ -1,5 +1,5 @@
 """Reading a checkpoint: slices of its tensors are asked for one by one, and read and verified in
-one sweep a file.
+one pass a file.
 
 Two plans meet here, the one that saved and the one that is to be filled. The core says which
 segments of which saved shards fill a shard, and `Shard.want` asks for those and nothing else. A

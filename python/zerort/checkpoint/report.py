@@ -71,7 +71,7 @@ def show(folder: Path, tag: str | None, console: Console) -> int:
     if name is None:
         raise CheckpointError(f"{folder} has no file `latest`: name a tag")
     found = parse(read_manifest(disk, folder, name))
-    told = {
+    facts = {
         "step": f"{found.counters.global_steps}, of {found.counters.global_samples} samples",
         "saved": f"{found.saved} by zerort {found.zerort} with torch {found.torch}",
         "ranks": f"{found.world}, stage {found.stage}",
@@ -79,7 +79,7 @@ def show(folder: Path, tag: str | None, console: Console) -> int:
         "size": f"{decimal(_size(found))} in {len(found.files)} files",
         "buckets": str(len(found.buckets)),
     }
-    for key, value in told.items():
+    for key, value in facts.items():
         console.print(f"{key:>10}  {value}", markup=False, highlight=False)
     console.print(_tensors(found))
     return 0

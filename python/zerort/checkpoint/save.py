@@ -276,7 +276,7 @@ class Save:
         self._make_folders(folder.parent)
         with suppress(
             FileExistsError
-        ):  # another job's, a moment ago; the next operation tells if it is no folder
+        ):  # another job's, a moment ago; the next operation fails if it is none
             self.disk.make_folder(folder)
         self.disk.sync_folder(folder.parent)
 

@@ -3,7 +3,7 @@ manifest.
 
 The tensors are views of the engine's own memory, so a snapshot costs no memory and holds good until
 the next step. What is the same on all ranks is collected by rank 0 alone; what the optimizer keeps
-of a parameter is told by every rank that owns a part of it, and must agree.
+of a parameter comes from every rank that owns a part of it, and must agree.
 """
 
 from __future__ import annotations

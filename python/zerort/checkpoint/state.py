@@ -52,7 +52,7 @@ class EngineState:
     stage: int
     loader: Any = None
     broke_off: Callable[[str], None] = lambda reason: None
-    """Told why when a load has left the engine half changed: no step may be applied before
+    """Takes the reason when a load has left the engine half changed: no step may be applied before
     another load.
     """
 

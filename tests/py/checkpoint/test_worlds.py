@@ -115,7 +115,9 @@ def test_the_place_in_the_data_fits_any_number_of_ranks_and_random_numbers_do_no
     for rank in after:
         tag, client_state, reasons, epoch = rank["told"]
         assert (tag, client_state, epoch) == ("t", {"mine": 1}, 1)
-        expected = f"random numbers are not restored: {saved} ranks saved theirs, and {loads} load"
+        expected = (
+            f"random numbers are not restored: each rank has its own, {saved} saved, {loads} load"
+        )
         assert reasons == (() if saved == loads else (expected,))
 
 
