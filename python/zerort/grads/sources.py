@@ -1,11 +1,11 @@
 """Where a gradient waits between autograd and its bucket's Launch.
 
-Two sources, chosen once for a bucket. `Stolen` packs straight from `.grad`: autograd adds
-micro-batches up there by itself. `Summed` is for parameters whose gradients are added up in a wider
-dtype: micro-batches that wait would lose bits in `.grad`, so each is added into a wider buffer as
-soon as its backward is over.
+Two sources, chosen once for a bucket. `FromGrad` packs straight from `.grad`: autograd adds
+micro-batches up there by itself. `LocalSum` is for parameters whose gradients are added up in a
+wider dtype: micro-batches that wait would lose bits in `.grad`, so each is added into a wider
+buffer as soon as its backward is over.
 
-Both leave `.grad` as None behind what they took, and both name what never came.
+Both leave `.grad` as None after what they took, and both name what never came.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from zerort.memory import FlatBucket, Memory
 from zerort.run.flight import Source
 from zerort.wire import Encoder
 
-__all__ = ["Stolen", "Summed", "source_of"]
+__all__ = ["FromGrad", "LocalSum", "source_of"]
 
 
 def source_of(bucket: FlatBucket) -> Source:
     """The source that suits the bucket's memory."""
-    return Summed(bucket, bucket.local) if bucket.widens else Stolen(bucket)
+    return LocalSum(bucket, bucket.local) if bucket.widens else FromGrad(bucket)
 
 
-class Stolen:
+class FromGrad:
     """Straight from `.grad`.
 
     After a micro-batch that is not reduced `.grad` rests in the send buffer, where it fits:
@@ -53,8 +53,9 @@ class Stolen:
             if parameter.grad is not None and parameter.grad is not slot
         ]
         if moving:
+            gradients = _detached([parameter.grad for parameter, _ in moving])
             torch._foreach_copy_(
-                [slot for _, slot in moving], [p.grad for p, _ in moving if p.grad is not None]
+                [slot for _, slot in moving], [g for g in gradients if g is not None]
             )
         for parameter, slot in moving:
             parameter.grad = slot
@@ -75,7 +76,7 @@ class Stolen:
         """Nothing is kept."""
 
 
-class Summed:
+class LocalSum:
     """Through a sum of micro-batches, where something has had to wait; what need not is packed
     straight from `.grad`.
 
@@ -173,4 +174,13 @@ def _take(params: list[torch.nn.Parameter]) -> list[Tensor | None]:
     gradients = [parameter.grad for parameter in params]
     for parameter in params:
         parameter.grad = None
-    return gradients
+    return _detached(gradients)
+
+
+def _detached(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Without the graph that `create_graph=True` keeps, or every step's would live on in the memory
+    that they are copied into.
+    """
+    if not torch.is_grad_enabled():
+        return gradients  # what is made of them now joins no graph
+    return [g.detach() if g is not None and g.requires_grad else g for g in gradients]

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from math import nan
 from time import perf_counter
 
-import torch
-
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
@@ -138,13 +136,13 @@ class Executor:
         """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any
         thread.
         """
-        with self._lock, torch.no_grad():
+        with self._lock:
             self._allowed = max(self._allowed, hi)
             self._advance(self._allowed, wait=False)
 
     def launch_all(self) -> None:
         """Runs the list as far as its last Launch; waits only where the window has no room."""
-        with self._lock, torch.no_grad():
+        with self._lock:
             self._allowed = len(self._program.commands)
             _to_the_end(lambda: self._advance(self._program.launches_end, wait=True))
             self._advance(self._allowed, wait=False)
@@ -152,7 +150,7 @@ class Executor:
 
     def drain(self) -> None:
         """Runs all that is allowed, waiting where it must; then the accumulators may be read."""
-        with self._lock, torch.no_grad():
+        with self._lock:
             _to_the_end(self._drain)
         if self.device.blocks:
             return
@@ -162,7 +160,7 @@ class Executor:
     def collect(self) -> None:
         """A micro-batch that is not reduced is over: its gradients go where they wait."""
         self.drain()  # a pass may still be sending from there
-        with torch.no_grad(), self.streams.packing(None):
+        with self.streams.packing(None):
             for transport in self._transports:
                 transport.source.collect()
         self.streams.packed()
