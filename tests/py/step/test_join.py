@@ -104,9 +104,9 @@ def test_a_rank_out_of_data_completes_the_steps_of_the_others(
         assert len({(found[0], found[1]) for found in of_ranks}) == 1, "ranks ended apart"
 
 
-def _two_backwards(rank: int, world: int) -> tuple[Any, int]:
+def _two_backwards(rank: int, world: int, stage: int) -> tuple[Any, int]:
     """Two passes a micro-batch, which a finished rank cannot know beforehand."""
-    engine = _engine(2, 1, "fp32")
+    engine = _engine(stage, 1, "fp32")
     with engine.join():
         for _ in range(1 + 2 * rank):
             engine.backward(engine(1.0, 2.0))
@@ -115,8 +115,9 @@ def _two_backwards(rank: int, world: int) -> tuple[Any, int]:
     return weights(engine), engine.global_steps
 
 
-def test_a_finished_rank_follows_any_number_of_backwards() -> None:
-    assert ranks.run(2, _two_backwards, timeout=LIMIT) == [((-9.0, -15.0), 3)] * 2
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_finished_rank_follows_any_number_of_backwards(stage: int) -> None:
+    assert ranks.run(2, _two_backwards, stage, timeout=LIMIT) == [((-9.0, -15.0), 3)] * 2
 
 
 def _late_and_overflowing(rank: int, world: int) -> list[Any]:
