@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic_core import from_json
 
 from zerort import _core
 from zerort.checkpoint.blocks import Hashes
@@ -301,7 +302,9 @@ class _Contents:
 
 
 def dump(manifest: Manifest) -> bytes:
-    """The file. Raises `CheckpointError` when it is longer than a reader would accept."""
+    """The file. Raises `CheckpointError` when a reader would not accept it: what cannot be loaded
+    must not take the place of what can.
+    """
     body = manifest.model_dump_json(exclude_defaults=True).encode()
     digest = xxhash.xxh3_128_hexdigest(body)
     head = f'{{"format": {FORMAT}, "xxh3_128": "{digest}", "manifest":\n'.encode()
@@ -313,6 +316,10 @@ def dump(manifest: Manifest) -> bytes:
             f"values, the limits are {MANIFEST_LIMIT}, {TENSOR_LIMIT} and {VALUE_LIMIT}: use "
             "larger buckets, or keep less in client_state, or keep it there in tensors"
         )
+    try:
+        from_json(body, cache_strings=False)  # its types were checked when it was made
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} could not be read again: {error}") from error
     return data
 
 

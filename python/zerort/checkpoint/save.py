@@ -37,7 +37,6 @@ from zerort.checkpoint.manifest import (
     dump,
     rank_file,
 )
-from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.prune import Pruned, delete, prune, visible
 from zerort.checkpoint.runs import Run
 from zerort.checkpoint.snapshot import Snapshot, merged_states
@@ -203,9 +202,7 @@ class Save:
                 "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
             }
         )
-        data = dump(manifest)
-        parse(data)  # what no load would accept must not take the place of what one does
-        self._write(self.temporary / MANIFEST, data)
+        self._write(self.temporary / MANIFEST, dump(manifest))
         self.disk.sync_folder(self.temporary)
         if self.options.save_latest:
             self._write(self.next_latest, latest_content(self.tag))

@@ -295,10 +295,10 @@ def test_what_could_not_be_loaded_does_not_replace_what_could(
                 state = where if where is not engine.optimizer.param_groups[0] else {}
                 engine.save_checkpoint(tmp_path, "t", client_state=state, overwrite=True)
             del where[key]
-    # Whatever else a reader would refuse: the manifest is read back before it counts.
-    monkeypatch.setattr("zerort.checkpoint.save.dump", lambda manifest: b"{}")
-    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
-        engine.save_checkpoint(tmp_path, "t", overwrite=True)
+    # Whatever else a reader would refuse: the manifest is read again before it counts.
+    monkeypatch.setattr("zerort.checkpoint.encoding._LONGEST", 10**9000)
+    with pytest.raises(CheckpointError, match=r"manifest\.json could not be read again"):
+        engine.save_checkpoint(tmp_path, "t", client_state={"n": 10**4300}, overwrite=True)
     for path in before.iterdir():
         assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
     assert engine.load_checkpoint(tmp_path)[0] is not None
