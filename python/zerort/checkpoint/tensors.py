@@ -40,7 +40,6 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -52,7 +51,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
-"""The format's dtype codes."""
+"""The format's dtype codes, as far as the running torch has the dtypes."""
+
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

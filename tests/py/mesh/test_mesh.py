@@ -161,7 +161,7 @@ def one_is_late(rank: int, world: int) -> tuple[Exception | None, float]:
     mesh.control.set_timeout(timedelta(seconds=2))
     start = time.monotonic()
     if rank == 1:
-        time.sleep(6)
+        time.sleep(10)
         return None, 0.0
     error = caught(lambda: mesh.job.control.all_reduce(torch.ones(1)))
     return error, time.monotonic() - start
@@ -170,7 +170,7 @@ def one_is_late(rank: int, world: int) -> tuple[Exception | None, float]:
 def test_the_control_group_waits_as_long_as_it_is_told_and_names_who_is_missing() -> None:
     (error, seconds), _ = ranks.run(2, one_is_late)
     assert_told(error, CommError, "rank 0: all_reduce failed", "rank 1", "did not come")
-    assert seconds < 5
+    assert seconds < 10
 
 
 def dies_while_meeting(rank: int, world: int) -> Exception | None:

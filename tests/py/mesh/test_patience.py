@@ -203,5 +203,5 @@ def test_a_rank_that_dies_while_it_writes_is_named_within_moments(tmp_path: Path
     assert isinstance(survivor, ranks.Returned), survivor
     error, seconds = survivor.value
     assert_told(error, CommError, "rank 1 (process")
-    assert seconds < 6
+    assert seconds < 15
     assert not (tmp_path / "latest").exists()
