@@ -193,9 +193,11 @@ class Engine(Readings, nn.Module):
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.
 
-        The module can be used on, also by `forward`; nothing else can. A second call does nothing.
+        All ranks call it: what a backward without a `step` has begun is ended together. The module
+        can be used on, also by `forward`; nothing else can. A second call does nothing.
         """
         if not self._transaction.closed:
+            self._transaction.finish()
             self._give_back()
             self._parts.mesh.close()
 

@@ -21,6 +21,7 @@ runs is not one that has raised.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -42,6 +43,8 @@ from zerort.step.phases import Backward, Destroyed, Idle, Lost, Phase, Reached, 
 from zerort.step.progress import Progress
 
 __all__ = ["Transaction"]
+
+_log = logging.getLogger("zerort")
 
 
 class Transaction:
@@ -180,6 +183,17 @@ class Transaction:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
         if self._interrupted():
             self._settle("a direct loss.backward() raised", owes=True)
+
+    def finish(self) -> None:
+        """Before all ranks give the engine back: ends what a backward without a `step` has begun,
+        which a peer further along its list may wait for.
+        """
+        if isinstance(self._phase, Lost | Destroyed):
+            return
+        try:
+            self.reduction.abort()
+        except CommError as error:
+            _log.warning("destroy(): what was under way could not be ended: %s", error)
 
     def close(self) -> None:
         """Takes the hooks off the model; no call but `forward` works afterwards."""

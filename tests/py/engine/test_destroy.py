@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -116,3 +117,54 @@ def test_a_collected_engine_is_not_kept_by_a_backward_under_way() -> None:
     gc.collect()
     assert gone() is None
     assert torch.equal(model.a.detach(), torch.full((4,), -1.0))
+
+
+def _leave_a_pass_behind(rank: int, world: int, stage: int, raises: bool) -> float:
+    """Both ranks have the first bucket's sums; rank 0's backward is over before the second's can
+    be, and rank 1's when it has them: where sums are gathered, only rank 1 gathers these.
+    """
+    engine = engine_over_terms({**at_stage(stage), "zerort": {"timeout": 20}})
+    step_with(engine, 1.0, 2.0)  # the first pass only observes
+    last = torch.zeros(1, requires_grad=True) * 1.0  # its node runs behind the module's
+
+    def linger(_: torch.Tensor) -> None:
+        time.sleep(0.5)
+        if raises and rank == 1:
+            raise ArithmeticError("the user's own backward")
+
+    last.register_hook(linger)
+    if rank == 1:
+        engine.module.a.register_hook(lambda _: time.sleep(1.5))  # `b` has left by then
+    error = caught((engine(1.0, 2.0) + last.sum()).backward)
+    assert (error is not None) == (raises and rank == 1)
+    start = time.monotonic()
+    engine.destroy()
+    # the next one, which all ranks make together, while something still refers to the first
+    again = engine_over_terms(at_stage(stage))
+    again.destroy()
+    return time.monotonic() - start
+
+
+@every_stage
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_backward_without_a_step_has_begun_keeps_no_rank_in_destroy(
+    stage: int, raises: bool
+) -> None:
+    assert max(ranks.run(2, _leave_a_pass_behind, stage, raises, timeout=50)) < 10.0
+
+
+def _destroy_beside_a_dead_rank(rank: int, world: int) -> float:
+    engine = engine_over_terms({"zerort": {"timeout": 3}})
+    step_with(engine, 1.0, 2.0)
+    if rank == 1:
+        raise SystemExit(3)
+    engine(1.0, 2.0).backward()
+    start = time.monotonic()
+    engine.destroy()
+    return time.monotonic() - start
+
+
+def test_destroy_beside_a_rank_that_has_died_raises_nothing_and_ends_in_time() -> None:
+    survivor, _ = ranks.attempt(2, _destroy_beside_a_dead_rank, timeout=40)
+    assert isinstance(survivor, ranks.Returned), survivor
+    assert survivor.value < 10.0
