@@ -132,9 +132,7 @@ class Plan:
     def shards_optimizer(self) -> bool: ...
     @property
     def reduces_every_micro_batch(self) -> bool:
-        """Whether the stage lets gradients travel in every backward, because no rank may keep them
-        whole.
-        """
+        """Whether gradients are reduced in every backward, and no rank keeps them whole."""
     @property
     def shards_gradient(self) -> bool: ...
     @property

@@ -107,7 +107,7 @@ _ROWS = (
     ),
     _refused("seq_parallel_comm_data_type", "sequence parallelism is not built", _one_of("fp32")),
     _refused("sequence_parallel_size", "sequence parallelism is not built", _one_of(1)),
-    _ignored("disable_allgather", "how updated parameters travel is part of the plan"),
+    _ignored("disable_allgather", "how updated parameters are gathered is part of the plan"),
     _ignored("graph_harvesting", "a step is not captured in a CUDA graph; results are the same"),
     # precision
     _same("data_types", "element types beside the parameters'"),
@@ -151,7 +151,7 @@ _ROWS = (
     _same("torch_autocast.dtype", "bf16 or fp16; with fp16 the loss is scaled"),
     _same(
         "torch_autocast.lower_precision_safe_modules",
-        "classes whose gradients travel in that dtype; Linear and Conv1d to 3d when left out and "
+        "classes whose gradients are sent in that dtype; Linear and Conv1d to 3d when left out and "
         "communication_data_type is too",
     ),
     _refused(
@@ -335,7 +335,7 @@ _ROWS = (
     ),
     _same("zerort.bucket_bytes", "upper bound of a bucket in bytes, instead of reduce_bucket_size"),
     _same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
-    _same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients travel'),
+    _same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
     _same("zerort.on_nonfinite", '"skip" or "raise": a step with an infinity or NaN'),
     _same("zerort.unused_parameters", '"zero" or "raise": a parameter without a gradient'),
     _same("zerort.sparse_gradients", '"refuse" or "densify"'),

@@ -182,7 +182,7 @@ class Autocast(_Section):
     enabled: bool = False
     dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
     lower_precision_safe_modules: list[str] | None = None
-    """Classes of modules whose gradients travel in `dtype`, by their dotted names; None means
+    """Classes of modules whose gradients are sent in `dtype`, by their dotted names; None means
     linear and convolution.
 
     Their operations are computed in `dtype`, so that is all their gradients hold.
@@ -266,8 +266,8 @@ class Runtime(_Section):
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
     reduce_at: Literal["micro_batch", "boundary"] | None = None
-    """When gradients travel; None means at the boundary below stage 2 and every micro-batch from
-    stage 2.
+    """When gradients are reduced; None means at the boundary below stage 2, from there on in every
+    micro-batch.
     """
     on_nonfinite: Literal["skip", "raise"] = "skip"
     unused_parameters: Literal["zero", "raise"] | None = None
@@ -344,7 +344,7 @@ class Config(_Section):
         return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
 
     def reduces_every_micro_batch(self, by_stage: bool) -> bool:
-        """Whether gradients travel in every backward; `by_stage` is what the stage's rules say
+        """Whether gradients are reduced in every backward; `by_stage` is what the stage's rules say
         where nobody asked.
         """
         return by_stage if self.zerort.reduce_at is None else self.zerort.reduce_at == "micro_batch"

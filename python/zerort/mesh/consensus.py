@@ -93,8 +93,8 @@ class Consensus:
             if mine.error is not None and not (self.alike and isinstance(mine.error, Exception)):
                 raise mine.error
             same = len(failed) == len(reasons) and len(set(reasons)) == 1
-            told = reasons[0] if same else _listed(failed)
-            raise (kind or self.kind)(f"{headline}: {told}") from mine.error
+            why = reasons[0] if same else _listed(failed)
+            raise (kind or self.kind)(f"{headline}: {why}") from mine.error
         finally:
             mine.error = None  # its traceback holds this frame, which would hold it in turn
 
@@ -133,5 +133,5 @@ def _reason(error: BaseException) -> str:
 def _listed(failed: dict[int, str]) -> str:
     shown = list(failed.items())[:_NAMED]
     more = len(failed) - len(shown)
-    told = "; ".join(f"rank {rank}: {reason}" for rank, reason in shown)
-    return f"{told}; and {more} more ranks" if more else told
+    listed = "; ".join(f"rank {rank}: {reason}" for rank, reason in shown)
+    return f"{listed}; and {more} more ranks" if more else listed

@@ -69,8 +69,8 @@ def _words(error: BaseException | None) -> str:
     """A verb phrase."""
     if isinstance(error, SystemExit) and error.code not in (None, 0):
         before = error.__context__
-        told = "" if before is None else f" after {_described(before)}"
-        return f"called sys.exit({str(error.code)[:_LONGEST]}){told}"
+        earlier = "" if before is None else f" after {_described(before)}"
+        return f"called sys.exit({str(error.code)[:_LONGEST]}){earlier}"
     if error is None or isinstance(error, SystemExit):
         return FINISHED
     return f"ended with {_described(error)}"

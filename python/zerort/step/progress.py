@@ -79,15 +79,15 @@ class Progress:
         try:
             self.scheduler.step(**arguments)
         except BaseException as error:
-            told = (
+            message = (
                 f"{self._stands()}; then the learning rate scheduler raised "
                 f"{type(error).__name__}: {error}, so that rates may differ between ranks: load a "
                 "checkpoint before going on"
             )
-            self.boundary.half_updated = told
+            self.boundary.half_updated = message
             if not isinstance(error, Exception):
                 raise
-            raise StepError(told) from error
+            raise StepError(message) from error
 
     def _stands(self) -> str:
         done = "applied" if self.applied else "skipped"
