@@ -1,7 +1,7 @@
 """Which gradients have come, read from `.grad`: for those that no hook tells of.
 
 Two questions. Within a pass: is the rest of a bucket there, as its sentinel says? Outside one: has
-a backward that nobody announced brought a gradient? It decides nothing and changes no `.grad`.
+a backward without announcement brought a gradient? It decides nothing and changes no `.grad`.
 
 A gradient that has come has either set `.grad` or been added to it in place, which its version
 counter shows. So where earlier micro-batches have left something in `.grad`, what was there before
@@ -47,12 +47,12 @@ class Arrivals:
         return self._any_since(self._resting)
 
     def mark(self) -> None:
-        """A backward begins that nobody has announced."""
+        """A backward begins that is not announced."""
         self._before = self._now()
         self._unannounced = True
 
     def announced(self) -> None:
-        """Now somebody has."""
+        """Now it is."""
         self._unannounced = False
 
     def unannounced(self) -> bool:

@@ -2,7 +2,7 @@
 
     Idle ── backward ──> Backward ── over ──> Idle                 its gradients count
       │                     └────── raises ──> Settled ── step ──> Idle      the step is void
-      └── a hook: a backward of somebody else's is here ──> Reached ── over ──> Idle
+      └── a hook: a backward of another's is here ──> Reached ── over ──> Idle
                               its first gradient ──> Backward
 
 A collective in flight cannot be taken back, so a failure is carried through: the rank that raises
@@ -13,7 +13,7 @@ starts clean on all.
 Which backward is whose is asked of autograd (`grads.tasks`). The user's own, on what the module
 returned, begins a pass with its first gradient. Another engine's leaves its gradients in `.grad`,
 where this engine's next call finds them, unless they have been dropped by then. One that no hook
-has told of is found at `step` by its gradients.
+has announced is found at `step` by its gradients.
 
 An evaluation within a backward or on another thread changes nothing here: a backward that still
 runs is not one that has raised.
@@ -91,7 +91,7 @@ class Transaction:
         return loss
 
     def backward(self, loss: Tensor, scaling: LossScaling, *, retain_graph: bool) -> None:
-        """The backward of a scalar loss. Raises what it raises, once the peers have been told."""
+        """The backward of a scalar loss. Raises what it raises, once the peers have its reason."""
         self._demand("backward()")
         before = self._idle()
         with self._settling(Settled()):
@@ -316,7 +316,7 @@ class Transaction:
     # The parts of a backward.
 
     def _open(self, scaling: LossScaling | None) -> None:
-        """A backward begins; `scaling` is None for a loss that nobody has scaled."""
+        """A backward begins; `scaling` is None for a loss that is not scaled."""
         if scaling is None and self.boundary.loss_scale.scale != 1.0:
             raise StepError(
                 "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
@@ -403,7 +403,7 @@ class Transaction:
 
     @contextmanager
     def _settling(self, after: Phase) -> Iterator[None]:
-        """Within, an exception leaves only once the peers have been told; the phase is `after`."""
+        """Within, an exception leaves only once the peers have its reason; the phase is `after`."""
         try:
             yield
         except CommError as error:
