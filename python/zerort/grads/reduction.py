@@ -30,7 +30,7 @@ import torch
 from zerort import _core
 from zerort.grads.arrivals import Arrivals
 from zerort.grads.hooks import ParameterHooks
-from zerort.memory import FlatModel
+from zerort.memory import FlatModel, unintercepted
 from zerort.mesh import Mesh
 from zerort.run.executor import Executor, Fold
 from zerort.run.flight import Transport
@@ -91,6 +91,7 @@ class Reduction:
         """
         return self.plan.digest ^ zlib.crc32(bytes(self._active))
 
+    @unintercepted
     def follow(self) -> bool:
         """Verifies that every parameter is where it was, and follows freezing and unfreezing.
 
@@ -121,6 +122,7 @@ class Reduction:
             )
             self.drop()
 
+    @unintercepted
     def begin(self, scale: float) -> None:
         """Starts a pass whose sums are multiplied by `scale`."""
         self.drain()  # the last pass's memory is about to be written
@@ -136,10 +138,12 @@ class Reduction:
         else:
             self._hooks.attach(watched)
 
+    @unintercepted
     def mark(self) -> None:
         """A backward begins whose gradients stay in `.grad`; `disarm` tells whether any came."""
         self._arrivals.mark()
 
+    @unintercepted
     def arm(self, announce: Callable[[], None]) -> None:
         """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the
         gradient then belongs.
@@ -153,6 +157,7 @@ class Reduction:
         self._announce = announce
         self._reducer.arm()
 
+    @unintercepted
     def disarm(self) -> bool:
         """No gradient is awaited any more. Returns whether any has come since `arm` or `mark` that
         no hook has told of.
@@ -162,6 +167,7 @@ class Reduction:
         self._arrivals.end()
         return come
 
+    @unintercepted
     def _dispatch(self, index: int, hi: int) -> None:
         if hi == 0:
             self._arrivals.announced()
@@ -169,6 +175,7 @@ class Reduction:
             hi = self._reducer.grad_ready(index) or 0
         self._executor.run(self._arrivals.reach(hi) if self._sentinels else hi)
 
+    @unintercepted
     def finish(self) -> list[str]:
         """The backward is over: launches what is left.
 
@@ -181,6 +188,7 @@ class Reduction:
         self._late = self._arrivals.new()
         return self._executor.absent
 
+    @unintercepted
     def abort(self) -> None:
         """The backward failed: runs the rest of the list on zeros, so that the peers' collectives
         pair with ours.
@@ -191,6 +199,7 @@ class Reduction:
             self.finish()
         self.drain()
 
+    @unintercepted
     def rerun(self, scale: float) -> None:
         """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was
         late.
@@ -205,30 +214,36 @@ class Reduction:
         self._sentinels = False
         self._reducer.dismiss_sentinels()
 
+    @unintercepted
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
         self._executor.drain()
         if self.passes and self._watch.enabled:
             self._watch.passed(self._reducer.life())
 
+    @unintercepted
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
         # a pass of the micro-batch before may still be sending from where gradients are to rest
         self._executor.collect()
         self._arrivals.rest()
 
+    @unintercepted
     def rest(self) -> None:
         """What is in `.grad` has waited for the next pass, which takes it."""
         self._arrivals.rest()
 
+    @unintercepted
     def holds_gradients(self) -> bool:
         """Whether gradients have come that no pass and no `collect` has taken."""
         return self._arrivals.new()
 
+    @unintercepted
     def unreduced(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
         return sum(source.unreduced() for source in self._sources)
 
+    @unintercepted
     def written(self) -> str | None:
         """A parameter that has got a `.grad` since the last pass ended; None where one was late."""
         pairs = zip(self._flat.names, self._flat.params, strict=True)
@@ -258,10 +273,12 @@ class Reduction:
             (place for place in found if place is not None), None
         )
 
+    @unintercepted
     def publish(self) -> None:
         """Brings updated shards to all ranks."""
         self._executor.publish()
 
+    @unintercepted
     def drop(self) -> None:
         """Forgets every gradient that no pass has taken."""
         for source in self._sources:
@@ -285,6 +302,7 @@ class Reduction:
         for encoder in self._encoders:
             encoder.forget()
 
+    @unintercepted
     def learn(self) -> bool:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
         arrive.
@@ -302,6 +320,7 @@ class Reduction:
         self._arrivals.load(self.plan)
         return True
 
+    @unintercepted
     def close(self) -> None:
         """Takes the hooks off the model."""
         self.disarm()

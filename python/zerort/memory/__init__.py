@@ -2,6 +2,7 @@
 
 from zerort.memory.buckets import FlatBucket, FlatModel, Layout
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
+from zerort.memory.unintercepted import unintercepted
 from zerort.memory.values import Form, Memory, Resident
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "Resident",
     "Signature",
     "plannable",
+    "unintercepted",
 ]

@@ -18,6 +18,7 @@ from zerort.device import device_for
 from zerort.errors import StepError
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
+from zerort.memory.unintercepted import unintercepted
 from zerort.memory.values import Memory, Resident
 
 __all__ = ["FlatBucket", "FlatModel", "Layout"]
@@ -159,19 +160,19 @@ class FlatModel:
         self._numels = [parameter.numel() for parameter in self.params]
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
 
+    @unintercepted
     def active(self) -> list[bool]:
         """Which parameters require grad now."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return [parameter.requires_grad for parameter in self.params]
+        return [parameter.requires_grad for parameter in self.params]
 
+    @unintercepted
     def check(self) -> None:
         """Raises `StepError` naming the first parameter that has left its module or its bucket, or
         that nothing would train.
         """
         self._registry.check()
-        with torch._C.DisableTorchFunctionSubclass():
-            places = list(map(Tensor.data_ptr, self.params))
-            numels = list(map(Tensor.numel, self.params))
+        places = list(map(Tensor.data_ptr, self.params))
+        numels = list(map(Tensor.numel, self.params))
         if places != self._places or numels != self._numels:
             rows = zip(self.names, places, self._places, numels, self._numels, strict=True)
             moved = next(row[0] for row in rows if row[1] != row[2] or row[3] != row[4])

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from zerort.memory import FlatBucket, Form
+from zerort.memory import FlatBucket, Form, unintercepted
 
 __all__ = ["Region", "Run", "Segment", "flat_segments", "regions", "runs", "shaped_segments"]
 
@@ -61,15 +61,18 @@ class Run:
     active: bool
 
 
-def runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> Iterator[Run]:
+@unintercepted
+def runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> list[Run]:
     """Regions joined as long as neither `requires_grad` nor the parameter's `label` changes."""
 
     def key(region: Region) -> tuple[bool, Hashable]:
         return region.parameter.requires_grad, label(region.param)
 
+    found = []
     for (active, _), group in groupby(regions(bucket), key=key):
         members = list(group)
-        yield Run(members[0].start, members[-1].end, members[0].param, active)
+        found.append(Run(members[0].start, members[-1].end, members[0].param, active))
+    return found
 
 
 @dataclass

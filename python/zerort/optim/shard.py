@@ -86,7 +86,7 @@ class ShardOptimizer:
         return [segment for bucket in self._buckets for segment in uncut(bucket)]
 
     def _cut(self, label: Callable[[int], Hashable]) -> None:
-        along = {id(bucket): list(runs(bucket, label)) for bucket in self._buckets}
+        along = {id(bucket): runs(bucket, label) for bucket in self._buckets}
         segments: list[Segment] = []
         for segment in self.segments:
             parts = segment.cut(along[id(segment.bucket)])
