@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-__all__ = ["show"]
+__all__ = ["is_read_here", "show"]
 
 _log = logging.getLogger("zerort")
 
@@ -41,6 +41,13 @@ def show(rank: int) -> None:
     _default.withdraw()
     if not _log.hasHandlers():
         _default.install(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def is_read_here() -> bool:
+    """Whether somebody has given this rank's logger `zerort` a handler of its own: a log file for
+    each rank, say, where what concerns the rank is missed if only rank 0 tells.
+    """
+    return any(handler is not _default for handler in _log.handlers)
 
 
 class _Default(logging.Handler):

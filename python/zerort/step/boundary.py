@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
 
+from zerort import log
 from zerort.errors import NonFiniteGradient, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
@@ -117,15 +118,9 @@ class Boundary:
 
     def _explain(self, unreduced: int) -> None:
         """Says once where gradients are, and names one that was written where they are not."""
-        if not self._explained and self.comm.rank == 0:
+        if not self._explained:
             self._explained = True
-            # who has turned clipping off may be about to clip by hand, in vain
-            _log.log(
-                logging.INFO if self.policy.clip else logging.WARNING,
-                "gradients leave .grad for their bucket during the backward, so that .grad is None "
-                "after it and torch.nn.utils.clip_grad_norm_ finds nothing: set gradient_clipping, "
-                "and read engine.get_global_grad_norm()",
-            )
+            self._say_where_gradients_are()
         name = self.reduction.written() if unreduced else None
         if name is not None:
             _log.warning(
@@ -135,6 +130,17 @@ class Boundary:
                 "backwards through the engine",
                 self.comm.rank,
                 name,
+            )
+
+    def _say_where_gradients_are(self) -> None:
+        # who has turned clipping off may be about to clip by hand, in vain, on whichever rank
+        level = logging.INFO if self.policy.clip else logging.WARNING
+        if self.comm.rank == 0 or (level == logging.WARNING and log.is_read_here()):
+            _log.log(
+                level,
+                "gradients leave .grad for their bucket during the backward, so that .grad is None "
+                "after it and torch.nn.utils.clip_grad_norm_ finds nothing: set gradient_clipping, "
+                "and read engine.get_global_grad_norm()",
             )
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:

@@ -4,6 +4,8 @@ said of it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,9 +69,24 @@ def _train_by_clip(rank: int, world: int, clip: float) -> list[int]:
 
 
 def test_where_gradients_are_is_said_once_by_rank_0() -> None:
-    """As a warning where clipping has been turned off: who clips by torch's function does that."""
-    assert ranks.run(2, _train_by_clip, 0.0) == [[logging.WARNING], []]
     assert ranks.run(2, _train_by_clip, 100.0) == [[logging.INFO], []]
+
+
+def test_where_clipping_is_off_each_rank_that_has_a_log_warns_in_it() -> None:
+    """Who clips by torch's function turns it off, and finds nothing on any rank."""
+    assert ranks.run(2, _train_by_clip, 0.0) == [[logging.WARNING]] * 2
+
+
+def _shown_by_clip(rank: int, world: int) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        engine = engine_over_terms({"gradient_clipping": 0.0})
+        step_with(engine, 1.0, 2.0)
+    return shown.getvalue()
+
+
+def test_where_no_rank_has_a_log_of_its_own_rank_0_warns_for_all() -> None:
+    first, second = ranks.run(2, _shown_by_clip)
+    assert (first.count("get_global_grad_norm"), second) == (1, "")
 
 
 def _write_a_grad(rank: int, world: int, stage: int, gas: int) -> tuple[Any, ...]:
