@@ -7,10 +7,10 @@ use std::cmp::Reverse;
 use arbitrary::{cap, ids, model};
 use proptest::prelude::*;
 use zerort_core::bucket::assign;
-use zerort_core::{Bucket, Cap, Dtype, GroupId, Param, ParamId, WireId};
+use zerort_core::{Bucket, Cap, Dtype, GroupId, Kind, Param, ParamId, WireId};
 
 fn param(numel: u64, dtype: Dtype, group: u32) -> Param {
-    Param { numel, dtype, group: GroupId(group), wire: WireId(0) }
+    Param { numel, dtype, group: GroupId(group), wire: WireId(0), unit: None }
 }
 
 fn f32(numel: u64) -> Param {
@@ -41,8 +41,9 @@ proptest! {
     fn a_bucket_holds_one_dtype_one_optimizer_group_and_one_wire_format(
         params in model(), cap in cap(),
     ) {
-        for Bucket { dtype, group, wire, params: ids, .. } in assign(&params, cap) {
-            prop_assert!(ids.iter().all(|id| params[id.index()].kind() == (dtype, group, wire)));
+        for Bucket { dtype, group, wire, unit, params: ids, .. } in assign(&params, cap) {
+            let kind = Kind { dtype, group, wire, unit };
+            prop_assert!(ids.iter().all(|id| params[id.index()].kind() == kind));
         }
     }
 

@@ -11,8 +11,13 @@ use zerort_core::{
 };
 
 fn sample() -> PlanSpec {
-    let param =
-        |numel, dtype, group| Param { numel, dtype, group: GroupId(group), wire: WireId(0) };
+    let param = |numel, dtype, group| Param {
+        numel,
+        dtype,
+        group: GroupId(group),
+        wire: WireId(0),
+        unit: None,
+    };
     let params = vec![
         param(1000, Dtype::F32, 0),
         param(0, Dtype::F32, 0),

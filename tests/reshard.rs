@@ -100,7 +100,13 @@ fn inverse(came_from: &[Option<ParamId>], params: usize) -> Vec<Option<ParamId>>
 fn small(numels: &[u64], world: u32) -> Plan {
     let params = numels
         .iter()
-        .map(|&numel| Param { numel, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) })
+        .map(|&numel| Param {
+            numel,
+            dtype: Dtype::F32,
+            group: GroupId(0),
+            wire: WireId(0),
+            unit: None,
+        })
         .collect();
     let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Two.rules());
     Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()

@@ -17,7 +17,9 @@ __all__ = [
     "Plan",
     "Reducer",
     "Trace",
+    "Unit",
     "__version__",
+    "cut_units",
     "first_nonfinite",
     "reduce",
     "reshard",
@@ -44,6 +46,12 @@ class Bucket:
     @property
     def wire(self) -> int:
         """How its gradients are encoded: the number of a wire format."""
+    @property
+    def unit(self) -> int | None:
+        """The unit it belongs to; None where every rank keeps its parameters whole."""
+    @property
+    def sharded(self) -> bool:
+        """Whether its parameters are sharded between their uses."""
     @property
     def params(self) -> list[int]:
         """Parameter ids in the order in which they lie in the buffer."""
@@ -96,7 +104,9 @@ class Plan:
 
     `params` is `(numel, dtype, optimizer group, wire format)` in registration order; the index is
     the parameter's id. The cap of a bucket is given in bytes or in elements, never both. `window`
-    is how many launched buckets may be unretired; None means all. Raises `PlanError`.
+    is how many launched buckets may be unretired; None means all. `units` has an entry for each
+    parameter, as `cut_units` gave it; at stage 3 a parameter without a unit is replicated. Raises
+    `PlanError`.
     """
 
     def __new__(
@@ -108,6 +118,7 @@ class Plan:
         cap_bytes: int | None = None,
         cap_elements: int | None = None,
         window: int | None = None,
+        units: Sequence[int | None] | None = None,
     ) -> Plan: ...
     @staticmethod
     def restore(
@@ -145,11 +156,41 @@ class Plan:
     @property
     def schedule(self) -> list[tuple[_CommandKind, int]]:
         """The static list: `("launch" | "retire", bucket id)`."""
+    @property
+    def units(self) -> list[Unit]:
+        """What is gathered and freed together, by id; empty unless parameters are sharded."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
     def reordered(self, observed: Sequence[int]) -> Plan:
         """The same layout, launched in the order in which `observed` (parameter ids by arrival)
         fills the buckets.
         """
+
+@final
+class Unit:
+    """Parameters that are gathered and freed together: whole buckets."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def buckets(self) -> list[int]: ...
+    @property
+    def params(self) -> list[int]:
+        """Of all its buckets, in their order."""
+    @property
+    def numel(self) -> int:
+        """Padded length of its buckets together, which counts against the room."""
+
+def cut_units(
+    modules: Sequence[tuple[int, Sequence[int]]], numels: Sequence[int], *, cap: int
+) -> list[int | None]:
+    """The unit of each parameter: runs of subtrees in registration order, at most `cap` elements
+    each.
+
+    A module is `(index of its parent or -1, ids of the parameters registered in it itself)`, a
+    parent before its children. A subtree that fits is not torn; one module's own parameters never
+    are. A shared parameter belongs to the first module that has it. A parameter of less than 0
+    elements stays whole on every rank: its unit is None. Raises `PlanError`.
+    """
 
 @final
 class Finished:

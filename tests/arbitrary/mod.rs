@@ -24,6 +24,7 @@ pub fn param() -> impl Strategy<Value = Param> {
         dtype,
         group: GroupId(group),
         wire: WireId(wire),
+        unit: None,
     })
 }
 
@@ -81,7 +82,10 @@ pub fn plan() -> impl Strategy<Value = Plan> {
 /// `n` parameters of equal length in one group; `per_bucket` of them fill a bucket.
 pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
     let params =
-        vec![Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) }; n];
+        vec![
+            Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0), unit: None };
+            n
+        ];
     let cap = Cap::Elements(16 * per_bucket as u64);
     let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Two.rules());
     Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap())

@@ -6,8 +6,8 @@
 //!
 //! Backward makes gradients roughly in reverse registration order, so parameters are assigned in
 //! that order. A bucket holds one dtype, because a buffer has one, one optimizer group, because a
-//! shard is updated with one set of hyperparameters, and one wire format, because it is encoded as
-//! a whole.
+//! shard is updated with one set of hyperparameters, one wire format, because it is encoded as a
+//! whole, and one unit, because a unit is gathered and freed as a whole: it is one or more buckets.
 //!
 //! The assignment fixes the layout of every buffer and of optimizer state. It is made once, never
 //! from an observation.
@@ -15,7 +15,8 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use crate::ids::{BucketId, Dtype, GroupId, ParamId, WireId};
+use crate::ids::{BucketId, Dtype, GroupId, ParamId, UnitId, WireId};
+use crate::stage::Placement;
 
 /// What planning knows of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,12 +29,27 @@ pub struct Param {
     pub group: GroupId,
     /// How its gradient is encoded.
     pub wire: WireId,
+    /// What it is gathered and freed with; None where every rank keeps it whole.
+    pub unit: Option<UnitId>,
+}
+
+/// What the parameters of a bucket have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Kind {
+    /// Element type.
+    pub dtype: Dtype,
+    /// The optimizer group.
+    pub group: GroupId,
+    /// How gradients are encoded.
+    pub wire: WireId,
+    /// What they are gathered and freed with.
+    pub unit: Option<UnitId>,
 }
 
 impl Param {
-    /// What the parameters of a bucket have in common.
-    pub const fn kind(&self) -> (Dtype, GroupId, WireId) {
-        (self.dtype, self.group, self.wire)
+    /// What it has in common with the other parameters of its bucket.
+    pub const fn kind(&self) -> Kind {
+        Kind { dtype: self.dtype, group: self.group, wire: self.wire, unit: self.unit }
     }
 }
 
@@ -68,8 +84,26 @@ pub struct Bucket {
     pub group: GroupId,
     /// How the gradients of all its parameters are encoded.
     pub wire: WireId,
+    /// The unit that it belongs to.
+    pub unit: Option<UnitId>,
     /// In the order in which they lie in the buffer.
     pub params: Vec<ParamId>,
+}
+
+impl Bucket {
+    /// A bucket of `params`, which are of this kind.
+    pub(crate) fn new(id: BucketId, kind: Kind, params: Vec<ParamId>) -> Self {
+        let Kind { dtype, group, wire, unit } = kind;
+        Self { id, dtype, group, wire, unit, params }
+    }
+
+    /// Where its parameters live between their uses: sharded where they are in a unit.
+    pub const fn parameter(&self) -> Placement {
+        match self.unit {
+            Some(_) => Placement::Sharded,
+            None => Placement::Replicated,
+        }
+    }
 }
 
 /// Assigns every parameter to a bucket.
@@ -79,7 +113,7 @@ pub struct Bucket {
 /// follow the order in which the walk completes the buckets, which is the order in which backward
 /// is expected to fill them.
 pub fn assign(params: &[Param], cap: Cap) -> Vec<Bucket> {
-    let mut open: BTreeMap<(Dtype, GroupId, WireId), Open> = BTreeMap::new();
+    let mut open: BTreeMap<Kind, Open> = BTreeMap::new();
     let mut closed = Vec::new();
     for (index, param) in params.iter().enumerate().rev() {
         let bucket = open.entry(param.kind()).or_insert_with(|| Open::new(*param));
@@ -105,9 +139,7 @@ struct Open {
 
 impl Open {
     fn new(param: Param) -> Self {
-        let (dtype, group, wire) = param.kind();
-        let bucket = Bucket { id: BucketId(0), dtype, group, wire, params: Vec::new() };
-        Self { bucket, end: 0 }
+        Self { bucket: Bucket::new(BucketId(0), param.kind(), Vec::new()), end: 0 }
     }
 
     /// An empty bucket takes anything, and an empty parameter goes anywhere.

@@ -3,7 +3,7 @@
 //! Errors hold identifiers, never names: the core does not know what a parameter is called. Whoever
 //! does words the final message; the texts here are for readers of the core alone.
 
-use crate::ids::{BucketId, ParamId, Rank};
+use crate::ids::{BucketId, ParamId, Rank, UnitId};
 
 /// A plan that cannot be made, or a question about one that has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +40,26 @@ pub enum PlanError {
     /// At least one bucket must be allowed to be in flight.
     #[error("the window must be at least one bucket")]
     BadWindow,
+    /// A module is listed before the one that it is registered in.
+    #[error("module {module} does not stand behind its parent")]
+    BadModule {
+        /// Index of the module.
+        module: usize,
+    },
+    /// A unit's number is not below the number of parameters.
+    #[error("parameter {} is in unit {}, beyond the number of parameters", .param.0, .unit.0)]
+    UnknownUnit {
+        /// The parameter.
+        param: ParamId,
+        /// The number given.
+        unit: UnitId,
+    },
+    /// Only sharded parameters are gathered and freed.
+    #[error("parameter {} is in a unit, but at this stage parameters are replicated", .param.0)]
+    UnitNotSharded {
+        /// The parameter.
+        param: ParamId,
+    },
     /// ZeRO has the stages 0 to 3.
     #[error("stage {stage} does not exist: expected 0, 1, 2 or 3")]
     BadStage {

@@ -17,6 +17,10 @@ pub struct GroupId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WireId(pub u32);
 
+/// Parameters that are gathered and freed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UnitId(pub u32);
+
 /// One process of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Rank(pub u32);
@@ -60,4 +64,4 @@ macro_rules! as_index {
         }
     )+};
 }
-as_index!(ParamId, BucketId, GroupId, WireId, Rank);
+as_index!(ParamId, BucketId, GroupId, WireId, UnitId, Rank);

@@ -38,7 +38,8 @@
 //! };
 //!
 //! // Four parameters, two ranks, at most 1024 elements a bucket: b0 = {p3, p2}, b1 = {p1, p0}.
-//! let param = Param { numel: 512, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0) };
+//! let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+//! let param = Param { numel: 512, dtype, group, wire, unit: None };
 //! let plan = Arc::new(Plan::new(PlanSpec {
 //!     params: vec![param; 4],
 //!     mesh: Mesh::flat(2)?,
@@ -90,12 +91,13 @@ pub mod scaler;
 pub mod schedule;
 pub mod stage;
 pub mod trace;
+pub mod units;
 
-pub use bucket::{Bucket, Cap, Param};
+pub use bucket::{Bucket, Cap, Kind, Param};
 pub use command::{Command, Op};
 pub use error::{Phase, PlanError, StepError};
 pub use hop::{Hop, Hops};
-pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, WireId};
+pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, UnitId, WireId};
 pub use life::Life;
 pub use mesh::{Group, Mesh};
 pub use partition::{BucketLayout, Fragment, Partition};
@@ -104,3 +106,4 @@ pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};
+pub use units::{Module, Unit};

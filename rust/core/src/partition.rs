@@ -69,14 +69,7 @@ impl BucketLayout {
         if let Some(&(param, _)) = stranger {
             return Err(PlanError::MixedBucket { bucket: id, param });
         }
-        let (dtype, group, wire) = kind;
-        Ok(Bucket {
-            id,
-            dtype,
-            group,
-            wire,
-            params: self.params.iter().map(|&(param, _)| param).collect(),
-        })
+        Ok(Bucket::new(id, kind, self.params.iter().map(|&(param, _)| param).collect()))
     }
 }
 

@@ -12,19 +12,19 @@
 //!
 //! A plan knows lengths and identifiers, never a name, a tensor or a device.
 
+mod digest;
+
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::Xxh3;
-
 use crate::bucket::{Bucket, Cap, Param, assign};
-use crate::command::{Command, Op};
 use crate::error::PlanError;
-use crate::hop::{Hop, Hops};
-use crate::ids::{BucketId, Dtype, ParamId, Rank};
+use crate::hop::Hops;
+use crate::ids::{BucketId, ParamId, Rank};
 use crate::mesh::{Group, Mesh};
 use crate::partition::{BucketLayout, Fragment, Partition};
 use crate::schedule::Schedule;
 use crate::stage::{Placement, Rules};
+use crate::units::{Unit, units};
 
 /// What a plan is made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +58,7 @@ struct Layout {
     buckets: Vec<Bucket>,
     partitions: Vec<Partition>,
     hops: Vec<Hops>,
+    units: Vec<Unit>,
     /// Bucket of each parameter and its position there.
     homes: Vec<(BucketId, u32)>,
     digest: u64,
@@ -112,9 +113,21 @@ impl Plan {
         let all = buckets.len() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
         let PlanSpec { params, mesh, rules, .. } = spec;
-        let hops = buckets.iter().map(|bucket| Hops::new(rules, &mesh, bucket.wire)).collect();
-        let mut layout =
-            Layout { params, mesh, rules, window, buckets, partitions, hops, homes, digest: 0 };
+        let rules_of = |bucket: &Bucket| Rules { parameter: bucket.parameter(), ..rules };
+        let hops = buckets.iter().map(|bucket| Hops::new(rules_of(bucket), &mesh, bucket.wire));
+        let (hops, units) = (hops.collect(), units(&buckets, &partitions));
+        let mut layout = Layout {
+            params,
+            mesh,
+            rules,
+            window,
+            buckets,
+            partitions,
+            hops,
+            units,
+            homes,
+            digest: 0,
+        };
         layout.digest = layout.hash();
         let order: Vec<BucketId> = layout.buckets.iter().map(|bucket| bucket.id).collect();
         Self::with_order(Arc::new(layout), &order)
@@ -148,7 +161,7 @@ impl Plan {
 
     fn with_order(layout: Arc<Layout>, order: &[BucketId]) -> Self {
         let schedule = Schedule::new(order, layout.window);
-        let digest = schedule_digest(layout.digest, &schedule);
+        let digest = digest::schedule_digest(layout.digest, &schedule);
         Self { layout, schedule, digest }
     }
 
@@ -212,6 +225,11 @@ impl Plan {
         self.layout.hops.get(id.index()).ok_or(PlanError::UnknownBucket { bucket: id, buckets })
     }
 
+    /// What is gathered and freed together, by id. Empty unless parameters are sharded.
+    pub fn units(&self) -> &[Unit] {
+        &self.layout.units
+    }
+
     /// The bucket a parameter lies in, and where it starts there, in elements.
     ///
     /// # Errors
@@ -272,7 +290,13 @@ fn check(spec: &PlanSpec) -> Result<(), PlanError> {
     if spec.window == Some(0) {
         return Err(PlanError::BadWindow);
     }
-    Ok(())
+    (0..).map(ParamId).zip(&spec.params).try_for_each(|(param, one)| {
+        let Some(unit) = one.unit else { return Ok(()) };
+        if spec.rules.parameter == Placement::Replicated {
+            return Err(PlanError::UnitNotSharded { param });
+        }
+        if unit.index() < count { Ok(()) } else { Err(PlanError::UnknownUnit { param, unit }) }
+    })
 }
 
 /// Whether every parameter lies in exactly one bucket.
@@ -299,122 +323,4 @@ fn homes(buckets: &[Bucket], params: usize) -> Vec<(BucketId, u32)> {
         }
     }
     homes
-}
-
-impl Layout {
-    fn hash(&self) -> u64 {
-        let mut hash = Digest::new(b"zerort layout 2");
-        hash.mesh(&self.mesh);
-        hash.words([rules_code(self.rules), self.params.len() as u64]);
-        for param in &self.params {
-            hash.words([
-                param.numel,
-                dtype_code(param.dtype),
-                u64::from(param.group.0),
-                u64::from(param.wire.0),
-            ]);
-        }
-        for ((bucket, partition), hops) in self.buckets.iter().zip(&self.partitions).zip(&self.hops)
-        {
-            hash.words([bucket.params.len() as u64, partition.numel()]);
-            for (param, &offset) in bucket.params.iter().zip(partition.offsets()) {
-                hash.words([u64::from(param.0), offset]);
-            }
-            hash.hops(&hops.reduce);
-            hash.hops(&hops.publish);
-        }
-        hash.finish()
-    }
-}
-
-fn schedule_digest(layout: u64, schedule: &Schedule) -> u64 {
-    let mut hash = Digest::new(b"zerort schedule 1");
-    hash.words([layout, schedule.commands().len() as u64]);
-    for command in schedule.commands() {
-        hash.words(match *command {
-            Command::Launch(bucket) => [0, u64::from(bucket.0)],
-            Command::Retire(bucket) => [1, u64::from(bucket.0)],
-        });
-    }
-    hash.finish()
-}
-
-/// xxh3 over little-endian words, so that the hash does not depend on the platform. Every list is
-/// preceded by its length.
-struct Digest(Xxh3);
-
-impl Digest {
-    fn new(purpose: &[u8]) -> Self {
-        let mut hash = Xxh3::new();
-        hash.update(purpose);
-        Self(hash)
-    }
-
-    fn words<const N: usize>(&mut self, words: [u64; N]) {
-        self.0.update(words.map(u64::to_le_bytes).as_flattened());
-    }
-
-    /// Sizes, and who stands where: every other group follows.
-    fn mesh(&mut self, mesh: &Mesh) {
-        let sizes = [Group::Shard, Group::Replica, Group::Outer].map(|group| mesh.size(group));
-        self.words(sizes.map(u64::from));
-        for rank in mesh.ranks() {
-            self.words([u64::from(rank.0)]);
-        }
-    }
-
-    fn hops(&mut self, hops: &[Hop]) {
-        self.words([hops.len() as u64]);
-        for hop in hops {
-            let wire = hop.wire.map_or(0, |wire| 1 + u64::from(wire.0));
-            self.words([op_code(hop.op), group_code(hop.group), wire]);
-        }
-    }
-
-    fn finish(self) -> u64 {
-        self.0.digest()
-    }
-}
-
-/// Codes are written out: reordering an enum must not change a digest.
-const fn dtype_code(dtype: Dtype) -> u64 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::F16 => 1,
-        Dtype::BF16 => 2,
-        Dtype::F64 => 3,
-    }
-}
-
-const fn op_code(op: Op) -> u64 {
-    match op {
-        Op::ReduceScatter => 0,
-        Op::AllReduce => 1,
-        Op::AllGather => 2,
-        Op::Copy => 3,
-    }
-}
-
-const fn group_code(group: Group) -> u64 {
-    match group {
-        Group::Shard => 0,
-        Group::Replica => 1,
-        Group::Inner => 2,
-        Group::Outer => 3,
-        Group::Job => 4,
-        Group::Own => 5,
-    }
-}
-
-const fn rules_code(rules: Rules) -> u64 {
-    placement_bit(rules.optimizer) << 2
-        | placement_bit(rules.gradient) << 1
-        | placement_bit(rules.parameter)
-}
-
-const fn placement_bit(placement: Placement) -> u64 {
-    match placement {
-        Placement::Replicated => 0,
-        Placement::Sharded => 1,
-    }
 }

@@ -22,6 +22,7 @@ mod reducer;
 mod reshard;
 mod scaler;
 mod trace;
+mod units;
 
 /// The compiled core.
 #[pymodule]
@@ -54,6 +55,10 @@ mod _core {
     use super::scaler::LossScale;
     #[pymodule_export]
     use super::trace::PyTrace;
+    #[pymodule_export]
+    use super::units::Unit;
+    #[pymodule_export]
+    use super::units::cut_units;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

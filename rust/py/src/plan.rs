@@ -5,11 +5,12 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use zerort_core::{
     BucketId, BucketLayout, Cap, Command, Dtype, Group, GroupId, Hops, Mesh, Op, Param, ParamId,
-    Partition, Placement, PlanSpec, Rank, Rules, Stage, WireId,
+    Partition, Placement, PlanSpec, Rank, Rules, Stage, UnitId, WireId,
 };
 
 use crate::errors::PlanError;
 use crate::ids::number;
+use crate::units::Unit;
 
 /// The immutable result of planning. Every rank computes the same one; `digest` proves it.
 #[pyclass(frozen, module = "zerort._core")]
@@ -36,7 +37,10 @@ pub fn refused(error: zerort_core::PlanError) -> PyErr {
 #[pymethods]
 impl Plan {
     #[new]
-    #[pyo3(signature = (params, *, world, stage, cap_bytes=None, cap_elements=None, window=None))]
+    #[allow(clippy::too_many_arguments)] // keywords in Python
+    #[pyo3(signature = (
+        params, *, world, stage, cap_bytes=None, cap_elements=None, window=None, units=None
+    ))]
     fn new(
         params: Vec<Spec>,
         world: i64,
@@ -44,6 +48,7 @@ impl Plan {
         cap_bytes: Option<u64>,
         cap_elements: Option<u64>,
         window: Option<i64>,
+        units: Option<Vec<Option<i64>>>,
     ) -> PyResult<Self> {
         let rules = rules(stage)?;
         let cap = match (cap_bytes, cap_elements) {
@@ -62,7 +67,7 @@ impl Plan {
         };
         let world = number("world", world).map_err(PlanError::new_err)?;
         let spec = PlanSpec {
-            params: params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?,
+            params: with_units(params, units)?,
             mesh: Mesh::flat(world).map_err(refused)?,
             rules,
             cap,
@@ -84,7 +89,7 @@ impl Plan {
         world: i64,
         stage: i64,
     ) -> PyResult<Self> {
-        let params = params.into_iter().enumerate().map(param).collect::<PyResult<_>>()?;
+        let params = with_units(params, None)?;
         let layouts = buckets.into_iter().map(layout).collect::<PyResult<_>>()?;
         let world = number("world", world).map_err(PlanError::new_err)?;
         zerort_core::Plan::restore(params, layouts, world, rules(stage)?)
@@ -149,6 +154,17 @@ impl Plan {
             .collect()
     }
 
+    /// What is gathered and freed together, by id.
+    #[getter]
+    fn units(&self) -> Vec<Unit> {
+        let params = |unit: &zerort_core::Unit| {
+            let buckets = unit.buckets.iter().filter_map(|&id| self.inner.bucket(id).ok());
+            buckets.flat_map(|bucket| bucket.params.iter().map(|param| param.0)).collect()
+        };
+        let unit = |unit: &zerort_core::Unit| Unit { inner: unit.clone(), params: params(unit) };
+        self.inner.units().iter().map(unit).collect()
+    }
+
     fn fragments(&self, bucket: i64, rank: i64) -> PyResult<Vec<Fragment>> {
         let bucket = BucketId(number("bucket", bucket).map_err(PlanError::new_err)?);
         let rank = Rank(number("rank", rank).map_err(PlanError::new_err)?);
@@ -205,7 +221,22 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
     })?;
     let group = GroupId(number("optimizer group", group).map_err(PlanError::new_err)?);
     let wire = WireId(number("wire format", wire).map_err(PlanError::new_err)?);
-    Ok(Param { numel, dtype, group, wire })
+    Ok(Param { numel, dtype, group, wire, unit: None })
+}
+
+/// All parameters of a specification, each in its unit.
+fn with_units(params: Vec<Spec>, units: Option<Vec<Option<i64>>>) -> PyResult<Vec<Param>> {
+    let mut params = params.into_iter().enumerate().map(param).collect::<PyResult<Vec<Param>>>()?;
+    let Some(units) = units else { return Ok(params) };
+    if units.len() != params.len() {
+        let (params, got) = (params.len(), units.len());
+        return Err(refused(zerort_core::PlanError::WrongLength { params, got }));
+    }
+    for (param, unit) in params.iter_mut().zip(units) {
+        let id = unit.map(|unit| number("unit", unit)).transpose().map_err(PlanError::new_err)?;
+        param.unit = id.map(UnitId);
+    }
+    Ok(params)
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {
@@ -270,6 +301,18 @@ impl Bucket {
     #[getter]
     fn wire(&self) -> u32 {
         self.inner.wire.0
+    }
+
+    /// The unit it belongs to; None where every rank keeps its parameters whole.
+    #[getter]
+    fn unit(&self) -> Option<u32> {
+        self.inner.unit.map(|unit| unit.0)
+    }
+
+    /// Whether its parameters are sharded between their uses.
+    #[getter]
+    fn sharded(&self) -> bool {
+        self.inner.parameter() == Placement::Sharded
     }
 
     /// Parameter ids in the order in which they lie in the buffer.

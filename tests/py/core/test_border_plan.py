@@ -73,10 +73,10 @@ class TestPlan:
             (0, ["reduce_scatter", "all_gather"], []),
             (1, ["reduce_scatter"], ["all_gather"]),
             (2, ["reduce_scatter"], ["all_gather"]),
-            (3, ["reduce_scatter"], []),
+            (3, ["reduce_scatter"], ["all_gather"]),
         ],
     )
-    def test_the_hops_of_a_bucket_follow_from_the_stage(
+    def test_the_hops_of_a_bucket_without_a_unit_follow_from_the_stage(
         self, stage: int, reduce: list[str], publish: list[str]
     ) -> None:
         made = plan(stage=stage, params=[*PARAMS[:-1], (5000, "f32", 0, 2)])
@@ -399,3 +399,50 @@ def test_classes_are_read_only_and_final() -> None:
         type("Mine", (_core.Plan,), {})
     with pytest.raises(AttributeError):
         plan().world = 3  # type: ignore[misc]
+
+
+class TestUnits:
+    MODULES = [(-1, []), (0, [0]), (0, []), (2, [1, 2]), (2, [3]), (0, [4, 0])]  # noqa: RUF012
+
+    def test_units_are_runs_of_subtrees(self) -> None:
+        assert _core.cut_units(self.MODULES, [4, 2, 1, 3, 4], cap=6) == [0, 1, 1, 1, 2]
+        assert _core.cut_units(self.MODULES, [4, 2, -1, 3, 4, 9], cap=3) == [0, 1, None, 2, 3, None]
+
+    def test_a_tree_that_is_none_is_refused(self) -> None:
+        with pytest.raises(PlanError, match="module 0 does not stand behind its parent"):
+            _core.cut_units([(0, [])], [], cap=1)
+        with pytest.raises(PlanError, match="unknown parameter 1: the plan has 1"):
+            _core.cut_units([(-1, [1])], [1], cap=1)
+        with pytest.raises(PlanError, match="unknown parameter -1"):
+            _core.cut_units([(-1, [-1])], [1], cap=1)
+        with pytest.raises(PlanError, match="the cap of a bucket must be positive"):
+            _core.cut_units([], [], cap=0)
+
+    def test_a_unit_is_whole_buckets_and_the_rest_is_replicated(self) -> None:
+        units = [0, 0, 1, 1, 1, None]
+        made = plan(stage=3, units=units)
+        for bucket in made.buckets:
+            assert {units[param] for param in bucket.params} == {bucket.unit}
+            assert bucket.sharded == (bucket.unit is not None) == (bucket.publish_hops == [])
+        for unit in made.units:
+            whole = [bucket for bucket in made.buckets if bucket.unit == unit.id]
+            assert unit.buckets == [bucket.id for bucket in whole]
+            assert unit.params == [param for bucket in whole for param in bucket.params]
+            assert unit.numel == sum(bucket.numel for bucket in whole)
+        assert [unit.id for unit in made.units] == [0, 1]
+        assert made.digest != plan(stage=3).digest
+
+    @pytest.mark.parametrize(
+        ("stage", "units", "message"),
+        [
+            (2, [0] + [None] * 5, "parameter 0 is in a unit, but at this stage"),
+            (3, [6] + [None] * 5, "parameter 0 is in unit 6, beyond the number of parameters"),
+            (3, [-1] + [None] * 5, "unknown unit -1"),
+            (3, [0], "expected one entry for each of 6 parameters, got 1"),
+        ],
+    )
+    def test_units_without_sense_are_refused(
+        self, stage: int, units: list[int | None], message: str
+    ) -> None:
+        with pytest.raises(PlanError, match=message):
+            plan(stage=stage, units=units)

@@ -1,0 +1,138 @@
+//! Hashes of plans: 64 bits that are equal on ranks with the same plan, on every platform and in
+//! every release.
+
+use xxhash_rust::xxh3::Xxh3;
+
+use super::Layout;
+use crate::command::{Command, Op};
+use crate::hop::Hop;
+use crate::ids::Dtype;
+use crate::mesh::{Group, Mesh};
+use crate::schedule::Schedule;
+use crate::stage::{Placement, Rules};
+
+impl Layout {
+    /// Everything but the order of launches, and the lists.
+    pub(super) fn hash(&self) -> u64 {
+        let mut hash = Digest::new(b"zerort layout 2");
+        hash.mesh(&self.mesh);
+        hash.words([rules_code(self.rules), self.params.len() as u64]);
+        for param in &self.params {
+            hash.words([
+                param.numel,
+                dtype_code(param.dtype),
+                u64::from(param.group.0),
+                u64::from(param.wire.0),
+            ]);
+        }
+        for ((bucket, partition), hops) in self.buckets.iter().zip(&self.partitions).zip(&self.hops)
+        {
+            hash.words([bucket.params.len() as u64, partition.numel()]);
+            for (param, &offset) in bucket.params.iter().zip(partition.offsets()) {
+                hash.words([u64::from(param.0), offset]);
+            }
+            hash.hops(&hops.reduce);
+            hash.hops(&hops.publish);
+        }
+        for bucket in self.buckets.iter().filter(|bucket| bucket.unit.is_some()) {
+            hash.words([
+                u64::from(bucket.id.0),
+                bucket.unit.map_or(0, |unit| 1 + u64::from(unit.0)),
+            ]);
+        }
+        hash.finish()
+    }
+}
+
+/// A layout and the order of its launches.
+pub(super) fn schedule_digest(layout: u64, schedule: &Schedule) -> u64 {
+    let mut hash = Digest::new(b"zerort schedule 1");
+    hash.words([layout, schedule.commands().len() as u64]);
+    for command in schedule.commands() {
+        hash.words(match *command {
+            Command::Launch(bucket) => [0, u64::from(bucket.0)],
+            Command::Retire(bucket) => [1, u64::from(bucket.0)],
+        });
+    }
+    hash.finish()
+}
+
+/// xxh3 over little-endian words, so that the hash does not depend on the platform. Every list is
+/// preceded by its length.
+struct Digest(Xxh3);
+
+impl Digest {
+    fn new(purpose: &[u8]) -> Self {
+        let mut hash = Xxh3::new();
+        hash.update(purpose);
+        Self(hash)
+    }
+
+    fn words<const N: usize>(&mut self, words: [u64; N]) {
+        self.0.update(words.map(u64::to_le_bytes).as_flattened());
+    }
+
+    /// Sizes, and who stands where: every other group follows.
+    fn mesh(&mut self, mesh: &Mesh) {
+        let sizes = [Group::Shard, Group::Replica, Group::Outer].map(|group| mesh.size(group));
+        self.words(sizes.map(u64::from));
+        for rank in mesh.ranks() {
+            self.words([u64::from(rank.0)]);
+        }
+    }
+
+    fn hops(&mut self, hops: &[Hop]) {
+        self.words([hops.len() as u64]);
+        for hop in hops {
+            let wire = hop.wire.map_or(0, |wire| 1 + u64::from(wire.0));
+            self.words([op_code(hop.op), group_code(hop.group), wire]);
+        }
+    }
+
+    fn finish(self) -> u64 {
+        self.0.digest()
+    }
+}
+
+/// Codes are written out: reordering an enum must not change a digest.
+const fn dtype_code(dtype: Dtype) -> u64 {
+    match dtype {
+        Dtype::F32 => 0,
+        Dtype::F16 => 1,
+        Dtype::BF16 => 2,
+        Dtype::F64 => 3,
+    }
+}
+
+const fn op_code(op: Op) -> u64 {
+    match op {
+        Op::ReduceScatter => 0,
+        Op::AllReduce => 1,
+        Op::AllGather => 2,
+        Op::Copy => 3,
+    }
+}
+
+const fn group_code(group: Group) -> u64 {
+    match group {
+        Group::Shard => 0,
+        Group::Replica => 1,
+        Group::Inner => 2,
+        Group::Outer => 3,
+        Group::Job => 4,
+        Group::Own => 5,
+    }
+}
+
+const fn rules_code(rules: Rules) -> u64 {
+    placement_bit(rules.optimizer) << 2
+        | placement_bit(rules.gradient) << 1
+        | placement_bit(rules.parameter)
+}
+
+const fn placement_bit(placement: Placement) -> u64 {
+    match placement {
+        Placement::Replicated => 0,
+        Placement::Sharded => 1,
+    }
+}
