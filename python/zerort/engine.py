@@ -27,6 +27,8 @@ from zerort.grads.tasks import LossScaling
 from zerort.readings import Components, Readings
 from zerort.start import checks
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
+from zerort.step.averaging import Averaging
+from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
@@ -56,14 +58,14 @@ class Engine(Readings, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
+        return self._transaction.forward(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = self._parts
-        with self._transaction.forward():
-            args, kwargs = parts.precision.inputs((args, kwargs))
-            context = parts.precision.context(self.module, parts.mesh.device, args, kwargs)
-            with parts.sink.range("forward"), context:
-                outputs = self.module(*args, **kwargs)
-        self._transaction.watch(outputs)
-        return outputs
+        args, kwargs = parts.precision.inputs((args, kwargs))
+        context = parts.precision.context(self.module, parts.mesh.device, args, kwargs)
+        with parts.sink.range("forward"), context:
+            return self.module(*args, **kwargs)
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
         """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the
@@ -95,7 +97,7 @@ class Engine(Readings, nn.Module):
         another rank has failed, and when something of the user's own raises after the update, which
         then stands.
         """
-        if self._transaction.accumulation.held:
+        if self._transaction.part.accumulation.held:
             raise StepError(
                 "step() inside no_sync(): leave the context first, gradients have not been reduced"
             )
@@ -109,13 +111,13 @@ class Engine(Readings, nn.Module):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Overrides the boundary, for this and all later micro-batches."""
-        self._transaction.accumulation.override = is_boundary
+        self._transaction.part.accumulation.override = is_boundary
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within, backwards add into `.grad` and nothing is reduced; the next backward outside
         takes it along.
         """
-        return self._transaction.accumulation.hold()
+        return self._transaction.part.accumulation.hold()
 
     def join(
         self,
@@ -325,15 +327,14 @@ def _transaction(parts: Components, counters: Counters) -> Transaction:
     progress = Progress(
         counters, parts.boundary, parts.scheduler, parts.sink, mesh.rank, config.steps_per_print
     )
-    return Transaction(
+    averaging = Averaging(
         Accumulation(parts.batch.accumulation, every, counters),
-        parts.reduction,
-        parts.boundary,
-        progress,
-        UnusedParameters(mesh.rank, config.unused_parameters),
+        parts.precision.loss_scale,
         parts.batch,
-        averaged_over=mesh.world if config.gradient_allreduce_op == "mean" else 1,
+        ranks=mesh.world if config.gradient_allreduce_op == "mean" else 1,
     )
+    unused = UnusedParameters(mesh.rank, config.unused_parameters)
+    return Transaction(Participation(averaging, parts.reduction, parts.boundary, progress, unused))
 
 
 def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineState:

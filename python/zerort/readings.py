@@ -93,7 +93,7 @@ class Readings:
 
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the parameters."""
-        return self._transaction.progress.applied
+        return self._transaction.part.progress.applied
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the averaged, unscaled gradient before clipping, at the last boundary; None
@@ -119,16 +119,16 @@ class Readings:
 
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""
-        return self._transaction.batch.train
+        return self._transaction.part.averaging.batch.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one backward on one rank."""
-        return self._transaction.batch.micro
+        return self._transaction.part.averaging.batch.micro
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
-        return self._transaction.batch.accumulation
+        return self._transaction.part.averaging.batch.accumulation
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last of its accumulation window."""
-        return self._transaction.accumulation.boundary
+        return self._transaction.part.accumulation.boundary

@@ -59,7 +59,9 @@ class Row:
 class Served(Protocol):
     """What a rank that is out of data does for the others."""
 
-    accumulation: Accumulation
+    @property
+    def accumulation(self) -> Accumulation:
+        """Where in the window this rank stands."""
 
     def roll(self, coming: Next) -> None:
         """Meets the other ranks."""

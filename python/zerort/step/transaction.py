@@ -22,66 +22,50 @@ runs is not one that has raised.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from zerort.config import Batch
-from zerort.errors import CommError, PlanMismatch, StepError
+from zerort.errors import CommError, StepError
 from zerort.grads.hooks import when_backward_reaches
-from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
-from zerort.step.accumulation import Accumulation, UnusedParameters
-from zerort.step.boundary import Boundary, Outcome
-from zerort.step.join import Join, JoinEnded, Next
+from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
+from zerort.step.participation import Participation
 from zerort.step.phases import Backward, Destroyed, Idle, Lost, Phase, Reached, Settled
-from zerort.step.progress import Progress
 
 __all__ = ["Transaction"]
 
 _log = logging.getLogger("zerort")
 
+T = TypeVar("T")
+
 
 class Transaction:
-    """Owns the phase. `averaged_over` is the number of ranks that sums are divided by."""
+    """Owns the phase. What the peers wait for is done by `part`."""
 
-    def __init__(
-        self,
-        accumulation: Accumulation,
-        reduction: Reduction,
-        boundary: Boundary,
-        progress: Progress,
-        unused: UnusedParameters,
-        batch: Batch,
-        averaged_over: int,
-    ) -> None:
-        self.accumulation = accumulation
-        self.reduction = reduction
-        self.boundary = boundary
-        self.progress = progress
-        self.batch = batch
-        self._unused = unused
-        self._averaged_over = averaged_over
+    def __init__(self, part: Participation) -> None:
+        self.part = part
+        self._reduction = part.reduction
         self._phase: Phase = Idle()
-        self._join: Join | None = None
 
     # The calls of a training loop.
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward. One that raises is the caller's own affair: nothing has been sent."""
+    def forward(self, run: Callable[[], T]) -> T:
+        """A forward. One that raises is the caller's own affair: nothing has been sent.
+
+        Returns what `run` does, and hears of every backward that comes to it.
+        """
         if torch.is_grad_enabled() and self._raised():
             self._settle("a direct loss.backward() raised", owes=True)
-        yield
-
-    def watch(self, outputs: Any) -> None:
-        """Hears of every backward that comes to `outputs` of the module."""
+        outputs = run()
         when_backward_reaches(outputs, self._reached)
+        return outputs
 
     def scale(self, loss: Tensor, scaling: LossScaling) -> Tensor:
         """The scaled loss, for a `backward()` of the user's own that is then known as such."""
@@ -98,7 +82,7 @@ class Transaction:
             self._phase = Backward(before)
             refuse_unfit(loss)
             if before.resting is not None:
-                self._mind(before.resting)
+                self.part.keep(before.resting)
             self._open(scaling)
             loss = scaled(loss, scaling)
             handle = announce(loss, self, scaling, by_call=True)
@@ -110,17 +94,17 @@ class Transaction:
 
     def step(self, arguments: Mapping[str, Any]) -> None:
         """Ends the micro-batch, at the boundary with the vote and the update."""
+        self.part.progress.applied = False
         if isinstance(self._phase, Settled):
             self._phase = Idle()
             return
         self._demand("step()", recovering=False)
         with self._settling(Idle()):
             self._check_step(arguments)
-        self.progress.applied = False
         try:
-            if self.accumulation.boundary:
-                self.roll(Next.VOTE)
-                self.progress.after(self._cross(), self._samples(), arguments)
+            if self.part.accumulation.boundary:
+                with self._parting():
+                    self.part.step(arguments)
         except JoinEnded:
             self._abandon()
             raise
@@ -132,35 +116,34 @@ class Transaction:
     @contextmanager
     def join(self, *, by_initial_world: bool, throws: bool) -> Iterator[None]:
         """Within, ranks may run out of data at different steps."""
-        if self._join is not None:
+        if self.part.joined:
             raise StepError("join() inside join(): one context is enough")
         self._demand("join()")
-        self._join = Join(self.boundary.comm, by_initial_world=by_initial_world, throws=throws)
-        try:
-            yield
-            self.recover()
-            self._join.serve(self)
-        except BaseException as error:
-            self._leave(self._join, error)
-            raise
-        finally:
-            self._join = None
+        with self.part.join(by_initial_world=by_initial_world, throws=throws):
+            try:
+                yield
+                self.recover()
+                self._rest()
+                with self._parting():
+                    self.part.serve()
+            except BaseException as error:
+                if not isinstance(self._phase, Lost | Destroyed):
+                    self.part.leave(error)
+                    self._phase = Idle()
+                raise
 
     def drop(self) -> None:
         """Forgets all gradients since the last step."""
-        self.reduction.drain()
-        self.reduction.drop()
-        self.reduction.reset()
-        self.accumulation.window.forget()
+        with self._parting():
+            self.part.drop()
 
     def resize(self, batch: Batch) -> None:
         """Windows to come have other sizes. Raises `StepError` in the middle of one."""
-        self.accumulation.resize(batch.accumulation, backwards=self._idle().backwards)
-        self.batch = batch
+        self.part.averaging.resize(batch, backwards=self._idle().backwards)
 
     def pause(self, call: str) -> None:
         """Before `call`, which all ranks make together: nothing is under way any more."""
-        if self._join is not None:
+        if self.part.joined:
             raise StepError(
                 f"{call} inside join(): a rank that is out of data would not make it; leave the "
                 "context first"
@@ -170,14 +153,15 @@ class Transaction:
                 return  # the call fails by itself, or needs no peers
             case _:
                 self._demand(call)
-        self.reduction.drain()
+        with self._parting():
+            self._reduction.drain()
 
     def restart(self) -> None:
         """A checkpoint has been loaded: the window begins anew."""
         self.drop()
-        self.reduction.forget()
-        self._phase, self.boundary.half_updated = Idle(), None
-        self.accumulation.realign()
+        self._reduction.forget()
+        self._phase, self.part.boundary.half_updated = Idle(), None
+        self.part.accumulation.realign()
 
     def recover(self) -> None:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
@@ -191,7 +175,7 @@ class Transaction:
         if isinstance(self._phase, Lost | Destroyed):
             return
         try:
-            self.reduction.abort()
+            self._reduction.abort()
         except CommError as error:
             _log.warning("destroy(): what was under way could not be ended: %s", error)
 
@@ -199,7 +183,7 @@ class Transaction:
         """Takes the hooks off the model; no call but `forward` works afterwards."""
         if not isinstance(self._phase, Destroyed):
             self._phase = Destroyed()
-            self.reduction.close()
+            self._reduction.close()
 
     @property
     def closed(self) -> bool:
@@ -236,7 +220,7 @@ class Transaction:
                 return not task.runs
             case Reached(task=task, before=before) if not task.runs:
                 self._phase = before
-                return self.reduction.disarm()
+                return self._reduction.disarm()
             case _:
                 return False
 
@@ -251,7 +235,7 @@ class Transaction:
                 return True
             case Reached(before=before):
                 self._phase = before
-                return self.reduction.disarm()
+                return self._reduction.disarm()
             case _:
                 return False
 
@@ -272,9 +256,9 @@ class Transaction:
         running = running_here(self)
         foreign = running is not None and running.owner is not self
         if foreign:
-            self.reduction.mark()
+            self._reduction.mark()
         else:
-            self.reduction.arm(self._announced)
+            self._reduction.arm(self._announced)
         scaling = running.scaling if running is not None else None
         self._phase = Reached(GraphTask(self._ended), self._idle(), scaling, foreign)
 
@@ -290,7 +274,7 @@ class Transaction:
         """It is over, and has not raised."""
         match self._phase:
             case Reached(before=before, scaling=scaling, foreign=foreign):
-                came = self.reduction.disarm()
+                came = self._reduction.disarm()
                 if came and not foreign:
                     self._announced()  # it has touched no parameter with a hook
                     self._close()
@@ -300,12 +284,6 @@ class Transaction:
                 self._close()
             case _:
                 pass
-
-    def _mind(self, scaling: LossScaling) -> None:
-        """Another engine's backward has left gradients, unless they have been dropped since."""
-        if self.reduction.holds_gradients():
-            self.accumulation.note(self._divisor(scaling))
-            self.reduction.rest()
 
     def _take(self, scaling: LossScaling | None) -> None:
         """Takes what a backward that this engine has not begun has left in `.grad`."""
@@ -317,50 +295,20 @@ class Transaction:
 
     def _open(self, scaling: LossScaling | None) -> None:
         """A backward begins; `scaling` is None for a loss that is not scaled."""
-        if scaling is None and self.boundary.loss_scale.scale != 1.0:
-            raise StepError(
-                "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
-                "engine.scale(loss).backward()"
-            )
-        self.accumulation.note(self._divisor(scaling))
-        self.boundary.optimizer.check()
-        if self.reduction.follow():
-            self.boundary.optimizer.split()
-        if self.accumulation.reduces:
-            self._begin()
-
-    def _begin(self) -> None:
-        self.roll(Next.PASS)
-        self.reduction.begin(self.divide_factor)
-        if isinstance(self._phase, Backward):
-            self._phase = replace(self._phase, owes=False)
+        self.part.open(scaling)
+        if self.part.accumulation.reduces:
+            self.part.begin()
+            if isinstance(self._phase, Backward):
+                self._phase = replace(self._phase, owes=False)
 
     def _close(self) -> None:
         """A backward is over."""
         running = self._phase
         assert isinstance(running, Backward)
-        if self.reduction.in_pass:
-            self._unused.report(self.reduction.finish())
-        else:
-            self.reduction.collect()
-        if not running.before.backwards:
-            self.accumulation.window.given += 1
+        self.part.close(first=not running.before.backwards)
         self._phase = Idle(running.before.backwards + 1)
 
-    def _divisor(self, scaling: LossScaling | None) -> float:
-        """What gradients of a loss that was scaled like this are still to be divided by."""
-        steps = self.accumulation.steps
-        if scaling is None:
-            return steps
-        own = self.boundary.loss_scale.scale
-        return steps / (scaling.steps or steps) * (scaling.scale / own)
-
-    @property
-    def divide_factor(self) -> float:
-        """What sums over ranks are multiplied by."""
-        return 1.0 / (self._averaged_over * self.accumulation.divisor)
-
-    # The boundary.
+    # The end of a micro-batch.
 
     def _check_step(self, arguments: Mapping[str, Any]) -> None:
         """Raises `StepError` where this micro-batch cannot end with a step."""
@@ -375,39 +323,43 @@ class Transaction:
                 "leave it"
             )
         before = self._idle()
-        if before.resting is not None and self.reduction.holds_gradients():
+        if before.resting is not None and self._reduction.holds_gradients():
             self._take(before.resting)
-        elif not before.backwards and self.reduction.holds_gradients():
+        elif not before.backwards and self._reduction.holds_gradients():
             self._take(None)
         if not self._idle().backwards:
             raise StepError(
                 "step() without backward() in this micro-batch: call engine.backward(loss) first"
             )
-        if self.accumulation.boundary:
-            self.progress.check(arguments)
-            self.reduction.drain()  # what is raised here reaches the vote
-
-    def _cross(self) -> Outcome:
-        failure = self.accumulation.window.failure
-        try:
-            return self.boundary.cross(self.divide_factor, failure, self._correction())
-        except CommError as error:
-            self._phase = Lost(str(error))
-            raise
+        if self.part.accumulation.boundary:
+            self.part.progress.check(arguments)
+            self._reduction.drain()  # what is raised here reaches the vote
 
     def _advance(self) -> None:
         """The micro-batch is over."""
-        self.accumulation.advance()
-        if not isinstance(self._phase, Lost):
+        self.part.accumulation.advance()
+        self._rest()
+
+    def _rest(self) -> None:
+        if not isinstance(self._phase, Lost | Destroyed):
             self._phase = Idle()
+
+    @contextmanager
+    def _parting(self) -> Iterator[None]:
+        """Within, a collective that fails is the last one."""
+        try:
+            yield
+        except CommError as error:
+            self._phase = Lost(str(error))
+            raise
 
     @contextmanager
     def _settling(self, after: Phase) -> Iterator[None]:
         """Within, an exception leaves only once the peers have its reason; the phase is `after`."""
         try:
-            yield
-        except CommError as error:
-            self._phase = Lost(str(error))
+            with self._parting():
+                yield
+        except CommError:
             raise
         except JoinEnded:
             self._abandon()
@@ -418,80 +370,23 @@ class Transaction:
             raise
 
     def _settle(self, failure: str, *, owes: bool) -> None:
-        """After a failure: takes part in what is left of the micro-batch on zeros, at the boundary
-        also in the vote.
-        """
-        window = self.accumulation.window
-        window.failure = window.failure or failure
+        """After a failure: takes part in what is left of the micro-batch."""
         try:
-            self.reduction.drop()
-            if owes and self.accumulation.reduces and not self.reduction.in_pass:
-                self._begin()
-            self.reduction.abort()
-            if self.accumulation.boundary:
-                self.roll(Next.VOTE)
-                self.boundary.cross(self.divide_factor, window.failure)
-        except CommError as error:
-            self._phase = Lost(str(error))
-            raise
+            with self._parting():
+                self.part.fail(failure, owes=owes)
         except JoinEnded:
             self._abandon()
             return
         except StepError:
             pass  # the verdict on our own failure, which the caller sees at first hand
+        except BaseException as error:
+            if not isinstance(self._phase, Lost):  # Ctrl-C, while peers wait
+                self._phase = Lost(f"this rank: {type(error).__name__} while it settled: {failure}")
+            raise
         self._advance()
 
     def _abandon(self) -> None:
         """Nobody goes on with this window."""
-        self.reduction.abort()
-        self.reduction.reset()
-        self._phase = Idle()
-        self.accumulation.end_window(self.accumulation.window.taken)
-
-    # Ranks that run out of data.
-
-    def roll(self, coming: Next) -> None:
-        """Within `join`, meets the other ranks."""
-        if self._join is not None:
-            # no rank may wait here for another that waits for its sums
-            self.reduction.drain()
-            self._join.roll(coming, self.accumulation.window)
-
-    def _leave(self, join: Join, error: BaseException) -> None:
-        """An exception leaves the context: the others hear of it where they wait next."""
-        if isinstance(self._phase, Lost | Destroyed):
-            return
-        with suppress(CommError):
-            self._abandon()
-            with suppress(JoinEnded):
-                join.roll(Next.FAILED, self.accumulation.window, f"{type(error).__name__}: {error}")
-
-    def reduce_nothing(self) -> None:
-        """Takes part in a pass with what has waited here, which mostly is nothing."""
-        if self.reduction.follow():
-            self.boundary.optimizer.split()
-        self.reduction.begin(self.divide_factor)
-        self.reduction.finish()
-        self.reduction.drain()
-
-    def end_step(self) -> None:
-        """Takes part in a step. Raises what this rank alone is to hear of."""
-        try:
-            outcome = self._cross()
-        except (StepError, PlanMismatch):
-            if self.boundary.half_updated is not None:
-                raise
-            return  # it is raised on all ranks, and those that go on call again
-        finally:
-            self._phase = Idle()
-        self.progress.after(outcome, self._samples(), self.progress.arguments)
-
-    def _correction(self) -> float:
-        """What turns a division by all micro-batches of the window into one by those given."""
-        if self._join is None or self._averaged_over != self.boundary.comm.world:
-            return 1.0
-        return self._join.correction(self.accumulation.steps)
-
-    def _samples(self) -> int:
-        """Of the step that ends, over all ranks."""
-        return self.batch.train if self._join is None else self.batch.micro * self._join.given
+        with self._parting():
+            self.part.abandon()
+        self._rest()

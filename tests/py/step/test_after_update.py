@@ -104,7 +104,7 @@ class _Loud:
 
 def _break_the_trace(rank: int, world: int, stage: int) -> tuple[Any, ...]:
     engine = _engine(stage)
-    progress = engine._transaction.progress
+    progress = engine._transaction.part.progress
     quiet, progress.sink = progress.sink, _Loud() if rank == 0 else progress.sink
     error = caught(lambda: step_with(engine, 1.0, 2.0))
     progress.sink = quiet
