@@ -7,29 +7,19 @@ accumulators.
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until
 `reset`. A gradient that no pass took stays in `.grad`, and `unreduced` counts it, so that the vote
 at the boundary can ask for one more.
-
-The first pass observes. From the second one on a bucket has one hook, on its sentinel: the
-parameter of it whose gradient came last on this rank. The schedule is the same on all ranks; who is
-a sentinel need not be, and a wrong one costs time, never a gradient. When it has fired and some
-gradient of the bucket has not come, the bucket waits, and is looked at again when the next sentinel
-fires and when the pass ends. An unused sentinel needs no such care: its bucket leaves when the pass
-ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
-after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one
-hook per parameter, for good.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from zerort import _core
-from zerort.grads.arrivals import Arrivals
-from zerort.grads.hooks import ParameterHooks
+from zerort.grads.listener import Listener
 from zerort.memory import FlatModel, unintercepted
 from zerort.mesh import Mesh
 from zerort.run.executor import Executor, Fold
@@ -63,19 +53,10 @@ class Reduction:
         self._reducer = _core.Reducer(plan)
         self._executor = Executor(flat, mesh, transports, watch)
         self._executor.load(plan)
-        self._hooks = ParameterHooks(flat.params, self._reducer, self._executor, self._dispatch)
-        self._arrivals = Arrivals(flat)
-        self._arrivals.load(plan)
-        self._active: list[bool] = []
+        self.listener = Listener(flat, self._reducer, self._executor)
+        self.listener.load(plan)
         self._learnt = False
         self._late = False
-        # Where the host runs ahead every hook notes the stream its gradient was made on, and a
-        # bucket waits for all of them: a sentinel would know of its own only. A trace tells when
-        # each bucket's first gradient came.
-        self._sentinels = self._executor.device.blocks and not watch.enabled
-        if self._sentinels:
-            self._reducer.post_sentinels()
-        self._announce: Callable[[], None] = lambda: None
         self._drop_stale()
         self.follow()
 
@@ -89,7 +70,7 @@ class Reduction:
         """64 bits over the schedule and over which parameters are frozen: equal on all ranks, or
         they must not step.
         """
-        return self.plan.digest ^ zlib.crc32(bytes(self._active))
+        return self.plan.digest ^ zlib.crc32(bytes(self.listener.active))
 
     @unintercepted
     def follow(self) -> bool:
@@ -99,15 +80,7 @@ class Reduction:
         moved.
         """
         self._flat.check()
-        active = self._flat.active()
-        if active == self._active:
-            return False
-        self._active = active
-        self._reducer.set_active(active)
-        if not self._executor.device.blocks:
-            # also in micro-batches that are not reduced: each gradient's stream counts
-            self._hooks.attach([index for index, trained in enumerate(active) if trained])
-        return True
+        return self.listener.follow(self._flat.active())
 
     def _drop_stale(self) -> None:
         """What a backward before this left in `.grad` is no part of the first step."""
@@ -130,50 +103,8 @@ class Reduction:
         # raised from here on.
         self._executor.begin(Fold(scale, add=self.passes > 0))
         self._reducer.begin()
-        self._arrivals.begin()
         self.passes += 1
-        watched = self._reducer.watched
-        if self._sentinels and self._reducer.observing:
-            self._hooks.observe(watched)
-        else:
-            self._hooks.attach(watched)
-
-    @unintercepted
-    def mark(self) -> None:
-        """A backward begins whose gradients stay in `.grad`; `disarm` tells whether any came."""
-        self._arrivals.mark()
-
-    @unintercepted
-    def arm(self, announce: Callable[[], None]) -> None:
-        """Calls `announce` when a hook tells of a gradient; it may begin a pass, to which the
-        gradient then belongs.
-        """
-        active = self._flat.active()
-        everything = [index for index, requires_grad in enumerate(active) if requires_grad]
-        watched = self._reducer.watched if active == self._active else everything
-        self._hooks.attach(watched)
-        if len(watched) < len(everything):
-            self._arrivals.mark()
-        self._announce = announce
-        self._reducer.arm()
-
-    @unintercepted
-    def disarm(self) -> bool:
-        """No gradient is awaited any more. Returns whether any has come since `arm` or `mark` that
-        no hook has told of.
-        """
-        self._reducer.disarm()
-        come = self._arrivals.unannounced()
-        self._arrivals.end()
-        return come
-
-    @unintercepted
-    def _dispatch(self, index: int, hi: int) -> None:
-        if hi == 0:
-            self._arrivals.announced()
-            self._announce()
-            hi = self._reducer.grad_ready(index) or 0
-        self._executor.run(self._arrivals.reach(hi) if self._sentinels else hi)
+        self.listener.begin()
 
     @unintercepted
     def finish(self) -> list[str]:
@@ -183,9 +114,8 @@ class Reduction:
         """
         self._executor.launch_all()
         self._reducer.finish()
-        self._hooks.relieve()
-        self._arrivals.end()
-        self._late = self._arrivals.new()
+        self.listener.finish()
+        self._late = self.listener.holds_gradients()
         return self._executor.absent
 
     @unintercepted
@@ -204,15 +134,10 @@ class Reduction:
         """One whole pass over what is in `.grad`; all ranks run it, because on some a gradient was
         late.
         """
-        self.dismiss_sentinels()
+        self.listener.dismiss_sentinels()
         self.begin(scale)
         self.finish()
         self.drain()
-
-    def dismiss_sentinels(self) -> None:
-        """From the next pass on every parameter that requires grad has a hook, for good."""
-        self._sentinels = False
-        self._reducer.dismiss_sentinels()
 
     @unintercepted
     def drain(self) -> None:
@@ -226,17 +151,7 @@ class Reduction:
         """A micro-batch that is not reduced is over."""
         # a pass of the micro-batch before may still be sending from where gradients are to rest
         self._executor.collect()
-        self._arrivals.rest()
-
-    @unintercepted
-    def rest(self) -> None:
-        """What is in `.grad` has waited for the next pass, which takes it."""
-        self._arrivals.rest()
-
-    @unintercepted
-    def holds_gradients(self) -> bool:
-        """Whether gradients have come that no pass and no `collect` has taken."""
-        return self._arrivals.new()
+        self.listener.rest()
 
     @unintercepted
     def unreduced(self) -> int:
@@ -317,11 +232,9 @@ class Reduction:
         self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)
-        self._arrivals.load(self.plan)
+        self.listener.load(self.plan)
         return True
 
-    @unintercepted
     def close(self) -> None:
         """Takes the hooks off the model."""
-        self.disarm()
-        self._hooks.remove()
+        self.listener.close()

@@ -74,9 +74,9 @@ class Participation:
         """Another engine's backward has left gradients, its loss scaled like this, unless they have
         been dropped since: they wait for the next pass.
         """
-        if self.reduction.holds_gradients():
+        if self.reduction.listener.holds_gradients():
             self.averaging.note(scaling)
-            self.reduction.rest()
+            self.reduction.listener.rest()
 
     def drop(self) -> None:
         """Forgets all gradients since the last step."""

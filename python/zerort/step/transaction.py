@@ -51,7 +51,7 @@ class Transaction:
 
     def __init__(self, part: Participation) -> None:
         self.part = part
-        self._reduction = part.reduction
+        self._reduction, self._listener = part.reduction, part.reduction.listener
         self._phase: Phase = Idle()
 
     # The calls of a training loop.
@@ -220,7 +220,7 @@ class Transaction:
                 return not task.runs
             case Reached(task=task, before=before) if not task.runs:
                 self._phase = before
-                return self._reduction.disarm()
+                return self._listener.disarm()
             case _:
                 return False
 
@@ -235,7 +235,7 @@ class Transaction:
                 return True
             case Reached(before=before):
                 self._phase = before
-                return self._reduction.disarm()
+                return self._listener.disarm()
             case _:
                 return False
 
@@ -256,9 +256,9 @@ class Transaction:
         running = running_here(self)
         foreign = running is not None and running.owner is not self
         if foreign:
-            self._reduction.mark()
+            self._listener.mark()
         else:
-            self._reduction.arm(self._announced)
+            self._listener.arm(self._announced)
         scaling = running.scaling if running is not None else None
         self._phase = Reached(GraphTask(self._ended), self._idle(), scaling, foreign)
 
@@ -274,7 +274,7 @@ class Transaction:
         """It is over, and has not raised."""
         match self._phase:
             case Reached(before=before, scaling=scaling, foreign=foreign):
-                came = self._reduction.disarm()
+                came = self._listener.disarm()
                 if came and not foreign:
                     self._announced()  # it has touched no parameter with a hook
                     self._close()
@@ -323,9 +323,9 @@ class Transaction:
                 "leave it"
             )
         before = self._idle()
-        if before.resting is not None and self._reduction.holds_gradients():
+        if before.resting is not None and self._listener.holds_gradients():
             self._take(before.resting)
-        elif not before.backwards and self._reduction.holds_gradients():
+        elif not before.backwards and self._listener.holds_gradients():
             self._take(None)
         if not self._idle().backwards:
             raise StepError(

@@ -419,7 +419,7 @@ def train_both_ways(
 
     def with_all_hooks(*args: Any) -> Any:
         engine = engine_for(*args)
-        engine._parts.reduction.dismiss_sentinels()
+        engine._parts.reduction.listener.dismiss_sentinels()
         return engine
 
     same = {}
