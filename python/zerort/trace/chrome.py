@@ -20,11 +20,10 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 from zerort import _core
@@ -74,9 +73,14 @@ class ChromeSink:
         self._clock = DeviceClock(record)
         self._record = record
 
-    def range(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
         """A span of the main track around a block, also when an exception leaves it."""
-        return _Range(self, name)
+        start = self.mark()
+        try:
+            yield
+        finally:
+            self.span(MAIN, name, start, self.mark())
 
     def span(self, track: str, name: str, start: Mark, end: Mark, **args: Arg) -> None:
         """A span on `track`, which is named by its first use."""
@@ -210,25 +214,6 @@ class ChromeSink:
         if self._clock is None:
             raise RuntimeError("a device event was given before `on_device`")
         return self._clock.ns(moment) + self._offset
-
-
-class _Range:
-    __slots__ = ("_name", "_sink", "_start")
-
-    def __init__(self, sink: ChromeSink, name: str) -> None:
-        self._sink = sink
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._start = self._sink.mark()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._sink.span(MAIN, self._name, self._start, self._sink.mark())
 
 
 def _claim(path: Path, ring: _core.Trace) -> None:
