@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zerort.errors import ConfigError
-from zerort.optim.schedules import OneCycle, WarmupLR, build
+from zerort.optim.cycles import OneCycle
+from zerort.optim.schedules import build
+from zerort.optim.warmup import WarmupLR
 
 RECORDED = json.loads((Path(__file__).parents[2] / "data" / "lr_schedules.json").read_text())[
     "rows"
