@@ -14,9 +14,8 @@ from typing import Any
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
 from zerort.checkpoint.match import LoadOptions
-from zerort.checkpoint.prune import Pruned
+from zerort.checkpoint.prune import Pruned, Run
 from zerort.checkpoint.record import LoadRecord
-from zerort.checkpoint.runs import Run
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
 from zerort.checkpoint.snapshot import collect
 from zerort.checkpoint.state import EngineState
@@ -81,7 +80,15 @@ class Checkpoints:
 
     def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
         if pruned.gone:
-            _log.info("keep_last=%s: deleted %s from %s", keep_last, ", ".join(pruned.gone), folder)
+            # one a save is the ordinary business of it
+            _log.log(
+                logging.DEBUG if len(pruned.gone) == 1 else logging.INFO,
+                "keep_last=%s: deleted %d of this run's checkpoints from %s: %s",
+                keep_last,
+                len(pruned.gone),
+                folder,
+                ", ".join(pruned.gone[:8]),
+            )
         if pruned.of_other_runs and not self._spared:
             self._spared = True
             _log.warning(

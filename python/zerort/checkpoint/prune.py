@@ -1,25 +1,47 @@
 """Deleting old checkpoints of this run, and never anybody else's.
 
-Of the checkpoints that this run or its ancestors made, the newest stay. What other runs saved into
-the folder stays too, and so does one that holds files of somebody else's. Deletion begins with a
+A run is one life of the training processes. What it loads makes the run that saved that, and all
+that one went on from, its ancestors: a run that was restarted prunes what it saved before. Of the
+checkpoints that this run or its ancestors made, the newest stay. What other runs saved into the
+folder stays too, and so does one that holds files of somebody else's. Deletion begins with a
 temporary name: under it a checkpoint is none any more, however far the deletion comes.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.runs import Run
+from zerort.checkpoint.manifest import ANCESTOR_LIMIT, Manifest
 from zerort.checkpoint.tags import Listed, latest, listed
 from zerort.checkpoint.temporary import foreign_files, new_nonce, temporary_path
 
-__all__ = ["Pruned", "delete", "prune"]
+__all__ = ["Pruned", "Run", "delete", "prune"]
 
 _log = logging.getLogger("zerort")
+
+
+@dataclass(frozen=True)
+class Run:
+    """This run and those that it goes on from."""
+
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    ancestors: tuple[str, ...] = ()
+    """The latest first."""
+
+    def behind(self, loaded: Manifest) -> Run:
+        """This run, now that it goes on from a checkpoint."""
+        chain = dict.fromkeys((loaded.run, *loaded.ancestors, *self.ancestors))
+        chain.pop(self.id, None)
+        return Run(self.id, tuple(chain)[:ANCESTOR_LIMIT])
+
+    def made(self, manifest: Manifest) -> bool:
+        """Whether the checkpoint is this run's, or its ancestors'."""
+        return manifest.run == self.id or manifest.run in self.ancestors
 
 
 @dataclass(frozen=True)

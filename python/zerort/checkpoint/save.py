@@ -37,8 +37,7 @@ from zerort.checkpoint.manifest import (
     dump,
     rank_file,
 )
-from zerort.checkpoint.prune import Pruned, delete, prune, visible
-from zerort.checkpoint.runs import Run
+from zerort.checkpoint.prune import Pruned, Run, delete, prune, visible
 from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
 from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path

@@ -245,13 +245,26 @@ def test_two_runs_in_one_folder_prune_their_own_checkpoints_and_say_so(
     other = fresh()
     for number in (1, 2, 3):
         engine.save_checkpoint(tmp_path, f"a{number}", keep_last=2)
-        with caplog.at_level(logging.INFO, "zerort"):
+        with caplog.at_level(logging.DEBUG, "zerort"):
             other.save_checkpoint(tmp_path, f"b{number}", keep_last=1)
     assert tags(tmp_path) == {"a2", "a3", "b3"}
     lines = [record.getMessage() for record in caplog.records]
     spared = [line for line in lines if "leaves the checkpoints alone that other runs" in line]
     assert [line.split()[-1] for line in spared] == ["a1", "b1"]  # each run once
-    assert any("deleted b1" in line for line in lines)
+    deleted = [r for r in caplog.records if "keep_last=1: deleted" in r.getMessage()]
+    assert [r.getMessage().split()[-1] for r in deleted] == ["b1", "b2"]
+    assert {record.levelno for record in deleted} == {logging.DEBUG}
+
+
+def test_what_a_smaller_keep_last_lets_go_at_once_is_said(
+    engine: Any, tmp_path: Path, caplog: Any
+) -> None:
+    for tag in ("a", "b", "c"):
+        engine.save_checkpoint(tmp_path, tag)
+    with caplog.at_level(logging.INFO, "zerort"):
+        engine.save_checkpoint(tmp_path, "d", keep_last=1)
+    (said,) = [r.getMessage() for r in caplog.records if "keep_last=1" in r.getMessage()]
+    assert "deleted 3 of this run's checkpoints" in said and said.endswith(": c, b, a")
 
 
 def test_a_run_that_was_restarted_prunes_what_it_saved_before(engine: Any, tmp_path: Path) -> None:
