@@ -16,26 +16,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zerort.checkpoint.checkpoints import Checkpoints
+from zerort.checkpoint.checkpoints import Checkpoints, SavePolicy
 from zerort.checkpoint.match import LoadOptions
 from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import SaveOptions
 from zerort.checkpoint.state import EngineState
-from zerort.config import Batch
 from zerort.errors import ConfigError, StepError
-from zerort.grads.tasks import LossScaling
-from zerort.readings import Components, Readings
-from zerort.start import checks
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
+from zerort.step.readings import Components, Readings
 from zerort.step.transaction import Transaction
-from zerort.trace import TraceSink
 
-__all__ = ["Engine"]
+__all__ = ["COMPILED_WHOLE", "Engine"]
 
 _log = logging.getLogger("zerort")
+
+
+COMPILED_WHOLE = (
+    "the module is compiled whole, so all its gradients come at the end of the backward and no "
+    "communication overlaps with it: compile its blocks instead, for example with block.compile() "
+    "for each layer"
+)
+"""One graph hands its gradients over when it is done, and no bucket can leave while backward still
+runs. The result is the same to the bit. Compiled block by block, each block's gradients come when
+its backward is over.
+"""
 
 
 class Engine(Readings, nn.Module):
@@ -49,9 +56,9 @@ class Engine(Readings, nn.Module):
         self.counters = Counters()
         self._parts = parts
         self._transaction = _transaction(parts, self.counters)
-        self._checkpoints = Checkpoints(_state(module, parts, self.counters), parts.config)
+        self._checkpoints = Checkpoints(_state(module, parts, self.counters), _policy(parts))
         # An engine that is dropped without `destroy` leaves no hook on the model.
-        self._give_back = weakref.finalize(self, _give_back, self._transaction, parts.sink)
+        self._give_back = weakref.finalize(self, _give_back, self._transaction, parts.sink.close)
         self._give_back.atexit = False
 
     # One step, in the order of a training loop.
@@ -71,7 +78,7 @@ class Engine(Readings, nn.Module):
         """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the
         user's own.
         """
-        return self._transaction.scale(loss, self._scaling(scale_wrt_gas))
+        return self._transaction.scale(loss, divides=scale_wrt_gas)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -84,9 +91,7 @@ class Engine(Readings, nn.Module):
         the other ranks raise at their boundary.
         """
         with self._parts.sink.range("backward"):
-            self._transaction.backward(
-                loss, self._scaling(scale_wrt_gas), retain_graph=retain_graph
-            )
+            self._transaction.backward(loss, divides=scale_wrt_gas, retain_graph=retain_graph)
         return loss.detach() / (self.gradient_accumulation_steps() if scale_wrt_gas else 1)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -102,10 +107,6 @@ class Engine(Readings, nn.Module):
                 "step() inside no_sync(): leave the context first, gradients have not been reduced"
             )
         self._transaction.step(lr_kwargs or {})
-
-    def _scaling(self, scale_wrt_gas: bool) -> LossScaling:
-        steps = self.gradient_accumulation_steps() if scale_wrt_gas else None
-        return LossScaling(steps, self.loss_scale)
 
     # Control.
 
@@ -148,13 +149,11 @@ class Engine(Readings, nn.Module):
         Raises `ConfigError` where the batch sizes do not divide, and `StepError` in the middle of a
         window.
         """
-        micro, ranks = self.train_micro_batch_size_per_gpu(), self._parts.mesh.world
-        self._transaction.resize(Batch.resolve(train_batch_size, micro, None, ranks))
+        self._transaction.resize(self._batch.with_train(train_batch_size))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Changes the micro-batch and with it the train batch; the accumulation steps stay."""
-        steps, ranks = self.gradient_accumulation_steps(), self._parts.mesh.world
-        self._transaction.resize(Batch.resolve(None, micro_batch_size, steps, ranks))
+        self._transaction.resize(self._batch.with_micro(micro_batch_size))
 
     def compile(
         self,
@@ -185,12 +184,15 @@ class Engine(Readings, nn.Module):
             return
         self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
         if self._parts.mesh.rank == 0:
-            _log.warning(checks.COMPILED_WHOLE)
+            _log.warning(COMPILED_WHOLE)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the module is compiled whole, here or before `initialize`."""
-        return checks.is_whole(self.module)
+        """Whether the module is compiled whole, by torch.compile(module) or module.compile(), here
+        or before `initialize`; its parts do not count.
+        """
+        # by its name: importing torch._dynamo for its class would add a second to every start
+        return "_orig_mod" in self.module._modules or self.module._compiled_call_impl is not None
 
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.
@@ -337,6 +339,11 @@ def _transaction(parts: Components, counters: Counters) -> Transaction:
     return Transaction(Participation(averaging, parts.reduction, parts.boundary, progress, unused))
 
 
+def _policy(parts: Components) -> SavePolicy:
+    settings = parts.config
+    return SavePolicy(settings.checkpoint.tag_validation, settings.zerort.checkpoint.timeout)
+
+
 def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineState:
     boundary = parts.boundary
     return EngineState(
@@ -354,7 +361,7 @@ def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineSt
     )
 
 
-def _give_back(transaction: Transaction, sink: TraceSink) -> None:
+def _give_back(transaction: Transaction, close_sink: Callable[[], None]) -> None:
     """Must not hold the engine: it runs when that is collected, or destroyed."""
     transaction.close()
-    sink.close()
+    close_sink()

@@ -7,7 +7,11 @@ what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
+    "LONGEST_NAME",
     "CheckpointError",
     "CommError",
     "ConfigError",
@@ -17,7 +21,12 @@ __all__ = [
     "PlanMismatch",
     "StepError",
     "ZerortError",
+    "did_you_mean",
+    "nearest",
 ]
+
+LONGEST_NAME = 120
+"""Characters of a name that a message has room for, and that is worth guessing at."""
 
 
 class ZerortError(Exception):
@@ -56,3 +65,19 @@ class CommError(ZerortError, RuntimeError):
 
 class CheckpointError(ZerortError, OSError):
     """A checkpoint that cannot be written or trusted; names the file and the tensor."""
+
+
+def did_you_mean(guess: str | None) -> str:
+    """The end of a message about an unknown name."""
+    return f'; did you mean "{guess}"?' if guess else ""
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like `name` in any case of letters; None when none is much
+    like it.
+    """
+    if len(name) > LONGEST_NAME:
+        return None
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
+    return by_lower[close[0]] if close else None

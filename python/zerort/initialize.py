@@ -17,15 +17,13 @@ from torch.utils.data import Dataset
 from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
-from zerort.engine import Engine
+from zerort.engine import COMPILED_WHOLE, Engine
 from zerort.errors import PlanError
 from zerort.grads.reduction import Reduction
-from zerort.grads.sources import source_of
+from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm, Mesh
 from zerort.optim import Abilities, ShardOptimizer, schedules
-from zerort.readings import Components
-from zerort.run.flight import Transport
 from zerort.start import agreed, checks
 from zerort.start.broadcast import broadcast, loose
 from zerort.start.compare import (
@@ -39,11 +37,11 @@ from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.optimizer import abilities_of, choose_optimizer
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
+from zerort.step.readings import Components
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.watch import BucketWatch, Unwatched
-from zerort.wire import format_of
 
 __all__ = ["initialize"]
 
@@ -94,7 +92,7 @@ def initialize(
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
         started(mesh, settings)
         undo.pop_all()
-    _log_start(setup, flat)
+    _log_start(setup, flat, engine)
     return engine, setup.optimizer, setup.loader, engine.lr_scheduler
 
 
@@ -142,7 +140,7 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     """What each rank would do by itself, compared: the ranks differ in nothing that matters."""
     control = mesh.control
     setup = agreed(control, lambda: _decide(settings, mesh, given, undo))
-    compare_plans(control, setup.planned, setup.plan)
+    compare_plans(control, setup.planned, setup.plan.digest)
     compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
     compare_optimizers(control, setup.optimizer)
     compare_data(control, setup.loader)
@@ -222,11 +220,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     shards = ShardOptimizer(setup.optimizer, flat, setup.abilities)
     shards.split()
-    wires = [format_of(bucket.spec.wire) for bucket in flat.buckets]
-    transports = [
-        Transport(source_of(bucket), wire, wire.encoder(bucket, precision.predivide))
-        for bucket, wire in zip(flat.buckets, wires, strict=True)
-    ]
+    transports = [transport_of(bucket, precision.predivide) for bucket in flat.buckets]
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
     reduction = Reduction(setup.plan, flat, mesh, transports, watch)
     undo.callback(reduction.close)
@@ -269,7 +263,7 @@ def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
     return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)
 
 
-def _log_start(setup: Setup, flat: FlatModel) -> None:
+def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     """Nothing is ignored in silence."""
     settings, model = setup.config, setup.model
     if setup.mesh.rank != 0:
@@ -283,8 +277,8 @@ def _log_start(setup: Setup, flat: FlatModel) -> None:
             "gradient_clipping is not given: gradients are clipped to norm %g",
             settings.gradient_clipping,
         )
-    if checks.is_whole(model):
-        _log.warning(checks.COMPILED_WHOLE)
+    if engine.is_compiled:
+        _log.warning(COMPILED_WHOLE)
     planned = {id(parameter) for parameter in flat.params}
     left = [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MIGRATION = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-CLASSES = [*(kind for kind in vars(zerort.errors).values() if isinstance(kind, type)), TraceError]
+OWN = [getattr(zerort.errors, name) for name in zerort.errors.__all__]
+CLASSES = [*(kind for kind in OWN if isinstance(kind, type)), TraceError]
 LAST = "Not an error, but said"
 RAISED = {kind.__name__ for kind in CLASSES} - {"CheckpointError"}
 """What has to be in the page message by message; those of checkpoints are many, and all begin with

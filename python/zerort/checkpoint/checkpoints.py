@@ -7,9 +7,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
@@ -20,13 +20,21 @@ from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
 from zerort.checkpoint.snapshot import collect
 from zerort.checkpoint.state import EngineState
 from zerort.checkpoint.weights import save_weights
-from zerort.config import Config
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus, Patience
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "SavePolicy"]
 
 _log = logging.getLogger("zerort")
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """What the configuration decides about every save and load."""
+
+    tag_validation: Literal["WARN", "IGNORE", "FAIL"]
+    timeout: float
+    """Seconds that a rank may write or read nothing."""
 
 
 class Checkpoints:
@@ -34,13 +42,13 @@ class Checkpoints:
     that one.
     """
 
-    def __init__(self, state: EngineState, config: Config) -> None:
+    def __init__(self, state: EngineState, policy: SavePolicy) -> None:
         self.state = state
         self.disk = Disk()
         self.bytes_read = 0
         """By this rank in the last load."""
         self.last_load: LoadRecord | None = None
-        self._config = config
+        self._policy = policy
         self._agreement = Consensus(state.comm.control, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
         self._run = Run()
@@ -60,7 +68,7 @@ class Checkpoints:
         comm = self.state.comm
         folder = Path(save_dir)
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
-        name = agreed_tag(comm, wanted, self._config.checkpoint.tag_validation)
+        name = agreed_tag(comm, wanted, self._policy.tag_validation)
         loaded = frozenset(
             loaded for where, loaded in self._loaded.items() if where == folder.resolve()
         )
@@ -68,15 +76,11 @@ class Checkpoints:
         snapshot = self._agreement.agree(
             what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
         )
-        options = replace(options, keep=loaded, run=self._run, timeout=self._timeout)
+        options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
         saving = Save(comm, self.disk, folder, name, options)
         saving.run(snapshot)
         self._report(folder, options.keep_last, saving.pruned)
         return True
-
-    @property
-    def _timeout(self) -> float:
-        return self._config.zerort.checkpoint.timeout
 
     def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
         if pruned.gone:
@@ -109,7 +113,7 @@ class Checkpoints:
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
         folder = Path(load_dir)
-        loading = Load(self.state, self.disk, folder, options, custom, self._timeout)
+        loading = Load(self.state, self.disk, folder, options, custom, self._policy.timeout)
         loaded = loading.run(tag, fallback=fallback)
         self.bytes_read = loading.bytes_read
         if loaded is None:
@@ -132,7 +136,9 @@ class Checkpoints:
     ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
         folder = Path(save_dir)
-        patience = Patience(f"save {folder / name}", self._timeout, "zerort.checkpoint.timeout")
+        patience = Patience(
+            f"save {folder / name}", self._policy.timeout, "zerort.checkpoint.timeout"
+        )
         replace(self._agreement, patience=patience).first(
             f"{folder / name} was not saved",
             lambda: save_weights(

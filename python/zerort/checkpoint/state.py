@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.grads.reduction import Reduction
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
@@ -37,6 +36,15 @@ __all__ = [
 ]
 
 
+class Reduced(Protocol):
+    """What is used of what brings gradients into shards, and shards to all ranks."""
+
+    plan: _core.Plan
+
+    def publish(self) -> None:
+        """Brings every rank's shard to all ranks."""
+
+
 @dataclass(frozen=True)
 class EngineState:
     """The parts of an engine that a checkpoint holds. `loader` is the training loader, or None."""
@@ -44,7 +52,7 @@ class EngineState:
     module: nn.Module
     comm: Comm
     flat: FlatModel
-    reduction: Reduction
+    reduction: Reduced
     optimizer: ShardOptimizer
     loss_scale: LossScale
     scheduler: Any

@@ -29,6 +29,19 @@ class Batch:
     accumulation: int
     """Backwards of one optimizer step."""
 
+    @property
+    def world(self) -> int:
+        """The ranks that it was resolved for."""
+        return self.train // (self.micro * self.accumulation)
+
+    def with_train(self, train: int) -> Batch:
+        """Other accumulation steps, to fit. Raises `ConfigError` where the sizes do not divide."""
+        return Batch.resolve(train, self.micro, None, self.world)
+
+    def with_micro(self, micro: int) -> Batch:
+        """Another train batch, to fit."""
+        return Batch.resolve(None, micro, self.accumulation, self.world)
+
     @classmethod
     def resolve(
         cls, train: int | None, micro: int | None, accumulation: int | None, world: int

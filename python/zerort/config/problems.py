@@ -7,10 +7,9 @@ five.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from zerort.config.keys import KEYS, Fate
-from zerort.errors import ConfigError
+from zerort.errors import LONGEST_NAME, ConfigError, did_you_mean, nearest
 
 __all__ = [
     "Problem",
-    "did_you_mean",
     "expected",
     "from_validation",
-    "nearest",
     "printable",
     "several",
     "shown",
@@ -33,7 +30,6 @@ __all__ = [
 ]
 
 _LONGEST_VALUE = 60
-_LONGEST_NAME = 120
 _MOST_LINES = 40
 
 
@@ -74,7 +70,7 @@ def shown(value: Any) -> str:
 
 def printable(name: str) -> str:
     """A name on one line that any log takes: what is no printable character is escaped."""
-    short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in short)
 
 
@@ -93,22 +89,6 @@ def unknown_key(path: str, *, guess: bool = True) -> Problem:
         near = found = next((key for key in KEYS if key.rpartition(".")[2] == elsewhere), None)
     refused = found is not None and KEYS[found].fate is Fate.REFUSED
     return Problem(path, f"unknown key{did_you_mean(None if refused else near)}")
-
-
-def did_you_mean(guess: str | None) -> str:
-    """The end of a message about an unknown name."""
-    return f'; did you mean "{guess}"?' if guess else ""
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that is most like `name` in any case of letters; None when none is much
-    like it.
-    """
-    if len(name) > _LONGEST_NAME:
-        return None
-    by_lower = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.7)
-    return by_lower[close[0]] if close else None
 
 
 def from_validation(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:

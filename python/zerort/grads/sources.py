@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from zerort.memory import FlatBucket, Memory
-from zerort.run.flight import Source
-from zerort.wire import Encoder
+from zerort.run.flight import Transport
+from zerort.wire import Encoder, format_of
 
-__all__ = ["FromGrad", "LocalSum", "source_of"]
+__all__ = ["FromGrad", "LocalSum", "transport_of"]
 
 
-def source_of(bucket: FlatBucket) -> Source:
-    """The source that suits the bucket's memory."""
-    return LocalSum(bucket, bucket.local) if bucket.widens else FromGrad(bucket)
+def transport_of(bucket: FlatBucket, predivide: float) -> Transport:
+    """How the bucket leaves this rank: from the source that suits its memory, in its wire format,
+    divided by `predivide` before the sum over ranks.
+    """
+    source = LocalSum(bucket, bucket.local) if bucket.widens else FromGrad(bucket)
+    wire = format_of(bucket.spec.wire)
+    return Transport(source, wire, wire.encoder(bucket, predivide))
 
 
 class FromGrad:

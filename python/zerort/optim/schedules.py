@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from zerort.config.problems import did_you_mean, nearest
-from zerort.errors import ConfigError
+from zerort.errors import ConfigError, did_you_mean, nearest
 from zerort.optim.cycles import LRRangeTest, OneCycle
 from zerort.optim.schedule import HasGroups
 from zerort.optim.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR

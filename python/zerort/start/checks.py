@@ -1,12 +1,5 @@
 """What a model must be before anything of it is moved: a module, with values to train, of dense
 gradients.
-
-A module that is compiled whole is no reason to refuse, only to advise: it has one graph for its
-backward, and a graph hands its gradients over when it is done, so they all come at the end and no
-bucket can leave while backward still runs. The result is the same to the bit; only the overlap is
-lost. Compiled block by block, each block's gradients come when the block's backward is over.
-Nothing here compiles anything, and the names of a wrapper's parameters (`_orig_mod.`) are left as
-torch makes them.
 """
 
 from __future__ import annotations
@@ -21,22 +14,11 @@ from torch.nn.parameter import is_lazy
 from zerort.errors import ConfigError, PlanError
 
 __all__ = [
-    "COMPILED_WHOLE",
     "checked",
-    "is_whole",
     "refuse_arguments",
     "refuse_unready",
     "settle_sparse",
 ]
-
-COMPILED_WHOLE = (
-    "the module is compiled whole, so all its gradients come at the end of the backward and no "
-    "communication overlaps with it: compile its blocks instead, for example with block.compile() "
-    "for each layer"
-)
-
-# by its name: importing torch._dynamo for its class would add a second to every start
-_WRAPPED = "_orig_mod"
 
 
 def refuse_arguments(refused: Mapping[str, Any]) -> None:
@@ -117,10 +99,3 @@ def settle_sparse(module: nn.Module, policy: Literal["refuse", "densify"]) -> No
                 'sparse=False, or configure "zerort": {"sparse_gradients": "densify"}'
             )
         part.sparse = False
-
-
-def is_whole(module: nn.Module) -> bool:
-    """Whether `module` itself went through torch.compile(module) or module.compile(); its parts do
-    not count.
-    """
-    return _WRAPPED in module._modules or module._compiled_call_impl is not None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zerort import _core
 from zerort.config import Config
 from zerort.errors import PlanMismatch
 from zerort.memory import PlannedParameter, Signature
@@ -75,11 +74,11 @@ def compare_data(control: Control, loader: TrainingLoader | None) -> None:
     _compare(control, facts, "give all ranks the whole dataset, of which each takes its part")
 
 
-def compare_plans(control: Control, planned: Sequence[PlannedParameter], plan: _core.Plan) -> None:
+def compare_plans(control: Control, planned: Sequence[PlannedParameter], own: int) -> None:
     """Raises `PlanMismatch` on all ranks if they planned different things, naming the first
-    difference.
+    difference; `own` is the digest of this rank's plan.
     """
-    views = gathered(control, lambda: ([member.signature() for member in planned], plan.digest))
+    views = gathered(control, lambda: ([member.signature() for member in planned], own))
     ours, digest = views[0]
     for rank, (theirs, other) in enumerate(views):
         for a, b in zip(ours, theirs, strict=False):

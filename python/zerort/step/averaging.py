@@ -27,6 +27,12 @@ class Averaging:
     batch: Batch
     ranks: int
 
+    def scaling(self, *, divides: bool) -> LossScaling:
+        """What this engine does to a loss; it `divides` by the accumulation steps unless asked not
+        to.
+        """
+        return LossScaling(self.accumulation.steps if divides else None, self.loss_scale.scale)
+
     def note(self, scaling: LossScaling | None) -> None:
         """A backward begins, its loss scaled like this; None where it is not scaled.
 

@@ -67,15 +67,20 @@ class Transaction:
         when_backward_reaches(outputs, self._reached)
         return outputs
 
-    def scale(self, loss: Tensor, scaling: LossScaling) -> Tensor:
-        """The scaled loss, for a `backward()` of the user's own that is then known as such."""
+    def scale(self, loss: Tensor, *, divides: bool) -> Tensor:
+        """The scaled loss, for a `backward()` of the user's own that is then known as such.
+
+        It `divides` by the accumulation steps unless asked not to.
+        """
         refuse_unfit(loss)
+        scaling = self.part.averaging.scaling(divides=divides)
         loss = scaled(loss, scaling)
         announce(loss, self, scaling, by_call=False)
         return loss
 
-    def backward(self, loss: Tensor, scaling: LossScaling, *, retain_graph: bool) -> None:
+    def backward(self, loss: Tensor, *, divides: bool, retain_graph: bool) -> None:
         """The backward of a scalar loss. Raises what it raises, once the peers have its reason."""
+        scaling = self.part.averaging.scaling(divides=divides)
         self._demand("backward()")
         before = self._idle()
         with self._settling(Settled()):

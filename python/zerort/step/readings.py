@@ -117,17 +117,22 @@ class Readings:
         """
         return self._parts.boundary.exposed
 
+    @property
+    def _batch(self) -> Batch:
+        """As of the window under way."""
+        return self._transaction.part.averaging.batch
+
     def train_batch_size(self) -> int:
         """Samples of one step, over all ranks."""
-        return self._transaction.part.averaging.batch.train
+        return self._batch.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one backward on one rank."""
-        return self._transaction.part.averaging.batch.micro
+        return self._batch.micro
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
-        return self._transaction.part.averaging.batch.accumulation
+        return self._batch.accumulation
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last of its accumulation window."""
