@@ -58,7 +58,7 @@ impl Twin {
         let commands = self.plan.schedule().commands();
         let stuck = |command: &Command| match *command {
             Command::Launch(bucket) => !self.is_full(bucket),
-            Command::Retire(_) => false,
+            Command::Retire(_) | Command::Need(_) | Command::Gather(_) | Command::Free(_) => false,
         };
         let hi = commands.iter().position(stuck).unwrap_or(commands.len());
         (hi > std::mem::replace(&mut self.hi, hi)).then_some(hi)

@@ -32,6 +32,7 @@ fn in_flight(schedule: &Schedule) -> Vec<usize> {
         match *command {
             Command::Launch(bucket) => assert!(open.insert(bucket), "{command} twice"),
             Command::Retire(bucket) => assert!(open.remove(&bucket), "{command} before its launch"),
+            Command::Need(_) | Command::Gather(_) | Command::Free(_) => unreachable!(),
         }
         open.len()
     };
@@ -45,7 +46,7 @@ fn sch_1_every_bucket_is_launched_once_and_retired_once_later() {
             .commands()
             .iter()
             .filter(|c| matches!(c, Command::Retire(_)))
-            .map(|c| c.bucket())
+            .filter_map(|c| c.bucket())
             .collect();
         assert_eq!(schedule.launches().collect::<Vec<_>>(), order);
         assert_eq!(retires, order);

@@ -13,6 +13,7 @@ __all__ = [
     "Finished",
     "Fragment",
     "Hop",
+    "List",
     "LossScale",
     "Plan",
     "Reducer",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 _Dtype = Literal["f32", "f16", "bf16", "f64"]
-_CommandKind = Literal["launch", "retire"]
+_CommandKind = Literal["launch", "retire", "need", "gather", "free"]
+_Pass = Literal["forward", "backward", "local_backward", "evaluation"]
 _Op = Literal["reduce_scatter", "all_reduce", "all_gather", "copy"]
 _Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
 
@@ -157,6 +159,20 @@ class Plan:
     def schedule(self) -> list[tuple[_CommandKind, int]]:
         """The static list: `("launch" | "retire", bucket id)`."""
     @property
+    def program(self) -> list[int]:
+        """`schedule` as codes of actions, see `Gatherer`."""
+    @property
+    def lists(self) -> list[List]:
+        """The lists of passes whose routes are known; empty before `routed`."""
+    def routed(self, routes: Sequence[Sequence[int]], *, room: int, depth: int) -> Plan:
+        """The same layout and order of launches, with a list for each of `routes`, as
+        `Gatherer.routes` gave them.
+
+        `room` is how many elements may be whole or gathering at once, `depth` how many stops ahead
+        units are gathered. `reordered` drops the lists. Raises `PlanError` for routes that are not
+        this plan's.
+        """
+    @property
     def units(self) -> list[Unit]:
         """What is gathered and freed together, by id; empty unless parameters are sharded."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
@@ -164,6 +180,28 @@ class Plan:
         """The same layout, launched in the order in which `observed` (parameter ids by arrival)
         fills the buckets.
         """
+
+@final
+class List:
+    """The static list of one pass, in which units are needed, gathered and freed too."""
+
+    @property
+    def kind(self) -> _Pass: ...
+    @property
+    def key(self) -> int:
+        """Which pass it is for."""
+    @property
+    def start(self) -> list[int]:
+        """Units that it finds whole."""
+    @property
+    def end(self) -> list[int]:
+        """Units that it leaves whole."""
+    @property
+    def commands(self) -> list[tuple[_CommandKind, int]]:
+        """With the number of the bucket, the unit or the stop."""
+    @property
+    def stops(self) -> list[list[int]]:
+        """The units that each stop needs."""
 
 @final
 class Unit:
@@ -229,8 +267,12 @@ class Reducer:
         """The parameters that `grad_ready` must be told of, in the pass under way or the next one,
         by id.
         """
-    def begin(self) -> None:
-        """Starts a pass."""
+    def begin(self, *, list: int | None = None, observe: bool = False) -> None:
+        """Starts a pass: along the plan's schedule, or along its list of this number, or, with
+        `observe`, one that hands out nothing before its end and learns anew.
+
+        Along a list `hi` counts the list's commands: hand it to `Gatherer.reached`.
+        """
     def grad_ready(self, param: int) -> int | None:
         """One gradient has been accumulated. None, or `hi`: every command of the schedule below
         `hi` may run.

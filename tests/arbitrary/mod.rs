@@ -6,7 +6,8 @@ use std::sync::Arc;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::{
-    Cap, Dtype, Group, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId,
+    BucketId, Cap, Dtype, Group, GroupId, Key, Mesh, Param, ParamId, PassKind, Plan, PlanSpec,
+    Rank, Route, Stage, Stop, UnitId, WireId,
 };
 
 /// A length: empty, scalar, small, or larger than most caps.
@@ -107,4 +108,81 @@ pub fn permutations(n: u32) -> Vec<Vec<ParamId>> {
         })
     };
     permutations(last).into_iter().flat_map(insert).collect()
+}
+
+/// `n` units of one parameter each, 256 elements long with their padding, over two ranks. Unit n-1
+/// is bucket 0.
+pub fn sharded(n: u32, window: Option<u32>) -> Plan {
+    let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+    let param = |unit| Param { numel: 200, dtype, group, wire, unit: Some(UnitId(unit)) };
+    let params = (0..n).map(param).collect();
+    let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Three.rules());
+    Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(256), window }).unwrap()
+}
+
+/// A plan of stage 3, routes of its passes in the order in which they ran, and bounds.
+#[derive(Clone, Debug)]
+pub struct Walk {
+    pub plan: Plan,
+    pub routes: Vec<Route>,
+    pub room: u64,
+    pub depth: u32,
+}
+
+/// A few units of different lengths, one parameter of each replicated neighbour.
+fn unit_plan() -> impl Strategy<Value = Plan> {
+    let param = (1..900_u64, prop::option::weighted(0.9, 0..6_u32));
+    (vec(param, 6..14), 1..4_u32, 100..600_u64, prop::option::of(1..4_u32)).prop_map(
+        |(params, world, cap, window)| {
+            let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+            let param = |(numel, unit): (u64, Option<u32>)| Param {
+                numel,
+                dtype,
+                group,
+                wire,
+                unit: unit.map(UnitId),
+            };
+            let params = params.into_iter().map(param).collect();
+            let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Three.rules());
+            let cap = Cap::Elements(cap);
+            Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap()
+        },
+    )
+}
+
+fn some_stops(units: u32) -> impl Strategy<Value = Vec<Stop>> {
+    let units = units.max(1);
+    let set = move |most| prop::collection::btree_set(0..units, 0..=most);
+    let stop = (set(2), set(2)).prop_map(|(needed, held)| Stop {
+        held: held.difference(&needed).copied().map(UnitId).collect(),
+        units: needed.into_iter().map(UnitId).collect(),
+    });
+    vec(stop, 0..12)
+}
+
+/// Forward, backward and evaluation with any stops, any room and any depth.
+pub fn walk() -> impl Strategy<Value = Walk> {
+    unit_plan().prop_flat_map(|plan| {
+        let (units, buckets) = (plan.units().len() as u32, plan.buckets().len() as u32);
+        let fills = vec((0..buckets, 0..14_u32), 0..buckets as usize);
+        let parts = (some_stops(units), some_stops(units), some_stops(units), fills);
+        let whole: u64 = plan.units().iter().map(|unit| unit.numel).sum();
+        (Just(plan), parts, 1..=whole + 1, 0..5_u32).prop_map(|(plan, parts, room, depth)| {
+            let (forth, back, check, fills) = parts;
+            let route = |kind, key, then, stops: Vec<Stop>| {
+                let stops = if plan.units().is_empty() { Vec::new() } else { stops };
+                Route { kind, key: Key(key), then, stops, fills: Vec::new() }
+            };
+            let mut backward = route(PassKind::Backward, 8, None, back);
+            let last = (backward.stops.len() as u32).saturating_sub(1);
+            backward.fills =
+                fills.into_iter().map(|(b, stop)| (BucketId(b), stop.min(last))).collect();
+            let routes = vec![
+                route(PassKind::Forward, 7, Some(Key(8)), forth),
+                backward,
+                route(PassKind::Evaluation, 9, None, check),
+            ];
+            Walk { plan, routes, room, depth }
+        })
+    })
 }

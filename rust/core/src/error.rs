@@ -60,6 +60,9 @@ pub enum PlanError {
         /// The parameter.
         param: ParamId,
     },
+    /// A route that is not one of this plan's.
+    #[error("a route names a unit or a bucket that the plan has not, or is no route")]
+    BadRoute,
     /// ZeRO has the stages 0 to 3.
     #[error("stage {stage} does not exist: expected 0, 1, 2 or 3")]
     BadStage {
@@ -188,6 +191,14 @@ pub enum StepError {
         params: usize,
         /// How many entries were given.
         got: usize,
+    },
+    /// The plan has no such list.
+    #[error("unknown list {list}: the plan has {lists}")]
+    UnknownList {
+        /// The index given.
+        list: usize,
+        /// How many lists the plan has.
+        lists: usize,
     },
     /// Only the launch order may change, never the layout.
     #[error("the new plan has another layout: {got:016x} instead of {expected:016x}")]

@@ -77,6 +77,7 @@
 
 pub mod bucket;
 pub mod command;
+mod cursor;
 pub mod error;
 pub mod hop;
 pub mod ids;
@@ -87,6 +88,7 @@ pub mod partition;
 pub mod plan;
 pub mod reducer;
 pub mod reshard;
+pub mod route;
 pub mod scaler;
 pub mod schedule;
 pub mod stage;
@@ -94,7 +96,7 @@ pub mod trace;
 pub mod units;
 
 pub use bucket::{Bucket, Cap, Kind, Param};
-pub use command::{Command, Op};
+pub use command::{Action, Command, Op};
 pub use error::{Phase, PlanError, StepError};
 pub use hop::{Hop, Hops};
 pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, UnitId, WireId};
@@ -104,6 +106,7 @@ pub use partition::{BucketLayout, Fragment, Partition};
 pub use plan::{Plan, PlanSpec};
 pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
+pub use route::{Key, List, PassKind, Route, Stop};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};
 pub use units::{Module, Unit};

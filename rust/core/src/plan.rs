@@ -7,7 +7,7 @@
 //! - the *layout*: rules, mesh, buckets, partitions, hops. Buffers and optimizer state follow from
 //!   it, so it never changes.
 //! - the *launch order*: the [`Schedule`]. An observed order of arrival may change it, which moves
-//!   no data; plans that differ in it alone share their layout and have the same
+//!   no data. So do routes, from which the [`List`]s of stage 3 are made. Plans that differ in these alone share their layout and have the same
 //!   [`Plan::layout_digest`].
 //!
 //! A plan knows lengths and identifiers, never a name, a tensor or a device.
@@ -17,11 +17,13 @@ mod digest;
 use std::sync::Arc;
 
 use crate::bucket::{Bucket, Cap, Param, assign};
+use crate::command::Command;
 use crate::error::PlanError;
 use crate::hop::Hops;
 use crate::ids::{BucketId, ParamId, Rank};
 use crate::mesh::{Group, Mesh};
 use crate::partition::{BucketLayout, Fragment, Partition};
+use crate::route::{self, Bounds, List, Route};
 use crate::schedule::Schedule;
 use crate::stage::{Placement, Rules};
 use crate::units::{Unit, units};
@@ -46,6 +48,7 @@ pub struct PlanSpec {
 pub struct Plan {
     layout: Arc<Layout>,
     schedule: Schedule,
+    lists: Arc<[List]>,
     digest: u64,
 }
 
@@ -162,7 +165,24 @@ impl Plan {
     fn with_order(layout: Arc<Layout>, order: &[BucketId]) -> Self {
         let schedule = Schedule::new(order, layout.window);
         let digest = digest::schedule_digest(layout.digest, &schedule);
-        Self { layout, schedule, digest }
+        Self { layout, schedule, lists: Arc::new([]), digest }
+    }
+
+    /// The same layout and order of launches, with a list for each of `routes`, which are in the
+    /// order in which their passes ran. `room` is how many elements may be whole or gathering at
+    /// once, `depth` how many stops ahead units are gathered.
+    ///
+    /// # Errors
+    /// [`PlanError::BadRoute`].
+    pub fn routed(&self, routes: &[Route], room: u64, depth: u32) -> Result<Self, PlanError> {
+        let order: Vec<BucketId> = self.schedule.launches().collect();
+        let (units, window) = (self.units(), self.window());
+        let bounds = Bounds { units, order: &order, window, room, depth };
+        let lists = route::lists(&bounds, routes)?;
+        let layout = Arc::clone(&self.layout);
+        let digest =
+            digest::lists_digest(digest::schedule_digest(layout.digest, &self.schedule), &lists);
+        Ok(Self { layout, schedule: self.schedule.clone(), lists: lists.into(), digest })
     }
 
     /// All parameters, by id.
@@ -263,13 +283,25 @@ impl Plan {
         &self.schedule
     }
 
-    /// Hash of everything: layout, rules, mesh, hops, launch order, window. The same on every
-    /// platform.
+    /// The lists of passes whose routes are known.
+    pub fn lists(&self) -> &[List] {
+        &self.lists
+    }
+
+    /// The commands of a pass along the list of this number, or where it has none along the
+    /// schedule.
+    pub fn commands(&self, list: Option<usize>) -> &[Command] {
+        let list = list.and_then(|list| self.lists.get(list));
+        list.map_or_else(|| self.schedule.commands(), List::commands)
+    }
+
+    /// Hash of everything: layout, rules, mesh, hops, launch order, window, lists. The same on
+    /// every platform.
     pub fn digest(&self) -> u64 {
         self.digest
     }
 
-    /// Hash of everything but the schedule. Plans with equal ones can stand in for each other over
+    /// Hash of everything but schedule and lists. Plans with equal ones can stand in for each other over
     /// the same buffers.
     pub fn layout_digest(&self) -> u64 {
         self.layout.digest

@@ -5,11 +5,12 @@
 //! What runs, and how, is somebody else's business; so is time.
 //!
 //! ```text
-//! phase    Idle ── begin ──> Observing ── finish ──> Idle    a pass with a parameter that is new
-//!          Idle ── begin ──> Backward  ── finish ──> Idle    every other pass
+//! phase    Idle ── begin, observe ──> Observing ── finish ──> Idle    a pass with a new parameter
+//!          Idle ── begin, begin_list ──> Backward ── finish ──> Idle  every other pass
 //!          Idle ── arm ──> Armed ── first gradient ──> Idle  a backward has begun; begin or disarm
 //!
 //! bucket   Filling{missing} ── last gradient ──> Full
+//!          Filling{missing} ── a stop behind its Launch is asked for ──> InFlight
 //!          Full             ── cursor passes Launch ──> InFlight
 //!          InFlight         ── cursor passes Retire ──> Reduced
 //!          Reduced          ── begin ──> Filling{missing}
@@ -24,6 +25,8 @@
 //!   autograd keeps it in `.grad`, and a later pass takes it.
 //! - **RED-4** [`Reducer::finish`] hands out the rest and names the watched parameters that never
 //!   came.
+//! - **GAT-6** A need never waits for a gradient: in a pass along a list a stop that is asked for
+//!   overtakes the launches before it ([`Reducer::need`]). What comes after that is late (RED-3).
 //! - **RED-5** No hook ever blocks. Nothing here waits; the executor that runs the ranges must not
 //!   either.
 //!
@@ -63,17 +66,19 @@
 //! Freezing a sentinel passes its duty to the parameter that came before it. Sentinels may differ
 //! from rank to rank: the schedule decides the order of launches, and they only when.
 
+mod explain;
+mod listed;
 mod state;
 
-use std::fmt;
 use std::sync::Arc;
 
-use crate::command::Command;
+use crate::cursor::{Cursor, Overtake};
 use crate::error::{Phase, StepError};
 use crate::ids::{BucketId, ParamId};
 use crate::life::Life;
 use crate::plan::Plan;
 
+pub use explain::Explanation;
 use state::{Role, Slot, State, advance, watch};
 
 /// The cursor for gradients. See the [module](self) for its states and invariants.
@@ -99,24 +104,13 @@ pub struct Finished {
     pub late: Vec<ParamId>,
 }
 
-/// Why the cursor stands where it stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Explanation {
-    /// Index of the command in the schedule.
-    pub index: usize,
-    /// The command that is next.
-    pub command: Command,
-    /// Parameters that its bucket still waits for.
-    pub lacking: Vec<ParamId>,
-}
-
 /// The phase, with what it needs.
 #[derive(Clone, Copy, Debug)]
 enum Pass {
     Idle,
     Armed,
     Observing { arrivals: u64 },
-    Backward { cursor: usize },
+    Backward { cursor: Cursor, list: Option<usize> },
 }
 
 impl Reducer {
@@ -219,8 +213,11 @@ impl Reducer {
                 self.buckets[slot.bucket.index()].await_one();
             }
         }
-        self.pass =
-            if learns { Pass::Observing { arrivals: 0 } } else { Pass::Backward { cursor: 0 } };
+        self.pass = if learns {
+            Pass::Observing { arrivals: 0 }
+        } else {
+            Pass::Backward { cursor: Cursor::default(), list: None }
+        };
         Ok(())
     }
 
@@ -270,10 +267,11 @@ impl Reducer {
                 slot.last = *arrivals;
                 slot.fired = slot.fired.saturating_add(1);
             }
-            Pass::Backward { cursor } => {
+            Pass::Backward { cursor, list } => {
                 let bucket = &mut self.buckets[slot.bucket.index()];
                 if slot.fire(bucket) {
-                    return Ok(advance(self.plan.schedule().commands(), &mut self.buckets, cursor));
+                    let commands = self.plan.commands(*list);
+                    return Ok(advance(commands, &mut self.buckets, cursor, Overtake::Nothing));
                 }
             }
         }
@@ -312,30 +310,14 @@ impl Reducer {
             Pass::Observing { arrivals: 1.. } => self.learn(),
             Pass::Observing { arrivals: 0 } | Pass::Backward { .. } | Pass::Idle | Pass::Armed => {}
         }
+        let hi = self.plan.commands(self.list()).len();
         self.buckets.fill(State::Reduced);
         self.pass = Pass::Idle;
         Ok(Finished {
-            hi: self.plan.schedule().commands().len(),
+            hi,
             absent: self.ids_where(|slot| slot.expected > 0 && slot.fired == 0).collect(),
             late: self.ids_where(|slot| slot.late).collect(),
         })
-    }
-
-    /// The command the cursor stands at and what its bucket lacks. None outside a pass, and when
-    /// all has been handed out.
-    ///
-    /// In an observing pass the cursor stands at the first command until the end, even if its
-    /// bucket lacks nothing.
-    pub fn explain(&self) -> Option<Explanation> {
-        let index = match self.pass {
-            Pass::Idle | Pass::Armed => return None,
-            Pass::Observing { .. } => 0,
-            Pass::Backward { cursor } => cursor,
-        };
-        let command = *self.plan.schedule().commands().get(index)?;
-        let lacks = |slot: &Slot| slot.bucket == command.bucket() && slot.fired < slot.expected;
-        let lacking = self.ids_where(lacks).collect();
-        Some(Explanation { index, command, lacking })
     }
 
     /// The plan whose schedule is being handed out.
@@ -412,21 +394,5 @@ impl Reducer {
     fn demand(&self, want: Phase) -> Result<(), StepError> {
         let have = self.phase();
         if have == want { Ok(()) } else { Err(StepError::OutOfPhase { have, want }) }
-    }
-}
-
-/// As one would say it: `command 14 = Launch b3; b3 lacks 7, 8`.
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "command {} = {}; b{} lacks ",
-            self.index,
-            self.command,
-            self.command.bucket().0
-        )?;
-        let Some((first, rest)) = self.lacking.split_first() else { return f.write_str("nothing") };
-        write!(f, "{}", first.0)?;
-        rest.iter().try_for_each(|param| write!(f, ", {}", param.0))
     }
 }

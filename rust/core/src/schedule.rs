@@ -14,6 +14,8 @@
 //!   same list, so that no collective can pair with another bucket's, whatever order gradients
 //!   arrive in.
 //!
+//! At stage 3 a pass has a list of its own, in which parameters stand too: see [`crate::route`].
+//!
 //! A schedule does not say *when* a command may run. That is the [`Reducer`](crate::Reducer)'s
 //! answer.
 
@@ -43,6 +45,11 @@ impl Schedule {
         Self { commands }
     }
 
+    /// A list that has been made elsewhere.
+    pub(crate) fn of(commands: Vec<Command>) -> Self {
+        Self { commands }
+    }
+
     /// The commands, in the order in which they run.
     pub fn commands(&self) -> &[Command] {
         &self.commands
@@ -52,7 +59,7 @@ impl Schedule {
     pub fn launches(&self) -> impl Iterator<Item = BucketId> + '_ {
         self.commands.iter().filter_map(|command| match *command {
             Command::Launch(bucket) => Some(bucket),
-            Command::Retire(_) => None,
+            Command::Retire(_) | Command::Need(_) | Command::Gather(_) | Command::Free(_) => None,
         })
     }
 }

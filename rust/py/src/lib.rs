@@ -17,6 +17,7 @@ mod dlpack;
 mod errors;
 mod ids;
 mod kernels;
+mod list;
 mod plan;
 mod reducer;
 mod reshard;
@@ -37,6 +38,8 @@ mod _core {
     use super::kernels::squared_norm;
     #[pymodule_export]
     use super::kernels::take_writes;
+    #[pymodule_export]
+    use super::list::List;
     #[pymodule_export]
     use super::plan::Bucket;
     #[pymodule_export]

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    BucketId, BucketLayout, Cap, Command, Dtype, Group, GroupId, Hops, Mesh, Op, Param, ParamId,
-    Partition, Placement, PlanSpec, Rank, Rules, Stage, UnitId, WireId,
+    Action, BucketId, BucketLayout, Cap, Command, Dtype, Group, GroupId, Hops, Mesh, Op, Param,
+    ParamId, Partition, Placement, PlanSpec, Rank, Route, Rules, Stage, UnitId, WireId,
 };
 
 use crate::errors::PlanError;
 use crate::ids::number;
+use crate::list::List;
 use crate::units::Unit;
 
 /// The immutable result of planning. Every rank computes the same one; `digest` proves it.
@@ -150,8 +151,30 @@ impl Plan {
             .schedule()
             .commands()
             .iter()
-            .map(|&command| (kind(command), command.bucket().0))
+            .map(|&command| (kind(command), command.number()))
             .collect()
+    }
+
+    /// The schedule as codes of actions: every Launch and Retire.
+    #[getter]
+    fn program(&self) -> Vec<u64> {
+        let actions = self.inner.schedule().commands().iter().filter_map(|c| c.action());
+        actions.map(Action::code).collect()
+    }
+
+    /// The lists of passes whose routes are known.
+    #[getter]
+    fn lists(&self) -> Vec<List> {
+        (0..self.inner.lists().len()).map(|index| List::of(&self.inner, index)).collect()
+    }
+
+    /// The same layout and order of launches, with lists for `routes`, each a route in integers.
+    #[allow(clippy::needless_pass_by_value)] // a Python list can not be borrowed as a slice
+    #[pyo3(signature = (routes, *, room, depth))]
+    fn routed(&self, routes: Vec<Vec<i64>>, room: u64, depth: u32) -> PyResult<Self> {
+        let routes = routes.iter().map(|words| Route::from_words(words));
+        let routes = routes.collect::<Result<Vec<_>, _>>().map_err(refused)?;
+        self.inner.routed(&routes, room, depth).map(Self::wrap).map_err(refused)
     }
 
     /// What is gathered and freed together, by id.
@@ -259,6 +282,9 @@ pub const fn kind(command: Command) -> &'static str {
     match command {
         Command::Launch(_) => "launch",
         Command::Retire(_) => "retire",
+        Command::Need(_) => "need",
+        Command::Gather(_) => "gather",
+        Command::Free(_) => "free",
     }
 }
 

@@ -67,9 +67,17 @@ impl Reducer {
         self.lock().watched().map(|param| param.0).collect()
     }
 
-    /// Starts a pass.
-    fn begin(&self) -> PyResult<()> {
-        self.lock().begin().map_err(refused)
+    /// Starts a pass along the plan's schedule, or along its list of this number; or, with
+    /// `observe`, one that hands out nothing before its end.
+    #[pyo3(signature = (*, list=None, observe=false))]
+    fn begin(&self, list: Option<usize>, observe: bool) -> PyResult<()> {
+        let mut reducer = self.lock();
+        let begun = match list {
+            Some(list) => reducer.begin_list(list),
+            None if observe => reducer.observe(),
+            None => reducer.begin(),
+        };
+        begun.map_err(refused)
     }
 
     /// One gradient has been accumulated. None, or `hi`: every command of the schedule below `hi`
@@ -124,7 +132,7 @@ impl Reducer {
     /// None outside a pass.
     fn explain(&self) -> Option<(usize, &'static str, u32, Vec<u32>)> {
         let why = self.lock().explain()?;
-        Some((why.index, kind(why.command), why.command.bucket().0, ids(&why.lacking)))
+        Some((why.index, kind(why.command), why.command.number(), ids(&why.lacking)))
     }
 
     /// Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last).

@@ -446,3 +446,57 @@ class TestUnits:
     ) -> None:
         with pytest.raises(PlanError, match=message):
             plan(stage=stage, units=units)
+
+
+def route(kind: int, key: int, then: int, stops: list[list[int]], fills: list[int]) -> list[int]:
+    """As `Gatherer.routes` writes it, nothing held."""
+    words = [kind, key, int(then > 0), then, len(stops)]
+    for units in stops:
+        words += [len(units), *units, 0]
+    return [*words, len(fills) // 2, *fills]
+
+
+class TestLists:
+    FORTH = route(1, 1, 2, [[0], [1]], [])
+    BACK = route(2, 2, 0, [[1], [0]], [0, 0, 1, 1])
+
+    def made(self) -> _core.Plan:
+        params = [(200, "f32", 0, 0)] * 2
+        split = plan(params=params, stage=3, units=[0, 1], cap_elements=256, cap_bytes=None)
+        return split.routed([self.FORTH, self.BACK], room=1000, depth=1)
+
+    def test_lists_are_made_from_routes(self) -> None:
+        forward, local, backward = self.made().lists
+        assert forward.commands == [("need", 0), ("gather", 0), ("gather", 1), ("need", 1)]
+        assert (forward.kind, forward.key, forward.start, forward.end) == ("forward", 1, [], [0, 1])
+        assert (backward.kind, backward.key, backward.start) == ("backward", 2, [0, 1])
+        assert backward.stops == local.stops == [[1], [0]]
+        assert (backward.end, local.kind) == ([], "local_backward")
+        assert [c for c in backward.commands if c[0] == "launch"] == [("launch", 0), ("launch", 1)]
+        assert [c for c in local.commands if c[0] == "launch"] == []
+
+    def test_a_program_is_the_schedule_as_integers(self) -> None:
+        verbs = {"launch": 0, "retire": 1}
+        made = self.made()
+        assert made.program == [4 * bucket + verbs[kind] for kind, bucket in made.schedule]
+        assert made.reordered([]).lists == []
+
+    def test_a_reducer_follows_a_list(self) -> None:
+        made = self.made()
+        reducer = _core.Reducer(made)
+        reducer.begin(observe=True)
+        assert reducer.observing
+        assert reducer.grad_ready(1) is None
+        assert reducer.grad_ready(0) is None
+        reducer.finish()
+        reducer.begin(list=2)
+        assert reducer.grad_ready(1) is None
+        assert reducer.explain() == (0, "need", 0, [])
+        assert reducer.finish().hi == len(made.lists[2].commands)
+        with pytest.raises(StepError, match="unknown list 3: the plan has 3"):
+            reducer.begin(list=3)
+
+    def test_what_is_no_route_is_refused(self) -> None:
+        for words in [[], [1, 2, 3], [*self.BACK, 0], route(1, 1, 0, [[2]], [])]:
+            with pytest.raises(PlanError, match="a route names a unit or a bucket"):
+                self.made().routed([words], room=1, depth=1)

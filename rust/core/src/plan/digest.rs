@@ -6,8 +6,9 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Layout;
 use crate::command::{Command, Op};
 use crate::hop::Hop;
-use crate::ids::Dtype;
+use crate::ids::{BucketId, Dtype, UnitId};
 use crate::mesh::{Group, Mesh};
+use crate::route::List;
 use crate::schedule::Schedule;
 use crate::stage::{Placement, Rules};
 
@@ -49,10 +50,24 @@ pub(super) fn schedule_digest(layout: u64, schedule: &Schedule) -> u64 {
     let mut hash = Digest::new(b"zerort schedule 1");
     hash.words([layout, schedule.commands().len() as u64]);
     for command in schedule.commands() {
-        hash.words(match *command {
-            Command::Launch(bucket) => [0, u64::from(bucket.0)],
-            Command::Retire(bucket) => [1, u64::from(bucket.0)],
-        });
+        hash.words(command_code(*command));
+    }
+    hash.finish()
+}
+
+/// A plan without lists, and lists.
+pub(super) fn lists_digest(plan: u64, lists: &[List]) -> u64 {
+    let mut hash = Digest::new(b"zerort lists 1");
+    hash.words([plan, lists.len() as u64]);
+    for list in lists {
+        hash.words([list.kind.code().cast_unsigned(), list.key.0, list.stops.len() as u64]);
+        for units in [&list.start, &list.end].into_iter().chain(&list.stops) {
+            hash.units(units);
+        }
+        hash.words([list.commands().len() as u64]);
+        for command in list.commands() {
+            hash.words(command_code(*command));
+        }
     }
     hash.finish()
 }
@@ -89,12 +104,30 @@ impl Digest {
         }
     }
 
+    fn units(&mut self, units: &[UnitId]) {
+        self.words([units.len() as u64]);
+        for unit in units {
+            self.words([u64::from(unit.0)]);
+        }
+    }
+
     fn finish(self) -> u64 {
         self.0.digest()
     }
 }
 
 /// Codes are written out: reordering an enum must not change a digest.
+const fn command_code(command: Command) -> [u64; 2] {
+    let (kind, id) = match command {
+        Command::Launch(BucketId(id)) => (0, id),
+        Command::Retire(BucketId(id)) => (1, id),
+        Command::Need(stop) => (2, stop),
+        Command::Gather(UnitId(id)) => (3, id),
+        Command::Free(UnitId(id)) => (4, id),
+    };
+    [kind, id as u64]
+}
+
 const fn dtype_code(dtype: Dtype) -> u64 {
     match dtype {
         Dtype::F32 => 0,

@@ -1,9 +1,8 @@
 //! What a pass keeps: a slot for each parameter, a state for each bucket, and the rule by which the
 //! cursor moves.
 
-use std::cmp::Ordering;
-
 use crate::command::Command;
+use crate::cursor::{Cursor, Overtake};
 use crate::ids::BucketId;
 
 /// A parameter in the current pass, and what is known of it from others.
@@ -61,14 +60,8 @@ impl Slot {
     /// One arrival; true when it fills the bucket.
     pub(super) fn fire(&mut self, bucket: &mut State) -> bool {
         self.fired = self.fired.saturating_add(1);
-        match self.fired.cmp(&self.expected) {
-            Ordering::Less => false,
-            Ordering::Equal => bucket.fill(),
-            Ordering::Greater => {
-                self.late |= bucket.has_left();
-                false
-            }
-        }
+        self.late |= bucket.has_left();
+        self.fired == self.expected && bucket.fill()
     }
 }
 
@@ -112,14 +105,18 @@ impl State {
         }
     }
 
-    /// The state behind `command`, or None when the cursor must stop before it.
-    pub(super) fn after(self, command: Command) -> Option<Self> {
-        match (command, self) {
-            (Command::Launch(_), Self::Full) => Some(Self::InFlight),
-            (Command::Retire(_), Self::InFlight) => Some(Self::Reduced),
+    /// Passes `command` if it may, or if it must; false when the cursor must stop before it.
+    fn pass(&mut self, command: Command, must: bool) -> bool {
+        let next = match (command, *self) {
+            (Command::Launch(_), Self::Full) => Self::InFlight,
+            (Command::Launch(_), Self::Filling { .. }) if must => Self::InFlight,
+            (Command::Retire(_), Self::InFlight) => Self::Reduced,
             (Command::Launch(_), Self::Filling { .. } | Self::InFlight | Self::Reduced)
-            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced) => None,
-        }
+            | (Command::Retire(_), Self::Filling { .. } | Self::Full | Self::Reduced)
+            | (Command::Need(_) | Command::Gather(_) | Command::Free(_), _) => return false,
+        };
+        *self = next;
+        true
     }
 }
 
@@ -160,14 +157,11 @@ pub(super) fn watch(slots: &mut [Slot], buckets: usize, sentinels: bool) {
 pub(super) fn advance(
     commands: &[Command],
     buckets: &mut [State],
-    cursor: &mut usize,
+    cursor: &mut Cursor,
+    overtake: Overtake,
 ) -> Option<usize> {
-    let start = *cursor;
-    for &command in commands.iter().skip(start) {
-        let bucket = &mut buckets[command.bucket().index()];
-        let Some(next) = bucket.after(command) else { break };
-        *bucket = next;
-        *cursor += 1;
-    }
-    (*cursor > start).then_some(*cursor)
+    cursor.advance(commands, overtake, |command, must| {
+        let bucket = command.bucket().and_then(|bucket| buckets.get_mut(bucket.index()));
+        bucket.is_some_and(|bucket| bucket.pass(command, must))
+    })
 }
