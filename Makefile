@@ -35,8 +35,8 @@ test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked
 	$(BIN)/python -m pytest
 
-test-all: test wheel sdist  ## test, then the wheel and the sdist for others, and what they contain
-	$(BIN)/python -m pytest -m distribution
+test-all: test wheel sdist  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
+	$(BIN)/python -m pytest -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on
 	rm -f dist/zerort-*.whl

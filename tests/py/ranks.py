@@ -41,8 +41,8 @@ TIMEOUT = 60.0
 GRACE = 5.0  # seconds that the peers of a rank that failed may take to notice
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pytest", "zerort"]
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(PRELOAD)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(PRELOAD)
 
 
 class RankFailure(AssertionError):
@@ -159,8 +159,8 @@ class _Member:
     def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
         self.stacks = folder / f"stacks_{rank}"
         self.outcome: Outcome | None = None
-        self.pipe, self._theirs = _forks.Pipe()
-        self.process: BaseProcess = _forks.Process(
+        self.pipe, self._theirs = FORKS.Pipe()
+        self.process: BaseProcess = FORKS.Process(
             target=_main, args=(self._theirs, rank, world, port, str(self.stacks)), daemon=True
         )
 

@@ -1,20 +1,56 @@
-"""The table of cases trained on two ranks in every way that tests compare: once for all of them.
+"""Cases of the table trained on two ranks, a few in one group of processes, once for all tests.
 
-A group of processes trains a case at the stages, for comparison with the twin, and in ways far
-apart, for comparison with one another.
+What a test asks for is trained with its neighbours; where one of them breaks, each is trained
+alone, so that a failure is its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import ranks
+from cases import CASES
 from reference import History
 from training import Config, at_stage, train_each
 
-__all__ = ["EVERYTHING", "FAR_APART", "STAGES", "trained_in_every_way"]
+__all__ = ["EVERYTHING", "FAR_APART", "STAGES", "Batches", "Job", "trained_in_every_way"]
 
 STAGES = [0, 1, 2]
 EVERYTHING = 10**9
 """Elements of a bucket that is the only one."""
+
+Job = tuple[str, int, list[Config]]
+"""A case's name, accumulation steps, and the variants to train."""
+
+
+class Batches:
+    """Histories of `jobs`, trained `size` jobs in one group of `world` processes."""
+
+    def __init__(self, world: int, jobs: Mapping[Any, Job], size: int) -> None:
+        self._world, self._jobs, self._size = world, dict(jobs), size
+        self._found: dict[Hashable, list[list[History]]] = {}
+
+    def __getitem__(self, key: Hashable) -> list[list[History]]:
+        """Of each variant, every rank's history. Raises `RankFailure`."""
+        if key not in self._found:
+            keys = list(self._jobs)
+            start = keys.index(key) // self._size * self._size
+            try:
+                self._train(keys[start : start + self._size])
+            except ranks.RankFailure:
+                self._size = 1
+                self._train([key])
+        return self._found[key]
+
+    def _train(self, keys: list[Hashable]) -> None:
+        results = ranks.run(self._world, train_jobs, [self._jobs[key] for key in keys])
+        for key, of_ranks in zip(keys, zip(*results, strict=True), strict=True):
+            self._found[key] = [list(histories) for histories in zip(*of_ranks, strict=True)]
+
+
+def train_jobs(rank: int, world: int, jobs: list[Job]) -> list[list[History]]:
+    return [train_each(rank, world, *job) for job in jobs]
 
 
 def _way(stage: int, bucket: int, window: int | str) -> Config:
@@ -29,14 +65,14 @@ FAR_APART: dict[str, Config] = {
     "stage_1-one_parameter_a_bucket-window_2": _way(1, 1, 2),
     "stage_2-one_bucket-window_all": _way(2, EVERYTHING, "all"),
 }
+AT_STAGES: dict[int | str, Config] = {stage: at_stage(stage) for stage in STAGES}
+WAYS = {1: AT_STAGES, 3: {**AT_STAGES, **FAR_APART}}
+"""By accumulation steps."""
+_table = Batches(
+    2, {(name, gas): (name, gas, list(WAYS[gas].values())) for name in CASES for gas in WAYS}, 6
+)
 
 
-@ranks.once(maxsize=None)
 def trained_in_every_way(name: str, accumulation: int) -> dict[int | str, list[History]]:
-    """By stage and by name of a way, every rank's history."""
-    ways = {**{stage: at_stage(stage) for stage in STAGES}, **FAR_APART}
-    results = ranks.run(2, train_each, name, accumulation, list(ways.values()))
-    return {
-        way: list(histories)
-        for way, histories in zip(ways, zip(*results, strict=True), strict=True)
-    }
+    """By stage and, with 3 accumulation steps, by name of a way: every rank's history."""
+    return dict(zip(WAYS[accumulation], _table[name, accumulation], strict=True))

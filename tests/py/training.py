@@ -32,8 +32,15 @@ Config = dict[str, Any]
 
 TABLE = {**CASES, **WHOLE, **DRAWN}
 
-KEPT: list[Any] = []
-"""Engines that end with their process."""
+_KEPT: list[Any] = []
+
+
+def keep(engine: Any) -> None:
+    """Instead of `destroy` where that is not what is tested: the engine ends with its process.
+
+    To destroy one is to wait for its groups' threads, most of the time of a small model.
+    """
+    _KEPT.append(engine)
 
 
 def config_of(case: Case, accumulation: int, changes: Mapping[str, Any] | None = None) -> Config:
@@ -101,12 +108,12 @@ def train_each(
     rank: int, world: int, name: str, accumulation: int, variants: list[Config]
 ) -> list[History]:
     """Every variant's history, trained one after another in one group."""
-    ran = [run(rank, name, accumulation, variant) for variant in variants]
-    *others, last = (engine for _, engine in ran)
-    last.destroy()
-    # to destroy an engine is to wait for its groups' threads, most of the time of a small model
-    KEPT.extend(others)
-    return [history for history, _ in ran]
+    histories = []
+    for variant in variants:
+        history, engine = run(rank, name, accumulation, variant)
+        histories.append(history)
+        keep(engine)
+    return histories
 
 
 def train_all(

@@ -10,76 +10,75 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
+import small_example
+from ranks import FORKS
+from small_example import EXAMPLE
 from zerort.trace import open_sink
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "train_text.py"
-STEPS = 20  # far more than run while this test is about to stop the run
+STEPS = 20
 TOLD = STEPS // 10
 
 
 class Job:
-    """The example on two ranks, on a text of its own."""
+    """The example on two ranks, on a text of its own, forked from a server that has imported torch.
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        files = [
+    Rank 1 stands behind step `stand`.
+    """
+
+    def __init__(self, folder: Path, *options: str, stand: int = -1) -> None:
+        arguments = [
+            f"--steps={STEPS}",
+            f"--save_every={TOLD}",
             f"--text={folder / 'text'}",
             f"--config={folder / 'config.json'}",
             f"--checkpoints={folder / 'saved'}",
-        ]
-        command = [
-            sys.executable,
-            str(EXAMPLE),
-            f"--steps={STEPS}",
-            f"--save_every={TOLD}",
-            *files,
             *options,
         ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self.ranks = [
-            subprocess.Popen(
-                command,
-                env={
-                    **os.environ,
-                    **{
-                        "RANK": str(rank),
-                        "WORLD_SIZE": "2",
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                    },
-                    **{
-                        "OMP_NUM_THREADS": "1",
-                        "COLUMNS": "200",
-                        "ZERORT_TRACE": str(folder / "trace-{rank}.json"),
-                    },
-                },
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
+        environment = {
+            **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            **{"OMP_NUM_THREADS": "1", "COLUMNS": "200", "STAND": str(stand)},
+            "ZERORT_TRACE": str(folder / "trace-{rank}.json"),
+        }
+        self.ranks = []
+        self.output, writer = FORKS.Pipe(duplex=False)
+        for rank in range(2):
+            rest = (arguments, writer if rank == 0 else None)
+            self.ranks.append(
+                FORKS.Process(target=_rank, args=({**environment, "RANK": str(rank)}, *rest))
             )
-            for rank in range(2)
-        ]
+            self.ranks[-1].start()
+        writer.close()
 
     def losses(self) -> Iterator[tuple[int, str]]:
         """(step, loss) of the lines that rank 0 prints, as they come."""
-        assert self.ranks[0].stdout is not None
-        for line in self.ranks[0].stdout:
-            found = re.match(rf"step +(\d+)/{STEPS}  loss ([\d.]+)", line)
-            if found:
-                yield int(found[1]), found[2]
+        with open(self.output.fileno(), closefd=False) as lines:
+            for line in lines:
+                found = re.match(rf"step +(\d+)/{STEPS}  loss ([\d.]+)", line)
+                if found:
+                    yield int(found[1]), found[2]
 
     def press_ctrl_c(self) -> None:
         """What a terminal sends to all of them."""
         for process in self.ranks:
-            process.send_signal(signal.SIGINT)
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+
+    def codes(self) -> list[int | None]:
+        """What each rank ended with by itself; None for one that does not."""
+        for process in self.ranks:
+            process.join(60)
+        return [process.exitcode for process in self.ranks]
 
     def __enter__(self) -> Job:
         return self
@@ -87,17 +86,20 @@ class Job:
     def __exit__(self, *exception: object) -> None:
         for process in self.ranks:
             process.kill()
-            process.communicate()
+            process.join()
+        self.output.close()
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heard() -> Iterator[None]:
-    """Tests that a shell script runs in its background ignore Ctrl-C, and so would all that they
-    start.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def _rank(environment: dict[str, str], arguments: list[str], output: Connection | None) -> None:
+    # A shell's background jobs, and all that they start, would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ |= environment
+    sys.argv = ["train_text.py", *arguments]
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null if output is None else output.fileno(), 1)
+    os.dup2(null, 2)
+    small_example.main()
 
 
 def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curve(
@@ -114,23 +116,22 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
     with Job(tmp_path / "whole") as whole:
         expected = dict(whole.losses())
         assert list(expected) == list(range(TOLD, STEPS + 1, TOLD))
-    with Job(tmp_path / "killed") as killed:
+    with Job(tmp_path / "killed", stand=2 * TOLD + 1) as killed:
         for step, loss in killed.losses():
             assert loss == expected[step]
             if step > TOLD:  # so the checkpoint at `TOLD` is complete
                 break
     begun = saved_at(tmp_path / "killed")
-    assert begun < STEPS, "the run was over before it was killed: this machine stood still"
-    with Job(tmp_path / "killed", "--resume") as interrupted:
+    with Job(tmp_path / "killed", "--resume", stand=begun + TOLD + 1) as interrupted:
         for step, loss in interrupted.losses():
             if step - begun <= TOLD:
                 interrupted.press_ctrl_c()
             assert loss == expected[step] and step > begun
-        assert all(process.wait(60) != 0 for process in interrupted.ranks)
+        assert {0, None}.isdisjoint(interrupted.codes())
     begun = saved_at(tmp_path / "killed")
     with Job(tmp_path / "killed", "--resume") as resumed:
         rest = dict(resumed.losses())
-        assert [process.wait(60) for process in resumed.ranks] == [0, 0]
+        assert resumed.codes() == [0, 0]
     assert rest == {step: loss for step, loss in expected.items() if step > begun}
 
 

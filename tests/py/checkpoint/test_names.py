@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ranks
 from saved import assert_equal, config_of, contents, engine_of, manifest_of, weights
+from training import keep
 from zerort.errors import CheckpointError
 
 HELD = ("trained", "frozen", "outside", "buffer")
@@ -67,28 +68,32 @@ HOW: list[dict[str, Any]] = [
 
 
 def resume_everywhere(rank: int, world: int, folder: str, dtype: str) -> list[str]:
-    """Saves with `weight` and `wide` held in each way, and loads in each other; what was wrong."""
-    wrong = []
-    for saved in HELD:
-        engine = made(saved, 0, dtype)
+    """Saves with `weight` and `wide` held in each way, and loads in each other; what was wrong.
+
+    Each engine loads one checkpoint after another, whose values all differ: nothing of the one
+    before may be left.
+    """
+    wrong, expected = [], {}
+    for seed, saved in enumerate(HELD):
+        engine = made(saved, seed, dtype)
         train(engine)
         engine.save_checkpoint(folder, f"{saved}-{dtype}")
-        expected = weights(engine)
-        engine.destroy()
-        for have in HELD:
-            for number, how in enumerate(HOW):
-                engine = made(have, 1, dtype, turned=number % 2 == 1, stage=number % 3)
+        expected[saved] = weights(engine)
+        keep(engine)
+    for have in HELD:
+        for number, how in enumerate(HOW):
+            engine = made(have, 9, dtype, turned=number % 2 == 1, stage=number % 3)
+            for saved in HELD:
                 engine.load_checkpoint(folder, f"{saved}-{dtype}", **how)
-                found = weights(engine)
+                found, kept = weights(engine), engine.last_load.stayed + engine.last_load.unused
                 wrong += [
                     f"{saved} -> {have} {how}: {name}"
-                    for name, value in expected.items()
+                    for name, value in expected[saved].items()
                     if not torch.equal(found[name], value)
                 ]
-                kept = engine.last_load.stayed + engine.last_load.unused
                 wrong += [f"{saved} -> {have} {how}: {name} is said to differ" for name in kept]
                 train(engine, 1)
-                engine.destroy()
+            keep(engine)
     return wrong
 
 

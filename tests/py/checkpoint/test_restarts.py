@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "train_text.py"
+SMALL = Path(__file__).parents[1] / "small_example.py"
 STEPS, SAVED = 20, 2
 pytestmark = pytest.mark.timeout(150)
 
@@ -39,7 +40,7 @@ class Agent:
 
     def __init__(self, folder: Path, *options: str, go: Path | None = None) -> None:
         example = [
-            str(EXAMPLE),
+            str(SMALL),
             f"--steps={STEPS}",
             f"--save_every={SAVED}",
             f"--text={folder / 'text'}",
@@ -50,7 +51,7 @@ class Agent:
         torchrun = [sys.executable, "-c", TORCHRUN, str(go or EXAMPLE)]
         self.process = subprocess.Popen(
             [*torchrun, "--max-restarts=3", *options, *example],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "STAND": "5"},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

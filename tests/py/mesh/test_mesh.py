@@ -161,8 +161,7 @@ def one_is_late(rank: int, world: int) -> tuple[Exception | None, float]:
     mesh.control.set_timeout(timedelta(seconds=2))
     start = time.monotonic()
     if rank == 1:
-        time.sleep(10)
-        return None, 0.0
+        return None, 0.0  # and its process lives on until rank 0 is done
     error = caught(lambda: mesh.job.control.all_reduce(torch.ones(1)))
     return error, time.monotonic() - start
 

@@ -28,8 +28,8 @@ from zerort.mesh.patience import Patience, together
 
 pytestmark = pytest.mark.timeout(90)
 LIMIT = 60.0
-SECONDS = 4.0  # what the slow rank needs, twice the communicator's time-out
-TIMEOUT = timedelta(seconds=2)
+SECONDS = 2.0  # what the slow rank needs, twice the communicator's time-out
+TIMEOUT = timedelta(seconds=1)
 
 
 class Control:
@@ -62,7 +62,7 @@ def _scenes(rank: int, world: int) -> dict[str, Any]:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("zerort").addHandler(handler)
     logging.getLogger("zerort").setLevel(logging.INFO)
-    watching._SAID = 1.0
+    watching._SAID, watching._PERIOD = 0.5, 0.2
     begun = time.monotonic()
     found["slow"] = together(comm, patience(), lambda: work(f"of rank {rank}"))
     found["slow took"] = time.monotonic() - begun
@@ -167,6 +167,7 @@ SLOW = {"write": (1, "sync"), "commit": (0, "rename"), "point": (0, "replace"), 
 def _save_and_load(rank: int, world: int, folder: str) -> dict[str, tuple[Any, float]]:
     engine = _engine()
     engine._parts.mesh.control.set_timeout(TIMEOUT)  # a start may need longer
+    watching._PERIOD = 0.2
     found = {}
     for phase, (slow, operation) in SLOW.items():
         engine._checkpoints.disk = Slow(operation) if rank == slow else Disk()

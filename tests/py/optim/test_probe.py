@@ -19,6 +19,7 @@ import ranks
 from catching import assert_told, caught
 from models import WIDTH
 from terms import engine_over_terms
+from training import keep
 from zerort.errors import ConfigError
 from zerort.optim import Abilities, Lion, examine
 
@@ -367,7 +368,7 @@ def train_each(rank: int, world: int, stage: int, clip: float) -> dict[str, list
             engine.step()
         assert model.a.min() == model.a.max() and model.b.min() == model.b.max()
         found[name] = [model.a[0].item(), model.b[0, 0].item()]
-        engine.destroy()
+        keep(engine)
     return found
 
 

@@ -211,13 +211,13 @@ def test_a_start_that_failed_gives_groups_and_files_back() -> None:
 
 def slow_on_rank_1(rank: int, world: int) -> tuple[bool, Exception | None]:
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        time.sleep(3.0 * rank)
+        time.sleep(2.0 * rank)
         return torch.optim.SGD(parameters, lr=0.1)
 
     engine, *_ = zerort.initialize(
         model=nn.Linear(4, 4),
         optimizer=optimizer,
-        config={"train_micro_batch_size_per_gpu": 1, "zerort": {"timeout": 1.5}},
+        config={"train_micro_batch_size_per_gpu": 1, "zerort": {"timeout": 1.0}},
     )
     engine.backward(engine(torch.ones(1, 4)).sum())
     engine.step()

@@ -19,7 +19,7 @@ import ranks
 from catching import assert_told, caught
 from models import Terms
 from terms import engine_over_terms, step_with, weights
-from training import at_stage
+from training import at_stage, keep
 from zerort.errors import CommError, StepError
 from zerort.step.accumulation import Accumulation, Counters, Window
 from zerort.step.join import Next, Row, read
@@ -31,8 +31,8 @@ WAYS = [*product([0, 1, 2], [1, 3], ["fp32", "fp16", "direct"]), (2, 3, "boundar
 """Stage, accumulation steps, and how a micro-batch goes back; "boundary" reduces once a window."""
 
 
-def _engine(stage: int, gas: int, way: str, **more: Any) -> Any:
-    changes: dict[str, Any] = {**at_stage(stage), "zerort": {"timeout": 20}}
+def _engine(stage: int, gas: int, way: str, timeout: float = 20, **more: Any) -> Any:
+    changes: dict[str, Any] = {**at_stage(stage), "zerort": {"timeout": timeout}}
     if way == "fp16":
         changes["fp16"] = {"enabled": True, "loss_scale": 4.0}
     if way == "boundary":
@@ -70,7 +70,7 @@ def _uneven(rank: int, world: int, counts: list[int], by_initial: bool) -> list[
                 tuple(b - a for a, b in zip(joined, after, strict=True)),
             )
         )
-        engine.destroy()
+        keep(engine)
     return found
 
 
@@ -260,7 +260,7 @@ def test_one_context_is_enough() -> None:
 
 
 def _die(rank: int, world: int) -> Any:
-    engine = _engine(2, 1, "fp32")
+    engine = _engine(2, 1, "fp32", timeout=3)
     if rank == 1:
         step_with(engine, 1.0, 1.0)
         raise SystemExit(3)

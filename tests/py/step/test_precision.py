@@ -17,6 +17,7 @@ import zerort
 from cases import CASES
 from models import Terms
 from reference import Precision, ReduceAt
+from table import Batches
 from tap import tapped
 from terms import Weights, engine_over_terms, step_with, weights
 from training import Config, assert_same, at_stage, train, train_all, twin_of
@@ -30,14 +31,32 @@ STATIC_FP16: Config = {"fp16": {"enabled": True, "loss_scale": 256.0}}
 HUGE = 60000.0  # a gradient that overflows fp16 as soon as it is scaled
 
 
+def batches(names: list[str], changes: Config) -> Batches:
+    """By name, accumulation steps and stage."""
+    return Batches(
+        2,
+        {
+            (name, gas, stage): (name, gas, [{**changes, **at_stage(stage)}])
+            for name in names
+            for gas in (1, 3)
+            for stage in (0, 1, 2)
+        },
+        12,
+    )
+
+
+OF_BF16 = batches(["gpt", "mlp", "groups", "unused_on_one_rank"], BF16)
+OF_FP16 = batches(["gpt", "mlp"], STATIC_FP16)
+
+
 @every_stage
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp", "groups", "unused_on_one_rank"])
 def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
-    histories = ranks.run(2, train, name, gas, {**BF16, **at_stage(stage)})
     assert_same(
-        histories, twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when)
+        OF_BF16[name, gas, stage][0],
+        twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when),
     )
 
 
@@ -48,9 +67,8 @@ def test_fp16_trains_like_the_twin_under_a_static_loss_scale(
     name: str, gas: int, stage: int
 ) -> None:
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
-    histories = ranks.run(2, train, name, gas, {**STATIC_FP16, **at_stage(stage)})
     assert_same(
-        histories,
+        OF_FP16[name, gas, stage][0],
         twin_of(name, 2, gas, Precision(torch.float16, 256.0, gathers_sums=stage == 0), when),
     )
 
@@ -129,19 +147,27 @@ LOW = [
     for dtype in ("bf16", "fp16")
     if dtype == "bf16" or name not in UNSCALED
 ]
+IN_LOW = {
+    "bf16": (BF16, Precision(torch.bfloat16)),
+    "fp16": (STATIC_FP16, Precision(torch.float16, 256.0)),
+}
+OF_LOW = Batches(
+    2,
+    {
+        (name, stage, dtype): (name, 3, [{**IN_LOW[dtype][0], **at_stage(stage)}])
+        for name, stage, dtype in LOW
+    },
+    12,
+)
 
 
 @pytest.mark.parametrize(("name", "stage", "dtype"), LOW)
 def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(
     name: str, stage: int, dtype: str
 ) -> None:
-    changes, precision = {
-        "bf16": (BF16, Precision(torch.bfloat16, gathers_sums=stage == 0)),
-        "fp16": (STATIC_FP16, Precision(torch.float16, 256.0, gathers_sums=stage == 0)),
-    }[dtype]
+    precision = replace(IN_LOW[dtype][1], gathers_sums=stage == 0)
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
-    histories = ranks.run(2, train, name, 3, {**changes, **at_stage(stage)})
-    assert_same(histories, twin_of(name, 2, 3, precision, when))
+    assert_same(OF_LOW[name, stage, dtype][0], twin_of(name, 2, 3, precision, when))
 
 
 MANY = 64
@@ -427,19 +453,23 @@ AUTOCASTS = {
         Precision(autocast=torch.float16, loss_scale=65536.0),
     ),
 }
+AUTOCAST = ["mlp", "gpt", "unused_on_one_rank"]
+UNDER_AUTOCAST = {
+    dtype: batches(AUTOCAST, {"torch_autocast": section})
+    for dtype, (section, _) in AUTOCASTS.items()
+}
 
 
 @every_stage
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("dtype", AUTOCASTS)
-@pytest.mark.parametrize("name", ["mlp", "gpt", "unused_on_one_rank"])
+@pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast_trains_like_the_twin_under_it(
     name: str, dtype: str, gas: int, stage: int
 ) -> None:
-    section, precision = AUTOCASTS[dtype]
-    precision = replace(precision, gathers_sums=stage == 0)
+    precision = replace(AUTOCASTS[dtype][1], gathers_sums=stage == 0)
     when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
-    histories = ranks.run(2, train, name, gas, {"torch_autocast": section, **at_stage(stage)})
+    histories = UNDER_AUTOCAST[dtype][name, gas, stage][0]
     # The last bit of a weight may decide how its cast is rounded.
     assert_same(histories, twin_of(name, 2, gas, precision, when), tolerance=5e-5)
 

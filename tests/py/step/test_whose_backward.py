@@ -23,7 +23,7 @@ import ranks
 from catching import assert_told, caught
 from models import Terms
 from terms import Weights, at_each_stage, engine_over_terms, step_with, weights
-from training import at_stage
+from training import at_stage, keep
 from zerort.errors import StepError
 from zerort.grads.tasks import GraphTask, LossScaling, announce, running_here
 
@@ -203,7 +203,7 @@ def _hide(rank: int, world: int, stage: int) -> dict[str, tuple[Weights, int]]:
                 SHAPES[model.shape][1](forward(1.0 + rank, 4.0)).backward()
                 engine.step()
             found[f"{shape}, {gas} steps"] = weights(engine), engine.global_steps
-            engine.destroy()
+            keep(engine)
     return found
 
 
@@ -267,8 +267,8 @@ def _share_a_loss(rank: int, world: int, stage: int) -> dict[str, tuple[Weights,
                     b.step()
                     a.step()
                 found[f"{of_a} with {of_b}, {gas} steps, {way}"] = weights(a), weights(b)
-                a.destroy()
-                b.destroy()
+                keep(a)
+                keep(b)
     return found
 
 
@@ -358,8 +358,8 @@ def _adversaries(rank: int, world: int, stage: int) -> dict[str, tuple[Weights, 
                     critic.module.requires_grad_(True)
                 key = f"forward through the {forward}, dropped by {drop}, direct {direct}"
                 found[key] = weights(generator), weights(critic)
-                generator.destroy()
-                critic.destroy()
+                keep(generator)
+                keep(critic)
     return found
 
 
