@@ -225,7 +225,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     reduction = Reduction(setup.plan, flat, mesh, transports, watch)
     undo.callback(reduction.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
-    boundary = Boundary(mesh.job, flat, reduction, shards, precision.loss_scale, policy, sink)
+    boundary = Boundary(mesh, flat, reduction, shards, precision.loss_scale, policy, sink)
     parts = Components(
         config,
         mesh,

@@ -17,7 +17,7 @@ from zerort import log
 from zerort.errors import NonFiniteGradient, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
-from zerort.mesh import Comm
+from zerort.mesh import Mesh
 from zerort.optim import ShardOptimizer
 from zerort.step.precision import LossScale
 from zerort.step.vote import Ballot, Verdict, clip_factor, vote
@@ -54,7 +54,7 @@ class Boundary:
     loaded.
     """
 
-    comm: Comm
+    mesh: Mesh
     flat: FlatModel
     reduction: Reduction
     optimizer: ShardOptimizer
@@ -114,7 +114,7 @@ class Boundary:
         self._explain(unreduced)
         ballot = Ballot(unreduced, failure is not None, self.reduction.fingerprint)
         with self.reduction.waiting("vote"):
-            return vote(self.comm, self.flat, ballot)
+            return vote(self.mesh, self.flat, ballot)
 
     def _explain(self, unreduced: int) -> None:
         """Says once where gradients are, and names one that was written where they are not."""
@@ -128,14 +128,14 @@ class Boundary:
                 "which time its gradient had left: it is added to the reduced one. Edit gradients "
                 "in a hook (parameter.register_hook), clip them with gradient_clipping, and run "
                 "backwards through the engine",
-                self.comm.rank,
+                self.mesh.rank,
                 name,
             )
 
     def _say_where_gradients_are(self) -> None:
         # who has turned clipping off may be about to clip by hand, in vain, on whichever rank
         level = logging.INFO if self.policy.clip else logging.WARNING
-        if self.comm.rank == 0 or (level == logging.WARNING and log.is_read_here()):
+        if self.mesh.rank == 0 or (level == logging.WARNING and log.is_read_here()):
             _log.log(
                 level,
                 "gradients leave .grad for their bucket during the backward, so that .grad is None "
@@ -145,7 +145,7 @@ class Boundary:
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:
-            reasons = self.comm.control.gather_objects(failure)
+            reasons = self.mesh.control.gather_objects(failure)
             message = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
             raise StepError(
                 f"the step was not applied on any rank, because some rank failed. {message}"
@@ -154,7 +154,7 @@ class Boundary:
             raise PlanMismatch(self._first_difference(verdict.mismatched[0]))
 
     def _first_difference(self, stranger: int) -> str:
-        views = self.comm.control.gather_objects((self.flat.active(), self.reduction.plan.schedule))
+        views = self.mesh.control.gather_objects((self.flat.active(), self.reduction.plan.schedule))
         ours, theirs = views[0], views[stranger]
         for name, here, there in zip(self.flat.names, ours[0], theirs[0], strict=True):
             if here != there:
@@ -183,7 +183,7 @@ class Boundary:
             raise NonFiniteGradient(
                 f"{culprit}; the step was not applied (zerort.on_nonfinite is 'raise')"
             )
-        if self.comm.rank == 0:
+        if self.mesh.rank == 0:
             after = self.loss_scale.scale
             moved = (
                 f" Attempted loss scale: {scale:g}, reducing to {after:g}."
@@ -198,7 +198,7 @@ class Boundary:
     def _culprit(self) -> str:
         found = [
             place
-            for place in self.comm.control.gather_objects(self.reduction.nonfinite())
+            for place in self.mesh.control.gather_objects(self.reduction.nonfinite())
             if place is not None
         ]
         if not found:

@@ -124,7 +124,7 @@ class Participation:
     @contextmanager
     def join(self, *, by_initial_world: bool, throws: bool) -> Iterator[None]:
         """Within, ranks meet before every pass and every vote."""
-        self._join = Join(self.boundary.comm, by_initial_world=by_initial_world, throws=throws)
+        self._join = Join(self.boundary.mesh.job, by_initial_world=by_initial_world, throws=throws)
         try:
             yield
         finally:

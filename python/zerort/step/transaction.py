@@ -204,8 +204,8 @@ class Transaction:
                 raise StepError(f"{call} after engine.destroy(): the engine has given all back")
             case Lost(reason):
                 raise CommError(
-                    f"{call} after ranks have parted, so there is nobody to do it with: restart "
-                    f"the job from a checkpoint. What parted them: {reason}"
+                    f"{call} after ranks have parted: restart the job from a checkpoint. What "
+                    f"parted them: {reason}"
                 )
             case Backward(task=None):
                 raise StepError(f"{call} while engine.backward(loss) runs: wait until it is over")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zerort.memory import FlatModel
-from zerort.mesh import Comm
+from zerort.mesh import Mesh
 
 __all__ = ["Ballot", "Verdict", "clip_factor", "vote"]
 
@@ -55,16 +55,17 @@ class Verdict:
         return math.isfinite(self.norm)
 
 
-def vote(comm: Comm, flat: FlatModel, ballot: Ballot) -> Verdict:
+def vote(mesh: Mesh, flat: FlatModel, ballot: Ballot) -> Verdict:
     """Exchanges the ballots: one all-reduce of five doubles a rank, on the host. Before it the
-    squares are read from the device, which is the boundary's one synchronisation.
+    squares are read from the device, which is the boundary's one synchronisation. Of the ranks that
+    hold one shard the first brings them.
     """
     high, low = divmod(ballot.fingerprint, _HALF)
-    row = [_total([bucket.squares for bucket in flat.buckets])]
+    row = [_total([bucket.squares for bucket in flat.buckets]) if mesh.counts() else 0.0]
     row += [float(ballot.unreduced), float(ballot.poisoned), float(high), float(low)]
-    rows = torch.zeros(comm.world, len(row), dtype=torch.float64)
-    rows[comm.rank] = torch.tensor(row, dtype=torch.float64)
-    comm.control.all_reduce(rows)
+    rows = torch.zeros(mesh.world, len(row), dtype=torch.float64)
+    rows[mesh.rank] = torch.tensor(row, dtype=torch.float64)
+    mesh.control.all_reduce(rows)
     return _count(rows.tolist())
 
 
