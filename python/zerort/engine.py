@@ -358,6 +358,7 @@ def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineSt
         parts.config.zero_optimization.stage,
         parts.loader,
         lambda reason: setattr(boundary, "half_updated", reason),
+        lambda: boundary.half_updated,
     )
 
 

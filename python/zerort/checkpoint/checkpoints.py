@@ -17,7 +17,7 @@ from zerort.checkpoint.match import LoadOptions
 from zerort.checkpoint.prune import Pruned, Run
 from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
-from zerort.checkpoint.snapshot import collect
+from zerort.checkpoint.snapshot import Snapshot, collect
 from zerort.checkpoint.state import EngineState
 from zerort.checkpoint.weights import save_weights
 from zerort.errors import CheckpointError
@@ -73,14 +73,23 @@ class Checkpoints:
             loaded for where, loaded in self._loaded.items() if where == folder.resolve()
         )
         what = f"checkpoint {folder / name} was not saved"
-        snapshot = self._agreement.agree(
-            what, lambda: collect(self.state, client_state, exclude_frozen=exclude_frozen)
-        )
+
+        def snap() -> Snapshot:
+            self._refuse_half_changed()
+            return collect(self.state, client_state, exclude_frozen=exclude_frozen)
+
+        snapshot = self._agreement.agree(what, snap)
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
         saving = Save(comm, self.disk, folder, name, options)
         saving.run(snapshot)
         self._report(folder, options.keep_last, saving.pruned)
         return True
+
+    def _refuse_half_changed(self) -> None:
+        """Saved, such a state would replace good checkpoints."""
+        reason = self.state.half_changed()
+        if reason is not None:
+            raise CheckpointError(reason)
 
     def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
         if pruned.gone:
@@ -139,6 +148,7 @@ class Checkpoints:
         patience = Patience(
             f"save {folder / name}", self._policy.timeout, "zerort.checkpoint.timeout"
         )
+        self._agreement.agree(f"{folder / name} was not saved", self._refuse_half_changed)
         replace(self._agreement, patience=patience).first(
             f"{folder / name} was not saved",
             lambda: save_weights(

@@ -63,6 +63,8 @@ class EngineState:
     """Takes the reason when a load has left the engine half changed: no step may be applied before
     another load.
     """
+    half_changed: Callable[[], str | None] = lambda: None
+    """How an update or a load broke off on this rank, if the last one did."""
 
     @property
     def plan(self) -> _core.Plan:

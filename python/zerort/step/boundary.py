@@ -50,8 +50,8 @@ class Boundary:
 
     `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds
     that the host stood still for collectives since the boundary before. `half_updated` says how an
-    update, or what belongs to it, broke off on this rank: it fails every vote until a checkpoint is
-    loaded.
+    update broke off on this rank, `rates_differ` how what belongs to one did: either fails every
+    vote until a checkpoint is loaded.
     """
 
     mesh: Mesh
@@ -64,8 +64,18 @@ class Boundary:
     norm: float | None = field(default=None, init=False)
     exposed: float = field(default=0.0, init=False)
     half_updated: str | None = field(default=None, init=False)
+    rates_differ: str | None = field(default=None, init=False)
     _waited: float = field(default=0.0, init=False)
     _explained: bool = field(default=False, init=False)
+
+    @property
+    def broken(self) -> str | None:
+        """Why no step may be applied until a checkpoint is loaded."""
+        return self.half_updated or self.rates_differ
+
+    def mend(self) -> None:
+        """A checkpoint has been loaded."""
+        self.half_updated = self.rates_differ = None
 
     def cross(
         self, divide_factor: float, failure: str | None = None, correction: float = 1.0
@@ -77,7 +87,7 @@ class Boundary:
         the first parameter that ranks treat differently, and `NonFiniteGradient` where the policy
         says so. Whatever happens, the window is over: what was accumulated is dropped.
         """
-        failure = failure or self.half_updated or self.reduction.failure
+        failure = failure or self.broken or self.reduction.failure
         scale, applied = self.loss_scale.scale, False
         try:
             verdict = self._agree(divide_factor, failure)
@@ -95,6 +105,13 @@ class Boundary:
         except Exception:
             # a rank that did not fail may hold gradients that no pass has taken
             self.reduction.drop()
+            raise
+        except BaseException as error:
+            # Ctrl-C, and nobody knows how far the others come
+            self.half_updated = self.half_updated or (
+                f"{type(error).__name__} at the boundary, where other ranks may have applied the "
+                "step; load a checkpoint before going on"
+            )
             raise
         finally:
             self.reduction.reset(applied=applied, growth=self.loss_scale.scale / scale)

@@ -163,7 +163,7 @@ class Participation:
         try:
             outcome = self._cross()
         except (StepError, PlanMismatch):
-            if self.boundary.half_updated is not None:
+            if self.boundary.broken is not None:
                 raise
             return  # it is raised on all ranks, and those that go on call again
         self._report(outcome, self.progress.arguments)

@@ -84,7 +84,7 @@ class Progress:
                 f"{type(error).__name__}: {error}, so that rates may differ between ranks: load a "
                 "checkpoint before going on"
             )
-            self.boundary.half_updated = message
+            self.boundary.rates_differ = message
             if not isinstance(error, Exception):
                 raise
             raise StepError(message) from error

@@ -165,7 +165,8 @@ class Transaction:
         """A checkpoint has been loaded: the window begins anew."""
         self.drop()
         self._reduction.forget()
-        self._phase, self.part.boundary.half_updated = Idle(), None
+        self._phase = Idle()
+        self.part.boundary.mend()
         self.part.accumulation.realign()
 
     def recover(self) -> None:

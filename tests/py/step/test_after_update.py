@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from catching import assert_told, caught
 from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
 from training import at_stage
-from zerort.errors import StepError
+from zerort.errors import CheckpointError, StepError
+from zerort.step.vote import vote
 
 pytestmark = pytest.mark.timeout(120)
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
@@ -138,3 +140,71 @@ def test_a_scheduler_that_needs_more_than_it_is_given_is_found_before_the_update
     for error, unmoved, best, after in ranks.run(2, _need_metrics, timeout=LIMIT):
         assert_told(error, StepError, "ReduceLROnPlateau", "metrics", "lr_kwargs")
         assert (unmoved, best, after) == ((0.0, 0.0), 1.0, (-2.0, -4.0))
+
+
+class _Half(torch.optim.SGD):
+    """Raises in the middle of its step while `broken`."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        if self.broken:
+            raise MemoryError("no room")
+
+
+def _save_half_updated(rank: int, world: int, folder: str) -> tuple[Any, ...]:
+    model = Terms()
+    optimizer = _Half(model.parameters(), lr=1.0)
+    engine = engine_over_terms(at_stage(1), model=model, optimizer=optimizer)
+    step_with(engine, 1.0, 2.0)
+    engine.save_checkpoint(folder, "good")
+    optimizer.broken = rank == 1
+    step = caught(lambda: step_with(engine, 64.0, 64.0))
+    optimizer.broken = False
+    save = caught(lambda: engine.save_checkpoint(folder, "half"))
+    export = caught(lambda: engine.save_16bit_model(folder))
+    engine.load_checkpoint(folder)
+    after = step_with(engine, 2.0, 4.0)
+    engine.save_checkpoint(folder, "after")
+    return step, save, export, after
+
+
+def test_what_is_half_updated_on_a_rank_is_not_saved_on_any(tmp_path: Path) -> None:
+    innocent, culprit = ranks.run(2, _save_half_updated, str(tmp_path), timeout=LIMIT)
+    assert innocent[0] is None and isinstance(culprit[0], MemoryError)
+    for _, save, export, after in (innocent, culprit):
+        for refused in (save, export):
+            assert_told(refused, CheckpointError, "was not saved", "rank 1", "may be half updated")
+        assert after == (-3.0, -6.0)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["after", "good"]
+
+
+def _interrupt_the_vote(rank: int, world: int, folder: str) -> tuple[Any, ...]:
+    engine = engine_over_terms(at_stage(0))
+    engine.save_checkpoint(folder)
+    if rank == 1:
+        patch = mock.patch("zerort.step.boundary.vote", side_effect=_then_interrupt)
+        with patch, pytest.raises(KeyboardInterrupt):
+            step_with(engine, 64.0, 64.0)
+        engine._parts.reduction.learn()  # what its peer waits for, in this scene alone
+    else:
+        step_with(engine, 64.0, 64.0)
+    save = caught(lambda: engine.save_checkpoint(folder))
+    step = caught(lambda: step_with(engine, 64.0, 64.0))
+    engine.load_checkpoint(folder)
+    return save, step, step_with(engine, 2.0, 4.0)
+
+
+def _then_interrupt(*args: Any) -> None:
+    vote(*args)
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_behind_the_vote_leaves_no_rank_with_weights_of_its_own(
+    tmp_path: Path,
+) -> None:
+    for save, step, after in ranks.run(2, _interrupt_the_vote, str(tmp_path), timeout=LIMIT):
+        assert_told(save, CheckpointError, "rank 1", "KeyboardInterrupt at the boundary")
+        assert_told(step, StepError, "rank 1", "KeyboardInterrupt at the boundary")
+        assert after == (-2.0, -4.0)
