@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import torch
@@ -174,26 +176,46 @@ _MOST = 1000
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors within containers of any kind: torch's pytrees, mappings, sequences, and objects
-    by their attributes, such as dataclasses. Gives up in an object of very many parts.
+    by their attributes, such as dataclasses. Gives up in an object of very many parts, or that
+    raises when it is looked into.
     """
     seen: set[int] = set()
-    waiting = tree_leaves(value)
+    waiting = _leaves(value)
     while waiting and len(seen) < _MOST:
         found = waiting.pop()
         if isinstance(found, Tensor):
             yield found
         elif not isinstance(found, _PLAIN) and id(found) not in seen:
             seen.add(id(found))
-            waiting.extend(leaf for part in _parts(found) for leaf in tree_leaves(part))
+            waiting.extend(leaf for part in _parts(found) for leaf in _leaves(part))
+
+
+def _leaves(value: Any) -> list[Any]:
+    try:
+        return tree_leaves(value)
+    except Exception:  # a class of the user's, or a list within itself
+        return [value]
 
 
 def _parts(value: Any) -> list[Any]:
-    parts = list(value.values()) if isinstance(value, Mapping) else []
-    if isinstance(value, Sequence | Set):
-        parts.extend(value)
-    parts.extend(getattr(value, "__dict__", {}).values())
+    parts: list[Any] = []
+    for held in (_items(value), _attributes(value)):
+        with suppress(Exception):  # a class of the user's
+            for part in islice(held, _MOST):
+                parts.append(part)
+    return parts
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, Sequence | Set):
+        yield from value
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())
         names = (slots,) if isinstance(slots, str) else slots
-        parts.extend(getattr(value, name) for name in names if hasattr(value, name))
-    return parts
+        yield from (getattr(value, name) for name in names if hasattr(value, name))

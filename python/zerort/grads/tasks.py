@@ -68,6 +68,13 @@ class Running:
 
 _running: weakref.WeakSet[Running] = weakref.WeakSet()
 """An entry lives as long as its graph task."""
+_changing = threading.Lock()
+"""Backwards on other threads come and go."""
+
+
+def _known() -> list[Running]:
+    with _changing:
+        return list(_running)
 
 
 def announce(loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool) -> Any:
@@ -79,7 +86,7 @@ def announce(loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool
 
     def enter(_: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if any((known.by_call or by_call) and known.task == task for known in _running.copy()):
+        if any((known.by_call or by_call) and known.task == task for known in _known()):
             raise StepError(
                 "engine.scale(loss) is for a loss.backward() of your own, and its loss would be "
                 "scaled twice: call backward() on what scale returned, or give engine.backward "
@@ -95,7 +102,7 @@ def running_here(owner: object) -> Running | None:
     first.
     """
     task, thread = torch._C._current_graph_task_id(), threading.get_ident()
-    known = _running.copy()
+    known = _known()
     same = [each for each in known if each.task == task]
     around = same or [each for each in known if each.thread == thread and each.task < task]
     return max(around, key=lambda each: (each.task, each.owner is owner), default=None)
@@ -122,7 +129,8 @@ def _queue(call: Callable[[], None]) -> weakref.ref[_Alive]:
 
 def _keep(running: Running) -> None:
     """Keeps `running` until the graph task is gone, whether it ends or raises."""
-    _running.add(running)
+    with _changing:
+        _running.add(running)
 
     def callback(_: Running = running) -> None:
         """Nothing: it is there to be dropped."""

@@ -171,7 +171,7 @@ _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_
 
 
 def _busy(under_way: UnderWay) -> bool:
-    works = [work for handles in list(under_way.values()) for work in handles.values()]
+    works = [work for handles in list(under_way.values()) for work in list(handles.values())]
     return any(work is not None and not work.is_completed() for work in works)
 
 

@@ -138,12 +138,14 @@ class Transaction:
                 raise
 
     def drop(self) -> None:
-        """Forgets all gradients since the last step."""
+        """Forgets all gradients since the last step. Raises `StepError` within a backward."""
+        self._demand("zero_grad()", recovering=False)
         with self._parting():
             self.part.drop()
 
     def resize(self, batch: Batch) -> None:
         """Windows to come have other sizes. Raises `StepError` in the middle of one."""
+        self._demand("a change of the batch", recovering=False)
         self.part.averaging.resize(batch, backwards=self._idle().backwards)
 
     def pause(self, call: str) -> None:
@@ -163,7 +165,8 @@ class Transaction:
 
     def restart(self) -> None:
         """A checkpoint has been loaded: the window begins anew."""
-        self.drop()
+        with self._parting():
+            self.part.drop()
         self._reduction.forget()
         self._phase = Idle()
         self.part.boundary.mend()

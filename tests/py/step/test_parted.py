@@ -15,7 +15,7 @@ import ranks
 from catching import caught
 from models import Terms
 from terms import engine_over_terms, step_with
-from zerort.errors import CommError
+from zerort.errors import CommError, StepError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -113,4 +113,20 @@ def test_a_forward_that_raises_changes_nothing(grad: bool) -> None:
     engine.backward(loss)
     engine.step()
     assert engine.module.a.tolist() == [-1.0] * 4
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda engine: engine.zero_grad(), lambda engine: engine.set_train_batch_size(2)],
+    ids=["zero_grad", "set_train_batch_size"],
+)
+def test_what_a_backward_has_begun_is_not_changed_from_within_it(call: Any) -> None:
+    engine = engine_over_terms()
+    engine.module.b.register_hook(lambda _: call(engine))
+    with pytest.raises(StepError, match="wait until it is over"):
+        engine.backward(engine(64.0, 64.0))
+    engine.step()
+    engine.module.b._backward_hooks.clear()
+    assert step_with(engine, 2.0, 4.0) == (-2.0, -4.0)
     engine.destroy()
