@@ -2,6 +2,7 @@
 `zerort-core`.
 """
 
+import builtins
 from collections.abc import Sequence
 from typing import Any, Literal, final
 
@@ -12,10 +13,12 @@ __all__ = [
     "Buffer",
     "Finished",
     "Fragment",
+    "Gatherer",
     "Hop",
     "List",
     "LossScale",
     "Plan",
+    "Reading",
     "Reducer",
     "Trace",
     "Unit",
@@ -31,6 +34,7 @@ __all__ = [
 _Dtype = Literal["f32", "f16", "bf16", "f64"]
 _CommandKind = Literal["launch", "retire", "need", "gather", "free"]
 _Pass = Literal["forward", "backward", "local_backward", "evaluation"]
+_At = Literal["forward", "backward", "local_backward", "evaluation", "boundary", "need", "serve"]
 _Op = Literal["reduce_scatter", "all_reduce", "all_gather", "copy"]
 _Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
 
@@ -306,6 +310,122 @@ class Reducer:
     def life(self) -> list[tuple[int, int, int, int]]:
         """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter);
         `grad_ready_at` only.
+        """
+
+@final
+class Gatherer:
+    """The cursor for parameters: which units are whole, and what is to be run so that those are
+    which somebody needs.
+
+    What is to be run is a list of actions, each `4 * id + verb`: verb 0 launches a bucket, 1
+    retires one, 2 gathers a unit, 3 frees one. They run first in first out, over all passes, and a
+    gather of a unit that is whole is started all the same, because peers pair with it. Methods
+    raise `StepError` when called in the wrong phase or for an unknown unit or set.
+    """
+
+    WIDTH: int
+    """How many integers a row is."""
+
+    def __new__(cls, reducer: Reducer, *, rank: int, room: int) -> Gatherer:
+        """For the reducer's plan; `room` is how many elements may be whole or gathering at once."""
+    def set_of(self, units: Sequence[int]) -> int:
+        """The number of the set of `units`, in any order; it means nothing to other ranks."""
+    def load(self, plan: Plan) -> None:
+        """Takes a plan of the same layout with other lists. Between passes, or while rolling."""
+    def open(self, kind: _At, entry: int = 0, seq: int = 0) -> None:
+        """Something is about to begin, a pass that calls module number `entry`, while torch's
+        sequence number is `seq`: roll until `read` has come to a decision. Nothing is sent yet.
+        """
+    def row(self, own: Sequence[int] = ()) -> list[int]:
+        """This rank's row; at most 4 integers are the caller's own, carried and never read."""
+    def read(self, rows: Sequence[int]) -> Reading:
+        """What the rows of all ranks, one behind the other, mean here."""
+    def begin(self) -> list[int]:
+        """What `read` has found together, or alone, begins. Returns what is to be run first."""
+    def serve(self, units: Sequence[int]) -> list[int]:
+        """Ranks have asked for `units`: what is to be run, and waited for before `served`."""
+    def served(self) -> list[int]:
+        """They have come: puts units back as they were."""
+    def need(self, set: int, node: int = -1) -> tuple[list[int], int | None] | None:
+        """The units of a set are about to be read; in a backward by the node with torch's sequence
+        number `node`.
+
+        None: they are whole, go on. Else what is to be run, and the unit to be asked for in a roll
+        before the need is repeated; without one, wait for the gathers of the set and say `arrived`.
+        """
+    def arrived(self, set: int) -> None:
+        """The gathers of its units have been waited for: it is the current set."""
+    def acquire(self, set: int, seq: int = -1) -> bool:
+        """A use begins, at torch's sequence number `seq` where it enters a graph: until `release`
+        its units are held. False, and nothing, where the set is not current: `need` it first.
+        """
+    def release(self, set: int) -> None:
+        """That use is over."""
+    def reached(self, hi: int) -> list[int]:
+        """`Reducer.grad_ready` has answered `hi` in a backward along a list: what is to be run."""
+    def close(self, *, complete: bool = True) -> list[int]:
+        """The pass is over: the rest of its list, and what is freed. In a backward behind
+        `Reducer.finish`. `complete` unless it broke off, so that nothing can be learnt from it.
+        """
+    def abandon(self) -> list[int]:
+        """The window is lost, on all ranks alike: frees all, forgets what was counted."""
+    def fail(self) -> None:
+        """From now on this rank's rows say that its step is lost, until the boundary."""
+    @property
+    def listed(self) -> bool:
+        """Whether the pass under way follows a list."""
+    @property
+    def in_pass(self) -> bool: ...
+    @property
+    def asking(self) -> int | None:
+        """The unit that is to be asked for in a roll."""
+    @property
+    def went_off(self) -> bool:
+        """Whether the pass under way has needed what its list has not."""
+    def state(self, unit: int) -> Literal["sharded", "gathering", "whole"]: ...
+    @property
+    def live(self) -> int:
+        """Elements that are whole or gathering now."""
+    @property
+    def news(self) -> bool:
+        """Whether this rank has seen routes that have not been broadcast; rank 0's are."""
+    def routes(self) -> list[list[int]]:
+        """All routes that are known, for `Plan.routed`."""
+    def told(self) -> None:
+        """They have been broadcast."""
+    def strays(self) -> list[tuple[_Pass, int]]:
+        """Passes, and the modules that they call, that stay free on this rank: three times in a row
+        they have needed what their list had not.
+        """
+
+@final
+class Reading:
+    """What the rows of all ranks mean for this one."""
+
+    @property
+    def what(self) -> Literal["together", "alone", "serve", "again", "diverged"]: ...
+    @property
+    def kind(self) -> _At | Literal[""]:
+        """Together: what all are at, "serve" where all serve. Diverged: what `rank` is at."""
+    @property
+    def list(self) -> int | None:
+        """The list that the pass follows; None where it is free."""
+    @property
+    def news(self) -> bool:
+        """Rank 0 has routes to broadcast."""
+    @property
+    def units(self) -> builtins.list[int]:
+        """Serve: to be gathered by every rank in this order."""
+    @property
+    def rank(self) -> int:
+        """Diverged: the first rank that is elsewhere."""
+    @property
+    def failed(self) -> builtins.list[int]:
+        """Ranks whose step is lost."""
+    @property
+    def rows(self) -> builtins.list[tuple[_At, int, builtins.list[int]]]:
+        """By rank: what it is at, its forwards and backwards since the boundary, what is its
+        caller's own.
         """
 
 @final

@@ -200,6 +200,40 @@ pub enum StepError {
         /// How many lists the plan has.
         lists: usize,
     },
+    /// The plan has no such unit.
+    #[error("unknown unit {}: the plan has {units}", .unit.0)]
+    UnknownUnit {
+        /// The identifier given.
+        unit: UnitId,
+        /// How many units the plan has.
+        units: usize,
+    },
+    /// No such set of units has been made.
+    #[error("unknown set {set}: there are {sets}")]
+    UnknownSet {
+        /// The number given.
+        set: u32,
+        /// How many sets there are.
+        sets: usize,
+    },
+    /// Units are needed only in a pass.
+    #[error("a unit is needed, but no pass is under way")]
+    NoPass,
+    /// A pass is under way and has not been closed.
+    #[error("a pass is under way: close it first")]
+    PassUnderWay,
+    /// No pass is being opened, or the roll has not come to a decision.
+    #[error("no roll is under way that this belongs to")]
+    NotRolling,
+    /// A unit is said to have arrived that nobody has gathered.
+    #[error("unit {} has not been gathered", .unit.0)]
+    NotGathered {
+        /// The unit.
+        unit: UnitId,
+    },
+    /// Rows that no rank has written, or as many as there are not ranks.
+    #[error("these are not the rows of all ranks")]
+    BadRows,
     /// Only the launch order may change, never the layout.
     #[error("the new plan has another layout: {got:016x} instead of {expected:016x}")]
     OtherLayout {

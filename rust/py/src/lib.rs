@@ -15,12 +15,14 @@ mod descriptor;
 #[allow(unsafe_code)]
 mod dlpack;
 mod errors;
+mod gatherer;
 mod ids;
 mod kernels;
 mod list;
 mod plan;
 mod reducer;
 mod reshard;
+mod roll;
 mod scaler;
 mod trace;
 mod units;
@@ -30,6 +32,8 @@ mod units;
 mod _core {
     #[pymodule_export]
     use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::gatherer::Gatherer;
     #[pymodule_export]
     use super::kernels::first_nonfinite;
     #[pymodule_export]
@@ -54,6 +58,8 @@ mod _core {
     use super::reducer::Reducer;
     #[pymodule_export]
     use super::reshard::reshard;
+    #[pymodule_export]
+    use super::roll::PyReading;
     #[pymodule_export]
     use super::scaler::LossScale;
     #[pymodule_export]

@@ -4,7 +4,7 @@
 //! the GIL would. The mutex makes the class sound on any thread; with the GIL held nobody ever
 //! waits for it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
 use zerort_core::ParamId;
@@ -16,17 +16,28 @@ use crate::plan::{Plan, kind};
 /// The cursor for gradients: how far along the schedule one may go now.
 #[pyclass(frozen, module = "zerort._core")]
 pub struct Reducer {
-    inner: Mutex<zerort_core::Reducer>,
+    inner: Arc<Mutex<zerort_core::Reducer>>,
 }
 
 impl Reducer {
-    // The core does not panic half-way through a change, so a poisoned lock guards a sound state.
+    /// The core's reducer, which a gatherer moves too.
+    pub fn inner(&self) -> &Arc<Mutex<zerort_core::Reducer>> {
+        &self.inner
+    }
+
     fn lock(&self) -> MutexGuard<'_, zerort_core::Reducer> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.inner)
     }
 }
 
-fn refused(error: zerort_core::StepError) -> PyErr {
+/// What a mutex guards. The core does not panic half-way through a change, so a poisoned lock guards
+/// a sound state.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The core's refusal as the class that Python knows.
+pub fn refused(error: zerort_core::StepError) -> PyErr {
     StepError::new_err(error.to_string())
 }
 
@@ -42,7 +53,8 @@ fn ids(params: &[ParamId]) -> Vec<u32> {
 impl Reducer {
     #[new]
     fn new(plan: &Plan) -> Self {
-        Self { inner: Mutex::new(zerort_core::Reducer::new(plan.inner().clone())) }
+        let reducer = zerort_core::Reducer::new(plan.inner().clone());
+        Self { inner: Arc::new(Mutex::new(reducer)) }
     }
 
     /// Which parameters require grad; the others are not waited for. Only between passes.
