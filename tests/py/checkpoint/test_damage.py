@@ -310,16 +310,20 @@ def test_a_manifest_of_a_later_format_says_so(folder: Path, engine: Any) -> None
 def bombs(manifest: dict[str, Any]) -> dict[str, bytes]:
     """Manifests within the limit of bytes that would take gigabytes if they were believed."""
     many = VALUE_LIMIT // 3
+    lists, objects, zeros = (f"[{','.join([item] * many)}]" for item in ("[]", "{}", "0"))
+    keys = "{" + ",".join(f'"{number}":0' for number in range(many)) + "}"
     made = {
-        "lists": {**manifest, "stage": 9, "client_state": [[]] * many},
-        "keys": {**manifest, "counters": dict.fromkeys(map(str, range(many)), 0)},
-        "files": {**manifest, "files": [{}] * many},
-        "runs": {**manifest, "tensors": [{**manifest["tensors"][0], "runs": [0] * many}]},
-        "names": {**manifest, "aliases": dict.fromkeys(map(str, range(many)), 0)},
+        "lists": ({"client_state": "BOMB", "stage": 9}, lists),
+        "keys": ({"counters": "BOMB"}, keys),
+        "files": ({"files": "BOMB"}, objects),
+        "runs": ({"tensors": [{**manifest["tensors"][0], "runs": "BOMB"}]}, zeros),
+        "names": ({"aliases": "BOMB"}, keys),
     }
-    bodies = {name: json.dumps(body, separators=(",", ":")).encode() for name, body in made.items()}
     return {
-        **bodies,
+        **{
+            name: json.dumps({**manifest, **change}).replace('"BOMB"', bomb).encode()
+            for name, (change, bomb) in made.items()
+        },
         "zeros": b'{"client_state":[' + b"0," * (30 << 20) + b"0]}",
         "deep": b"[" * (60 << 20),
     }

@@ -34,6 +34,7 @@ from saved import (
     train,
     weights,
 )
+from training import keep
 from zerort.checkpoint import problems
 
 NOBODY = 65534
@@ -126,7 +127,7 @@ def save_each_optimizer(rank: int, world: int, folder: str) -> None:
         engine = engine_of(config_of(stage_of(name, 2)), optimizer=optimizer)
         train(engine, rank, world, range(3))
         engine.save_checkpoint(folder, name.replace(" ", "-"))
-        engine.destroy()
+        keep(engine)
 
 
 def move_each_optimizer(rank: int, world: int, source: str, target: str, stage: int) -> None:
@@ -135,7 +136,7 @@ def move_each_optimizer(rank: int, world: int, source: str, target: str, stage: 
         engine.load_checkpoint(source, name.replace(" ", "-"))
         engine.module.norm.requires_grad_(False)  # as it was
         engine.save_checkpoint(target, name.replace(" ", "-"))
-        engine.destroy()
+        keep(engine)
 
 
 def stage_of(name: str, stage: int) -> int:

@@ -19,6 +19,7 @@ import ranks
 import stand_in
 import zerort
 from stand_in import Machine, Race, Site, on_stream
+from training import keep
 from zerort.device.accelerator import AcceleratorStreams
 from zerort.run.executor import Executor, Fold
 
@@ -109,7 +110,7 @@ def _steps(model: nn.Module, case: Case, steps: int, machine: Machine | None) ->
                 engine.backward(loss)
             engine.step()
         syncs.append(machine.syncs[before:] if machine is not None else [])
-    engine.destroy()
+    keep(engine)
     return [p.detach().clone() for p in model.parameters()], syncs
 
 

@@ -19,7 +19,7 @@ import zerort
 from catching import assert_told, caught
 from logged import log_lines
 from models import VOCABULARY, TinyGPT, mlp
-from training import SMALL_BUCKET
+from training import SMALL_BUCKET, keep
 from zerort.errors import ConfigError
 
 BACKEND = "aot_eager"
@@ -98,7 +98,7 @@ def _trained(
         engine.backward(engine(torch.randint(VOCABULARY, (2, 12), generator=data)))
         engine.step()
     weights = torch.cat([parameter.detach().flatten() for parameter in engine.module.parameters()])
-    engine.destroy()
+    keep(engine)
     return weights
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import ranks
 import zerort
 from tap import tapped
+from training import keep
 
 WIDTH, LAYERS = 128, 16
 BUCKET = WIDTH * WIDTH
@@ -107,7 +108,7 @@ def _weigh_one(variant: Variant) -> Bytes:
     at_rest = covered(alive()) - in_flight - before
     _micro_batch(engine)
     in_window = covered(alive()) - in_flight - before
-    engine.destroy()
+    keep(engine)
     return Bytes(in_flight, at_rest, in_window)
 
 

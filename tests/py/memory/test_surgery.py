@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 import ranks
 from catching import assert_told, caught
 from terms import engine_over_terms
+from training import keep
 from zerort.errors import StepError
 
 SIZE = 8
@@ -113,7 +114,7 @@ def change_each(rank: int, world: int) -> dict[str, Exception | None]:
         # the forward may be broken by what was done; the backward is not reached through it
         loss = sum(p.float().sum() for p in model.parameters()) * x.mean()
         told[name] = caught(lambda engine=engine, loss=loss: engine.backward(loss))
-        engine.destroy()
+        keep(engine)
     return told
 
 
@@ -166,7 +167,7 @@ def change_and_go_on(rank: int, world: int) -> None:
         step(engine)
         step(engine)
         assert model.gain.item() != before, name
-        engine.destroy()
+        keep(engine)
 
 
 def test_what_makes_no_difference_to_training_goes_on() -> None:

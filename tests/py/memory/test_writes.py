@@ -16,6 +16,7 @@ import ranks
 import zerort
 from models import Terms
 from terms import at_each_stage, engine_over_terms, step_with, weights
+from training import keep
 from zerort import _core
 from zerort.device.accelerator import Accelerator
 from zerort.device.cpu import Cpu
@@ -66,7 +67,7 @@ def write_each_way(rank: int, world: int) -> None:
             step_with(engine, 64.0, 64.0)
             write(engine.module.a, 3.0)
             assert step_with(engine, 1.0, 1.0) == (2.0, -65.0), write.__name__
-            engine.destroy()
+            keep(engine)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ranks
 import zerort
 from models import WIDTH
+from training import keep
 
 WIDE = 64
 
@@ -89,7 +90,7 @@ def train_the_head(rank: int, world: int) -> dict[tuple[int, float, str], list[T
         for _ in range(3):
             step(engine)
         trained[case] = cloned(engine.module)
-        engine.destroy()
+        keep(engine)
     return trained
 
 
@@ -139,7 +140,7 @@ def freeze_and_thaw(rank: int, world: int, clip: float) -> list[list[float]]:
             engine.backward(engine(torch.ones(4)))
             engine.step()
         seen.append([*model.two.tolist(), model.one.item()])
-        engine.destroy()
+        keep(engine)
     return seen
 
 
@@ -183,7 +184,7 @@ def train_empties(rank: int, world: int, kind: str) -> None:
         model.layer.bias.requires_grad_(False)
         step(engine, WIDTH)
         assert not torch.equal(before[2], model.layer.weight)
-        engine.destroy()
+        keep(engine)
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

@@ -448,7 +448,7 @@ def begin_with_state(rank: int, world: int) -> None:
             assert model.a.tolist() == [START - 2 * RATE] * WIDTH
             assert model.b[:, 0].tolist() == [START - 2 * RATE * 2 * 2] * WIDTH
             assert model.gain.item() == START - 2 * RATE * 3
-            engine.destroy()
+            keep(engine)
 
 
 def test_each_parameter_begins_with_its_own_state() -> None:
@@ -468,7 +468,7 @@ def adagrad_over_a_scalar(rank: int, world: int) -> None:
         engine.backward(engine())
         engine.step()
         assert model.gain.item() == pytest.approx(START - RATE)
-        engine.destroy()
+        keep(engine)
 
 
 def test_a_scalar_first_in_the_group_is_no_model_for_the_others() -> None:

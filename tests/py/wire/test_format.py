@@ -18,6 +18,7 @@ import ranks
 import zerort
 from int8 import Int8
 from tap import tapped
+from training import keep
 from zerort.errors import NonFiniteGradient
 from zerort.memory import FlatBucket
 from zerort.mesh.gloo import GlooComm
@@ -113,7 +114,7 @@ def _variant(rank: int, wire: str, stage: int) -> Seen:
     whole = sum(shards) * 4 * (WORLD - 1)
     gathered = once if stage == 0 else whole
     seen = Seen(weights_of(engine), sent, Counter(all_to_all_single=once, broadcast=gathered))
-    engine.destroy()
+    keep(engine)
     return seen
 
 
@@ -162,7 +163,7 @@ def with_a_step_that_is_skipped(rank: int, world: int, stage: int) -> list[Tenso
                     _skip(engine, rank)
                 take_step(engine, step)
             found.append(weights_of(engine))
-            engine.destroy()
+            keep(engine)
     return found
 
 
@@ -193,7 +194,7 @@ def with_a_window_that_is_dropped(rank: int, world: int) -> list[Tensor]:
                 engine.zero_grad()
             take_step(engine, 2)
             found.append(weights_of(engine))
-            engine.destroy()
+            keep(engine)
     return found
 
 
@@ -230,7 +231,7 @@ def over_a_library_that_adds(rank: int, world: int, wire: str) -> tuple[set[str]
                 for step in range(3):
                     take_step(engine, step)
             found.append(({call.op for call in calls}, weights_of(engine)))
-            engine.destroy()
+            keep(engine)
     (operations, added), (_, exchanged) = found
     return operations, added, exchanged
 

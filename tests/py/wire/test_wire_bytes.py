@@ -18,7 +18,7 @@ import ranks
 import zerort
 from cases import CASES
 from tap import carried, tapped
-from training import Config, config_of, engine_for, take_step
+from training import Config, config_of, engine_for, keep, take_step
 
 BALLOT = 5 * 8  # bytes a rank brings to the vote
 WIRES: dict[str, Config] = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
@@ -89,7 +89,7 @@ def _traffic_of(rank: int, variant: Variant) -> Traffic:
         sent=sent,
         on_default_group=sum(call.on_default_group for call in calls),
     )
-    engine.destroy()
+    keep(engine)
     return found
 
 
