@@ -8,6 +8,7 @@ notebook launchers do, they run to the end of this script, so that the interpret
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -114,6 +115,8 @@ def scene(folder: Path, case: str) -> tuple[str, int] | None:
 
 
 if __name__ == "__main__":
+    # what the imports made is not searched in every rank that ends: it takes seconds
+    gc.freeze()
     for name in sys.argv[2:]:
         role = scene(Path(sys.argv[1]), name)
         if role is None:
@@ -125,3 +128,5 @@ if __name__ == "__main__":
             sys.exit(worker.exitcode)
         train(*role)
         break
+    else:
+        os._exit(0)  # what this process would give back is of no interest

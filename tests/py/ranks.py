@@ -39,7 +39,14 @@ import torch.distributed as dist
 
 TIMEOUT = 60.0
 GRACE = 5.0  # seconds that the peers of a rank that failed may take to notice
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pytest", "zerort"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "torch._functorch.aot_autograd",
+    "pytest",
+    "zerort",
+]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOAD)

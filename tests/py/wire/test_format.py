@@ -26,7 +26,7 @@ from zerort.mesh.nccl import NcclComm
 from zerort.wire import FORMATS, WireFormat
 from zerort.wire.dense import Dense, DenseEncoder
 
-WORLD, STEPS, RATE = 2, 120, 0.05
+WORLD, STEPS, RATE = 2, 60, 0.1
 LOUD = 64  # every 64th element has a gradient that is mostly noise
 NOISE = 200.0
 QUIET = [i for i in range(700) if i % LOUD]
