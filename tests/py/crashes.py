@@ -207,15 +207,19 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
 
 
 def states(
-    before: dict[str, bytes | None], operations: list[Operation], seen: set[int], seed: int
+    before: dict[str, bytes | None],
+    operations: list[Operation],
+    seen: set[int],
+    seed: int,
+    since: int = 0,
 ) -> Iterator[CrashState]:
-    """States that a crash may leave, at every moment between the operations; contents that are in
-    `seen` are left out.
+    """States that a crash may leave, at every moment between the operations from number `since` on;
+    contents that are in `seen` are left out.
 
     The states after the last operation come in any case, since more is promised of them.
     """
     chance = random.Random(seed)
-    for after in range(len(operations) + 1):
+    for after in range(since, len(operations) + 1):
         done = operations[:after]
         for lost in _losses(done, chance):
             for tear in (_whole, _lost, *[_torn(chance)] * 4):
