@@ -14,7 +14,7 @@ from enum import Enum, auto
 from typing import Literal
 
 from zerort import log
-from zerort.errors import NonFiniteGradient, PlanMismatch, StepError
+from zerort.errors import CommError, NonFiniteGradient, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
 from zerort.mesh import Mesh
@@ -67,6 +67,7 @@ class Boundary:
     rates_differ: str | None = field(default=None, init=False)
     _waited: float = field(default=0.0, init=False)
     _explained: bool = field(default=False, init=False)
+    _held: BaseException | None = field(default=None, init=False)
 
     @property
     def broken(self) -> str | None:
@@ -88,10 +89,9 @@ class Boundary:
         says so. Whatever happens, the window is over: what was accumulated is dropped.
         """
         failure = failure or self.broken or self.reduction.failure
-        scale, applied = self.loss_scale.scale, False
+        scale, applied, self._held = self.loss_scale.scale, False, None
         try:
             verdict = self._agree(divide_factor, failure)
-            self._refuse(verdict, failure)
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()
@@ -102,15 +102,15 @@ class Boundary:
             self.loss_scale.update(False)
             applied = True
             return Outcome.APPLIED
-        except Exception:
-            # a rank that did not fail may hold gradients that no pass has taken
+        except (StepError, PlanMismatch):  # on all ranks alike
+            # one that did not fail may hold gradients that no pass has taken
             self.reduction.drop()
             raise
         except BaseException as error:
-            # Ctrl-C, and nobody knows how far the others come
+            self.reduction.drop()
             self.half_updated = self.half_updated or (
                 f"{type(error).__name__} at the boundary, where other ranks may have applied the "
-                "step; load a checkpoint before going on"
+                f"step: {error}; load a checkpoint before going on"
             )
             raise
         finally:
@@ -122,9 +122,21 @@ class Boundary:
         while verdict.unreduced and not verdict.poisoned:
             # Late gradients are in `.grad` on some rank: every rank runs the list once more over
             # what is there.
-            self.reduction.rerun(divide_factor)
+            failure = self._rerun(divide_factor)
             verdict = self._vote(failure)
+        self._refuse(verdict, failure)
         return verdict
+
+    def _rerun(self, divide_factor: float) -> str | None:
+        """Returns what broke it off on this rank, for the vote that follows."""
+        try:
+            self.reduction.rerun(divide_factor)
+        except CommError:
+            raise
+        except Exception as error:
+            self.reduction.abort()
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def _vote(self, failure: str | None) -> Verdict:
         unreduced = self.reduction.unreduced()
@@ -242,4 +254,20 @@ class Boundary:
             raise
         finally:  # the peers, whose optimizers went through, wait for this rank's shards
             with self.sink.range("publish"):
-                self.reduction.publish()
+                self._publish()
+
+    def _publish(self) -> None:
+        try:
+            self.reduction.publish()
+        except CommError:
+            raise
+        except BaseException as error:
+            self._held = error  # by now all is published
+
+    def let_out(self) -> None:
+        """Raises what came while updated shards were on their way: the step was not broken off for
+        it, and what follows a step has had its turn.
+        """
+        held, self._held = self._held, None
+        if held is not None:
+            raise held

@@ -178,7 +178,10 @@ class Participation:
         return self.boundary.cross(self.averaging.factor, failure, correction)
 
     def _report(self, outcome: Outcome, arguments: Mapping[str, Any]) -> None:
-        self.progress.after(outcome, self.averaging.samples(self._join), arguments)
+        try:
+            self.progress.after(outcome, self.averaging.samples(self._join), arguments)
+        finally:
+            self.boundary.let_out()
 
     def _follow(self) -> None:
         if self.reduction.follow():

@@ -10,14 +10,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import ranks
+from catching import assert_told, caught
 from models import Terms
 from terms import engine_over_terms, step_with, weights
 from training import at_stage
+from zerort.errors import StepError
 
 pytestmark = pytest.mark.timeout(120)
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
@@ -150,3 +153,24 @@ def _late(rank: int, world: int) -> tuple[Any, ...]:
 
 def test_a_gradient_that_is_late_is_not_taken_for_one_that_was_written() -> None:
     assert ranks.run(2, _late) == [([], (-4.0, -8.0 - 2.0))] * 2
+
+
+def _break_the_further_pass(rank: int, world: int) -> tuple[Any, ...]:
+    engine = engine_over_terms(model=_Twice())
+    for _ in range(2):
+        step_with(engine, 1.0, 2.0)
+    engine.backward(engine(64.0, 64.0))
+    reduction = engine._parts.reduction
+    with mock.patch.object(reduction, "finish", wraps=reduction.finish) as finish:
+        if rank == 1:
+            finish.side_effect = [MemoryError("no room"), mock.DEFAULT]
+        error = caught(engine.step)
+    before = weights(engine)
+    engine.module.calls = 0
+    return error, before, step_with(engine, 2.0, 4.0)
+
+
+def test_what_breaks_the_further_pass_off_on_a_rank_is_raised_on_all() -> None:
+    for error, before, after in ranks.run(2, _break_the_further_pass):
+        assert_told(error, StepError, "not applied on any rank", "rank 1: MemoryError: no room")
+        assert (before, after) == ((-2.0, -4.0), (-4.0, -8.0))

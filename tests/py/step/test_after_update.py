@@ -208,3 +208,32 @@ def test_an_interrupt_behind_the_vote_leaves_no_rank_with_weights_of_its_own(
         assert_told(save, CheckpointError, "rank 1", "KeyboardInterrupt at the boundary")
         assert_told(step, StepError, "rank 1", "KeyboardInterrupt at the boundary")
         assert after == (-2.0, -4.0)
+
+
+def _interrupt_the_publishing(rank: int, world: int, stage: int) -> tuple[Any, ...]:
+    engine = _engine(stage)
+    reduction, raised = engine._parts.reduction, False
+    publish = reduction.publish
+
+    def interrupted() -> None:
+        publish()
+        raise KeyboardInterrupt
+
+    with mock.patch.object(reduction, "publish", interrupted if rank == 1 else publish):
+        try:
+            step_with(engine, 1.0, 2.0)
+        except KeyboardInterrupt:
+            raised = True
+    between = weights(engine), _counts(engine), engine.lr_scheduler.last_epoch
+    return raised, between, engine.was_step_applied(), step_with(engine, 1.0, 2.0)
+
+
+@every_stage
+def test_an_interrupt_while_shards_are_published_comes_out_behind_the_whole_step(
+    stage: int,
+) -> None:
+    told = ranks.run(2, _interrupt_the_publishing, stage, timeout=LIMIT)
+    assert [raised for raised, *_ in told] == [False, True]
+    for _, between, applied, after in told:
+        assert between == ((-1.0, -2.0), (1, 1, 0, 2), 1)
+        assert applied and after == (-2.0, -4.0)
