@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from zerort.grads.tasks import GraphTask, LossScaling
 
-__all__ = ["Backward", "Destroyed", "Idle", "Lost", "Phase", "Reached", "Settled"]
+__all__ = [
+    "Backward",
+    "Destroyed",
+    "Idle",
+    "Lost",
+    "Phase",
+    "Reached",
+    "Settled",
+    "between",
+    "owes_pass",
+]
 
 
 @dataclass(frozen=True)
@@ -64,3 +74,19 @@ class Destroyed:
 
 
 Phase = Idle | Reached | Backward | Settled | Lost | Destroyed
+
+
+def between(phase: Phase) -> Idle:
+    """How far the micro-batch has come between calls; in any other phase nothing of it counts."""
+    return phase if isinstance(phase, Idle) else Idle()
+
+
+def owes_pass(phase: Phase) -> bool:
+    """Whether the peers expect a pass of this micro-batch that has not begun here."""
+    match phase:
+        case Backward(owes=owes):
+            return owes
+        case Idle(backwards=backwards):
+            return backwards == 0
+        case _:
+            return True

@@ -37,7 +37,17 @@ from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, ru
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
-from zerort.step.phases import Backward, Destroyed, Idle, Lost, Phase, Reached, Settled
+from zerort.step.phases import (
+    Backward,
+    Destroyed,
+    Idle,
+    Lost,
+    Phase,
+    Reached,
+    Settled,
+    between,
+    owes_pass,
+)
 
 __all__ = ["Transaction"]
 
@@ -82,7 +92,7 @@ class Transaction:
         """The backward of a scalar loss. Raises what it raises, once the peers have its reason."""
         scaling = self.part.averaging.scaling(divides=divides)
         self._demand("backward()")
-        before = self._idle()
+        before = between(self._phase)
         with self._settling(Settled()):
             self._phase = Backward(before)
             refuse_unfit(loss)
@@ -146,7 +156,7 @@ class Transaction:
     def resize(self, batch: Batch) -> None:
         """Windows to come have other sizes. Raises `StepError` in the middle of one."""
         self._demand("a change of the batch", recovering=False)
-        self.part.averaging.resize(batch, backwards=self._idle().backwards)
+        self.part.averaging.resize(batch, backwards=between(self._phase).backwards)
 
     def pause(self, call: str) -> None:
         """Before `call`, which all ranks make together: nothing is under way any more."""
@@ -219,9 +229,6 @@ class Transaction:
                 if recovering:
                     self.recover()
 
-    def _idle(self) -> Idle:
-        return self._phase if isinstance(self._phase, Idle) else Idle()
-
     def _raised(self) -> bool:
         """Whether a backward that this engine has not begun has brought gradients and raised."""
         match self._phase:
@@ -248,15 +255,6 @@ class Transaction:
             case _:
                 return False
 
-    def _owes(self) -> bool:
-        match self._phase:
-            case Backward(owes=owes):
-                return owes
-            case Idle(backwards=backwards):
-                return backwards == 0
-            case _:
-                return True
-
     # A backward that this engine has not begun. Everything here runs in hooks.
 
     def _reached(self) -> None:
@@ -269,7 +267,7 @@ class Transaction:
         else:
             self._listener.arm(self._announced)
         scaling = running.scaling if running is not None else None
-        self._phase = Reached(GraphTask(self._ended), self._idle(), scaling, foreign)
+        self._phase = Reached(GraphTask(self._ended), between(self._phase), scaling, foreign)
 
     def _announced(self) -> None:
         """The first gradient has come."""
@@ -296,7 +294,7 @@ class Transaction:
 
     def _take(self, scaling: LossScaling | None) -> None:
         """Takes what a backward that this engine has not begun has left in `.grad`."""
-        self._phase = Backward(self._idle())
+        self._phase = Backward(between(self._phase))
         self._open(scaling)
         self._close()
 
@@ -322,7 +320,7 @@ class Transaction:
     def _check_step(self, arguments: Mapping[str, Any]) -> None:
         """Raises `StepError` where this micro-batch cannot end with a step."""
         if self._interrupted():
-            self._phase = Backward(self._idle())
+            self._phase = Backward(between(self._phase))
             raise StepError(
                 "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
             )
@@ -331,12 +329,12 @@ class Transaction:
                 "step() under torch.inference_mode(): what it made could not be trained on; "
                 "leave it"
             )
-        before = self._idle()
+        before = between(self._phase)
         if before.resting is not None and self._listener.holds_gradients():
             self._take(before.resting)
         elif not before.backwards and self._listener.holds_gradients():
             self._take(None)
-        if not self._idle().backwards:
+        if not between(self._phase).backwards:
             raise StepError(
                 "step() without backward() in this micro-batch: call engine.backward(loss) first"
             )
@@ -374,7 +372,7 @@ class Transaction:
             self._abandon()
             raise
         except BaseException as error:
-            self._settle(f"{type(error).__name__}: {error}", owes=self._owes())
+            self._settle(f"{type(error).__name__}: {error}", owes=owes_pass(self._phase))
             self._phase = after
             raise
 
