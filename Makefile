@@ -61,7 +61,7 @@ lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the buil
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest zerort._core
+	$(BIN)/python -m mypy.stubtest --mypy-config-file packaging/stubtest.ini zerort._core
 
 all: test bench  ## test and bench
 
