@@ -388,7 +388,9 @@ class Transaction:
             pass  # the verdict on our own failure, which the caller sees at first hand
         except BaseException as error:
             if not isinstance(self._phase, Lost):  # Ctrl-C, while peers wait
-                self._phase = Lost(f"this rank: {type(error).__name__} while it settled: {failure}")
+                self._phase = Lost(
+                    f"{type(error).__name__} before the others had heard of: {failure}"
+                )
             raise
         self._advance()
 

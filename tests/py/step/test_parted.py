@@ -75,7 +75,9 @@ def test_an_interrupt_while_a_failure_is_settled_parts_the_ranks(
         patch.setattr(engine._parts.boundary, "cross", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.backward(engine(1.0, 1.0, breaks=True))
-    with pytest.raises(CommError, match="KeyboardInterrupt while it settled: ArithmeticError"):
+    with pytest.raises(
+        CommError, match="KeyboardInterrupt before the others had heard of: ArithmeticError"
+    ):
         engine.backward(engine(1.0, 1.0))
     engine.destroy()
 
