@@ -113,10 +113,15 @@ pub fn permutations(n: u32) -> Vec<Vec<ParamId>> {
 /// `n` units of one parameter each, 256 elements long with their padding, over two ranks. Unit n-1
 /// is bucket 0.
 pub fn sharded(n: u32, window: Option<u32>) -> Plan {
+    sharded_over(n, window, 2)
+}
+
+/// [`sharded`], over so many ranks.
+pub fn sharded_over(n: u32, window: Option<u32>, world: u32) -> Plan {
     let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
     let param = |unit| Param { numel: 200, dtype, group, wire, unit: Some(UnitId(unit)) };
     let params = (0..n).map(param).collect();
-    let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Three.rules());
+    let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Three.rules());
     Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(256), window }).unwrap()
 }
 

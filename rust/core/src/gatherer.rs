@@ -161,6 +161,11 @@ impl Gatherer {
         }
     }
 
+    /// The units of a set, by id; None for an unknown one.
+    pub fn set(&self, set: SetId) -> Option<&[UnitId]> {
+        self.sets.get(set.0 as usize).map(Vec::as_slice)
+    }
+
     /// Takes a plan of the same layout with other lists.
     ///
     /// # Errors

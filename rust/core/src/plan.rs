@@ -14,6 +14,7 @@
 
 mod digest;
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::bucket::{Bucket, Cap, Param, assign};
@@ -44,7 +45,7 @@ pub struct PlanSpec {
 }
 
 /// The immutable result of planning.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Plan {
     layout: Arc<Layout>,
     schedule: Schedule,
@@ -52,7 +53,6 @@ pub struct Plan {
     digest: u64,
 }
 
-#[derive(Debug)]
 struct Layout {
     params: Vec<Param>,
     mesh: Mesh,
@@ -305,6 +305,19 @@ impl Plan {
     /// the same buffers.
     pub fn layout_digest(&self) -> u64 {
         self.layout.digest
+    }
+}
+
+/// A plan is long: its digest and its sizes.
+impl fmt::Debug for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units: Vec<u64> = self.units().iter().map(|unit| unit.numel).collect();
+        f.debug_struct("Plan")
+            .field("digest", &self.digest)
+            .field("params", &self.params().len())
+            .field("buckets", &self.buckets().len())
+            .field("units", &units)
+            .finish_non_exhaustive()
     }
 }
 
