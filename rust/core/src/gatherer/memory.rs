@@ -111,13 +111,17 @@ impl Memory {
         self.clock += 1;
         let place = &mut self.places[unit.index()];
         place.needed = self.clock;
-        place.unused = false;
         if backward && !place.begun {
             place.begun = true;
             if !self.held.contains(&unit) {
                 self.held.push(unit);
             }
         }
+    }
+
+    /// It has been asked for since it was gathered.
+    pub(super) fn asked_for(&mut self, unit: UnitId) {
+        self.places[unit.index()].unused = false;
     }
 
     /// A backward has come to `node`: lets go of what older nodes cannot read.

@@ -53,6 +53,9 @@ impl Gatherer {
         self.learning.stop(set, &wanted, self.memory.held(), reducer.arrivals());
         let mut actions = Vec::new();
         self.follow(reducer, set, &wanted, &mut actions);
+        for &unit in &wanted {
+            self.memory.asked_for(unit);
+        }
         let ask = self.ask(&wanted, &mut actions);
         let whole = wanted.iter().all(|&unit| self.memory.is_whole(unit));
         if actions.is_empty() && whole {

@@ -1,0 +1,501 @@
+//! The cursor for parameters on one rank, case by case. `tests/ranks.rs` runs several.
+
+mod arbitrary;
+
+use std::sync::Arc;
+
+use arbitrary::{Walk, sharded_over, walk};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use zerort_core::{
+    Action, Answer, At, Gatherer, Key, Mesh, PassKind, Plan, PlanSpec, Rank, Reading, Reducer,
+    Residence, Route, SetId, StepError, Stop, UnitId,
+};
+
+const FORWARD: At = At::Pass(PassKind::Forward);
+const LOCAL: At = At::Pass(PassKind::LocalBackward);
+const EVALUATION: At = At::Pass(PassKind::Evaluation);
+/// Elements of a unit.
+const UNIT: u64 = 256;
+
+fn gathers(units: &[u32]) -> Vec<Action> {
+    units.iter().map(|&unit| Action::Gather(UnitId(unit))).collect()
+}
+
+fn frees(units: &[u32]) -> Vec<Action> {
+    units.iter().map(|&unit| Action::Free(UnitId(unit))).collect()
+}
+
+/// One rank, whose world is itself.
+struct Alone {
+    gatherer: Gatherer,
+    reducer: Reducer,
+}
+
+impl Alone {
+    fn new(units: u32, room: u64) -> Self {
+        Self::over(Arc::new(sharded_over(units, Some(1), 1)), room * UNIT)
+    }
+
+    fn over(plan: Arc<Plan>, room: u64) -> Self {
+        let reducer = Reducer::new(Arc::clone(&plan));
+        Self { gatherer: Gatherer::new(plan, Rank(0), room), reducer }
+    }
+
+    fn roll(&mut self) -> Reading {
+        let row = self.gatherer.row(&self.reducer, [0; 4]).unwrap();
+        self.gatherer.read(&[row]).unwrap()
+    }
+
+    /// Whether the pass follows a list.
+    fn open(&mut self, at: At, seq: u64) -> bool {
+        self.gatherer.open(at, 0, seq).unwrap();
+        self.roll();
+        self.gatherer.begin().unwrap();
+        self.gatherer.list().is_some()
+    }
+
+    fn set(&mut self, units: &[u32]) -> SetId {
+        let units: Vec<UnitId> = units.iter().copied().map(UnitId).collect();
+        self.gatherer.set_of(&units).unwrap()
+    }
+
+    fn answer(&mut self, units: &[u32], node: Option<u64>) -> Option<Answer> {
+        let set = self.set(units);
+        self.gatherer.need(&mut self.reducer, set, node).unwrap()
+    }
+
+    /// Needs units until they are whole; what was handed out for that.
+    fn need_at(&mut self, units: &[u32], node: Option<u64>) -> Vec<Action> {
+        let (set, mut done) = (self.set(units), Vec::new());
+        while let Some(answer) = self.answer(units, node) {
+            done.extend(answer.actions);
+            if answer.ask.is_some() {
+                let Reading::Serve(asked) = self.roll() else { panic!() };
+                done.extend(self.gatherer.serve(&asked).unwrap());
+                done.extend(self.gatherer.served());
+            } else {
+                self.gatherer.arrived(set).unwrap();
+            }
+        }
+        done
+    }
+
+    fn need(&mut self, units: &[u32]) -> Vec<Action> {
+        self.need_at(units, None)
+    }
+
+    /// A use that begins and ends.
+    fn run(&mut self, units: &[u32], seq: u64) -> Vec<Action> {
+        let (set, done) = (self.set(units), self.need(units));
+        assert_eq!(self.gatherer.acquire(set, Some(seq)), Ok(true));
+        self.gatherer.release(set).unwrap();
+        done
+    }
+
+    fn close(&mut self) -> Vec<Action> {
+        self.gatherer.close(&mut self.reducer, true)
+    }
+
+    fn whole(&self) -> Vec<u32> {
+        let here = |unit: &u32| self.gatherer.residence(UnitId(*unit)) != Some(Residence::Sharded);
+        (0..9)
+            .filter(here)
+            .filter(|&unit| self.gatherer.residence(UnitId(unit)).is_some())
+            .collect()
+    }
+
+    /// Makes lists of what has been seen.
+    fn learn(&mut self, room: u64, depth: u32) {
+        let plan = self.reducer.plan().routed(self.gatherer.routes(), room * UNIT, depth).unwrap();
+        self.reducer.reorder(Arc::new(plan.clone())).unwrap();
+        self.gatherer.load(Arc::new(plan)).unwrap();
+        self.gatherer.told();
+    }
+
+    /// An evaluation that needs these sets, one after the other.
+    fn evaluate(&mut self, sets: &[&[u32]]) {
+        self.open(EVALUATION, 0);
+        for set in sets {
+            self.need(set);
+        }
+        self.close();
+    }
+
+    fn boundary(&mut self) {
+        self.open(At::Boundary, 0);
+    }
+}
+
+#[test]
+fn without_a_list_each_unit_is_asked_for_and_the_longest_unneeded_goes() {
+    let mut alone = Alone::new(4, 2);
+    assert!(!alone.open(EVALUATION, 0));
+    let ask = alone.answer(&[0, 1], None).unwrap();
+    assert_eq!(ask, Answer { actions: vec![], ask: Some(UnitId(0)) });
+    assert_eq!(alone.gatherer.asking(), Some(UnitId(0)));
+    assert_eq!(alone.need(&[0, 1]), gathers(&[0, 1]));
+    assert_eq!(alone.need(&[1]), []);
+    assert_eq!(alone.need(&[2]), [frees(&[0]), gathers(&[2])].concat());
+    assert_eq!(alone.need(&[1]), []);
+    assert_eq!(alone.need(&[3]), [frees(&[2]), gathers(&[3])].concat());
+    assert_eq!(alone.close(), frees(&[1, 3]), "GAT-10");
+}
+
+#[test]
+fn gat_2_a_set_is_current_only_when_it_has_arrived() {
+    let mut alone = Alone::new(2, 2);
+    alone.evaluate(&[&[0], &[1]]);
+    alone.learn(2, 0);
+    assert!(alone.open(EVALUATION, 0));
+    let set = alone.set(&[0]);
+    assert_eq!(alone.gatherer.acquire(set, None), Ok(false));
+    assert_eq!(alone.answer(&[0], None).unwrap().actions, gathers(&[0]));
+    let again = Answer { actions: vec![], ask: None };
+    assert_eq!(alone.answer(&[0], None), Some(again), "what broke off is answered again");
+    assert_eq!(alone.gatherer.acquire(set, None), Ok(false));
+    alone.gatherer.arrived(set).unwrap();
+    assert_eq!(alone.answer(&[0], None), None);
+    assert_eq!(alone.gatherer.acquire(set, None), Ok(true));
+    assert_eq!(alone.gatherer.residence(UnitId(0)), Some(Residence::Whole { users: 1 }));
+}
+
+#[test]
+fn gat_3_what_is_in_use_stays_when_its_free_comes_by_and_goes_later() {
+    let mut alone = Alone::new(3, 1);
+    alone.evaluate(&[&[0], &[1], &[2]]);
+    alone.learn(1, 0);
+    assert!(alone.open(EVALUATION, 0));
+    let outer = alone.set(&[0]);
+    alone.need(&[0]);
+    assert_eq!(alone.gatherer.acquire(outer, None), Ok(true));
+    assert_eq!(alone.need(&[1]), gathers(&[1]), "Free u0 stands before it");
+    assert_eq!(alone.whole(), [0, 1]);
+    alone.gatherer.release(outer).unwrap();
+    assert_eq!(alone.need(&[2]), [frees(&[1, 0]), gathers(&[2])].concat());
+}
+
+#[test]
+fn gat_3_a_backward_holds_a_unit_until_a_node_older_than_its_first_use() {
+    let mut alone = Alone::new(3, 1);
+    alone.open(FORWARD, 100);
+    for unit in 0..3 {
+        alone.run(&[unit], 100 + 10 * u64::from(unit));
+    }
+    alone.run(&[2], 140);
+    alone.close();
+    alone.open(LOCAL, 0);
+    alone.need_at(&[2], Some(145));
+    assert_eq!(alone.need_at(&[1], Some(125)), gathers(&[1]), "u2 was first used at 120");
+    assert_eq!(alone.need_at(&[0], Some(105)), [frees(&[2, 1]), gathers(&[0])].concat());
+    assert_eq!(alone.need_at(&[2], Some(95)), gathers(&[2]), "an older graph: nothing is known");
+    assert_eq!(alone.close(), frees(&[0, 2]));
+}
+
+#[test]
+fn what_was_never_seen_in_a_forward_is_held_to_the_end() {
+    let mut alone = Alone::new(2, 1);
+    alone.open(LOCAL, 0);
+    alone.need_at(&[1], Some(50));
+    assert_eq!(alone.need_at(&[0], Some(1)), gathers(&[0]));
+    assert_eq!(alone.close(), frees(&[0, 1]));
+}
+
+#[test]
+fn a_forward_of_the_next_micro_batch_begins_a_new_count_of_first_uses() {
+    let mut alone = Alone::new(2, 1);
+    for start in [0, 1000] {
+        alone.open(FORWARD, start);
+        alone.run(&[0], start + 10);
+        alone.run(&[1], start + 20);
+        alone.close();
+        alone.open(LOCAL, 0);
+        alone.need_at(&[1], Some(start + 25));
+        assert_eq!(alone.need_at(&[0], Some(start + 15)), [frees(&[1]), gathers(&[0])].concat());
+        alone.close();
+    }
+}
+
+#[test]
+fn of_two_forwards_the_first_use_in_either_counts() {
+    let mut alone = Alone::new(2, 1);
+    for start in [0, 100] {
+        alone.open(FORWARD, start);
+        alone.run(&[0], start + 10);
+        alone.run(&[1], start + 20);
+        alone.close();
+    }
+    alone.open(LOCAL, 0);
+    alone.need_at(&[1], Some(125));
+    assert_eq!(alone.need_at(&[0], Some(115)), gathers(&[0]), "the older graph may still read u1");
+}
+
+#[test]
+fn gat_7_a_pass_that_ends_early_hands_out_its_whole_list() {
+    let mut alone = Alone::new(3, 1);
+    alone.evaluate(&[&[0], &[1], &[2]]);
+    alone.learn(1, 0);
+    alone.open(EVALUATION, 0);
+    alone.need(&[0]);
+    assert_eq!(
+        alone.gatherer.close(&mut alone.reducer, false),
+        [frees(&[0]), gathers(&[1]), frees(&[1]), gathers(&[2]), frees(&[2])].concat()
+    );
+    assert_eq!((alone.whole(), alone.gatherer.live()), (vec![], 0));
+}
+
+#[test]
+fn a_module_that_is_skipped_costs_nothing_and_one_out_of_order_finds_what_was_passed_over() {
+    let mut alone = Alone::new(4, 3);
+    alone.evaluate(&[&[0], &[1], &[2], &[3]]);
+    alone.learn(2, 0);
+    alone.open(EVALUATION, 0);
+    assert_eq!(alone.need(&[1]), gathers(&[0, 1]), "u0 has room, and may be asked for");
+    assert_eq!(alone.need(&[0]), []);
+    assert_eq!(alone.need(&[3]), [frees(&[1, 0]), gathers(&[2, 3])].concat());
+    assert_eq!(alone.whole(), [2, 3], "what was passed over has room");
+    assert!(!alone.gatherer.went_off());
+}
+
+#[test]
+fn a_need_that_the_list_has_not_runs_its_rest_and_goes_on_free() {
+    let mut alone = Alone::new(4, 2);
+    alone.evaluate(&[&[0], &[1], &[2]]);
+    alone.learn(2, 0);
+    alone.open(EVALUATION, 0);
+    alone.need(&[0]);
+    let answer = alone.answer(&[3], None).unwrap();
+    assert_eq!(answer.ask, Some(UnitId(3)));
+    let rest = [frees(&[0]), gathers(&[1, 2]), frees(&[1])].concat();
+    assert_eq!(answer.actions, rest, "GAT-1: peers pair with it");
+    assert!(alone.gatherer.went_off() && alone.gatherer.list().is_none());
+    assert_eq!(alone.need(&[3]), gathers(&[3]));
+    alone.close();
+    assert!(!alone.open(EVALUATION, 0), "it is seen anew");
+    for unit in [0, 3, 1, 2] {
+        alone.need(&[unit]);
+    }
+    alone.close();
+    assert!(alone.gatherer.news());
+    alone.learn(2, 0);
+    assert!(alone.open(EVALUATION, 0));
+}
+
+#[test]
+fn after_three_passes_in_a_row_that_went_off_it_stays_free() {
+    let mut alone = Alone::new(3, 3);
+    alone.evaluate(&[&[0]]);
+    alone.learn(3, 0);
+    for strike in 0..3 {
+        assert_eq!(alone.gatherer.strays().count(), 0, "{strike}");
+        assert!(alone.open(EVALUATION, 0));
+        alone.need(&[1 + strike % 2]);
+        alone.close();
+        alone.evaluate(&[&[0]]);
+    }
+    assert!(!alone.open(EVALUATION, 0));
+    assert_eq!(alone.gatherer.strays().collect::<Vec<_>>(), [(PassKind::Evaluation, 0)]);
+}
+
+#[test]
+fn a_pass_that_left_something_out_teaches_nothing() {
+    let mut alone = Alone::new(3, 3);
+    alone.evaluate(&[&[0], &[1], &[2]]);
+    assert!(alone.gatherer.news());
+    alone.gatherer.told();
+    alone.evaluate(&[&[0], &[2]]);
+    assert!(!alone.gatherer.news());
+    alone.evaluate(&[&[0], &[2], &[1]]);
+    assert!(alone.gatherer.news());
+}
+
+#[test]
+fn what_a_forward_leaves_is_what_its_backward_finds() {
+    let mut alone = Alone::new(3, 2);
+    let pass = |alone: &mut Alone, lists: bool| {
+        assert_eq!(alone.open(FORWARD, 0), lists);
+        for unit in 0..3 {
+            alone.run(&[unit], 10 * u64::from(unit) + 10);
+        }
+        alone.close();
+        assert_eq!(alone.whole(), [1, 2]);
+        assert_eq!(alone.open(LOCAL, 0), lists);
+        for unit in [2, 1, 0] {
+            alone.need_at(&[unit], Some(10 * u64::from(unit) + 15));
+        }
+        alone.close();
+        assert_eq!(alone.whole(), [] as [u32; 0]);
+    };
+    pass(&mut alone, false);
+    alone.boundary();
+    alone.learn(2, 1);
+    pass(&mut alone, true);
+    // An evaluation between the two takes what the backward's list begins with.
+    alone.boundary();
+    alone.open(FORWARD, 0);
+    alone.close();
+    alone.evaluate(&[&[0]]);
+    assert!(!alone.open(LOCAL, 0));
+}
+
+#[test]
+fn gat_10_nothing_is_whole_behind_the_boundary_and_what_is_abandoned() {
+    let mut alone = Alone::new(2, 2);
+    alone.open(FORWARD, 0);
+    alone.need(&[0]);
+    alone.close();
+    assert_eq!(alone.whole(), [0]);
+    alone.gatherer.open(At::Boundary, 0, 0).unwrap();
+    alone.roll();
+    assert_eq!(alone.gatherer.begin().unwrap(), frees(&[0]));
+    alone.open(FORWARD, 0);
+    alone.need(&[1]);
+    assert_eq!(alone.gatherer.abandon(), frees(&[1]));
+    assert!(!alone.gatherer.in_pass());
+}
+
+#[test]
+fn a_backward_that_has_to_observe_follows_no_list() {
+    let plan = sharded_over(2, Some(1), 1);
+    let mut alone = Alone::over(Arc::new(plan), 2 * UNIT);
+    let backward = At::Pass(PassKind::Backward);
+    assert!(!alone.open(backward, 0));
+    alone.reducer.observe().unwrap();
+    for unit in [1, 0] {
+        alone.need(&[unit]);
+        alone.reducer.grad_ready(zerort_core::ParamId(unit)).unwrap();
+    }
+    alone.reducer.finish().unwrap();
+    alone.close();
+    let fills: Vec<u32> = alone.gatherer.routes()[0].fills.iter().map(|&(_, stop)| stop).collect();
+    assert_eq!(fills, [0, 1], "the bucket of u1 was full while it was in use");
+    alone.learn(2, 1);
+    assert!(alone.open(backward, 0));
+    alone.close();
+    alone.boundary();
+    alone.reducer.observe().unwrap();
+    alone.reducer.finish().unwrap(); // nothing came, which teaches nothing
+    assert!(!alone.open(backward, 0));
+}
+
+#[test]
+fn calls_out_of_order_are_refused_and_change_nothing() {
+    let mut alone = Alone::new(2, 2);
+    let set = alone.set(&[1, 0, 1]);
+    assert_eq!((set, alone.gatherer.set(set)), (SetId(0), Some(&[UnitId(0), UnitId(1)][..])));
+    let Alone { gatherer, reducer } = &mut alone;
+    let unknown = StepError::UnknownSet { set: 9, sets: 1 };
+    let rows = gatherer.read(&[]);
+    assert_eq!(rows, Err(StepError::BadRows));
+    assert_eq!(gatherer.need(reducer, set, None), Err(StepError::NoPass));
+    assert_eq!(gatherer.row(reducer, [0; 4]), Err(StepError::NotRolling));
+    assert_eq!(gatherer.begin(), Err(StepError::NotRolling));
+    assert_eq!(gatherer.open(At::Need(UnitId(0)), 0, 0), Err(StepError::NotRolling));
+    assert_eq!(gatherer.arrived(set), Err(StepError::NotGathered { unit: UnitId(0) }));
+    assert_eq!(gatherer.arrived(SetId(9)), Err(unknown));
+    assert_eq!(gatherer.acquire(SetId(9), None), Err(unknown));
+    assert_eq!(gatherer.release(SetId(9)), Err(unknown));
+    assert_eq!(gatherer.release(set), Ok(()));
+    let unit = UnitId(2);
+    assert_eq!(gatherer.set_of(&[unit]), Err(StepError::UnknownUnit { unit, units: 2 }));
+    assert_eq!(gatherer.serve(&[unit]), Err(StepError::UnknownUnit { unit, units: 2 }));
+    assert_eq!(gatherer.close(reducer, true), []);
+    assert_eq!((gatherer.reached(7), gatherer.served()), (vec![], vec![]));
+    gatherer.open(FORWARD, 0, 0).unwrap();
+    assert_eq!(gatherer.begin(), Err(StepError::NotRolling));
+    assert_eq!(gatherer.open(FORWARD, 0, 0), Err(StepError::PassUnderWay));
+    assert_eq!(gatherer.close(reducer, true), []);
+    gatherer.open(FORWARD, 0, 0).unwrap();
+    alone.roll();
+    alone.gatherer.begin().unwrap();
+    let plan = Arc::clone(alone.reducer.plan());
+    assert_eq!(alone.gatherer.load(plan), Err(StepError::PassUnderWay));
+}
+
+/// What a rank may do in a pass.
+#[derive(Clone, Copy, Debug)]
+enum Do {
+    Need,
+    Hold,
+    Release,
+}
+
+fn doing() -> impl Strategy<Value = (Do, Index)> {
+    let kind = prop_oneof![4 => Just(Do::Need), 2 => Just(Do::Hold), 2 => Just(Do::Release)];
+    (kind, any::<Index>())
+}
+
+proptest! {
+    /// Whatever a rank needs and holds, along any list: it is handed out the list's gathers as they
+    /// stand, its sets are whole, what is held is not freed, and in the end nothing is whole.
+    #[test]
+    fn gat_1_2_3_7_10_whatever_a_rank_does_along_a_list(
+        Walk { plan, routes, room, depth } in walk(),
+        doings in prop::collection::vec(doing(), 0..40),
+    ) {
+        let spec = PlanSpec {
+            params: plan.params().to_vec(),
+            mesh: Mesh::flat(1).unwrap(),
+            rules: plan.rules(),
+            cap: zerort_core::Cap::Elements(500),
+            window: Some(plan.window()),
+        };
+        let plan = Plan::new(spec).unwrap();
+        let mut alone = Alone::over(Arc::new(plan.clone()), room);
+        alone.gatherer.open(EVALUATION, 0, 0).unwrap();
+        let key = alone.gatherer.row(&alone.reducer, [0; 4]).unwrap().key;
+        alone.close();
+        let stops: Vec<Stop> = routes[2].stops.clone();
+        let route = Route { key, then: None, fills: Vec::new(), stops: stops.clone(), ..routes[2].clone() };
+        let routed = Arc::new(plan.routed(&[route], room, depth).unwrap());
+        alone.reducer.reorder(Arc::clone(&routed)).unwrap();
+        alone.gatherer.load(Arc::clone(&routed)).unwrap();
+        prop_assert!(alone.open(EVALUATION, 0));
+        prop_assert_ne!(key, Key(0));
+        let (mut done, mut held, mut listed) = (Vec::new(), Vec::<SetId>::new(), true);
+        for (what, index) in doings {
+            if stops.is_empty() {
+                break;
+            }
+            let units: Vec<u32> =
+                stops[index.index(stops.len())].units.iter().map(|unit| unit.0).collect();
+            match what {
+                Do::Need | Do::Hold => {
+                    let actions = alone.need(&units);
+                    for set in &held {
+                        for unit in alone.gatherer.set(*set).unwrap() {
+                            prop_assert!(!actions.contains(&Action::Free(*unit)), "GAT-3");
+                        }
+                    }
+                    listed &= !alone.gatherer.went_off();
+                    if listed {
+                        done.extend(actions);
+                    }
+                    let set = alone.set(&units);
+                    for unit in alone.gatherer.set(set).unwrap() {
+                        let residence = alone.gatherer.residence(*unit).unwrap();
+                        prop_assert!(matches!(residence, Residence::Whole { .. }), "GAT-2");
+                    }
+                    if matches!(what, Do::Hold) {
+                        prop_assert_eq!(alone.gatherer.acquire(set, None), Ok(true));
+                        held.push(set);
+                    }
+                }
+                Do::Release => {
+                    if let Some(set) = held.pop() {
+                        alone.gatherer.release(set).unwrap();
+                    }
+                }
+            }
+        }
+        let tail = alone.close();
+        if listed {
+            done.extend(tail);
+            let is_gather = |action: &&Action| matches!(action, Action::Gather(_));
+            let all = routed.lists()[0].commands().iter().filter_map(|command| command.action());
+            let all: Vec<Action> = all.collect();
+            prop_assert!(done.iter().filter(is_gather).eq(all.iter().filter(is_gather)), "GAT-1, 7");
+        }
+        prop_assert_eq!(alone.gatherer.live(), 0);
+    }
+}
