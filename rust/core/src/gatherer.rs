@@ -47,6 +47,7 @@ mod memory;
 mod needs;
 mod passes;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::command::Action;
@@ -72,7 +73,8 @@ pub struct Gatherer {
     plan: Arc<Plan>,
     rank: Rank,
     room: u64,
-    sets: Vec<Vec<UnitId>>,
+    sets: Vec<Arc<[UnitId]>>,
+    numbers: BTreeMap<Arc<[UnitId]>, SetId>,
     /// The sets that each list's stops need, by list.
     stops: Vec<Vec<SetId>>,
     memory: Memory,
@@ -136,6 +138,7 @@ impl Gatherer {
             rank,
             room,
             sets: Vec::new(),
+            numbers: BTreeMap::new(),
             stops: Vec::new(),
             memory,
             current: None,
@@ -163,7 +166,7 @@ impl Gatherer {
 
     /// The units of a set, by id; None for an unknown one.
     pub fn set(&self, set: SetId) -> Option<&[UnitId]> {
-        self.sets.get(set.0 as usize).map(Vec::as_slice)
+        self.sets.get(set.0 as usize).map(AsRef::as_ref)
     }
 
     /// Takes a plan of the same layout with other lists.
@@ -235,27 +238,25 @@ impl Gatherer {
         let mut units = units.to_vec();
         units.sort_unstable();
         units.dedup();
-        let known = self.sets.iter().position(|set| *set == units);
-        SetId(known.unwrap_or_else(|| {
-            self.sets.push(units);
-            self.sets.len() - 1
-        }) as u32)
+        if let Some(&known) = self.numbers.get(units.as_slice()) {
+            return known;
+        }
+        let (set, units) = (SetId(self.sets.len() as u32), Arc::<[UnitId]>::from(units));
+        self.sets.push(Arc::clone(&units));
+        self.numbers.insert(units, set);
+        set
     }
 
     fn find_stops(&mut self) {
         let plan = Arc::clone(&self.plan);
-        let mut numbers = std::collections::HashMap::new();
-        let mut number = |units: &Vec<UnitId>| {
-            *numbers.entry(units.clone()).or_insert_with(|| self.intern(units))
-        };
-        self.stops =
-            plan.lists().iter().map(|list| list.stops.iter().map(&mut number).collect()).collect();
+        let mut numbers = |units: &Vec<UnitId>| self.intern(units);
+        let stops = plan.lists().iter().map(|list| list.stops.iter().map(&mut numbers).collect());
+        self.stops = stops.collect();
     }
 
-    fn units_of(&self, set: SetId) -> Result<&[UnitId], StepError> {
+    fn units_of(&self, set: SetId) -> Result<&Arc<[UnitId]>, StepError> {
         let sets = self.sets.len();
-        let units = self.sets.get(set.0 as usize);
-        units.map(Vec::as_slice).ok_or(StepError::UnknownSet { set: set.0, sets })
+        self.sets.get(set.0 as usize).ok_or(StepError::UnknownSet { set: set.0, sets })
     }
 
     /// Whether the pass under way is a backward whose gradients the reducer follows along the list.

@@ -2,11 +2,12 @@
 //! do not keep to their list.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Gatherer, Opening, Pass, SetId};
-use crate::ids::UnitId;
+use crate::ids::{BucketId, UnitId};
 use crate::reducer::Reducer;
 use crate::roll::At;
 use crate::route::{Key, PassKind, Route, Stop};
@@ -37,9 +38,16 @@ struct Trail {
     /// What was called.
     entry: u32,
     last: Option<SetId>,
-    stops: Vec<Stop>,
-    /// Gradients that had come at each stop.
-    arrivals: Vec<u64>,
+    stops: Vec<Passed>,
+}
+
+/// A stop of the pass under way.
+#[derive(Clone, Debug)]
+struct Passed {
+    units: Arc<[UnitId]>,
+    held: Vec<UnitId>,
+    /// Gradients that had come by then.
+    arrivals: u64,
 }
 
 /// A pass that has needed what its list has not.
@@ -110,15 +118,20 @@ impl Learning {
     }
 
     /// The pass under way needs `set`.
-    pub(super) fn stop(&mut self, set: SetId, units: &[UnitId], held: &[UnitId], arrivals: u64) {
+    pub(super) fn stop(
+        &mut self,
+        set: SetId,
+        units: &Arc<[UnitId]>,
+        held: &[UnitId],
+        arrivals: u64,
+    ) {
         if self.since.len() > FORWARDS || self.trail.last.replace(set) == Some(set) {
             return;
         }
         let mut held: Vec<UnitId> =
             held.iter().copied().filter(|unit| !units.contains(unit)).collect();
         held.sort_unstable();
-        self.trail.stops.push(Stop { units: units.to_vec(), held });
-        self.trail.arrivals.push(arrivals);
+        self.trail.stops.push(Passed { units: Arc::clone(units), held, arrivals });
     }
 
     /// A pass is over that came to its end, along its list or without.
@@ -138,7 +151,10 @@ impl Learning {
                 }
                 if self.since.len() <= FORWARDS && !trail.stops.is_empty() {
                     let fills = fills(kind, &trail, reducer);
-                    self.learn(Route { kind, key, then: None, stops: trail.stops, fills });
+                    let stops = trail.stops.into_iter();
+                    let stop = |stop: Passed| Stop { units: stop.units.to_vec(), held: stop.held };
+                    let stops = stops.map(stop).collect();
+                    self.learn(Route { kind, key, then: None, stops, fills });
                 }
             }
         }
@@ -183,12 +199,12 @@ fn is_part(some: &[Stop], all: &[Stop]) -> bool {
 }
 
 /// The stop in which each bucket was full.
-fn fills(kind: PassKind, trail: &Trail, reducer: &Reducer) -> Vec<(crate::ids::BucketId, u32)> {
+fn fills(kind: PassKind, trail: &Trail, reducer: &Reducer) -> Vec<(BucketId, u32)> {
     if kind != PassKind::Backward {
         return Vec::new();
     }
     let stop = |place: u64| {
-        let before = trail.arrivals.partition_point(|&arrivals| arrivals < place);
+        let before = trail.stops.partition_point(|stop| stop.arrivals < place);
         before.saturating_sub(1) as u32
     };
     reducer.filled().into_iter().map(|(bucket, place)| (bucket, stop(place))).collect()

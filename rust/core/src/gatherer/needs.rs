@@ -1,5 +1,7 @@
 //! What somebody is about to read, and what is to be run for it.
 
+use std::sync::Arc;
+
 use super::{Answer, Gatherer, Pass, SetId};
 use crate::command::{Action, Command};
 use crate::cursor::{Cursor, Overtake};
@@ -41,19 +43,19 @@ impl Gatherer {
             Pass::Idle | Pass::Rolling { .. } => return Err(StepError::NoPass),
             Pass::Listed { kind, .. } | Pass::Free { kind, .. } => kind,
         };
-        let wanted = self.units_of(set)?.to_vec();
+        let wanted = Arc::clone(self.units_of(set)?);
         self.current = None;
         let backward = is_backward(kind);
         if let (true, Some(node)) = (backward, node) {
             self.memory.come_to(node);
         }
-        for &unit in &wanted {
+        for &unit in wanted.iter() {
             self.memory.needed(unit, backward);
         }
         self.learning.stop(set, &wanted, self.memory.held(), reducer.arrivals());
         let mut actions = Vec::new();
         self.follow(reducer, set, &wanted, &mut actions);
-        for &unit in &wanted {
+        for &unit in wanted.iter() {
             self.memory.asked_for(unit);
         }
         let ask = self.ask(&wanted, &mut actions);
@@ -167,11 +169,11 @@ impl Gatherer {
     /// # Errors
     /// [`StepError::UnknownSet`], [`StepError::NotGathered`].
     pub fn arrived(&mut self, set: SetId) -> Result<(), StepError> {
-        let units = self.units_of(set)?.to_vec();
+        let units = Arc::clone(self.units_of(set)?);
         if let Some(&unit) = units.iter().find(|&&unit| !self.memory.is_here(unit)) {
             return Err(StepError::NotGathered { unit });
         }
-        for unit in units {
+        for &unit in units.iter() {
             self.memory.arrived(unit);
         }
         self.current = self.in_pass().then_some(set);
@@ -190,7 +192,7 @@ impl Gatherer {
         }
         let sets = self.sets.len();
         let units = self.sets.get(set.0 as usize);
-        for &unit in units.ok_or(StepError::UnknownSet { set: set.0, sets })? {
+        for &unit in units.ok_or(StepError::UnknownSet { set: set.0, sets })?.iter() {
             self.memory.acquire(unit, seq);
         }
         Ok(true)
@@ -204,7 +206,7 @@ impl Gatherer {
     pub fn release(&mut self, set: SetId) -> Result<(), StepError> {
         let sets = self.sets.len();
         let units = self.sets.get(set.0 as usize);
-        for &unit in units.ok_or(StepError::UnknownSet { set: set.0, sets })? {
+        for &unit in units.ok_or(StepError::UnknownSet { set: set.0, sets })?.iter() {
             self.memory.release(unit);
         }
         Ok(())
@@ -214,7 +216,7 @@ impl Gatherer {
     pub fn reached(&mut self, hi: usize) -> Vec<Action> {
         let mut actions = Vec::new();
         let wanted = self.current.and_then(|set| self.sets.get(set.0 as usize)).cloned();
-        self.hand_out(Some(hi), &wanted.unwrap_or_default(), &mut actions);
+        self.hand_out(Some(hi), wanted.as_deref().unwrap_or_default(), &mut actions);
         actions
     }
 }
