@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use zerort_core::roll::OWN;
 use zerort_core::{
     At, Cap, Dtype, Gatherer, GroupId, Key, Mesh, Param, PassKind, Plan, PlanSpec, Rank, Reading,
     Reducer, Route, SetId, Stage, Stop, UnitId, WireId,
@@ -34,7 +35,7 @@ fn taught() -> (Gatherer, Reducer, Vec<SetId>) {
     let set = |unit| gatherer.set_of(&[UnitId(unit)]).unwrap();
     let sets: Vec<SetId> = (0..UNITS).map(set).collect();
     gatherer.open(At::Pass(PassKind::Evaluation), 0, 0).unwrap();
-    let key = gatherer.row(&reducer, [0; 4]).unwrap().key;
+    let key = gatherer.row(&reducer, [0; OWN]).unwrap().key;
     gatherer.close(&mut reducer, false);
     let stop = |unit| Stop { units: vec![UnitId(unit)], held: Vec::new() };
     let stops = (0..UNITS).map(stop).collect();
@@ -49,7 +50,7 @@ fn taught() -> (Gatherer, Reducer, Vec<SetId>) {
 fn begin(gatherer: &mut Gatherer, reducer: &mut Reducer) {
     gatherer.close(reducer, false);
     gatherer.open(At::Pass(PassKind::Evaluation), 0, 0).unwrap();
-    let row = gatherer.row(reducer, [0; 4]).unwrap();
+    let row = gatherer.row(reducer, [0; OWN]).unwrap();
     let reading = gatherer.read(&[row]).unwrap();
     assert!(matches!(reading, Reading::Together { ready: true, .. }));
     gatherer.begin().unwrap();

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use arbitrary::{Walk, sharded_over, walk};
 use proptest::prelude::*;
 use proptest::sample::Index;
+use zerort_core::roll::OWN;
 use zerort_core::{
-    Action, Answer, At, Gatherer, Key, Mesh, PassKind, Plan, PlanSpec, Rank, Reading, Reducer,
-    Residence, Route, SetId, StepError, Stop, UnitId,
+    Action, Answer, At, Command, Gatherer, Key, Mesh, PassKind, Plan, PlanSpec, Rank, Reading,
+    Reducer, Residence, Route, SetId, StepError, Stop, UnitId,
 };
 
 const FORWARD: At = At::Pass(PassKind::Forward);
@@ -43,7 +44,7 @@ impl Alone {
     }
 
     fn roll(&mut self) -> Reading {
-        let row = self.gatherer.row(&self.reducer, [0; 4]).unwrap();
+        let row = self.gatherer.row(&self.reducer, [0; OWN]).unwrap();
         self.gatherer.read(&[row]).unwrap()
     }
 
@@ -298,6 +299,31 @@ fn after_three_passes_in_a_row_that_went_off_it_stays_free() {
 }
 
 #[test]
+fn a_route_that_is_another_every_time_is_no_news_any_more() {
+    let mut alone = Alone::new(3, 3);
+    let orders = [[0, 1, 2], [1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2], [2, 0, 1]];
+    let news = orders.map(|[a, b, c]| {
+        alone.evaluate(&[&[a], &[b], &[c]]);
+        let news = alone.gatherer.news();
+        alone.gatherer.told();
+        news
+    });
+    assert_eq!(news, [true, true, true, true, false, false]);
+}
+
+#[test]
+fn what_is_next_along_a_list_can_be_asked() {
+    let mut alone = Alone::new(2, 1);
+    alone.evaluate(&[&[0], &[1]]);
+    alone.learn(1, 0);
+    alone.open(EVALUATION, 0);
+    alone.need(&[0]);
+    assert_eq!(alone.gatherer.explain(), Some((2, Command::Need(1))));
+    alone.close();
+    assert_eq!(alone.gatherer.explain(), None);
+}
+
+#[test]
 fn a_pass_that_left_something_out_teaches_nothing() {
     let mut alone = Alone::new(3, 3);
     alone.evaluate(&[&[0], &[1], &[2]]);
@@ -388,7 +414,7 @@ fn calls_out_of_order_are_refused_and_change_nothing() {
     let rows = gatherer.read(&[]);
     assert_eq!(rows, Err(StepError::BadRows));
     assert_eq!(gatherer.need(reducer, set, None), Err(StepError::NoPass));
-    assert_eq!(gatherer.row(reducer, [0; 4]), Err(StepError::NotRolling));
+    assert_eq!(gatherer.row(reducer, [0; OWN]), Err(StepError::NotRolling));
     assert_eq!(gatherer.begin(), Err(StepError::NotRolling));
     assert_eq!(gatherer.open(At::Need(UnitId(0)), 0, 0), Err(StepError::NotRolling));
     assert_eq!(gatherer.arrived(set), Err(StepError::NotGathered { unit: UnitId(0) }));
@@ -443,7 +469,7 @@ proptest! {
         let plan = Plan::new(spec).unwrap();
         let mut alone = Alone::over(Arc::new(plan.clone()), room);
         alone.gatherer.open(EVALUATION, 0, 0).unwrap();
-        let key = alone.gatherer.row(&alone.reducer, [0; 4]).unwrap().key;
+        let key = alone.gatherer.row(&alone.reducer, [0; OWN]).unwrap().key;
         alone.close();
         let stops: Vec<Stop> = routes[2].stops.clone();
         let route = Route { key, then: None, fills: Vec::new(), stops: stops.clone(), ..routes[2].clone() };

@@ -337,7 +337,7 @@ class Gatherer:
         sequence number is `seq`: roll until `read` has come to a decision. Nothing is sent yet.
         """
     def row(self, own: Sequence[int] = ()) -> list[int]:
-        """This rank's row; at most 4 integers are the caller's own, carried and never read."""
+        """This rank's row; at most 6 integers are the caller's own, carried and never read."""
     def read(self, rows: Sequence[int]) -> Reading:
         """What the rows of all ranks, one behind the other, mean here."""
     def begin(self) -> list[int]:
@@ -382,6 +382,10 @@ class Gatherer:
     @property
     def went_off(self) -> bool:
         """Whether the pass under way has needed what its list has not."""
+    def explain(self) -> tuple[int, _CommandKind, int] | None:
+        """The command of the list that is next, with its place and number; None without a list, and
+        behind it.
+        """
     def state(self, unit: int) -> Literal["sharded", "gathering", "whole"]: ...
     @property
     def live(self) -> int:

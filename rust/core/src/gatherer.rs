@@ -50,7 +50,7 @@ mod passes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::command::Action;
+use crate::command::{Action, Command};
 use crate::cursor::Cursor;
 use crate::error::StepError;
 use crate::ids::{Rank, UnitId};
@@ -221,6 +221,16 @@ impl Gatherer {
         match self.pass {
             Pass::Free { off, .. } => off,
             Pass::Idle | Pass::Rolling { .. } | Pass::Listed { .. } => false,
+        }
+    }
+
+    /// The command of the list that is next, with its place; None without a list, and behind it.
+    pub fn explain(&self) -> Option<(usize, Command)> {
+        match self.pass {
+            Pass::Listed { list, done, .. } => {
+                self.plan.commands(Some(list)).get(done).map(|&command| (done, command))
+            }
+            Pass::Idle | Pass::Rolling { .. } | Pass::Free { .. } => None,
         }
     }
 

@@ -60,7 +60,7 @@ pub struct Row {
 }
 
 /// How many integers of a row are the caller's own.
-pub const OWN: usize = 4;
+pub const OWN: usize = 6;
 /// How many integers a row is.
 pub const WIDTH: usize = 5 + OWN;
 
@@ -153,13 +153,17 @@ impl Row {
         let [at, unit] = self.at.words();
         let flags = [self.failed, self.ready, self.news];
         let flags = flags.iter().rev().fold(0, |word, &flag| 2 * word + i64::from(flag));
-        let [a, b, c, d] = self.own;
-        [at, unit, self.key.word(), i64::from(self.count), flags, a, b, c, d]
+        let head = [at, unit, self.key.word(), i64::from(self.count), flags];
+        let mut words = [0; WIDTH];
+        for (word, value) in words.iter_mut().zip(head.into_iter().chain(self.own)) {
+            *word = value;
+        }
+        words
     }
 
     /// The row that [`Row::words`] wrote; None for anything else.
     pub fn from_words(words: [i64; WIDTH]) -> Option<Self> {
-        let [at, unit, key, count, flags, a, b, c, d] = words;
+        let [at, unit, key, count, flags, own @ ..] = words;
         let flag = |bit: u32| flags & (1 << bit) != 0;
         Some(Self {
             at: At::of([at, unit])?,
@@ -168,7 +172,7 @@ impl Row {
             failed: flag(0),
             ready: flag(1),
             news: flag(2),
-            own: [a, b, c, d],
+            own,
         })
     }
 }

@@ -12,7 +12,7 @@ use zerort_core::{Action, Rank, Residence, SetId, UnitId};
 use crate::errors::StepError;
 use crate::ids::number;
 use crate::list::pass_name;
-use crate::plan::Plan;
+use crate::plan::{Plan, kind};
 use crate::reducer::{Reducer, locked, refused};
 use crate::roll::{self, PyReading, at_named};
 
@@ -187,6 +187,12 @@ impl Gatherer {
     #[getter]
     fn went_off(&self) -> bool {
         locked(&self.inner).went_off()
+    }
+
+    /// The command of the list that is next: its place, kind and number.
+    fn explain(&self) -> Option<(usize, &'static str, u32)> {
+        let (place, command) = locked(&self.inner).explain()?;
+        Some((place, kind(command), command.number()))
     }
 
     /// Where a unit is.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use zerort_core::roll::OWN;
 use zerort_core::{At, PassKind, Reading, Route, Row};
 
 use super::{Frame, Rank, text};
@@ -9,7 +10,7 @@ use crate::model::{Exchange, Setting, Shared};
 
 impl Rank {
     pub(super) fn roll(&mut self, shared: &mut Shared) -> Result<bool, String> {
-        let row = self.gatherer.row(&self.reducer, [0; 4]).map_err(text)?;
+        let row = self.gatherer.row(&self.reducer, [0; OWN]).map_err(text)?;
         assert_eq!(Row::from_words(row.words()), Some(row));
         let index = shared.bring(self.index, Exchange::Roll(row));
         self.then([Frame::Rows(index)]);

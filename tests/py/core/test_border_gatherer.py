@@ -172,9 +172,10 @@ def test_ranks_at_different_places_learn_it_at_one_roll() -> None:
     ranks = Ranks()
     ranks.both[0].open("forward")
     ranks.both[1].open("boundary")
+    own = [7, 0, 0, 0, 0, 0]
     for reading in ranks.roll():
         assert (reading.what, reading.rank, reading.kind) == ("diverged", 1, "boundary")
-        assert reading.rows == [("forward", 0, [7, 0, 0, 0]), ("boundary", 0, [7, 0, 0, 0])]
+        assert reading.rows == [("forward", 0, own), ("boundary", 0, own)]
     assert [g.abandon() for g in ranks.both] == [[], []]
     assert [r.what for r in ranks.open("forward")] == ["together"] * 2
 
@@ -231,5 +232,5 @@ def test_calls_out_of_order_are_refused() -> None:
     g.open("forward")
     with pytest.raises(StepError, match="a pass is under way: close it first"):
         g.open("forward")
-    with pytest.raises(StepError, match="has room for 4 integers of its caller, got 5"):
-        g.row([0] * 5)
+    with pytest.raises(StepError, match="has room for 6 integers of its caller, got 7"):
+        g.row([0] * 7)

@@ -58,6 +58,8 @@ struct Stray {
     strikes: u32,
     /// It is free the next time.
     again: bool,
+    /// How often its route was another, and no pass has kept to the list since.
+    changes: u32,
 }
 
 impl Learning {
@@ -161,12 +163,17 @@ impl Learning {
     }
 
     fn learn(&mut self, mut route: Route) {
+        let stray = self.strays.get(&(route.kind, route.key)).copied().unwrap_or_default();
         let known = |other: &&mut Route| other.kind == route.kind && other.key == route.key;
         match self.routes.iter_mut().find(known) {
             // A pass that left something out needs no other list.
             Some(known) if is_part(&route.stops, &known.stops) => return,
+            // One that is another every time is not worth a list.
+            Some(_) if stray.changes >= PATIENCE => return,
             Some(known) => {
                 route.then = known.then;
+                let changes = stray.changes.saturating_add(1);
+                self.strays.insert((route.kind, route.key), Stray { changes, ..stray });
                 *known = route;
             }
             None => self.routes.push(route),
