@@ -365,6 +365,35 @@ fn what_a_forward_leaves_is_what_its_backward_finds() {
 }
 
 #[test]
+fn a_rank_that_only_serves_puts_units_back_as_they_were() {
+    let mut alone = Alone::new(3, 3);
+    alone.open(FORWARD, 0);
+    alone.need(&[0]);
+    alone.close();
+    alone.gatherer.open(LOCAL, 0, 0).unwrap();
+    let asked = [UnitId(0), UnitId(1)];
+    assert_eq!(alone.gatherer.serve(&asked).unwrap(), gathers(&[0, 1]));
+    assert_eq!(alone.whole(), [0, 1]);
+    assert_eq!(alone.gatherer.served(), frees(&[1]));
+    assert_eq!(alone.whole(), [0]);
+}
+
+#[test]
+fn gat_4_a_list_begins_with_what_it_expects_and_no_more() {
+    let mut alone = Alone::new(3, 3);
+    alone.evaluate(&[&[0], &[1]]);
+    alone.learn(3, 1);
+    alone.open(FORWARD, 0);
+    alone.need(&[2]);
+    alone.close();
+    assert_eq!(alone.whole(), [2]);
+    alone.gatherer.open(EVALUATION, 0, 0).unwrap();
+    alone.roll();
+    assert_eq!(alone.gatherer.begin().unwrap(), frees(&[2]));
+    assert!(alone.gatherer.list().is_some());
+}
+
+#[test]
 fn gat_10_nothing_is_whole_behind_the_boundary_and_what_is_abandoned() {
     let mut alone = Alone::new(2, 2);
     alone.open(FORWARD, 0);

@@ -103,6 +103,38 @@ fn with_room_for_one_each_unit_is_alone() {
     );
 }
 
+/// The fewest gathers that any list could do with for these stops, with room for so many units.
+fn fewest(stops: &[u32], whole: &BTreeSet<u32>, room: usize) -> usize {
+    let Some((next, rest)) = stops.split_first() else { return 0 };
+    if whole.contains(next) {
+        return fewest(rest, whole, room);
+    }
+    let with = |freed: Option<u32>| {
+        let mut whole = whole.clone();
+        whole.extend([*next]);
+        freed.is_none_or(|freed| whole.remove(&freed)).then(|| fewest(rest, &whole, room))
+    };
+    let freed = whole.iter().copied().filter(|unit| unit != next).map(Some);
+    let choices = if whole.len() < room { vec![None] } else { freed.collect() };
+    1 + choices.into_iter().filter_map(with).min().unwrap_or(0)
+}
+
+proptest! {
+    #[test]
+    fn no_list_that_gathers_on_demand_could_gather_less(
+        stops in prop::collection::vec(0..4_u32, 0..10), room in 1..4_usize,
+    ) {
+        let needs = |unit: &u32| Stop { units: units(&[*unit]), held: Vec::new() };
+        let (kind, then, fills) = (PassKind::Evaluation, None, Vec::new());
+        let route =
+            Route { kind, key: Key(1), then, stops: stops.iter().map(needs).collect(), fills };
+        let plan = sharded(4, None).routed(&[route], 256 * room as u64, 0).unwrap();
+        let commands = plan.lists()[0].commands().iter();
+        let gathers = commands.filter(|command| matches!(command, Command::Gather(_))).count();
+        prop_assert_eq!(gathers, fewest(&stops, &BTreeSet::new(), room));
+    }
+}
+
 #[test]
 fn after_an_evaluation_nothing_stays() {
     let evaluation =

@@ -13,7 +13,8 @@
 //! What stands behind a marker runs while its stop is in use. All of the future is known there, so
 //! what is needed last is freed first (Belady), and what comes is gathered *depth* stops ahead as
 //! far as the room allows. What nobody needs any more is freed at once. A forward's future goes on
-//! into its backward, so that what the backward begins with stays by itself.
+//! into its backward, so that what the backward begins with stays by itself. Gathering ahead takes
+//! room from what is in use, so that where there is little of it a unit may go that is needed again.
 //!
 //! - A Free stands behind the marker of a stop that neither needs nor holds the unit.
 //! - A Launch stands behind the marker of the stop that follows the one in which its bucket was
