@@ -7,6 +7,7 @@ for batch in loader:
     engine.step()
 """
 
+from zerort import zero
 from zerort._core import __version__
 from zerort.engine import Engine
 from zerort.errors import (
@@ -39,4 +40,5 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "zero",
 ]

@@ -336,7 +336,8 @@ def _transaction(parts: Components, counters: Counters) -> Transaction:
         ranks=mesh.world if config.gradient_allreduce_op == "mean" else 1,
     )
     unused = UnusedParameters(mesh.rank, config.unused_parameters)
-    return Transaction(Participation(averaging, parts.reduction, parts.boundary, progress, unused))
+    part = Participation(averaging, parts.reduction, parts.boundary, progress, unused, parts.passes)
+    return Transaction(part)
 
 
 def _policy(parts: Components) -> SavePolicy:

@@ -35,6 +35,7 @@ from zerort.start.compare import (
 from zerort.start.connect import connected, started
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.optimizer import abilities_of, choose_optimizer
+from zerort.start.units import passes_over, room_for, units_of
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
 from zerort.step.readings import Components
@@ -46,6 +47,8 @@ from zerort.trace.watch import BucketWatch, Unwatched
 __all__ = ["initialize"]
 
 _log = logging.getLogger("zerort")
+
+_SHARDED_WINDOW = 4
 
 
 def initialize(
@@ -204,16 +207,24 @@ def _planned(
             "shards"
         )
     planned = plannable(model.named_parameters(), groups, precision.wires(model))
-    window = settings.zerort.window
     plan = _core.Plan(
         [member.spec() for member in planned],
         world=comm.world,
         stage=settings.zero_optimization.stage,
         cap_bytes=settings.cap_bytes,
         cap_elements=settings.cap_elements,
-        window=comm.window if window is None else None if window == "all" else window,
+        window=_window(settings, comm),
+        units=units_of(settings, model, planned),
     )
     return planned, plan
+
+
+def _window(settings: Config, comm: Comm) -> int | None:
+    """Buckets in flight. All of them at once would hold a model whole that is sharded."""
+    window = settings.zerort.window
+    if window is None:
+        return _SHARDED_WINDOW if settings.zero_optimization.stage == 3 else comm.window
+    return None if window == "all" else window
 
 
 def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
@@ -222,8 +233,12 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     shards.split()
     transports = [transport_of(bucket, precision.predivide) for bucket in flat.buckets]
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
-    reduction = Reduction(setup.plan, flat, mesh, transports, watch)
+    room = room_for(config, setup.plan) if setup.plan.units else None
+    elements = None if room is None else room.elements
+    reduction = Reduction(setup.plan, flat, mesh, transports, watch, elements)
     undo.callback(reduction.close)
+    passes = passes_over(setup.model, flat, reduction, mesh, room)
+    undo.callback(passes.detach)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(mesh, flat, reduction, shards, precision.loss_scale, policy, sink)
     parts = Components(
@@ -236,6 +251,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         setup.scheduler,
         sink,
         setup.loader,
+        passes,
     )
     return Engine(setup.model, parts)
 

@@ -36,7 +36,11 @@ def engine_over_terms(
         "gradient_clipping": 0.0,
         **(changes or {}),
     }
-    config["zero_optimization"] = {**DEFAULTS, **config.get("zero_optimization", {})}
+    config["zero_optimization"] = {
+        **DEFAULTS,
+        "stage3_param_persistence_threshold": 0,
+        **config.get("zero_optimization", {}),
+    }
     model = arguments.pop("model", None) or Terms()
     if "optimizer" not in arguments and "optimizer" not in config:
         arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -44,8 +48,9 @@ def engine_over_terms(
 
 
 def weights(engine: Any) -> Weights:
-    """(a, b); each vector's elements must be equal."""
-    a, b = engine.module.a.detach().float(), engine.module.b.detach().float()
+    """(a, b), on all ranks together; each vector's elements must be equal."""
+    with zerort.zero.GatheredParameters([engine.module.a, engine.module.b]):
+        a, b = (vector.detach().float().clone() for vector in (engine.module.a, engine.module.b))
     assert a.min() == a.max() and b.min() == b.max()
     return a[0].item(), b[0].item()
 

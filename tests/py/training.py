@@ -57,8 +57,9 @@ def config_of(case: Case, accumulation: int, changes: Mapping[str, Any] | None =
 
 
 def at_stage(stage: int, **more: Any) -> Config:
-    """Changes that select a ZeRO stage."""
-    return {"zero_optimization": {"stage": stage, **more}}
+    """Changes that select a ZeRO stage; at the third everything is sharded."""
+    whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **whole, **more}}
 
 
 def engine_for(case: Case, config: Config) -> Any:
@@ -91,10 +92,16 @@ def run(rank: int, name: str, accumulation: int, changes: Mapping[str, Any]) -> 
     for step in range(case.steps):
         case.before(engine.module, step)
         take_step(engine, case, rank, step, accumulation)
-        history.weights.append(weights_of(engine.module))
+        history.weights.append(weights(engine))
         history.norms.append(float(engine.get_global_grad_norm()))
         history.rates.append(list(engine.get_lr()))
     return history, engine
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """Copies of all parameters, whole; all ranks call it."""
+    with zerort.zero.GatheredParameters(list(engine.module.parameters())):
+        return weights_of(engine.module)
 
 
 def take_step(engine: Any, case: Case, rank: int, step: int, accumulation: int = 1) -> None:

@@ -210,28 +210,59 @@ _ROWS = (
     _ignored(
         "zero_optimization.elastic_checkpoint", "every checkpoint loads on any number of ranks"
     ),
-    _ignored("zero_optimization.sub_group_size", _STAGE_3),
+    _ignored("zero_optimization.sub_group_size", "every bucket is updated by itself"),
     _ignored(
         "zero_optimization.cpu_offload_use_pin_memory",
         "of offloading, which is refused where it is asked for",
     ),
     _ignored("zero_optimization.enable_sanity_checks", "checks are always on"),
-    _ignored("zero_optimization.stage3_prefetch_bucket_size", _STAGE_3),
-    _ignored("zero_optimization.stage3_param_persistence_threshold", _STAGE_3),
-    _ignored("zero_optimization.stage3_model_persistence_threshold", _STAGE_3),
-    _ignored("zero_optimization.stage3_max_live_parameters", _STAGE_3),
-    _ignored("zero_optimization.stage3_max_reuse_distance", _STAGE_3),
-    _ignored("zero_optimization.stage3_gather_16bit_weights_on_model_save", _STAGE_3),
+    _same(
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "elements that are gathered before they are needed",
+    ),
+    _same(
+        "zero_optimization.stage3_param_persistence_threshold",
+        "parameters of at most so many elements stay whole on every rank",
+    ),
+    _same(
+        "zero_optimization.stage3_model_persistence_threshold",
+        "elements of all that stay whole together, at most",
+    ),
+    _same(
+        "zero_optimization.stage3_max_live_parameters",
+        "room: elements that may be whole at once; three units and at least 5e7 when left out",
+    ),
+    _ignored(
+        "zero_optimization.stage3_max_reuse_distance",
+        "the order of use is known, and what is used last is freed first",
+    ),
+    _same(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        "whether save_16bit_model may gather at stage 3",
+    ),
     _ignored("zero_optimization.stage3_gather_fp16_weights_on_model_save", _STAGE_3),
-    _ignored("zero_optimization.stage3_module_granularity_threshold", _STAGE_3),
-    _ignored("zero_optimization.stage3_use_all_reduce_for_fetch_params", _STAGE_3),
-    _ignored("zero_optimization.stage3_allgather_sequential", _STAGE_3),
-    _ignored("zero_optimization.stage3_partition_stream_chunk_size", _STAGE_3),
-    _ignored("zero_optimization.memory_efficient_linear", _STAGE_3),
+    _ignored("zero_optimization.stage3_module_granularity_threshold", "units are cut by size"),
+    _ignored(
+        "zero_optimization.stage3_use_all_reduce_for_fetch_params", "all-gathers are made in place"
+    ),
+    _ignored("zero_optimization.stage3_allgather_sequential", "the order of gathers is planned"),
+    _ignored(
+        "zero_optimization.stage3_partition_stream_chunk_size", "a bucket is sent in one piece"
+    ),
+    _ignored(
+        "zero_optimization.memory_efficient_linear",
+        "a freed weight is brought back in its own memory",
+    ),
     _ignored("zero_optimization.pipeline_loading_checkpoint", _STAGE_3),
     _ignored("zero_optimization.override_module_apply", _STAGE_3),
-    _ignored("zero_optimization.log_trace_cache_warnings", _STAGE_3),
-    _ignored("zero_optimization.leaf_module", _STAGE_3),
+    _ignored(
+        "zero_optimization.log_trace_cache_warnings",
+        "the order of use is learnt anew when it changes",
+    ),
+    _same("zero_optimization.leaf_module", "modules that are one stop at stage 3"),
+    _same("zero_optimization.leaf_module.classes", "classes of modules that are one stop"),
+    _same("zero_optimization.leaf_module.names", "names of modules that are one stop"),
+    _same("zero_optimization.leaf_module.name_suffixes", "ends of such names"),
     _ignored("zero_optimization.save_muon_momentum_buffer_in_memory", _STAGE_3),
     _refused(
         "zero_optimization.load_from_fp32_weights",
@@ -336,6 +367,10 @@ _ROWS = (
     _same("zerort.bucket_bytes", "upper bound of a bucket in bytes, instead of reduce_bucket_size"),
     _same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
     _same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
+    _same(
+        "zerort.reshard_after_forward",
+        "stage 3: true for the smallest room, false for room for the whole model",
+    ),
     _same("zerort.on_nonfinite", '"skip" or "raise": a step with an infinity or NaN'),
     _same("zerort.unused_parameters", '"zero" or "raise": a parameter without a gradient'),
     _same("zerort.sparse_gradients", '"refuse" or "densify"'),

@@ -72,12 +72,6 @@ def _dtype(value: Any) -> Any:
     return _DTYPE_SPELLINGS.get(name, name) if isinstance(name, str) else name
 
 
-def _built(stage: int) -> int:
-    if stage == 3:
-        raise ValueError("stage 3 is not built yet; stages 0, 1 and 2 are")
-    return stage
-
-
 def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
     if "max_grad_norm" in params:
         raise ValueError(
@@ -112,6 +106,8 @@ _SMALLEST, _LARGEST = 1e-30, 2.0**127
 _Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
 _Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**53)]
 """Elements, bytes or steps: files say 1e12 where they mean very many."""
+_Many = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""Elements; files say 1e14, or sys.maxsize, where they mean all."""
 _Factor = Annotated[float, Field(ge=_SMALLEST, le=_LARGEST)]
 _Dtype = Annotated[DtypeName, BeforeValidator(_dtype)]
 
@@ -120,15 +116,35 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class LeafModules(_Section):
+    """`leaf_module`: modules whose parameters are needed together, whole, when one is called."""
+
+    classes: list[str] = Field(default_factory=list)
+    names: list[str] = Field(default_factory=list)
+    name_suffixes: list[str] = Field(default_factory=list)
+
+
 class Zero(_Section):
     """`zero_optimization`: how model state is placed."""
 
-    stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3), AfterValidator(_built)] = 0
+    stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3)] = 0
     reduce_bucket_size: Annotated[_Size | None, BeforeValidator(_number)] = None
     """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to
     overlap.
     """
     ignore_unused_parameters: bool = True
+    stage3_max_live_parameters: Annotated[_Size | None, BeforeValidator(_number)] = None
+    """*Room*: elements that may be whole at once; None is three units, and at least 5e7.
+    DeepSpeed's default of 1e9 would keep most models whole.
+    """
+    stage3_prefetch_bucket_size: Annotated[_Many, BeforeValidator(_number)] = 50_000_000
+    """Elements that are gathered before they are needed, at most."""
+    stage3_param_persistence_threshold: Annotated[_Many, BeforeValidator(_number)] = 100_000
+    """Parameters of at most so many elements stay whole on every rank."""
+    stage3_model_persistence_threshold: Annotated[_Many, BeforeValidator(_number)] = 2**53
+    """Elements of all that stay whole together, at most."""
+    stage3_gather_16bit_weights_on_model_save: bool = False
+    leaf_module: LeafModules = Field(default_factory=LeafModules)
 
 
 class Fp16(_Section):
@@ -268,6 +284,10 @@ class Runtime(_Section):
     reduce_at: Literal["micro_batch", "boundary"] | None = None
     """When gradients are reduced; None means at the boundary below stage 2, from there on in every
     micro-batch.
+    """
+    reshard_after_forward: bool | None = None
+    """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
+    follows `stage3_max_live_parameters`.
     """
     on_nonfinite: Literal["skip", "raise"] = "skip"
     unused_parameters: Literal["zero", "raise"] | None = None

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from zerort import _core
 from zerort.run.executor import Executor
 
-__all__ = ["ParameterHooks", "plain_hook", "when_backward_reaches"]
+__all__ = ["ParameterHooks", "plain_hook", "tensors_in", "when_backward_reaches"]
 
 Hook = Callable[[Tensor], None]
 Ready = Callable[[int], int | None]
@@ -162,7 +162,7 @@ def when_backward_reaches(outputs: Any, begin: Callable[[], None]) -> None:
     """Calls `begin` once in each backward that reaches a tensor within `outputs`, before the
     module's part.
     """
-    reached = [tensor for tensor in _tensors_in(outputs) if tensor.requires_grad]
+    reached = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
     if reached:
         torch.autograd.graph.register_multi_grad_hook(reached, lambda _: begin(), mode="any")
 
@@ -174,7 +174,7 @@ _MOST = 1000
 """Objects to look into; what is hidden deeper is found by its gradients."""
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors within containers of any kind: torch's pytrees, mappings, sequences, and objects
     by their attributes, such as dataclasses. Gives up in an object of very many parts, or that
     raises when it is looked into.

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from zerort import _core
 from zerort.grads.arrivals import Arrivals
+from zerort.grads.course import Course
 from zerort.grads.hooks import ParameterHooks
 from zerort.memory import FlatModel, unintercepted
 from zerort.run.executor import Executor
@@ -27,18 +28,22 @@ __all__ = ["Listener"]
 class Listener:
     """Lets the executor run as far as the core allows for the gradients that have come."""
 
-    def __init__(self, flat: FlatModel, reducer: _core.Reducer, executor: Executor) -> None:
+    def __init__(
+        self, flat: FlatModel, reducer: _core.Reducer, executor: Executor, course: Course
+    ) -> None:
         self.active: list[bool] = []
         """Which parameters require grad, as of the last `follow`."""
         self._flat = flat
         self._reducer = reducer
         self._executor = executor
+        self._course = course
         self._hooks = ParameterHooks(flat.params, reducer, executor, self._dispatch)
         self._arrivals = Arrivals(flat)
         # Where the host runs ahead every hook notes the stream its gradient was made on, and a
         # bucket waits for all of them: a sentinel would know of its own only. A trace tells when
-        # each bucket's first gradient came.
-        self._sentinels = executor.device.blocks and not executor.watch.enabled
+        # each bucket's first gradient came. And sharded parameters' needs move the list too.
+        watched = executor.watch.enabled or not course.waits
+        self._sentinels = executor.device.blocks and not watched
         if self._sentinels:
             reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None
@@ -83,7 +88,7 @@ class Listener:
             self._arrivals.announced()
             self._announce()
             hi = self._reducer.grad_ready(index) or 0
-        self._executor.run(self._arrivals.reach(hi) if self._sentinels else hi)
+        self._course.run(self._arrivals.reach(hi) if self._sentinels else hi)
 
     def dismiss_sentinels(self) -> None:
         """From the next pass on every parameter that requires grad has a hook, for good."""

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from zerort import _core
+from zerort.grads.course import Routed, Straight
 from zerort.grads.listener import Listener
 from zerort.memory import FlatModel, unintercepted
 from zerort.mesh import Mesh
@@ -42,6 +43,7 @@ class Reduction:
         mesh: Mesh,
         transports: Sequence[Transport],
         watch: Watch,
+        room: int | None = None,
     ) -> None:
         self.plan = plan
         self.passes = 0
@@ -51,14 +53,21 @@ class Reduction:
         self._encoders = [transport.encoder for transport in transports]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
-        self._executor = Executor(flat, mesh, transports, watch)
+        self.executor = self._executor = Executor(flat, mesh, transports, watch)
         self._executor.load(plan)
-        self.listener = Listener(flat, self._reducer, self._executor)
+        self.course = self._course(mesh.shard.rank, room)
+        self.listener = Listener(flat, self._reducer, self._executor, self.course)
         self.listener.load(plan)
         self._learnt = False
         self._late = False
         self._drop_stale()
         self.follow()
+
+    def _course(self, rank: int, room: int | None) -> Straight | Routed:
+        if room is None:
+            return Straight(self._reducer, self._executor)
+        gatherer = _core.Gatherer(self._reducer, rank=rank, room=room)
+        return Routed(self.plan, self._reducer, self._executor, gatherer)
 
     @property
     def in_pass(self) -> bool:
@@ -102,7 +111,7 @@ class Reduction:
         # The executor goes first: a pass that the core knows of can be run to its end, whatever is
         # raised from here on.
         self._executor.begin(Fold(scale, add=self.passes > 0))
-        self._reducer.begin()
+        self.course.begin()
         self.passes += 1
         self.listener.begin()
 
@@ -112,8 +121,7 @@ class Reduction:
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
-        self._executor.launch_all()
-        self._reducer.finish()
+        self.course.finish()
         self.listener.finish()
         self._late = self.listener.holds_gradients()
         return self._executor.absent
@@ -127,7 +135,7 @@ class Reduction:
         self._executor.poison("the backward was aborted")
         if self.in_pass:
             self.finish()
-        self.drain()
+        self.settle()
 
     @unintercepted
     def rerun(self, scale: float) -> None:
@@ -138,6 +146,11 @@ class Reduction:
         self.begin(scale)
         self.finish()
         self.drain()
+
+    def settle(self) -> None:
+        """`drain`, unless a peer may need this rank before its sums can come."""
+        if self.course.waits:
+            self.drain()
 
     @unintercepted
     def drain(self) -> None:
@@ -222,7 +235,7 @@ class Reduction:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
         arrive.
         """
-        if self._learnt:
+        if self._learnt or not self.course.waits:
             return False
         self._learnt = True
         seen = self._reducer.observed if self._comm.rank == 0 else []
@@ -234,6 +247,25 @@ class Reduction:
         self._executor.load(self.plan)
         self.listener.load(self.plan)
         return True
+
+    @unintercepted
+    def follow_routes(self, room: int, depth: int) -> None:
+        """Launches, gathers and frees follow what rank 0 has seen. Nothing is under way; all ranks
+        call it.
+        """
+        assert isinstance(self.course, Routed)
+        gatherer = self.course.gatherer
+        first = self._comm.rank == 0
+        seen = (list(self._reducer.observed), gatherer.routes()) if first else None
+        observed, routes = self._comm.control.gather_objects(seen)[0]
+        self.plan = self.plan.reordered(observed).routed(routes, room=room, depth=depth)
+        self._reducer.reorder(self.plan)
+        self._executor.load(self.plan)
+        self.listener.load(self.plan)
+        self.course.plan = self.plan
+        if first:
+            gatherer.told()
+        gatherer.load(self.plan)
 
     def close(self) -> None:
         """Takes the hooks off the model."""

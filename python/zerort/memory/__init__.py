@@ -2,7 +2,7 @@
 
 from zerort.memory.buckets import FlatBucket, FlatModel, Layout
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
-from zerort.memory.unintercepted import unintercepted
+from zerort.memory.unintercepted import undisturbed, unintercepted
 from zerort.memory.values import Form, Memory, Resident
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Resident",
     "Signature",
     "plannable",
+    "undisturbed",
     "unintercepted",
 ]

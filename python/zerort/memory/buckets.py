@@ -19,7 +19,7 @@ from zerort.errors import StepError
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
 from zerort.memory.unintercepted import unintercepted
-from zerort.memory.values import Memory, Resident
+from zerort.memory.values import Freeable, Memory, Resident
 
 __all__ = ["FlatBucket", "FlatModel", "Layout"]
 
@@ -39,8 +39,10 @@ class Layout:
 class FlatBucket:
     """One bucket's memory on this rank.
 
-    `values` holds the parameters, whole, in their own dtype. `owned` is the part of it whose
-    optimizer state this rank keeps: its shard, or the whole where the optimizer is replicated.
+    `values` holds the parameters in their own dtype: whole for good, or, where the plan shards
+    parameters, only between `bring` and `free`. `owned` is what this rank keeps the optimizer's
+    state of: its shard, or the whole where the optimizer is replicated. It is a part of `values`,
+    or, where they are sharded, memory of its own.
     `master` is the optimizer's copy of `owned` in fp32, the same memory where the parameters are
     fp32 themselves. `accum` is the reduced gradient of `owned`, and `reduced_shard` the part of it
     that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed
@@ -76,12 +78,17 @@ class FlatBucket:
         self.names = [member.name for member in members]
         self.params = [member.tensor for member in members]
         self.forms = [member.form for member in members]
-        self.values = Resident(plan, spec, self.forms, dtype, device)
-        self.values.adopt(self.params)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         whole = not plan.shards_optimizer
         self.start = 0 if whole else rank * spec.shard_numel
-        self.owned = self.values.memory if whole else self.values.shard(rank)
+        self.values: Resident | Freeable
+        if spec.sharded:
+            self.values = Freeable(spec, self.forms, dtype, device)  # adopts when it is called to
+            self.owned = Memory.zeros(spec.shard_numel, dtype, device)
+        else:
+            self.values = Resident(plan, spec, self.forms, dtype, device)
+            self.values.adopt(self.params)
+            self.owned = self.values.memory if whole else self.values.shard(rank)
         self.master = self.owned.tensor if dtype == precise else self.owned.tensor.to(precise)
         sums = layout.sums if precise == torch.float32 else precise
         self.widens = self.has_master and sums != dtype
@@ -100,6 +107,50 @@ class FlatBucket:
     def has_master(self) -> bool:
         """Whether the optimizer's copy is memory of its own."""
         return self.master is not self.owned.tensor
+
+    def adopt(self) -> None:
+        """Takes the values of sharded parameters over, whole; `keep` and `free` follow. All others
+        have been taken when the bucket was made.
+        """
+        if isinstance(self.values, Freeable):
+            self.values.adopt(self.params)
+
+    def bring(self) -> None:
+        """Memory for the parameters' values, where they are sharded, with this rank's slice in it;
+        the others are for an all-gather.
+        """
+        if isinstance(self.values, Freeable):
+            self.values.bring()
+            with torch.no_grad():
+                self._slice().copy_(self.owned.tensor)
+
+    def keep(self) -> None:
+        """The values are what counts: this rank's slice goes into `owned` where that is memory of
+        its own, and into the masters.
+        """
+        with torch.no_grad():
+            if isinstance(self.values, Freeable):
+                self.owned.tensor.copy_(self._slice())
+            if self.has_master:
+                self.master.copy_(self.owned.tensor)
+                self._noted = None
+
+    def take_part(self) -> None:
+        """The values have been written, while they were whole: this rank's slice of them is what
+        counts, and masters keep what they know more of the others.
+        """
+        if isinstance(self.values, Freeable):
+            with torch.no_grad():
+                self.owned.tensor.copy_(self._slice())
+                self.take_writes()
+
+    def free(self) -> None:
+        """Gives the memory of sharded parameters' values back."""
+        if isinstance(self.values, Freeable):
+            self.values.free(self.params)
+
+    def _slice(self) -> Tensor:
+        return self.values.tensor.narrow(0, self.start, self.spec.shard_numel)
 
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""
@@ -139,7 +190,9 @@ class FlatBucket:
 
 
 class FlatModel:
-    """All buckets of a model. Construction moves every planned parameter into its bucket."""
+    """All buckets of a model. Construction moves every planned parameter into its bucket, but for
+    those that are sharded: their values move one bucket at a time, by `FlatBucket.adopt`.
+    """
 
     def __init__(
         self, module: nn.Module, planned: Sequence[PlannedParameter], layout: Layout
@@ -150,13 +203,13 @@ class FlatModel:
             FlatBucket(layout, spec, [planned[index] for index in spec.params])
             for spec in layout.plan.buckets
         ]
-        views = {
-            param: view
-            for bucket in self.buckets
-            for param, view in zip(bucket.spec.params, bucket.values.views, strict=True)
-        }
-        # As long as a bucket holds its values, nothing else can have their addresses.
-        self._places = [views[param].data_ptr() for param in range(len(planned))]
+        self._offsets = [
+            (bucket_id, param, offset * bucket.owned.tensor.itemsize)
+            for bucket_id, bucket in enumerate(self.buckets)
+            for param, offset in zip(bucket.spec.params, bucket.spec.offsets, strict=True)
+        ]
+        self._bases: list[int] = []
+        self._places: list[int] = []
         self._numels = [parameter.numel() for parameter in self.params]
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
 
@@ -171,6 +224,7 @@ class FlatModel:
         that nothing would train.
         """
         self._registry.check()
+        self._locate()
         places = list(map(Tensor.data_ptr, self.params))
         numels = list(map(Tensor.numel, self.params))
         if places != self._places or numels != self._numels:
@@ -180,6 +234,17 @@ class FlatModel:
                 f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
             )
 
+    def _locate(self) -> None:
+        """Where parameters have to be. As long as a bucket holds its values, nothing else can have
+        their addresses; while it does not, an address is an offset.
+        """
+        bases = [bucket.values.tensor.data_ptr() for bucket in self.buckets]
+        if bases != self._bases:
+            self._bases = bases
+            self._places = [0] * len(self.params)
+            for bucket, param, offset in self._offsets:
+                self._places[param] = bases[bucket] + offset if self._numels[param] else 0
+
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into parameters, in
         whatever way.
@@ -187,6 +252,7 @@ class FlatModel:
         for bucket in self.buckets:
             bucket.take_writes()
 
+    @unintercepted
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it
         cannot see.

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["unintercepted"]
+__all__ = ["undisturbed", "unintercepted"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,5 +30,19 @@ def unintercepted(call: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch._C.DisableTorchFunctionSubclass():
             return call(*args, **kwargs)
+
+    return guarded
+
+
+def undisturbed(call: Callable[P, T]) -> Callable[P, T]:
+    """`unintercepted`, and outside `torch.inference_mode`, whose tensors nobody can train with."""
+
+    @wraps(call)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._C.DisableTorchFunctionSubclass():
+            if not torch.is_inference_mode_enabled():
+                return call(*args, **kwargs)
+            with torch.inference_mode(False):
+                return call(*args, **kwargs)
 
     return guarded

@@ -3,7 +3,9 @@
 `Memory` is a flat piece as torch's tensor and as the core's buffer. `Resident` holds a bucket's
 parameters, whole, for as long as the engine lives: the core alone decides where each of them lies,
 and a view by DLPack is made over each piece without a copy. Every view has a storage of its own, so
-that savers which keep one name per storage keep them all.
+that savers which keep one name per storage keep them all. `Freeable` holds them in one storage of
+torch's, whose memory is given back and brought back while the parameters stay views of it: neither
+their versions nor what autograd has saved of them change by that.
 
 What it does not do: no communication, no arithmetic, no knowledge of steps.
 """
@@ -19,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
 
-__all__ = ["Form", "Memory", "Resident"]
+__all__ = ["Form", "Freeable", "Memory", "Resident"]
 
 
 class Memory:
@@ -117,6 +119,8 @@ class Resident:
             for param, form in zip(spec.params, forms, strict=True)
         ]
 
+    is_whole = True
+
     @property
     def tensor(self) -> Tensor:
         """All of it, padding included (numel,)."""
@@ -131,4 +135,69 @@ class Resident:
         with torch.no_grad():
             for parameter, view in zip(params, self.views, strict=True):
                 view.copy_(parameter)
+                parameter.data = view
+
+
+class Freeable:
+    """A bucket's parameters, whole only between `bring` and `free`, in their own dtype.
+
+    The memory is torch's, at the core's offsets: what is imported by DLPack cannot be resized. It
+    is empty to begin with.
+    """
+
+    __slots__ = ("_forms", "_nbytes", "_spec", "_storage", "tensor")
+
+    def __init__(
+        self,
+        spec: _core.Bucket,
+        forms: Sequence[Form],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._forms = spec, forms
+        self._renew(dtype, device)
+        self._storage.resize_(0)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is memory for the values."""
+        return self._storage.nbytes() == self._nbytes
+
+    def views(self) -> list[Tensor]:
+        """One for each parameter, in its form."""
+        pieces = zip(self._spec.offsets, self._spec.numels, self._forms, strict=True)
+        return [form.over(self.tensor.narrow(0, start, length)) for start, length, form in pieces]
+
+    def bring(self) -> None:
+        """Memory for the values, whatever is in it; nothing where there is some."""
+        if not self.is_whole:
+            self._storage.resize_(self._nbytes)
+
+    def free(self, params: Sequence[nn.Parameter]) -> None:
+        """Gives the memory back. Where torch has made it fixed, as `parameter.numpy()` does,
+        whoever has it keeps it, and `params` become views of another.
+        """
+        if not self._storage.resizable():
+            self._renew(self.tensor.dtype, self.tensor.device)
+            self._point(params)
+        self._storage.resize_(0)
+
+    def adopt(self, params: Sequence[nn.Parameter]) -> None:
+        """Takes the parameters' values over, whole, and makes the parameters views of this
+        memory.
+        """
+        self.bring()
+        with torch.no_grad():
+            for parameter, view in zip(params, self.views(), strict=True):
+                view.copy_(parameter)
+        self._point(params)
+
+    def _renew(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.empty(self._spec.numel, dtype=dtype, device=device)
+        self._storage = self.tensor.untyped_storage()
+        self._nbytes = self._storage.nbytes()
+
+    def _point(self, params: Sequence[nn.Parameter]) -> None:
+        with torch.no_grad():
+            for parameter, view in zip(params, self.views(), strict=True):
                 parameter.data = view

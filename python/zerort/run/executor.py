@@ -11,24 +11,31 @@ call goes on with the command at the cursor, and a command that runs twice has i
 pass is lost all the same, so from then on zeros are sent, and `failure` says why the vote must be
 lost. `launch_all`, `drain` and `publish` come to their end before they let an exception out.
 
+Where parameters are sharded there is no one list: the core hands out *actions*, of forwards too,
+which queue up behind one another (`run.actions`).
+
 What it does not do: it decides nothing about the order, and it does not know what a step is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from time import perf_counter
+from typing import Any
 
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh, Work
+from zerort.run.actions import Action, Actions
+from zerort.run.actions import Verb as Kind
 from zerort.run.flight import FIRST, OVER, Flight, Hop, Inflight, LaneMemory, Transport, lane_for
+from zerort.run.gathers import UnitFlight
 from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
 from zerort.trace.watch import Watch
 
@@ -49,6 +56,8 @@ class Program:
     """One past the last Launch."""
     publish: Sequence[tuple[FlatBucket, Sequence[Hop]]] = ()
     """How updated shards are brought to all ranks after a step."""
+    units: Mapping[int, UnitFlight] = field(default_factory=dict)
+    """What is gathered and freed together, where parameters are sharded."""
 
 
 class Executor:
@@ -72,6 +81,9 @@ class Executor:
         self._program = Program()
         self._cursor = self._allowed = 0
         self._pass = Pass()
+        self._actions = Actions(polls=self.device.blocks)
+        self.written: str | None = None
+        """A parameter that was written while it was whole for a pass: the change is lost."""
 
     # The plan.
 
@@ -79,6 +91,7 @@ class Executor:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a
         step.
         """
+        units = self._program.units
         for flight in self._program.flights:
             flight.before = None  # a ring would keep its memory until the collector comes by
         self._program = Program()  # whose memory goes before the new is asked for
@@ -94,7 +107,9 @@ class Executor:
                 for bucket in self._flat.buckets
                 if bucket.spec.publish_hops
             ],
+            units=units or self._units(plan),
         )
+        self._actions.load(self._table())
         self._cursor = self._allowed = 0
 
     def _flights(self, plan: _core.Plan) -> dict[int, Inflight]:
@@ -124,6 +139,27 @@ class Executor:
     def _publish_hops(self, bucket: FlatBucket) -> Sequence[Hop]:
         return [PUBLISH[hop.op](self._mesh[hop.group], bucket) for hop in bucket.spec.publish_hops]
 
+    def _units(self, plan: _core.Plan) -> dict[int, UnitFlight]:
+        return {
+            unit.id: UnitFlight(unit, [self._flat.buckets[b] for b in unit.buckets], self._comm)
+            for unit in plan.units
+        }
+
+    def _table(self) -> dict[int, Action]:
+        """By the core's number."""
+        buckets = {flight.bucket.spec.id: flight for flight in self._program.flights}
+        verbs: list[tuple[Kind, Callable[[Any], None], Callable[[Any], None], Any]] = [
+            (Kind.LAUNCH, self._launch, self._launched, buckets),
+            (Kind.RETIRE, self._retire, self._retired, buckets),
+            (Kind.GATHER, self._gather, self._gathering, self._program.units),
+            (Kind.FREE, self._free, _silent, self._program.units),
+        ]
+        return {
+            kind.of(number): Action(kind, self._whole_or_lost(verb), report, subject)
+            for kind, verb, report, subjects in verbs
+            for number, subject in subjects.items()
+        }
+
     # A pass.
 
     def begin(self, fold: Fold) -> None:
@@ -139,6 +175,33 @@ class Executor:
         with self._lock:
             self._allowed = max(self._allowed, hi)
             self._advance(self._allowed, wait=False)
+
+    def enqueue(self, actions: Sequence[int]) -> None:
+        """Queues what the core has handed out, and runs what goes without blocking."""
+        with self._lock:
+            self._actions.append(actions)
+            self._actions.advance(wait=False)
+
+    def reach(self) -> None:
+        """Starts all that is queued; waits only where memory is in use."""
+        with self._lock:
+            _to_the_end(lambda: self._actions.advance(wait=True))
+        self.streams.packed()
+
+    def land(self, units: Sequence[int]) -> None:
+        """Waits for the values of `units`, whose gathers have started."""
+        with self._lock:
+            for number in units:
+                unit = self._program.units[number]
+                if unit.under_way or not self.device.blocks:
+                    with self.waiting(f"all_gather of {unit.contents}"):
+                        unit.land()
+                else:
+                    unit.land()
+
+    def unit(self, number: int) -> UnitFlight:
+        """A unit's memory."""
+        return self._program.units[number]
 
     def launch_all(self) -> None:
         """Runs the list as far as its last Launch; waits only where the window has no room."""
@@ -219,19 +282,40 @@ class Executor:
             verb, report, flight = self._program.commands[self._cursor]
             if polls and flight.under_way:
                 return
-            try:
-                verb(flight)
-            except BaseException as error:
-                self.poison(f"{type(error).__name__}: {error}")
-                raise
+            self._whole_or_lost(verb)(flight)
             self._cursor += 1
             report(flight)
 
     def _drain(self) -> None:
+        self._actions.drain()
         self._advance(self._allowed, wait=True)
         for flight in self._program.flights:
             if flight.state.hop > 0:
                 self._finish(flight)
+
+    def _whole_or_lost(self, verb: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`verb`, which loses the window where it raises."""
+
+        def run(subject: Any) -> None:
+            try:
+                verb(subject)
+            except BaseException as error:
+                self.poison(f"{type(error).__name__}: {error}")
+                raise
+
+        return run
+
+    def _gather(self, unit: UnitFlight) -> None:
+        if unit.under_way:
+            with self.waiting(f"all_gather of {unit.contents}"):
+                unit.land()
+        unit.gather(self._actions.serial)
+
+    def _free(self, unit: UnitFlight) -> None:
+        if unit.under_way:
+            with self.waiting(f"all_gather of {unit.contents}"):
+                unit.land()
+        self.written = unit.free() or self.written
 
     def _launch(self, flight: Inflight) -> None:
         before = flight.before
@@ -321,6 +405,11 @@ class Executor:
             self.watch.retired(flight.bucket.spec)
             self._started(flight)
 
+    def _gathering(self, unit: UnitFlight) -> None:
+        if self.watch.enabled:
+            for flight in unit.flights:
+                self._started(flight)
+
     def _started(self, flight: Flight) -> None:
         if flight.state.work is not None:
             name = f"{flight.hop.name} b{flight.bucket.spec.id}"
@@ -339,6 +428,10 @@ def _to_the_end(run: Callable[[], None]) -> None:
     except BaseException:
         run()
         raise
+
+
+def _silent(subject: Any) -> None:
+    """Nothing is reported."""
 
 
 def _contents(bucket: FlatBucket) -> str:

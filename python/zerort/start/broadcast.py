@@ -38,8 +38,11 @@ def broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
     pieces = agreed(comm.control, lambda: [Piece.of(*named) for named in loose(model, flat.params)])
     with torch.no_grad():
         for bucket in flat.buckets:
+            if bucket.spec.sharded:
+                agreed(comm.control, bucket.adopt)
             comm.broadcast(bucket.values.tensor)
-            bucket.take_writes()
+            bucket.keep()
+            bucket.free()
         for piece in pieces:
             if piece.sent.numel():
                 comm.broadcast(piece.sent)

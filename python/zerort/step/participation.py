@@ -7,13 +7,14 @@ backward runs or what may be called when; that is the transaction's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from zerort.errors import CommError, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import LossScaling
+from zerort.params.passes import Diverged, Passes, Resident
 from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.boundary import Boundary, Outcome
@@ -21,6 +22,8 @@ from zerort.step.join import Join, JoinEnded, Next
 from zerort.step.progress import Progress
 
 __all__ = ["Participation"]
+
+T = TypeVar("T")
 
 
 class Participation:
@@ -33,11 +36,13 @@ class Participation:
         boundary: Boundary,
         progress: Progress,
         unused: UnusedParameters,
+        passes: Passes | Resident,
     ) -> None:
         self.averaging = averaging
         self.reduction = reduction
         self.boundary = boundary
         self.progress = progress
+        self.passes = passes
         self._unused = unused
         self._join: Join | None = None
 
@@ -46,7 +51,30 @@ class Participation:
         """Where in the window this rank stands."""
         return self.averaging.accumulation
 
+    # A forward.
+
+    def compute(self, run: Callable[[], T], *, trains: bool) -> T:
+        """A forward, in a pass of its own."""
+        self.passes.open("forward" if trains else "evaluation", self)
+        try:
+            outputs = run()
+        except BaseException:
+            self.passes.close(complete=False)
+            raise
+        self.passes.close()
+        return outputs
+
     # A backward.
+
+    def reach(self, *, announced: bool, foreign: bool = False) -> None:
+        """A backward comes to the module; it may need parameters from now on. Of one that is not
+        `announced` it is not known whether it brings gradients: they are reduced behind it.
+        """
+        reduces = self.accumulation.reduces and not foreign
+        if reduces and announced:
+            self.passes.open("backward", self)
+        else:
+            self.passes.open("local_backward", self, owes=reduces)
 
     def open(self, scaling: LossScaling | None) -> None:
         """A backward begins; `scaling` is None for a loss that is not scaled.
@@ -61,12 +89,16 @@ class Participation:
         """Begins the pass in which the backward's gradients are reduced."""
         self.roll(Next.PASS)
         self.reduction.begin(self.averaging.factor)
+        self.passes.bring()
 
     def close(self, *, first: bool) -> None:
         """The backward is over, the micro-batch's `first` or a further one."""
         if self.reduction.in_pass:
-            self._unused.report(self.reduction.finish())
+            absent = self.reduction.finish()
+            self.passes.close()
+            self._unused.report(absent)
         else:
+            self.passes.close()
             self.reduction.collect()
         self.accumulation.window.given += first
 
@@ -80,12 +112,17 @@ class Participation:
 
     def drop(self) -> None:
         """Forgets all gradients since the last step."""
-        self.reduction.drain()
+        self.reduction.settle()
         self.reduction.drop()
         self.reduction.reset()
         self.accumulation.window.forget()
 
     # The boundary.
+
+    def meet(self, *, failed: bool = False) -> None:
+        """All ranks are at the end of the window: their sums come without this rank's help."""
+        self.passes.meet(serving=failed)
+        self.reduction.drain()
 
     def step(self, arguments: Mapping[str, Any]) -> None:
         """Ends the window with the vote and the update. Raises what `Boundary.cross` and
@@ -101,15 +138,22 @@ class Participation:
         window = self.accumulation.window
         window.failure = window.failure or failure
         self.reduction.drop()
+        if owes and not self.passes.is_open:
+            owes = self.passes.stand_in() == "backward"
         if owes and self.accumulation.reduces and not self.reduction.in_pass:
             self.begin()
         self.reduction.abort()
+        self.passes.close(complete=False)
         if self.accumulation.boundary:
+            self.meet(failed=True)
             self.roll(Next.VOTE)
-            self.boundary.cross(self.averaging.factor, window.failure)
+            self._vote(window.failure, 1.0)
+        else:
+            self.passes.crossed()
 
     def abandon(self) -> None:
         """Nobody goes on with this window."""
+        self.passes.abandon()
         self.reduction.abort()
         self.reduction.reset()
         self.accumulation.end_window(self.accumulation.window.taken)
@@ -134,11 +178,15 @@ class Participation:
         """Out of data: completes the peers' steps on zeros until no rank has data left."""
         assert self._join is not None
         self._join.serve(self)
+        self.passes.crossed()
 
     def leave(self, error: BaseException) -> None:
         """An exception leaves the context: the others hear of it where they wait next."""
         assert self._join is not None
         with suppress(CommError):
+            if not isinstance(error, JoinEnded | Diverged):  # else all ranks know of it
+                self.passes.close(complete=False)
+                self._until_roll()
             self.abandon()
             with suppress(JoinEnded):
                 reason = f"{type(error).__name__}: {error}"
@@ -147,19 +195,28 @@ class Participation:
     def roll(self, coming: Next) -> None:
         """Within `join`, meets the other ranks."""
         if self._join is not None:
+            if coming is Next.DONE:
+                self._until_roll()
             # no rank may wait here for another that waits for its sums
-            self.reduction.drain()
+            self.reduction.settle()
             self._join.roll(coming, self.accumulation.window)
+
+    def _until_roll(self) -> None:
+        """Takes part in passes of the others' until they roll too."""
+        while self.passes.stand_in(failed=False) == "local_backward":
+            self.passes.close(complete=False)
 
     def reduce_nothing(self) -> None:
         """Takes part in a pass with what has waited here, which mostly is nothing."""
         self._follow()
         self.reduction.begin(self.averaging.factor)
         self.reduction.finish()
-        self.reduction.drain()
+        self.passes.close(complete=False)
+        self.reduction.settle()
 
     def end_step(self) -> None:
         """Takes part in a step. Raises what this rank alone is to hear of."""
+        self.meet()
         try:
             outcome = self._cross()
         except (StepError, PlanMismatch):
@@ -171,11 +228,13 @@ class Participation:
     # The parts of a step.
 
     def _cross(self) -> Outcome:
-        failure, correction = (
-            self.accumulation.window.failure,
-            self.averaging.correction(self._join),
-        )
-        return self.boundary.cross(self.averaging.factor, failure, correction)
+        return self._vote(self.accumulation.window.failure, self.averaging.correction(self._join))
+
+    def _vote(self, failure: str | None, correction: float) -> Outcome:
+        try:
+            return self.boundary.cross(self.averaging.factor, failure, correction)
+        finally:
+            self.passes.crossed()
 
     def _report(self, outcome: Outcome, arguments: Mapping[str, Any]) -> None:
         try:

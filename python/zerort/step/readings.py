@@ -4,7 +4,7 @@ nothing is kept here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from zerort.config import Batch, Config
 from zerort.grads.reduction import Reduction
 from zerort.mesh import Mesh
+from zerort.params.passes import Passes, Resident
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
@@ -37,6 +38,8 @@ class Components:
     sink: TraceSink
     loader: Any = None
     """The training loader that `initialize` made, or None."""
+    passes: Passes | Resident = field(default_factory=Resident)
+    """What gathers sharded parameters."""
 
 
 class Readings:

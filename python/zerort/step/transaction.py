@@ -34,6 +34,7 @@ from zerort.config import Batch
 from zerort.errors import CommError, StepError
 from zerort.grads.hooks import when_backward_reaches
 from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
+from zerort.params.passes import Diverged
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
@@ -63,19 +64,38 @@ class Transaction:
         self.part = part
         self._reduction, self._listener = part.reduction, part.reduction.listener
         self._phase: Phase = Idle()
+        part.passes.reached = self._reached
 
     # The calls of a training loop.
 
     def forward(self, run: Callable[[], T]) -> T:
-        """A forward. One that raises is the caller's own affair: nothing has been sent.
+        """A forward. One that raises is the caller's own affair, unless parameters were gathered
+        for it: then it fails its micro-batch.
 
         Returns what `run` does, and hears of every backward that comes to it.
         """
         if torch.is_grad_enabled() and self._raised():
             self._settle("a direct loss.backward() raised", owes=True)
-        outputs = run()
+        outputs = self._computed(run)
         when_backward_reaches(outputs, self._reached)
         return outputs
+
+    def _computed(self, run: Callable[[], T]) -> T:
+        passes = self.part.passes
+        if passes.is_open or not passes.shards:
+            return run()
+        trains = torch.is_grad_enabled()
+        try:
+            with self._parting():
+                return self.part.compute(run, trains=trains)
+        except Diverged:
+            self._abandon()
+            raise
+        except BaseException as error:
+            if trains and not isinstance(error, CommError):
+                # the peers, whose forwards went through, go on to a backward
+                self._settle(f"{type(error).__name__}: {error}", owes=True)
+            raise
 
     def scale(self, loss: Tensor, *, divides: bool) -> Tensor:
         """The scaled loss, for a `backward()` of the user's own that is then known as such.
@@ -98,6 +118,7 @@ class Transaction:
             refuse_unfit(loss)
             if before.resting is not None:
                 self.part.keep(before.resting)
+            self.part.reach(announced=True)
             self._open(scaling)
             loss = scaled(loss, scaling)
             handle = announce(loss, self, scaling, by_call=True)
@@ -114,13 +135,18 @@ class Transaction:
             self._phase = Idle()
             return
         self._demand("step()", recovering=False)
+        if self.part.passes.pinned:
+            raise StepError(
+                "step() inside GatheredParameters: what is kept whole would be the old values; "
+                "leave the context first"
+            )
         with self._settling(Idle()):
             self._check_step(arguments)
         try:
             if self.part.accumulation.boundary:
                 with self._parting():
                     self.part.step(arguments)
-        except JoinEnded:
+        except (JoinEnded, Diverged):
             self._abandon()
             raise
         except BaseException:
@@ -134,6 +160,8 @@ class Transaction:
         if self.part.joined:
             raise StepError("join() inside join(): one context is enough")
         self._demand("join()")
+        with self._parting():
+            self.part.passes.meet("join()")
         with self.part.join(by_initial_world=by_initial_world, throws=throws):
             try:
                 yield
@@ -171,6 +199,7 @@ class Transaction:
             case _:
                 self._demand(call)
         with self._parting():
+            self.part.passes.meet(call)
             self._reduction.drain()
 
     def restart(self) -> None:
@@ -195,7 +224,9 @@ class Transaction:
             return
         try:
             self._reduction.abort()
-        except CommError as error:
+            self.part.passes.meet("destroy()")
+            self._reduction.drain()
+        except (CommError, Diverged) as error:
             _log.warning("destroy(): what was under way could not be ended: %s", error)
 
     def close(self) -> None:
@@ -203,6 +234,7 @@ class Transaction:
         if not isinstance(self._phase, Destroyed):
             self._phase = Destroyed()
             self._reduction.close()
+            self.part.passes.detach()
 
     @property
     def closed(self) -> bool:
@@ -235,6 +267,7 @@ class Transaction:
             case Backward(task=GraphTask() as task):
                 return not task.runs
             case Reached(task=task, before=before) if not task.runs:
+                self.part.passes.close()
                 self._phase = before
                 return self._listener.disarm()
             case _:
@@ -250,6 +283,7 @@ class Transaction:
             case Backward(task=GraphTask()):
                 return True
             case Reached(before=before):
+                self.part.passes.close()
                 self._phase = before
                 return self._listener.disarm()
             case _:
@@ -266,6 +300,7 @@ class Transaction:
             self._listener.mark()
         else:
             self._listener.arm(self._announced)
+        self.part.reach(announced=False, foreign=foreign)
         scaling = running.scaling if running is not None else None
         self._phase = Reached(GraphTask(self._ended), between(self._phase), scaling, foreign)
 
@@ -286,6 +321,7 @@ class Transaction:
                     self._announced()  # it has touched no parameter with a hook
                     self._close()
                 else:
+                    self.part.passes.close()
                     self._phase = replace(before, resting=scaling) if came else before
             case Backward(task=GraphTask()):
                 self._close()
@@ -340,7 +376,7 @@ class Transaction:
             )
         if self.part.accumulation.boundary:
             self.part.progress.check(arguments)
-            self._reduction.drain()  # what is raised here reaches the vote
+            self.part.meet()  # what is raised here reaches the vote
 
     def _advance(self) -> None:
         """The micro-batch is over."""
@@ -368,7 +404,7 @@ class Transaction:
                 yield
         except CommError:
             raise
-        except JoinEnded:
+        except (JoinEnded, Diverged):
             self._abandon()
             raise
         except BaseException as error:
@@ -381,7 +417,7 @@ class Transaction:
         try:
             with self._parting():
                 self.part.fail(failure, owes=owes)
-        except JoinEnded:
+        except (JoinEnded, Diverged):
             self._abandon()
             return
         except StepError:

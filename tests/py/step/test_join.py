@@ -27,7 +27,7 @@ from zerort.step.join import Next, Row, read
 pytestmark = pytest.mark.timeout(120)
 
 LIMIT = 40.0
-WAYS = [*product([0, 1, 2], [1, 3], ["fp32", "fp16", "direct"]), (2, 3, "boundary")]
+WAYS = [*product([0, 1, 2, 3], [1, 3], ["fp32", "fp16", "direct"]), (2, 3, "boundary")]
 """Stage, accumulation steps, and how a micro-batch goes back; "boundary" reduces once a window."""
 
 
@@ -115,7 +115,7 @@ def _two_backwards(rank: int, world: int, stage: int) -> tuple[Any, int]:
     return weights(engine), engine.global_steps
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_finished_rank_follows_any_number_of_backwards(stage: int) -> None:
     assert ranks.run(2, _two_backwards, stage, timeout=LIMIT) == [((-9.0, -15.0), 3)] * 2
 
@@ -194,7 +194,7 @@ def _raise_in(rank: int, world: int, where: str, stage: int, gas: int) -> tuple[
     return error, tuple(b - a for a, b in zip(before, weights(engine), strict=True))
 
 
-@pytest.mark.parametrize(("stage", "gas"), [(2, 1), (1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(("stage", "gas"), [(2, 1), (1, 1), (2, 2), (1, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("where", ["backward", "user code", "saving"])
 def test_an_exception_that_leaves_the_context_is_raised_on_all(
     where: str, stage: int, gas: int

@@ -1,0 +1,118 @@
+"""How a pass runs along its list: by the plan's one schedule, or by what the core's gatherer hands
+out.
+
+`Straight` is a pass where every rank has the parameters whole: one list a plan, and a cursor. In a
+`Routed` one parameters are gathered and freed meanwhile, so that gradients and needs move one
+cursor together, and the core answers with actions. A routed backward that follows no list reduces
+nothing while it runs: its sums are *owed*, and go out behind the next roll call in which no rank
+asks for a unit, because a rank that waited for sums before would not hear it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from zerort import _core
+from zerort.run.executor import Executor
+
+__all__ = ["Course", "Routed", "Straight"]
+
+
+class Course(Protocol):
+    """How a pass runs along its list."""
+
+    waits: bool
+    """Whether sums may be waited for at any time."""
+
+    def begin(self) -> None:
+        """A pass begins."""
+
+    def run(self, hi: int) -> None:
+        """The core's reducer has answered `hi`."""
+
+    def finish(self) -> None:
+        """The backward is over: launches what is left."""
+
+
+class Straight:
+    """Along the plan's schedule."""
+
+    waits = True
+
+    def __init__(self, reducer: _core.Reducer, executor: Executor) -> None:
+        self._reducer = reducer
+        self._executor = executor
+
+    def begin(self) -> None:
+        """At the head of the schedule."""
+        self._reducer.begin()
+
+    def run(self, hi: int) -> None:
+        """All below `hi`."""
+        self._executor.run(hi)
+
+    def finish(self) -> None:
+        """The rest of the schedule."""
+        self._executor.launch_all()
+        self._reducer.finish()
+
+
+class Routed:
+    """Along the list of the pass that is under way; `index` is the list's, or None where it follows
+    none.
+    """
+
+    waits = False
+
+    def __init__(
+        self, plan: _core.Plan, reducer: _core.Reducer, executor: Executor, gatherer: _core.Gatherer
+    ) -> None:
+        self.plan = plan
+        self.gatherer = gatherer
+        self.index: int | None = None
+        self.owed = False
+        self._reducer = reducer
+        self._executor = executor
+
+    def begin(self) -> None:
+        """Along the list, if there is one; else the core learns from this pass."""
+        if not self.gatherer.in_pass:
+            self._reducer.begin()
+        elif self.index is None:
+            self._reducer.begin(observe=True)
+        else:
+            self._reducer.begin(list=self.index)
+
+    def run(self, hi: int) -> None:
+        """What `hi` stands for in the list."""
+        self._executor.enqueue(self.gatherer.reached(hi))
+
+    def finish(self) -> None:
+        """The rest of the list; all of the schedule where no pass of parameters is under way."""
+        self._reducer.finish()
+        if self.gatherer.in_pass:
+            self.close(complete=self._executor.failure is None)
+            self.owed = self.index is None
+        else:
+            self._executor.enqueue(self.plan.program)
+            self._executor.reach()
+
+    def close(self, *, complete: bool) -> None:
+        """The rest of the list, behind `finish` or where no gradient is reduced. From one that is
+        not `complete` nothing is learnt.
+        """
+        self._executor.enqueue(self.gatherer.close(complete=complete))
+        self._executor.reach()
+
+    def abandon(self) -> None:
+        """All ranks drop the pass that is under way, and what is owed."""
+        self.owed = False
+        if self._reducer.in_pass:
+            self._reducer.finish()
+
+    def pay(self) -> None:
+        """Launches the sums of a backward that has followed no list."""
+        if self.owed:
+            self.owed = False
+            self._executor.enqueue(self.plan.program)
+            self._executor.reach()

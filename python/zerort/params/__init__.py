@@ -1,0 +1,1 @@
+"""Stage 3: parameters that are whole only while they are used."""

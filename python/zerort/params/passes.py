@@ -1,0 +1,374 @@
+"""Passes: a forward, a backward or an evaluation, in which parameters are gathered, used and freed.
+
+Every pass opens with a *roll call*: one small all-reduce on the control group, in which each rank
+says what it is at. Ranks that are alike follow the pass's list, if one has been learnt; a rank that
+needs what its list has not, or that is further than the others, asks, and every rank answers at its
+next opening. So no divergence of ranks pairs a wrong collective, and none hangs.
+
+What this guarantees: collectives are started in the order in which the core hands them out; a need
+returns only when the values are there; sums are waited for only behind a roll call in which nobody
+asked (GAT-11). What it does not do: it decides no order, and it knows no micro-batch.
+
+The roll call and its lists: `rust/core/src/gatherer.rs` and `roll.rs`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zerort import _core
+from zerort.errors import StepError
+from zerort.grads.course import Routed
+from zerort.memory import undisturbed
+from zerort.mesh import Control
+from zerort.run.executor import Executor
+
+__all__ = ["Diverged", "Passes", "Resident", "Room"]
+
+_log = logging.getLogger("zerort")
+
+
+class Diverged(StepError):
+    """Ranks are at different places of their programs. All raise it, at the same roll call."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much may be whole at once, in elements, and how many stops ahead is gathered."""
+
+    elements: int
+    depth: int
+
+
+_CALLS = (
+    "step()",
+    "save_checkpoint()",
+    "load_checkpoint()",
+    "save_16bit_model()",
+    "join()",
+    "destroy()",
+    "GatheredParameters",
+)
+
+
+class Resident:
+    """At stages 0 to 2: parameters are whole on every rank, and a pass needs nobody."""
+
+    shards = False
+    is_open = False
+    pinned = 0
+    reached: Callable[[], None]
+
+    def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
+        """Nothing."""
+
+    def close(self, *, complete: bool = True) -> None:
+        """Nothing."""
+
+    def meet(self, call: str = "step()", detail: int = 0, *, serving: bool = False) -> None:
+        """Nothing: the call's own collectives are the first."""
+
+    def bring(self) -> None:
+        """Nothing."""
+
+    def crossed(self) -> None:
+        """Nothing."""
+
+    def stand_in(self, *, failed: bool = True) -> str:
+        """A failure owes its peers a pass."""
+        return "backward"
+
+    def abandon(self) -> None:
+        """Nothing."""
+
+    def detach(self) -> None:
+        """Nothing."""
+
+
+class Passes:
+    """One rank's passes. `learn` takes what rank 0 has seen into the plan, on all ranks."""
+
+    shards = True
+
+    def __init__(
+        self, course: Routed, executor: Executor, control: Control, learn: Callable[[], None]
+    ) -> None:
+        self.gatherer = course.gatherer
+        self.is_open = False
+        self.opener: object = None
+        """Who has opened the pass, and closes it."""
+        self._course = course
+        self._executor = executor
+        self._control = control
+        self._learn = learn
+        self._units = len(course.plan.units)
+        self.pinned = 0
+        """Units that are kept whole beside the passes; all ranks keep the same."""
+        self._sets: dict[int, tuple[int, ...]] = {}
+        self._unhooked: list[int] = []
+        self.detach: Callable[[], None] = _nothing
+        """Takes the hooks off the model."""
+        self.settle: Callable[[], None] = _nothing
+        """Ends what a pass that was broken off has left open."""
+        self.reached: Callable[[], None] = _nothing
+        """Hears of a backward that comes to the module although nobody has opened a pass."""
+        self._news = False
+        self._met = False
+
+    # What needs parameters.
+
+    def set_of(self, units: Sequence[int]) -> int:
+        """The number of a set of units that are needed together."""
+        number = self.gatherer.set_of(units)
+        self._sets[number] = tuple(sorted(set(units)))
+        return number
+
+    @undisturbed
+    def need(self, number: int, answer: tuple[list[int], int | None] | None = None) -> None:
+        """Returns when the units of the set are whole. `answer` is the gatherer's, if it has been
+        asked: what is to be run is handed out once.
+        """
+        running = torch._C._current_autograd_node()
+        node = -1 if running is None else running._sequence_nr()
+        answer = answer or self.gatherer.need(number, node)
+        while answer is not None:
+            actions, unit = answer
+            self._executor.enqueue(actions)
+            self._executor.reach()
+            if unit is not None:
+                self._roll()
+                answer = self.gatherer.need(number, node)
+                continue
+            self._executor.land(self._sets[number])
+            self.gatherer.arrived(number)
+            return
+
+    @property
+    def rests(self) -> bool:
+        """Whether all units are kept whole."""
+        return self.pinned > 0 and self.pinned >= self._units
+
+    def holds(self, number: int) -> None:
+        """No hook will tell when the backward needs the set: it is brought at its beginning."""
+        if number not in self._unhooked:
+            self._unhooked.append(number)
+
+    # A pass.
+
+    @undisturbed
+    def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
+        """Opens a pass; `owes`: sums of its gradients will be owed.
+
+        Raises `Diverged` where the ranks are not at the same place. An evaluation of a model that
+        is kept whole needs nobody, and opens none.
+        """
+        if kind == "evaluation" and self.rests:
+            return
+        self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
+        reading = self._decided([int(owes)])
+        self._executor.enqueue(self.gatherer.begin())
+        # What is not reduced in its backward waits in `.grad`, or for sums that are owed.
+        self._course.index = reading.list if kind == "backward" else None
+        self.is_open, self.opener = True, opener
+        if kind in ("backward", "local_backward"):
+            # Sums of the passes before have to be there before their memory is used again.
+            self._executor.drain()
+        if kind == "local_backward":
+            self.bring()
+
+    @undisturbed
+    def bring(self) -> None:
+        """A backward begins, and where it reduces gradients, their pass has begun."""
+        for number in self._unhooked:
+            self.need(number)
+            self.gatherer.acquire(number)
+
+    @undisturbed
+    def close(self, *, complete: bool = True) -> None:
+        """The pass is over, `complete` or broken off; nothing where none is open."""
+        if not self.is_open:
+            return
+        self.is_open, self.opener = False, None
+        self.settle()
+        self._course.close(complete=complete)
+        self._say_strays()
+        written, self._executor.written = self._executor.written, None
+        if written is not None:
+            raise StepError(
+                f"parameter {written} was written in a forward or a backward while it was whole, "
+                "and the change is lost, because only shards are kept: write between steps, inside "
+                "zerort.zero.GatheredParameters(parameters, modifier_rank=0)"
+            )
+
+    # Where all ranks meet.
+
+    @undisturbed
+    def meet(self, call: str = "step()", detail: int = 0, *, serving: bool = False) -> None:
+        """Before something that all ranks do together, outside passes. Sums have been launched when
+        it returns, and may be waited for.
+
+        Raises `Diverged` where another rank does something else.
+        """
+        if call == "step()" and self._met:
+            return
+        own = [_CALLS.index(call), detail]
+        while True:
+            self.gatherer.open("serve" if serving else "boundary")
+            reading = self._decided(own)
+            if not serving or reading.kind in ("boundary", "serve"):
+                break
+            self._stand_in(reading)
+        self._compare(reading)
+        self._executor.enqueue(self.gatherer.begin())
+        self._executor.reach()
+        self._news = reading.news
+        self._met = call == "step()"
+
+    def crossed(self) -> None:
+        """The step that all ranks met for is over, or there is none."""
+        self._met = False
+        if self._news:
+            self._take_news()
+
+    @undisturbed
+    def stand_in(self, *, failed: bool = True) -> str:
+        """After a failure, or out of data, takes part in what the peers do until their backward has
+        been opened here, or they are elsewhere; returns where they are.
+        """
+        if failed:
+            self.gatherer.fail()
+        while True:
+            self.gatherer.open("serve")
+            reading = self._decided()
+            if reading.kind in ("boundary", "serve"):
+                self._compare(reading)
+                self._executor.enqueue(self.gatherer.begin())
+                self._met = True
+                return reading.kind
+            if reading.kind in ("backward", "local_backward"):
+                self._executor.enqueue(self.gatherer.begin())
+                self._executor.drain()
+                self._course.index = reading.list if reading.kind == "backward" else None
+                self.is_open = True
+                owes = any(own[0] for kind, _, own in reading.rows if kind == reading.kind)
+                return "backward" if owes else reading.kind
+            self._stand_in(reading)
+
+    def _stand_in(self, reading: _core.Reading) -> None:
+        """Runs a pass of the peers' without computing anything."""
+        self._executor.enqueue(self.gatherer.begin())
+        if reading.kind == "backward":
+            self._executor.drain()
+            self._course.index = reading.list
+            self._course.begin()
+            self._course.finish()
+        else:
+            self._course.close(complete=False)
+
+    @undisturbed
+    def abandon(self) -> None:
+        """The window is lost on all ranks: nothing of it is kept."""
+        self.is_open, self.opener, self._met, self._news = False, None, False, False
+        self.settle()
+        self._course.abandon()
+        self._executor.enqueue(self.gatherer.abandon())
+        self._executor.reach()
+
+    # The roll call.
+
+    def _decided(self, own: Sequence[int] = ()) -> _core.Reading:
+        """What all ranks are at; where it is a forward, with all that has been learnt before."""
+        while True:
+            reading = self._roll(own)
+            if reading is None:
+                continue
+            if not (reading.news and reading.kind in ("forward", "evaluation")):
+                return reading
+            self._take_news()
+
+    def _roll(self, own: Sequence[int] = ()) -> _core.Reading | None:
+        """Answers the others until nobody asks. None when this rank asked, and has been served."""
+        control, gatherer = self._control, self.gatherer
+        while True:
+            rows = torch.zeros(control.world, gatherer.WIDTH, dtype=torch.int64)
+            rows[control.rank] = torch.tensor(gatherer.row(own), dtype=torch.int64)
+            with self._executor.waiting("roll call"):
+                control.all_reduce(rows)
+            reading = gatherer.read(rows.flatten().tolist())
+            match reading.what:
+                case "serve":
+                    asked = gatherer.asking
+                    self._serve(reading.units)
+                    if asked is not None:
+                        return None
+                case "again":
+                    continue
+                case "diverged":
+                    self.abandon()
+                    raise Diverged(_difference(reading))
+                case "together":
+                    self._course.pay()
+                    return reading
+                case "alone":
+                    return reading
+
+    def _serve(self, units: Sequence[int]) -> None:
+        self._executor.enqueue(self.gatherer.serve(units))
+        self._executor.reach()
+        self._executor.land(units)
+        self._executor.enqueue(self.gatherer.served())
+
+    def _compare(self, reading: _core.Reading) -> None:
+        """All are at a call outside passes: at the same?"""
+        calls = [tuple(own[:2]) for kind, _, own in reading.rows if kind == "boundary"]
+        if len(set(calls)) <= 1:
+            return
+        listed = ", ".join(
+            f"rank {rank} calls {_CALLS[own[0]]}"
+            for rank, (kind, _, own) in enumerate(reading.rows)
+            if kind == "boundary"
+        )
+        same = len({call for call, _ in calls}) == 1
+        self.abandon()
+        raise Diverged(
+            "all ranks have to make this call together, "
+            + (f"with the same arguments: {listed}" if same else f"but {listed}")
+        )
+
+    def _take_news(self) -> None:
+        self._news = False
+        self._executor.drain()
+        self._learn()
+
+    def _say_strays(self) -> None:
+        """Kinds of passes that need something else every time."""
+
+
+def _difference(reading: _core.Reading) -> str:
+    places = "; ".join(
+        f"rank {rank} {_PLACES[kind].format(count)}"
+        for rank, (kind, count, _) in enumerate(reading.rows)
+    )
+    return (
+        f"ranks are at different places: {places}. Every rank has to run the same training "
+        "forwards, backwards and steps; only evaluations may differ in number"
+    )
+
+
+_PLACES = {
+    "forward": "begins a training forward ({} passes before it)",
+    "backward": "begins a backward ({} passes before it)",
+    "local_backward": "begins a backward without a reduction ({} passes before it)",
+    "evaluation": "begins an evaluation",
+    "boundary": "is between passes ({} before)",
+    "need": "needs a parameter",
+    "serve": "has failed, and stands in ({} passes before)",
+}
+
+
+def _nothing() -> None:
+    """Nobody has to hear of it."""

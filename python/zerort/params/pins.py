@@ -1,0 +1,142 @@
+"""Parameters that are kept whole on request, between passes: to look at, to write, or to decode.
+
+What this guarantees: all ranks enter and leave together, and what is written reaches every rank's
+part, or is refused by the parameter's name; a body that raises on one rank leaves no peer waiting.
+What it does not do: it knows no pass. Within one, a pin is a use like any other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from zerort.errors import StepError
+from zerort.memory import undisturbed
+from zerort.mesh import Comm
+from zerort.params import sharded
+from zerort.params.passes import Passes
+from zerort.run.actions import Verb
+from zerort.run.executor import Executor
+
+__all__ = ["Pins"]
+
+
+class Pins:
+    """Of one engine. `units` maps id(parameter) to its unit."""
+
+    def __init__(
+        self, passes: Passes, executor: Executor, comm: Comm, units: Mapping[int, int]
+    ) -> None:
+        self._passes = passes
+        self._executor = executor
+        self._comm = comm
+        self._units = units
+        self._exposed: dict[int, int] = {}
+
+    def exposes(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter is kept whole."""
+        return id(parameter) in self._exposed
+
+    @contextmanager
+    def hold(
+        self, params: Sequence[nn.Parameter], modifier: int | None, writes: bool
+    ) -> Iterator[None]:
+        """Within, `params` are whole and themselves. With `modifier`, what that rank wrote is
+        everybody's value behind it; with `writes` each rank's own part is what counts.
+
+        Raises `StepError` where they were written otherwise, `Diverged` where the ranks do not call
+        it together.
+        """
+        units = sorted({self._units[id(p)] for p in params})
+        if self._passes.is_open:
+            yield from self._use(params, units, modifier)
+            return
+        self._enter(units, -1 if modifier is None else modifier)
+        self._expose(params)
+        try:
+            yield
+        finally:
+            self._conceal(params)
+            self._leave(units, params, modifier, writes=writes)
+
+    def _use(
+        self, params: Sequence[nn.Parameter], units: Sequence[int], modifier: int | None
+    ) -> Iterator[None]:
+        if modifier is not None:
+            raise StepError(
+                "GatheredParameters(modifier_rank=...) inside a forward or a backward: the values "
+                "are in use; write them between steps"
+            )
+        number = self._passes.set_of(units)
+        gatherer = self._passes.gatherer
+        graded = torch.is_grad_enabled()
+        sequence = torch._C._autograd._get_sequence_nr() if graded else -1
+        if not gatherer.acquire(number, sequence):
+            self._passes.need(number)
+            gatherer.acquire(number, sequence)
+        self._expose(params)
+        try:
+            yield
+        finally:
+            self._conceal(params)
+            gatherer.release(number)
+
+    @undisturbed
+    def _enter(self, units: Sequence[int], modifier: int) -> None:
+        detail = zlib.crc32(repr((units, modifier)).encode())
+        self._passes.meet("GatheredParameters", detail)
+        for number in units:
+            self._executor.unit(number).pinned += 1
+        self._executor.enqueue([Verb.GATHER.of(number) for number in units])
+        self._executor.reach()
+        self._executor.land(units)
+        for number in units:
+            self._executor.unit(number).note_writes()
+        self._passes.pinned += len(units)
+
+    @undisturbed
+    def _leave(
+        self,
+        units: Sequence[int],
+        params: Sequence[nn.Parameter],
+        modifier: int | None,
+        *,
+        writes: bool,
+    ) -> None:
+        self._passes.pinned -= len(units)
+        written = None
+        for number in units:
+            unit = self._executor.unit(number)
+            for bucket in unit.buckets:
+                if modifier is not None:
+                    self._comm.broadcast(bucket.values.tensor, modifier)
+                if modifier is not None or writes:
+                    bucket.take_part()
+            if modifier is None and not writes:
+                written = unit.written() or written
+            unit.note_writes()
+            unit.pinned -= 1
+        self._executor.enqueue([Verb.FREE.of(number) for number in units])
+        self._executor.reach()
+        if written is not None:
+            raise StepError(
+                f"parameter {written} was written inside GatheredParameters without a "
+                "modifier_rank, and the change is lost: say whose values count, with "
+                "GatheredParameters(parameters, modifier_rank=0)"
+            )
+
+    def _expose(self, params: Sequence[nn.Parameter]) -> None:
+        for parameter in params:
+            self._exposed[id(parameter)] = self._exposed.get(id(parameter), 0) + 1
+            sharded.expose(parameter)
+
+    def _conceal(self, params: Sequence[nn.Parameter]) -> None:
+        for parameter in params:
+            self._exposed[id(parameter)] -= 1
+            if not self._exposed[id(parameter)]:
+                del self._exposed[id(parameter)]
+                sharded.conceal(parameter)

@@ -1,0 +1,269 @@
+"""A parameter whose values are elsewhere.
+
+Outside its own module's call a parameter of stage 3 has the class `Sharded`, mixed into the class
+that it was made with. It is the same object, with the same shape, strides, dtype and hooks; what
+reads or writes its values comes here first, by torch's `__torch_function__`. What only asks for
+metadata is answered as ever.
+
+What this guarantees: nobody reads memory that has been given back, as far as torch's functions are
+concerned. A C extension that takes the address, or an alias of the memory that was taken while the
+values were there, is not seen. What it does not do: it decides nothing about when values are
+gathered; it asks the parameter's `Keeper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from zerort.errors import StepError
+
+__all__ = [
+    "Home",
+    "Keeper",
+    "Sharded",
+    "conceal",
+    "enter",
+    "expose",
+    "guarded",
+    "keeper_of",
+    "leave",
+    "meta_like",
+    "name_of",
+]
+
+
+class Keeper(Protocol):
+    """Who gathers a parameter's values."""
+
+    def use(self, params: Sequence[nn.Parameter], call: Callable[[], Any]) -> Any:
+        """Runs `call`, which reads the values of `params` although none of their modules does.
+
+        Raises `StepError` naming a parameter where there is no pass that could gather them.
+        """
+
+    def write(self, name: str, what: str, call: Callable[[], Any]) -> Any:
+        """Runs `call`, an operation called `what` that writes the parameter `name` in place.
+
+        Raises `StepError` where that would be lost.
+        """
+
+    def detached(self, parameter: nn.Parameter) -> Tensor | None:
+        """What stands for the values where they are not to be read now; None where `use` is to
+        decide.
+        """
+
+
+class Home(NamedTuple):
+    """Where a parameter belongs."""
+
+    keeper: Keeper
+    name: str
+    kind: type[nn.Parameter]
+    """Its class while its values are there."""
+
+
+_homes: dict[int, Home] = {}
+"""By the parameter's id, between `enter` and `leave`."""
+
+
+class Sharded(nn.Parameter):
+    """Mixed into a parameter's own class; see the module."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        match _access(func):
+            case Access.METADATA:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            case Access.DETACH:
+                home = _homes[id(args[0])]
+                stands = home.keeper.detached(args[0])
+                return _use(func, args, kwargs, written=()) if stands is None else stands
+            case Access.READ:
+                return _use(func, args, kwargs, written=kwargs.get("out"))
+            case Access.WRITE:
+                return _use(func, args, kwargs, written=args[:1])
+            case Access.ESCAPE:
+                raise StepError(_escape(_name(func), args, kwargs))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            home = _homes.get(id(self))
+            named = "" if home is None else f"{home.name}, "
+            return (
+                f"Parameter({named}shape={tuple(self.shape)}, dtype={self.dtype}, "
+                f"device={self.device}, sharded)"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise StepError(_escape("copy.deepcopy", (self,), {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StepError(_escape("pickle", (self,), {}))
+
+
+class Access(Enum):
+    """What a torch function wants of a parameter."""
+
+    METADATA = auto()
+    DETACH = auto()
+    """The values without their history, which a state dict asks for."""
+    READ = auto()
+    WRITE = auto()
+    ESCAPE = auto()
+    """The values in a form that torch does not see any more."""
+
+
+_VALUES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+_METADATA = frozenset(
+    """
+    __dir__ __format__ __hash__ __len__ _is_view _is_zerotensor can_cast dim element_size empty_like
+    full_like get_device has_names is_complex is_conj is_contiguous is_distributed is_floating_point
+    is_inference is_neg is_pinned is_same_size is_shared is_signed is_tensor ndimension nelement
+    new_empty new_empty_strided new_full new_ones new_tensor new_zeros numel ones_like rand_like
+    randint_like randn_like register_hook register_post_accumulate_grad_hook requires_grad_
+    result_type retain_grad size sparse_dim storage_offset stride untyped_storage zeros_like
+    """.split()  # noqa: SIM905
+)
+_ESCAPES = frozenset(
+    """
+    __array__ __array_wrap__ __dlpack__ __dlpack_device__ _typed_storage data_ptr numpy resize_
+    resize_as_ set_ share_memory_ storage to_dlpack tolist
+    """.split()  # noqa: SIM905
+)
+
+
+_AUGMENTED = frozenset(
+    """
+    __iadd__ __iand__ __ifloordiv__ __imatmul__ __imod__ __imul__ __ior__ __ipow__ __isub__
+    __itruediv__ __ixor__ __setitem__
+    """.split()  # noqa: SIM905
+)
+
+
+@lru_cache(maxsize=4096)
+def _access(func: Callable[..., Any]) -> Access:
+    """What `func` is, by its name; one that is not known reads."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return _access_to(getattr(getattr(func, "__self__", None), "__name__", ""), name)
+    if name in _METADATA:
+        return Access.METADATA
+    if name in _ESCAPES:
+        return Access.ESCAPE
+    if name in ("detach", "detach_"):
+        return Access.DETACH
+    in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("_foreach_"))
+    return Access.WRITE if in_place or name in _AUGMENTED else Access.READ
+
+
+def _access_to(attribute: str, how: str) -> Access:
+    if attribute == "data":
+        return Access.DETACH if how == "__get__" else Access.WRITE
+    if attribute == "__cuda_array_interface__":
+        return Access.ESCAPE
+    return Access.READ if attribute in _VALUES else Access.METADATA
+
+
+def _use(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], written: Any
+) -> Any:
+    """Lets the keeper gather what is sharded among the arguments around the call; `written` are
+    those that it changes.
+    """
+
+    def call() -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    changed = _sharded_in(written)
+    if changed:
+        home = _homes[id(changed[0])]
+        return home.keeper.write(home.name, _name(func), call)
+    params = _sharded_in((args, kwargs))
+    return _homes[id(params[0])].keeper.use(params, call)
+
+
+def _sharded_in(values: Any) -> list[nn.Parameter]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Sharded)]
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", repr(func))
+    if name in ("__get__", "__set__", "__delete__"):
+        return f".{getattr(getattr(func, '__self__', None), '__name__', '')}"
+    return name
+
+
+def _escape(what: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    homes = [_homes.get(id(parameter)) for parameter in _sharded_in((args, kwargs))]
+    name = next((home.name for home in homes if home is not None), "?")
+    return (
+        f"parameter {name} is sharded, and {what} would hand out memory that is given back: copy "
+        "the values inside zerort.zero.GatheredParameters(parameters)"
+    )
+
+
+@cache
+def guarded(kind: type[nn.Parameter]) -> type[Sharded]:
+    """`Sharded` mixed into `kind`, so that a parameter of a class of its own keeps its methods."""
+    if kind is nn.Parameter:
+        return Sharded
+    return type(f"Sharded{kind.__name__}", (Sharded, kind), {})
+
+
+def enter(parameter: nn.Parameter, keeper: Keeper, name: str) -> Home:
+    """From now on `keeper` answers for the parameter's values while its class is `guarded`."""
+    home = _homes[id(parameter)] = Home(keeper, name, type(parameter))
+    return home
+
+
+def leave(parameter: nn.Parameter) -> None:
+    """The parameter has its values for good."""
+    home = _homes.pop(id(parameter), None)
+    if home is not None:
+        parameter.__class__ = home.kind
+
+
+def expose(parameter: nn.Parameter) -> None:
+    """The values are there: the parameter is itself."""
+    parameter.__class__ = _homes[id(parameter)].kind
+
+
+def conceal(parameter: nn.Parameter) -> None:
+    """The values are not to be read any more."""
+    parameter.__class__ = guarded(_homes[id(parameter)].kind)
+
+
+def keeper_of(parameter: Tensor) -> Keeper | None:
+    """Who gathers the parameter's values; None where they are whole for good."""
+    home = _homes.get(id(parameter))
+    return None if home is None else home.keeper
+
+
+def meta_like(parameter: Tensor) -> Tensor:
+    """A tensor of the parameter's shape, strides and dtype without values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"
+        )
+
+
+def name_of(parameter: nn.Parameter) -> str:
+    """Under which it was registered when it was sharded."""
+    home = _homes.get(id(parameter))
+    return "?" if home is None else home.name

@@ -1,0 +1,122 @@
+"""A unit under way: the parameters that are gathered and freed together, and their all-gathers.
+
+What it guarantees: a gather is started once, whatever raises between two of its lines; memory is
+not given back while a collective writes to it; and a parameter that was written while it was whole,
+whose change would be lost with the memory, is found. What it does not do: it does not know when its
+turn is, nor who needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from zerort import _core
+from zerort.memory import FlatBucket, unintercepted
+from zerort.mesh import Comm
+from zerort.run.flight import OVER, Flight
+from zerort.run.hops import GatherValues
+
+__all__ = ["UnitFlight"]
+
+
+class UnitFlight:
+    """One unit's values on this rank. `pinned` counts who keeps them whole beside the passes."""
+
+    __slots__ = (
+        "_comm",
+        "_serial",
+        "_versions",
+        "buckets",
+        "contents",
+        "flights",
+        "pinned",
+        "unit",
+    )
+
+    def __init__(self, unit: _core.Unit, buckets: Sequence[FlatBucket], comm: Comm) -> None:
+        self.unit = unit
+        self.buckets = buckets
+        first, last = buckets[0].names[0], buckets[-1].names[-1]
+        self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
+        self.pinned = 0
+        self._comm = comm
+        self.flights: list[Flight] = []
+        self._serial = -1
+        self._versions: list[list[int]] = []
+
+    @property
+    def under_way(self) -> bool:
+        """Whether an all-gather is not complete."""
+        works = (flight.state.work for flight in self.flights)
+        return any(work is not None and not work.is_completed() for work in works)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values, whole."""
+        return sum(b.spec.numel * b.owned.tensor.itemsize for b in self.buckets)
+
+    @unintercepted
+    def gather(self, serial: int) -> Sequence[Flight]:
+        """Starts the all-gathers, in place; a second call with the same `serial` goes on with what
+        the first has left undone. Raises `RuntimeError` where there is no memory.
+        """
+        if self._serial != serial:
+            self.land()
+            if not all(bucket.values.is_whole for bucket in self.buckets):
+                self._versions = self._now()
+            self.flights = [
+                Flight(bucket, [GatherValues(self._comm, bucket)]) for bucket in self.buckets
+            ]
+            self._serial = serial
+        for flight in self.flights:
+            if flight.state is not OVER and flight.state.work is None:
+                flight.bucket.bring()
+            if flight.state is not OVER:
+                flight.start()
+        return self.flights
+
+    def land(self) -> None:
+        """Waits for what is under way. Raises `RuntimeError` when it failed."""
+        for flight in self.flights:
+            while flight.state is not OVER:
+                flight.start().wait()
+                flight.take()
+        self.flights = []
+
+    @unintercepted
+    def free(self) -> str | None:
+        """Gives the memory back, unless it is pinned. Returns the name of a parameter that was
+        written since the gather.
+        """
+        self.land()
+        if self.pinned:
+            return None
+        written = self.written()
+        for bucket in self.buckets:
+            bucket.free()
+        return written
+
+    @unintercepted
+    def note_writes(self) -> None:
+        """What has been written so far is known of."""
+        self._versions = self._now()
+
+    def _now(self) -> list[list[int]]:
+        version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+        return [list(map(version, bucket.params)) for bucket in self.buckets]
+
+    @unintercepted
+    def written(self) -> str | None:
+        """The name of a parameter that was written since the gather."""
+        if not self._versions:
+            return None
+        now = self._now()
+        if now == self._versions:
+            return None
+        for bucket, here, before in zip(self.buckets, now, self._versions, strict=True):
+            for name, version, old in zip(bucket.names, here, before, strict=True):
+                if version != old:
+                    return name
+        return None

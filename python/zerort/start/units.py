@@ -1,0 +1,115 @@
+"""Which parameters are gathered and freed together at stage 3, and how much may be whole at once.
+
+A unit is a run of subtrees of the module tree, cut by the core; nobody wraps anything. Small
+parameters stay whole on every rank, as at stage 2: an all-gather for a bias would cost more than
+its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from zerort import _core
+from zerort.config import Config
+from zerort.grads.course import Routed
+from zerort.grads.reduction import Reduction
+from zerort.memory import FlatModel, PlannedParameter
+from zerort.mesh import Mesh
+from zerort.params.passes import Passes, Resident, Room
+from zerort.params.pins import Pins
+from zerort.params.uses import Uses
+
+__all__ = ["passes_over", "room_for", "units_of"]
+
+_LEAST_ROOM = 50_000_000
+_MOST_STOPS_AHEAD = 8
+
+
+def units_of(
+    settings: Config, model: nn.Module, planned: Sequence[PlannedParameter]
+) -> list[int | None] | None:
+    """The unit of each planned parameter, None for one that stays whole; None below stage 3."""
+    if settings.zero_optimization.stage < 3:
+        return None
+    index = {id(member.tensor): i for i, member in enumerate(planned)}
+    numels = [member.tensor.numel() for member in planned]
+    for persistent in _persistent(settings, numels):
+        numels[persistent] = -1
+    return _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned))
+
+
+def room_for(settings: Config, plan: _core.Plan) -> Room:
+    """Elements, and how far ahead gathers go. A single unit always has room."""
+    zero, largest = settings.zero_optimization, max((unit.numel for unit in plan.units), default=1)
+    whole = sum(unit.numel for unit in plan.units)
+    match settings.zerort.reshard_after_forward, zero.stage3_max_live_parameters:
+        case True, _:
+            elements = 3 * largest
+        case False, _:
+            elements = whole
+        case None, None:
+            elements = max(3 * largest, _LEAST_ROOM)
+        case None, given:
+            elements = given
+    ahead = min(_MOST_STOPS_AHEAD, -(-zero.stage3_prefetch_bucket_size // largest))
+    return Room(max(elements, 1), ahead)
+
+
+def passes_over(
+    model: nn.Module, flat: FlatModel, reduction: Reduction, mesh: Mesh, room: Room | None
+) -> Passes | Resident:
+    """What gathers the model's parameters, with its hooks on the model."""
+    if room is None:
+        return Resident()
+    course = reduction.course
+    assert isinstance(course, Routed)
+    passes = Passes(
+        course,
+        reduction.executor,
+        mesh.control,
+        lambda: reduction.follow_routes(room.elements, room.depth),
+    )
+    units = {
+        id(parameter): bucket.spec.unit
+        for bucket in flat.buckets
+        if bucket.spec.unit is not None
+        for parameter in bucket.params
+    }
+    pins = Pins(passes, reduction.executor, mesh.shard, units)
+    Uses(model, flat, passes, pins, units)
+    return passes
+
+
+def _persistent(settings: Config, numels: Sequence[int]) -> list[int]:
+    """Ids of those that stay whole, in DeepSpeed's order: registration."""
+    zero, total, found = settings.zero_optimization, 0, []
+    for index, numel in enumerate(numels):
+        small = numel <= zero.stage3_param_persistence_threshold
+        if small and total + numel <= zero.stage3_model_persistence_threshold:
+            total += numel
+            found.append(index)
+    return found
+
+
+def _tree(model: nn.Module, index: dict[int, int]) -> list[tuple[int, list[int]]]:
+    """Each module's parent and own parameters, a parent before its children."""
+    place: dict[str, int] = {}
+    tree = []
+    for number, (name, module) in enumerate(model.named_modules()):
+        place[name] = number
+        parent = place[name.rpartition(".")[0]] if name else -1
+        own = [index[id(p)] for p in module._parameters.values() if id(p) in index]
+        tree.append((parent, own))
+    return tree
+
+
+def _cap(settings: Config, planned: Sequence[PlannedParameter]) -> int:
+    """Elements of a unit: one bucket, and a third of the room where that is given."""
+    cap = settings.cap_elements
+    if cap is None:
+        assert settings.cap_bytes is not None
+        cap = settings.cap_bytes // min(member.tensor.itemsize for member in planned)
+    room = settings.zero_optimization.stage3_max_live_parameters
+    return max(1, cap if room is None else min(cap, room // 3))

@@ -1,0 +1,254 @@
+"""What goes wrong at stage 3 gets one error that names the culprit, on every rank, and afterwards
+training goes on as if it had not happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ranks
+import routes
+import zerort
+from catching import assert_told, caught
+from routes import Net, engine_over, loss_of
+
+Step = Callable[[Any, nn.Module, int, int], None]
+
+
+def good_step(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    engine.backward(loss_of(engine(x)))
+    engine.step()
+    routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+
+
+def between_good_steps(rank: int, bad: Step, model: nn.Module | None = None) -> None:
+    """Two good steps, the bad one, two good ones; then parameters are the twin's, which has made
+    the good ones alone.
+    """
+    torch.manual_seed(0)
+    model = Net() if model is None else model
+    twin = copy.deepcopy(model)
+    engine = engine_over(model)
+    for step in range(2):
+        good_step(engine, twin, rank, step)
+    bad(engine, twin, rank, 2)
+    for step in range(3, 5):
+        good_step(engine, twin, rank, step)
+    worst = routes.compare(engine, twin)
+    assert worst < 1e-6, worst
+    engine.destroy()
+
+
+class Bomb(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ValueError("a bomb in the backward")
+
+
+def at_block(engine: Any, index: int, what: Callable[[Tensor], Tensor]) -> Any:
+    """Until removed, `what` is done to a block's output."""
+    block = engine.module.blocks[index]
+    return block.register_forward_hook(lambda module, args, out: what(out))
+
+
+def explode(out: Tensor) -> Tensor:
+    raise ValueError("a bomb in the forward")
+
+
+def raise_in_a_training_forward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    if rank == 1:
+        handle = at_block(engine, 1, explode)
+        with pytest.raises(ValueError, match="a bomb in the forward"):
+            engine(x)
+        handle.remove()
+        return
+    engine.backward(loss_of(engine(x)))
+    with pytest.raises(zerort.StepError, match="rank 1: ValueError: a bomb in the forward"):
+        engine.step()
+
+
+def raise_in_an_evaluation(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    with torch.no_grad():
+        if rank == 1:
+            handle = at_block(engine, 2, explode)
+            with pytest.raises(ValueError, match="a bomb in the forward"):
+                engine(x)
+            handle.remove()
+        else:
+            engine(x)
+
+
+def raise_in_a_backward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    handle = at_block(engine, 1, Bomb.apply) if rank == 1 else None
+    loss = loss_of(engine(x))
+    if handle is not None:
+        handle.remove()
+        with pytest.raises(ValueError, match="a bomb in the backward"):
+            engine.backward(loss)
+        engine.step()  # void
+        return
+    engine.backward(loss)
+    with pytest.raises(zerort.StepError, match="rank 1: ValueError: a bomb in the backward"):
+        engine.step()
+
+
+def train_one_forward_more(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    loss = loss_of(engine(x))
+    with pytest.raises(zerort.StepError, match="ranks are at different places: rank 0 begins a"):
+        if rank == 0:
+            engine(x)
+        else:
+            engine.backward(loss)
+
+
+def differentiate_a_backward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank).requires_grad_()
+    loss = loss_of(engine(x))
+    with pytest.raises(zerort.StepError, match=r"create_graph=True at stage 3.*Use stage 2"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def write_in_a_forward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    def scribble(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            module.scale.add_(1.0)  # type: ignore[operator, union-attr]
+
+    handle = engine.module.blocks[1].register_forward_pre_hook(scribble)
+    with torch.no_grad(), pytest.raises(zerort.StepError, match=r"blocks\.1\.scale was written"):
+        engine(routes.data(step, rank))
+    handle.remove()
+
+
+def touch_outside(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    weight = engine.module.out.weight
+    name = "out.weight is sharded"
+    touches: list[Callable[[], object]] = [
+        lambda: weight + 1,
+        weight.sum,
+        lambda: torch.stack([weight, weight]),
+        lambda: weight.add_(1),
+        lambda: nn.init.zeros_(weight),
+        lambda: torch._foreach_add_([weight], 1.0),
+        lambda: torch.add(torch.ones(1), 1.0, out=weight),
+        lambda: setattr(weight, "data", torch.zeros(1)),
+        weight.numpy,
+        weight.data_ptr,
+        lambda: copy.deepcopy(weight),
+        lambda: pickle.dumps(weight),
+        lambda: weight[0],
+        weight.item,
+        lambda: weight.T,
+        lambda: float(weight[0, 0]),
+        lambda: list(weight),
+        lambda: engine.module.load_state_dict(twin.state_dict()),
+    ]
+    for touch in touches:
+        error = caught(touch)
+        assert error is not None
+        assert name in str(error) or ".weight is sharded" in str(error), error
+        assert "GatheredParameters" in str(error)
+    assert (weight.shape, weight.dtype, weight.numel(), weight.ndim, weight.requires_grad) == (
+        (routes.WIDTH, routes.WIDTH),
+        torch.float32,
+        routes.WIDTH**2,
+        2,
+        True,
+    )
+    assert isinstance(weight, nn.Parameter)
+    assert "out.weight" in repr(weight)
+    assert all(value.is_meta for value in engine.module.state_dict().values())
+
+
+def export_its_memory(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    weight = engine.module.out.weight
+    with zerort.zero.GatheredParameters([weight]):
+        kept = weight.detach().numpy()
+        before = kept.copy()
+    with torch.no_grad():
+        engine(routes.data(step, rank))
+    assert (kept == before).all()
+
+
+def look_at(params: list[nn.Parameter], do: Callable[[], object] = lambda: None) -> None:
+    with zerort.zero.GatheredParameters(params):
+        do()
+
+
+def call_together_what_is_not(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    params = list(engine.module.parameters())
+    error = caught(lambda: look_at(params[:1] if rank else params[-1:]))
+    assert_told(error, zerort.StepError, "together, with the same arguments")
+    error = caught(lambda: engine.save_checkpoint("/never") if rank else look_at(params))
+    assert_told(error, zerort.StepError, "rank 0 calls Gathered", "rank 1 calls save_checkpoint()")
+
+
+def write_without_a_rank(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    weight = engine.module.out.weight
+    error = caught(lambda: look_at([weight], lambda: weight.data.add_(1.0)))
+    assert error is None, "what `.data` writes no counter shows"
+    error = caught(lambda: look_at([weight], lambda: nn.init.ones_(weight)))
+    assert_told(error, zerort.StepError, "out.weight was written inside GatheredParameters")
+
+
+def raise_inside_gathered(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    weight = engine.module.out.weight
+    error = caught(lambda: raise_inside(weight, rank))
+    assert (str(error) == "inside") == (rank == 1)
+
+
+def raise_inside(weight: Tensor, rank: int) -> None:
+    with zerort.zero.GatheredParameters([weight], modifier_rank=0):
+        if rank == 1:
+            raise ValueError("inside")
+
+
+def step_inside_gathered(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    x = routes.data(step, rank)
+    engine.backward(loss_of(engine(x)))
+    error = caught(lambda: look_at(list(engine.module.parameters()), engine.step))
+    assert_told(error, zerort.StepError, "step() inside GatheredParameters")
+    engine.step()
+    routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+
+
+BAD: list[Step] = [
+    raise_in_a_training_forward,
+    raise_in_an_evaluation,
+    raise_in_a_backward,
+    train_one_forward_more,
+    differentiate_a_backward,
+    write_in_a_forward,
+    touch_outside,
+    export_its_memory,
+    call_together_what_is_not,
+    write_without_a_rank,
+    raise_inside_gathered,
+    step_inside_gathered,
+]
+
+
+def act(rank: int, world: int, name: str) -> None:
+    between_good_steps(rank, next(bad for bad in BAD if bad.__name__ == name))
+
+
+@pytest.mark.parametrize("name", [bad.__name__ for bad in BAD])
+def test_it_is_named_and_training_goes_on(name: str) -> None:
+    ranks.run(2, act, name, timeout=60)

@@ -1,0 +1,218 @@
+"""Stage 3 trains as a plain module does, however its modules are used, and goes on rightly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ranks
+import routes
+from routes import Net, engine_over, train
+
+
+def plain(rank: int) -> None:
+    train(rank, Net)
+
+
+def tied(rank: int) -> None:
+    train(rank, routes.Tied)
+
+
+def outside_its_module(rank: int) -> None:
+    train(rank, routes.Outside)
+
+
+def module_twice(rank: int) -> None:
+    train(rank, routes.Twice)
+
+
+def views_changed_in_place(rank: int) -> None:
+    train(rank, routes.Views)
+
+
+def frozen_base_with_adapters(rank: int) -> None:
+    train(rank, routes.Adapted)
+
+
+def checkpointed(rank: int) -> None:
+    train(rank, partial(Net, reentrant=False))
+
+
+def checkpointed_reentrant(rank: int) -> None:
+    train(rank, partial(Net, reentrant=True))
+
+
+def side_losses(rank: int) -> None:
+    train(rank, routes.SideLoss)
+
+
+def functional_call(rank: int) -> None:
+    train(rank, routes.Functional)
+
+
+def evaluate(times: int, mode: Callable[[], Any], rank: int, engine: Any, step: int) -> None:
+    engine.eval()
+    with mode():
+        for _ in range(times):
+            engine(routes.data(50 + step, rank))
+    engine.train()
+
+
+def attention_with_its_fast_path(rank: int) -> None:
+    train(rank, routes.Attention, between=partial(evaluate, 2, torch.no_grad, rank))
+
+
+def evaluation(rank: int) -> None:
+    train(rank, Net, between=partial(evaluate, 2, torch.no_grad, rank))
+
+
+def evaluation_in_inference_mode(rank: int) -> None:
+    train(rank, Net, between=partial(evaluate, 2, torch.inference_mode, rank))
+
+
+def uneven_evaluation(rank: int) -> None:
+    train(rank, Net, between=partial(evaluate, 1 + 3 * rank, torch.no_grad, rank))
+
+
+def evaluation_without_the_engine(rank: int) -> None:
+    def between(engine: Any, step: int) -> None:
+        with torch.no_grad():
+            for _ in range(1 + 2 * rank):
+                engine.module(routes.data(60 + step, rank))
+
+    train(rank, Net, between=between)
+
+
+def other_order_on_one_rank(rank: int) -> None:
+    train(
+        rank,
+        partial(Net, order=lambda order, step: order if rank == 0 or step == 0 else order[::-1]),
+    )
+
+
+def other_order_from_the_start(rank: int) -> None:
+    train(rank, partial(Net, order=lambda order, step: order if rank == 0 else order[::-1]))
+
+
+def layer_dropped_on_one_rank(rank: int) -> None:
+    train(
+        rank,
+        partial(Net, order=lambda order, step: order if rank == 0 or step == 0 else order[1:]),
+    )
+
+
+def one_use_more_on_one_rank(rank: int) -> None:
+    train(
+        rank,
+        partial(Net, order=lambda order, step: order if rank == 0 or step == 0 else [*order, 0, 1]),
+    )
+
+
+def another_use_each_step(rank: int) -> None:
+    train(rank, partial(Net, order=lambda order, step: order + [0] * step), steps=5)
+
+
+def compiled_blocks(rank: int) -> None:
+    def compile_blocks(model: nn.Module) -> None:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(backend="aot_eager")
+
+    train(rank, Net, prepare=compile_blocks)
+
+
+def retained_graph(rank: int) -> None:
+    torch.manual_seed(0)
+
+    model = Net()
+    twin = copy.deepcopy(model)
+    engine = engine_over(model)
+    for step in range(3):
+        x = routes.data(step, rank)
+        loss = routes.loss_of(engine(x))
+        engine.backward(loss, retain_graph=True)
+        engine.backward(loss)
+        engine.step()
+
+        def twice(loss: torch.Tensor) -> None:
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        routes.twin_step(twin, x, twice)
+    assert routes.compare(engine, twin) < 1e-6
+
+
+def accumulation(rank: int) -> None:
+
+    torch.manual_seed(0)
+    model = Net()
+    twin = copy.deepcopy(model)
+    engine = engine_over(model, routes.settings(gradient_accumulation_steps=2))
+    for step in range(3):
+        xs = [routes.data(10 * step + micro, rank) for micro in range(2)]
+        for x in xs:
+            engine.backward(routes.loss_of(engine(x)))
+            engine.step()
+
+        def both(loss: torch.Tensor, xs: list[torch.Tensor] = xs) -> None:
+            (sum(routes.loss_of(twin(x)) for x in xs) / 2).backward()  # type: ignore[union-attr]
+
+        routes.twin_step(twin, xs[0], both)
+    assert routes.compare(engine, twin) < 1e-6
+
+
+def direct_backward(rank: int) -> None:
+
+    torch.manual_seed(0)
+    model = Net()
+    twin = copy.deepcopy(model)
+    engine = engine_over(model)
+    for step in range(3):
+        x = routes.data(step, rank)
+        routes.loss_of(engine(x)).backward()  # type: ignore[no-untyped-call]
+        engine.step()
+        routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+    assert routes.compare(engine, twin) < 1e-6
+
+
+SCENARIOS = [
+    plain,
+    tied,
+    outside_its_module,
+    module_twice,
+    views_changed_in_place,
+    frozen_base_with_adapters,
+    checkpointed,
+    checkpointed_reentrant,
+    side_losses,
+    functional_call,
+    attention_with_its_fast_path,
+    evaluation,
+    evaluation_in_inference_mode,
+    uneven_evaluation,
+    evaluation_without_the_engine,
+    other_order_on_one_rank,
+    other_order_from_the_start,
+    layer_dropped_on_one_rank,
+    one_use_more_on_one_rank,
+    another_use_each_step,
+    compiled_blocks,
+    retained_graph,
+    accumulation,
+    direct_backward,
+]
+
+
+def act(rank: int, world: int, name: str) -> None:
+    scenario = next(each for each in SCENARIOS if each.__name__ == name)
+    scenario(rank)
+
+
+@pytest.mark.parametrize("name", [each.__name__ for each in SCENARIOS])
+def test_it_trains_as_a_plain_module_does(name: str) -> None:
+    ranks.run(2, act, name, timeout=60)
