@@ -259,6 +259,20 @@ fn a_module_that_is_skipped_costs_nothing_and_one_out_of_order_finds_what_was_pa
 }
 
 #[test]
+fn one_use_more_of_what_is_here_does_not_jump_ahead() {
+    let mut alone = Alone::new(3, 3);
+    alone.evaluate(&[&[0], &[1], &[2], &[0]]);
+    alone.learn(3, 0);
+    alone.open(EVALUATION, 0);
+    alone.need(&[0]);
+    alone.need(&[1]);
+    assert_eq!(alone.need(&[0]), [], "the stop that needs it again is behind another");
+    assert_eq!(alone.need(&[2]), [frees(&[1]), gathers(&[2])].concat());
+    assert_eq!(alone.need(&[0]), frees(&[2]));
+    assert!(!alone.gatherer.went_off());
+}
+
+#[test]
 fn a_need_that_the_list_has_not_runs_its_rest_and_goes_on_free() {
     let mut alone = Alone::new(4, 2);
     alone.evaluate(&[&[0], &[1], &[2]]);
