@@ -1,132 +1,19 @@
 //! The cursor for parameters on one rank, case by case. `tests/ranks.rs` runs several.
 
+mod alone;
 mod arbitrary;
 
 use std::sync::Arc;
 
-use arbitrary::{Walk, sharded_over, walk};
+use alone::{Alone, EVALUATION, FORWARD, LOCAL, frees, gathers};
+use arbitrary::{Walk, walk};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::roll::OWN;
 use zerort_core::{
-    Action, Answer, At, Command, Gatherer, Key, Mesh, PassKind, Plan, PlanSpec, Rank, Reading,
-    Reducer, Residence, Route, SetId, StepError, Stop, UnitId,
+    Action, Answer, At, Command, Key, Mesh, Plan, PlanSpec, Residence, Route, SetId, StepError,
+    Stop, UnitId,
 };
-
-const FORWARD: At = At::Pass(PassKind::Forward);
-const LOCAL: At = At::Pass(PassKind::LocalBackward);
-const EVALUATION: At = At::Pass(PassKind::Evaluation);
-/// Elements of a unit.
-const UNIT: u64 = 256;
-
-fn gathers(units: &[u32]) -> Vec<Action> {
-    units.iter().map(|&unit| Action::Gather(UnitId(unit))).collect()
-}
-
-fn frees(units: &[u32]) -> Vec<Action> {
-    units.iter().map(|&unit| Action::Free(UnitId(unit))).collect()
-}
-
-/// One rank, whose world is itself.
-struct Alone {
-    gatherer: Gatherer,
-    reducer: Reducer,
-}
-
-impl Alone {
-    fn new(units: u32, room: u64) -> Self {
-        Self::over(Arc::new(sharded_over(units, Some(1), 1)), room * UNIT)
-    }
-
-    fn over(plan: Arc<Plan>, room: u64) -> Self {
-        let reducer = Reducer::new(Arc::clone(&plan));
-        Self { gatherer: Gatherer::new(plan, Rank(0), room), reducer }
-    }
-
-    fn roll(&mut self) -> Reading {
-        let row = self.gatherer.row(&self.reducer, [0; OWN]).unwrap();
-        self.gatherer.read(&[row]).unwrap()
-    }
-
-    /// Whether the pass follows a list.
-    fn open(&mut self, at: At, seq: u64) -> bool {
-        self.gatherer.open(at, 0, seq).unwrap();
-        self.roll();
-        self.gatherer.begin().unwrap();
-        self.gatherer.list().is_some()
-    }
-
-    fn set(&mut self, units: &[u32]) -> SetId {
-        let units: Vec<UnitId> = units.iter().copied().map(UnitId).collect();
-        self.gatherer.set_of(&units).unwrap()
-    }
-
-    fn answer(&mut self, units: &[u32], node: Option<u64>) -> Option<Answer> {
-        let set = self.set(units);
-        self.gatherer.need(&mut self.reducer, set, node).unwrap()
-    }
-
-    /// Needs units until they are whole; what was handed out for that.
-    fn need_at(&mut self, units: &[u32], node: Option<u64>) -> Vec<Action> {
-        let (set, mut done) = (self.set(units), Vec::new());
-        while let Some(answer) = self.answer(units, node) {
-            done.extend(answer.actions);
-            if answer.ask.is_some() {
-                let Reading::Serve(asked) = self.roll() else { panic!() };
-                done.extend(self.gatherer.serve(&asked).unwrap());
-                done.extend(self.gatherer.served());
-            } else {
-                self.gatherer.arrived(set).unwrap();
-            }
-        }
-        done
-    }
-
-    fn need(&mut self, units: &[u32]) -> Vec<Action> {
-        self.need_at(units, None)
-    }
-
-    /// A use that begins and ends.
-    fn run(&mut self, units: &[u32], seq: u64) -> Vec<Action> {
-        let (set, done) = (self.set(units), self.need(units));
-        assert_eq!(self.gatherer.acquire(set, Some(seq)), Ok(true));
-        self.gatherer.release(set).unwrap();
-        done
-    }
-
-    fn close(&mut self) -> Vec<Action> {
-        self.gatherer.close(&mut self.reducer, true)
-    }
-
-    fn whole(&self) -> Vec<u32> {
-        let here = |unit: &u32| self.gatherer.residence(UnitId(*unit)) != Some(Residence::Sharded);
-        (0..9)
-            .filter(here)
-            .filter(|&unit| self.gatherer.residence(UnitId(unit)).is_some())
-            .collect()
-    }
-
-    /// Makes lists of what has been seen.
-    fn learn(&mut self, room: u64, depth: u32) {
-        let plan = self.reducer.plan().routed(self.gatherer.routes(), room * UNIT, depth).unwrap();
-        self.reducer.reorder(Arc::new(plan.clone())).unwrap();
-        self.gatherer.load(Arc::new(plan)).unwrap();
-        self.gatherer.told();
-    }
-
-    /// An evaluation that needs these sets, one after the other.
-    fn evaluate(&mut self, sets: &[&[u32]]) {
-        self.open(EVALUATION, 0);
-        for set in sets {
-            self.need(set);
-        }
-        self.close();
-    }
-
-    fn boundary(&mut self) {
-        self.open(At::Boundary, 0);
-    }
-}
 
 #[test]
 fn without_a_list_each_unit_is_asked_for_and_the_longest_unneeded_goes() {
@@ -273,59 +160,6 @@ fn one_use_more_of_what_is_here_does_not_jump_ahead() {
 }
 
 #[test]
-fn a_need_that_the_list_has_not_runs_its_rest_and_goes_on_free() {
-    let mut alone = Alone::new(4, 2);
-    alone.evaluate(&[&[0], &[1], &[2]]);
-    alone.learn(2, 0);
-    alone.open(EVALUATION, 0);
-    alone.need(&[0]);
-    let answer = alone.answer(&[3], None).unwrap();
-    assert_eq!(answer.ask, Some(UnitId(3)));
-    let rest = [frees(&[0]), gathers(&[1, 2]), frees(&[1])].concat();
-    assert_eq!(answer.actions, rest, "GAT-1: peers pair with it");
-    assert!(alone.gatherer.went_off() && alone.gatherer.list().is_none());
-    assert_eq!(alone.need(&[3]), gathers(&[3]));
-    alone.close();
-    assert!(!alone.open(EVALUATION, 0), "it is seen anew");
-    for unit in [0, 3, 1, 2] {
-        alone.need(&[unit]);
-    }
-    alone.close();
-    assert!(alone.gatherer.news());
-    alone.learn(2, 0);
-    assert!(alone.open(EVALUATION, 0));
-}
-
-#[test]
-fn after_three_passes_in_a_row_that_went_off_it_stays_free() {
-    let mut alone = Alone::new(3, 3);
-    alone.evaluate(&[&[0]]);
-    alone.learn(3, 0);
-    for strike in 0..3 {
-        assert_eq!(alone.gatherer.strays().count(), 0, "{strike}");
-        assert!(alone.open(EVALUATION, 0));
-        alone.need(&[1 + strike % 2]);
-        alone.close();
-        alone.evaluate(&[&[0]]);
-    }
-    assert!(!alone.open(EVALUATION, 0));
-    assert_eq!(alone.gatherer.strays().collect::<Vec<_>>(), [(PassKind::Evaluation, 0)]);
-}
-
-#[test]
-fn a_route_that_is_another_every_time_is_no_news_any_more() {
-    let mut alone = Alone::new(3, 3);
-    let orders = [[0, 1, 2], [1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2], [2, 0, 1]];
-    let news = orders.map(|[a, b, c]| {
-        alone.evaluate(&[&[a], &[b], &[c]]);
-        let news = alone.gatherer.news();
-        alone.gatherer.told();
-        news
-    });
-    assert_eq!(news, [true, true, true, true, false, false]);
-}
-
-#[test]
 fn what_is_next_along_a_list_can_be_asked() {
     let mut alone = Alone::new(2, 1);
     alone.evaluate(&[&[0], &[1]]);
@@ -335,47 +169,6 @@ fn what_is_next_along_a_list_can_be_asked() {
     assert_eq!(alone.gatherer.explain(), Some((2, Command::Need(1))));
     alone.close();
     assert_eq!(alone.gatherer.explain(), None);
-}
-
-#[test]
-fn a_pass_that_left_something_out_teaches_nothing() {
-    let mut alone = Alone::new(3, 3);
-    alone.evaluate(&[&[0], &[1], &[2]]);
-    assert!(alone.gatherer.news());
-    alone.gatherer.told();
-    alone.evaluate(&[&[0], &[2]]);
-    assert!(!alone.gatherer.news());
-    alone.evaluate(&[&[0], &[2], &[1]]);
-    assert!(alone.gatherer.news());
-}
-
-#[test]
-fn what_a_forward_leaves_is_what_its_backward_finds() {
-    let mut alone = Alone::new(3, 2);
-    let pass = |alone: &mut Alone, lists: bool| {
-        assert_eq!(alone.open(FORWARD, 0), lists);
-        for unit in 0..3 {
-            alone.run(&[unit], 10 * u64::from(unit) + 10);
-        }
-        alone.close();
-        assert_eq!(alone.whole(), [1, 2]);
-        assert_eq!(alone.open(LOCAL, 0), lists);
-        for unit in [2, 1, 0] {
-            alone.need_at(&[unit], Some(10 * u64::from(unit) + 15));
-        }
-        alone.close();
-        assert_eq!(alone.whole(), [] as [u32; 0]);
-    };
-    pass(&mut alone, false);
-    alone.boundary();
-    alone.learn(2, 1);
-    pass(&mut alone, true);
-    // An evaluation between the two takes what the backward's list begins with.
-    alone.boundary();
-    alone.open(FORWARD, 0);
-    alone.close();
-    alone.evaluate(&[&[0]]);
-    assert!(!alone.open(LOCAL, 0));
 }
 
 #[test]
@@ -421,30 +214,6 @@ fn gat_10_nothing_is_whole_behind_the_boundary_and_what_is_abandoned() {
     alone.need(&[1]);
     assert_eq!(alone.gatherer.abandon(), frees(&[1]));
     assert!(!alone.gatherer.in_pass());
-}
-
-#[test]
-fn a_backward_that_has_to_observe_follows_no_list() {
-    let plan = sharded_over(2, Some(1), 1);
-    let mut alone = Alone::over(Arc::new(plan), 2 * UNIT);
-    let backward = At::Pass(PassKind::Backward);
-    assert!(!alone.open(backward, 0));
-    alone.reducer.observe().unwrap();
-    for unit in [1, 0] {
-        alone.need(&[unit]);
-        alone.reducer.grad_ready(zerort_core::ParamId(unit)).unwrap();
-    }
-    alone.reducer.finish().unwrap();
-    alone.close();
-    let fills: Vec<u32> = alone.gatherer.routes()[0].fills.iter().map(|&(_, stop)| stop).collect();
-    assert_eq!(fills, [0, 1], "the bucket of u1 was full while it was in use");
-    alone.learn(2, 1);
-    assert!(alone.open(backward, 0));
-    alone.close();
-    alone.boundary();
-    alone.reducer.observe().unwrap();
-    alone.reducer.finish().unwrap(); // nothing came, which teaches nothing
-    assert!(!alone.open(backward, 0));
 }
 
 #[test]

@@ -10,6 +10,9 @@
 //! | sharded         | replicated | reduce-scatter                | all-gather  |
 //! | sharded         | sharded    | reduce-scatter                |             |
 //!
+//! The parameter's placement is the bucket's: at stage 3 one without a unit is replicated, and
+//! published. One in a unit is gathered when it is needed ([`crate::gatherer`]).
+//!
 //! Where the optimizer is replicated the sum is gathered, not all-reduced: every shard is summed
 //! once, in rank order, so that its bits are those of the other rows. The mesh refines each entry:
 //!

@@ -29,6 +29,11 @@
 //! is next. What a `Launch` starts is a list too: the [`Hops`] of the bucket, each a collective over
 //! a named [`Group`] of the [`Mesh`].
 //!
+//! Where parameters are sharded too, at stage 3, they are whole only while they are used. They are
+//! gathered and freed by the [`Unit`], and a pass has a [`List`] of its own, in which stands what is
+//! needed, gathered and freed among the launches. The [`Gatherer`] is the cursor for that; what no
+//! list brings, ranks ask for in a [`roll`] call, which all of them read alike.
+//!
 //! # One step
 //!
 //! ```

@@ -3,6 +3,9 @@
 //! A stage is a number only where a user writes it. Everything else asks [`Rules`] a question by
 //! name, so that a new mixture of placements is a new row in one table and nothing else.
 //!
+//! At stage 3 parameters outside any unit, which are small, stay replicated: see
+//! [`Bucket::parameter`](crate::Bucket::parameter).
+//!
 //! | stage | optimizer state | gradient   | parameter  |
 //! |------:|-----------------|------------|------------|
 //! |     0 | replicated      | replicated | replicated |

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 mod abi;
 mod borrow;
+mod bucket;
 mod buffer;
 mod descriptor;
 #[allow(unsafe_code)]
@@ -31,6 +32,12 @@ mod units;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use super::bucket::Bucket;
+    #[pymodule_export]
+    use super::bucket::Fragment;
+    #[pymodule_export]
+    use super::bucket::Hop;
+    #[pymodule_export]
     use super::buffer::Buffer;
     #[pymodule_export]
     use super::gatherer::Gatherer;
@@ -44,12 +51,6 @@ mod _core {
     use super::kernels::take_writes;
     #[pymodule_export]
     use super::list::List;
-    #[pymodule_export]
-    use super::plan::Bucket;
-    #[pymodule_export]
-    use super::plan::Fragment;
-    #[pymodule_export]
-    use super::plan::Hop;
     #[pymodule_export]
     use super::plan::Plan;
     #[pymodule_export]

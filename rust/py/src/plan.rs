@@ -1,13 +1,14 @@
-//! `Plan`, `Bucket`, `Hop` and `Fragment`: the core's planning nouns, read-only.
+//! `Plan`: the immutable result of planning.
 
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    Action, BucketId, BucketLayout, Cap, Command, Dtype, Group, GroupId, Hops, Mesh, Op, Param,
-    ParamId, Partition, Placement, PlanSpec, Rank, Route, Rules, Stage, UnitId, WireId,
+    Action, BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Mesh, Param, ParamId, Placement,
+    PlanSpec, Rank, Route, Rules, Stage, UnitId, WireId,
 };
 
+use crate::bucket::{Bucket, Fragment};
 use crate::errors::PlanError;
 use crate::ids::number;
 use crate::list::List;
@@ -268,7 +269,8 @@ fn dtype_named(name: &str) -> Option<Dtype> {
         .find(|&dtype| dtype_name(dtype) == name)
 }
 
-const fn dtype_name(dtype: Dtype) -> &'static str {
+/// The dtype's name in Python.
+pub const fn dtype_name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "f32",
         Dtype::F16 => "f16",
@@ -285,162 +287,5 @@ pub const fn kind(command: Command) -> &'static str {
         Command::Need(_) => "need",
         Command::Gather(_) => "gather",
         Command::Free(_) => "free",
-    }
-}
-
-/// Parameters reduced together in one flat buffer; all offsets and lengths are in elements.
-#[pyclass(frozen, module = "zerort._core")]
-pub struct Bucket {
-    inner: zerort_core::Bucket,
-    partition: Partition,
-    hops: Hops,
-}
-
-impl Bucket {
-    fn of(plan: &zerort_core::Plan, id: BucketId) -> PyResult<Self> {
-        let inner = plan.bucket(id).map_err(refused)?.clone();
-        let partition = plan.partition(id).map_err(refused)?.clone();
-        let hops = plan.hops(id).map_err(refused)?.clone();
-        Ok(Self { inner, partition, hops })
-    }
-}
-
-#[pymethods]
-impl Bucket {
-    #[getter]
-    fn id(&self) -> u32 {
-        self.inner.id.0
-    }
-
-    #[getter]
-    fn dtype(&self) -> &'static str {
-        dtype_name(self.inner.dtype)
-    }
-
-    /// Optimizer parameter group the bucket belongs to.
-    #[getter]
-    fn group(&self) -> u32 {
-        self.inner.group.0
-    }
-
-    /// How its gradients are encoded.
-    #[getter]
-    fn wire(&self) -> u32 {
-        self.inner.wire.0
-    }
-
-    /// The unit it belongs to; None where every rank keeps its parameters whole.
-    #[getter]
-    fn unit(&self) -> Option<u32> {
-        self.inner.unit.map(|unit| unit.0)
-    }
-
-    /// Whether its parameters are sharded between their uses.
-    #[getter]
-    fn sharded(&self) -> bool {
-        self.inner.parameter() == Placement::Sharded
-    }
-
-    /// Parameter ids in the order in which they lie in the buffer.
-    #[getter]
-    fn params(&self) -> Vec<u32> {
-        self.inner.params.iter().map(|param| param.0).collect()
-    }
-
-    /// Start of each parameter of `params`; every one is on 64 bytes.
-    #[getter]
-    fn offsets(&self) -> Vec<u64> {
-        self.partition.offsets().to_vec()
-    }
-
-    #[getter]
-    fn numels(&self) -> Vec<u64> {
-        self.partition.numels().to_vec()
-    }
-
-    /// Padded length: a multiple of world x 128.
-    #[getter]
-    fn numel(&self) -> u64 {
-        self.partition.numel()
-    }
-
-    #[getter]
-    fn shard_numel(&self) -> u64 {
-        self.partition.shard_numel()
-    }
-
-    /// From a rank's own gradient to what its optimizer needs.
-    #[getter]
-    fn reduce_hops(&self) -> Vec<Hop> {
-        self.hops.reduce.iter().copied().map(Hop).collect()
-    }
-
-    /// From a rank's updated shard to the parameters that it computes with.
-    #[getter]
-    fn publish_hops(&self) -> Vec<Hop> {
-        self.hops.publish.iter().copied().map(Hop).collect()
-    }
-}
-
-/// One collective of a bucket.
-#[pyclass(frozen, module = "zerort._core")]
-pub struct Hop(zerort_core::Hop);
-
-#[pymethods]
-impl Hop {
-    #[getter]
-    fn op(&self) -> &'static str {
-        match self.0.op {
-            Op::ReduceScatter => "reduce_scatter",
-            Op::AllReduce => "all_reduce",
-            Op::AllGather => "all_gather",
-            Op::Copy => "copy",
-        }
-    }
-
-    /// Whom with.
-    #[getter]
-    fn group(&self) -> &'static str {
-        match self.0.group {
-            Group::Shard => "shard",
-            Group::Replica => "replica",
-            Group::Inner => "inner",
-            Group::Outer => "outer",
-            Group::Job => "job",
-            Group::Own => "own",
-        }
-    }
-
-    /// The number of the wire format; None is as it lies in memory.
-    #[getter]
-    fn wire(&self) -> Option<u32> {
-        self.0.wire.map(|wire| wire.0)
-    }
-}
-
-/// A parameter's part inside one rank's shard, in elements.
-#[pyclass(frozen, module = "zerort._core")]
-pub struct Fragment(zerort_core::Fragment);
-
-#[pymethods]
-impl Fragment {
-    #[getter]
-    fn param(&self) -> u32 {
-        self.0.param.0
-    }
-
-    #[getter]
-    fn param_start(&self) -> u64 {
-        self.0.param_start
-    }
-
-    #[getter]
-    fn shard_start(&self) -> u64 {
-        self.0.shard_start
-    }
-
-    #[getter]
-    fn length(&self) -> u64 {
-        self.0.length
     }
 }

@@ -22,7 +22,7 @@ impl Reducer {
         Ok(())
     }
 
-    /// Starts a pass that only [observes](self#what-is-learnt), whatever is known.
+    /// Starts a pass that only [observes](super#what-is-learnt), whatever is known.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass.
@@ -60,7 +60,7 @@ impl Reducer {
         }
     }
 
-    /// Whether the next pass has to [observe](self#what-is-learnt).
+    /// Whether the next pass has to [observe](super#what-is-learnt).
     pub fn has_to_observe(&self) -> bool {
         self.learns()
     }
