@@ -66,7 +66,10 @@ impl Alone {
     /// Needs units until they are whole; what was handed out for that.
     pub fn need_at(&mut self, units: &[u32], node: Option<u64>) -> Vec<Action> {
         let (set, mut done) = (self.set(units), Vec::new());
+        let mut asked = 0;
         while let Some(answer) = self.answer(units, node) {
+            asked += 1;
+            assert!(asked < 99, "{units:?} never come");
             done.extend(answer.actions);
             if answer.ask.is_some() {
                 let Reading::Serve(asked) = self.roll() else { panic!() };

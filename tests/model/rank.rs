@@ -60,6 +60,8 @@ pub struct Rank {
     uses: Vec<u64>,
     /// Units read in this backward, each with the node at which that is over.
     reads: Vec<(UnitId, Option<u64>)>,
+    /// Needs that were not answered at once.
+    asked: u32,
     pub stats: Stats,
 }
 
@@ -105,6 +107,7 @@ impl Rank {
             seq: 0,
             uses: Vec::new(),
             reads: Vec::new(),
+            asked: 0,
             stats: Stats::default(),
         }
     }
@@ -317,6 +320,10 @@ impl Rank {
         let answer = self.gatherer.need(&mut self.reducer, set, node).map_err(text)?;
         self.stats.went_off += u32::from(before.is_some() && self.gatherer.list().is_none());
         let Some(answer) = answer else { return Ok(true) };
+        self.asked += 1;
+        if self.asked > 99_999 {
+            return Err(format!("{set:?} never comes"));
+        }
         self.run(answer.actions, shared)?;
         if answer.ask.is_some() {
             self.then([Frame::Reach, Frame::Roll, Frame::Need { set, node }]);
