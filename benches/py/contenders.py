@@ -87,6 +87,24 @@ def _zerort(stage: int) -> Build:
     return build
 
 
+def _zerort_3(part: float) -> Build:
+    """At stage 3 with room for a part of the model, and every parameter sharded."""
+
+    def build(workload: Workload, device: torch.device) -> Step:
+        model = workload.model(device)
+        config = _config(workload, 3)
+        config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": int(part * sum(p.numel() for p in model.parameters())),
+        }
+        if part >= 1:
+            config["zerort"] = {"reshard_after_forward": False}
+        engine, *_ = zerort.initialize(model=model, config=config)
+        return _engine_step(workload, engine)
+
+    return build
+
+
 def _deepspeed(stage: int) -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -113,6 +131,8 @@ CONTENDERS: dict[str, Build] = {
     "zerort stage 0": _zerort(0),
     "zerort stage 1": _zerort(1),
     "zerort stage 2": _zerort(2),
+    "zerort stage 3": _zerort_3(1),
+    "zerort stage 3, a third": _zerort_3(1 / 3),
 }
 if importlib.util.find_spec("deepspeed"):
     CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}

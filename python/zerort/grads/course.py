@@ -30,8 +30,10 @@ class Course(Protocol):
     def run(self, hi: int) -> None:
         """The core's reducer has answered `hi`."""
 
-    def finish(self) -> None:
-        """The backward is over: launches what is left."""
+    def finish(self) -> list[int] | None:
+        """The backward is over: launches what is left. Returns who has had no gradient, by id; None
+        where that is known by now from what was packed.
+        """
 
 
 class Straight:
@@ -52,7 +54,7 @@ class Straight:
         self._executor.run(hi)
 
     def finish(self) -> None:
-        """The rest of the schedule."""
+        """The rest of the schedule. Everything is packed then."""
         self._executor.launch_all()
         self._reducer.finish()
 
@@ -87,15 +89,16 @@ class Routed:
         """What `hi` stands for in the list."""
         self._executor.enqueue(self.gatherer.reached(hi))
 
-    def finish(self) -> None:
+    def finish(self) -> list[int] | None:
         """The rest of the list; all of the schedule where no pass of parameters is under way."""
-        self._reducer.finish()
+        finished = self._reducer.finish()
         if self.gatherer.in_pass:
             self.close(complete=self._executor.failure is None)
             self.owed = self.index is None
         else:
             self._executor.enqueue(self.plan.program)
             self._executor.reach()
+        return list(finished.absent) if self.owed else None
 
     def close(self, *, complete: bool) -> None:
         """The rest of the list, behind `finish` or where no gradient is reduced. From one that is

@@ -121,10 +121,10 @@ class Reduction:
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
-        self.course.finish()
+        absent = self.course.finish()
         self.listener.finish()
         self._late = self.listener.holds_gradients()
-        return self._executor.absent
+        return self._executor.absent if absent is None else [self._flat.names[i] for i in absent]
 
     @unintercepted
     def abort(self) -> None:

@@ -15,6 +15,7 @@ The roll call and its lists: `rust/core/src/gatherer.rs` and `roll.rs`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,10 @@ class Resident:
     def meet(self, call: str = "step()", detail: int = 0, *, serving: bool = False) -> None:
         """Nothing: the call's own collectives are the first."""
 
+    def is_within(self, *, in_backward: bool) -> bool:
+        """There is none."""
+        return False
+
     def bring(self) -> None:
         """Nothing."""
 
@@ -118,6 +123,7 @@ class Passes:
         """Hears of a backward that comes to the module although nobody has opened a pass."""
         self._news = False
         self._met = False
+        self._thread = 0
 
     # What needs parameters.
 
@@ -168,7 +174,9 @@ class Passes:
         """
         if kind == "evaluation" and self.rests:
             return
+        self._refuse_other_threads()
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
+        self._thread = threading.get_ident()
         reading = self._decided([int(owes)])
         self._executor.enqueue(self.gatherer.begin())
         # What is not reduced in its backward waits in `.grad`, or for sums that are owed.
@@ -179,6 +187,22 @@ class Passes:
             self._executor.drain()
         if kind == "local_backward":
             self.bring()
+
+    @undisturbed
+    def is_within(self, *, in_backward: bool) -> bool:
+        """Whether the caller is in the pass that is open. Raises `StepError` on another thread:
+        what it would gather pairs with nothing of the other ranks'.
+        """
+        if not in_backward:
+            self._refuse_other_threads()
+        return self.is_open
+
+    def _refuse_other_threads(self) -> None:
+        if self._thread not in (0, threading.get_ident()):
+            raise StepError(
+                "a forward at stage 3 while another thread is in a forward, a backward or a step: "
+                "ranks gather parameters together, in one order; run them one after the other"
+            )
 
     @undisturbed
     def bring(self) -> None:
@@ -192,7 +216,7 @@ class Passes:
         """The pass is over, `complete` or broken off; nothing where none is open."""
         if not self.is_open:
             return
-        self.is_open, self.opener = False, None
+        self.is_open, self.opener, self._thread = False, None, 0
         self.settle()
         self._course.close(complete=complete)
         self._say_strays()
@@ -215,7 +239,16 @@ class Passes:
         """
         if call == "step()" and self._met:
             return
-        own = [_CALLS.index(call), detail]
+        self._refuse_other_threads()
+        self._thread = threading.get_ident()
+        try:
+            reading = self._met_at([_CALLS.index(call), detail], serving=serving)
+        finally:
+            self._thread = 0
+        self._news = reading.news
+        self._met = call == "step()"
+
+    def _met_at(self, own: Sequence[int], *, serving: bool) -> _core.Reading:
         while True:
             self.gatherer.open("serve" if serving else "boundary")
             reading = self._decided(own)
@@ -225,8 +258,7 @@ class Passes:
         self._compare(reading)
         self._executor.enqueue(self.gatherer.begin())
         self._executor.reach()
-        self._news = reading.news
-        self._met = call == "step()"
+        return reading
 
     def crossed(self) -> None:
         """The step that all ranks met for is over, or there is none."""
@@ -273,6 +305,7 @@ class Passes:
     def abandon(self) -> None:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met, self._news = False, None, False, False
+        self._thread = 0
         self.settle()
         self._course.abandon()
         self._executor.enqueue(self.gatherer.abandon())

@@ -86,6 +86,8 @@ class Sharded(nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         match _access(func):
+            case Access.GRAPH:
+                return _through(func, args, kwargs)
             case Access.METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
@@ -120,6 +122,8 @@ class Access(Enum):
     """What a torch function wants of a parameter."""
 
     METADATA = auto()
+    GRAPH = auto()
+    """A place in the graph: a backward up to it."""
     DETACH = auto()
     """The values without their history, which a state dict asks for."""
     READ = auto()
@@ -167,6 +171,8 @@ def _access(func: Callable[..., Any]) -> Access:
         return Access.ESCAPE
     if name in ("detach", "detach_"):
         return Access.DETACH
+    if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+        return Access.GRAPH
     in_place = name.endswith("_") and (not name.endswith("__") or name.startswith("_foreach_"))
     return Access.WRITE if in_place or name in _AUGMENTED else Access.READ
 
@@ -177,6 +183,19 @@ def _access_to(attribute: str, how: str) -> Access:
     if attribute == "__cuda_array_interface__":
         return Access.ESCAPE
     return Access.READ if attribute in _VALUES else Access.METADATA
+
+
+def _through(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A backward up to parameters, which asks nothing of their values itself."""
+    params = _sharded_in((args, kwargs))
+    kinds = [type(parameter) for parameter in params]
+    for parameter in params:
+        expose(parameter)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        for parameter, kind in zip(params, kinds, strict=True):
+            parameter.__class__ = kind
 
 
 def _use(

@@ -82,7 +82,7 @@ class Transaction:
 
     def _computed(self, run: Callable[[], T]) -> T:
         passes = self.part.passes
-        if passes.is_open or not passes.shards:
+        if not passes.shards or passes.is_within(in_backward=in_backward()):
             return run()
         trains = torch.is_grad_enabled()
         try:
@@ -331,6 +331,7 @@ class Transaction:
     def _take(self, scaling: LossScaling | None) -> None:
         """Takes what a backward that this engine has not begun has left in `.grad`."""
         self._phase = Backward(between(self._phase))
+        self.part.reach(announced=False)
         self._open(scaling)
         self._close()
 

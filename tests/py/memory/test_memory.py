@@ -9,21 +9,19 @@ engine's business.
 from __future__ import annotations
 
 import gc
-import time
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ranks
 import zerort
 from tap import tapped
 from training import keep
+from weighing import alive, covered
 
 WIDTH, LAYERS = 128, 16
 BUCKET = WIDTH * WIDTH
@@ -51,32 +49,6 @@ class Bytes:
     """Under all other tensors, after a step."""
     in_window: int
     """The same after the first micro-batch of a window."""
-
-
-def covered(tensors: Iterable[Tensor]) -> int:
-    """Bytes of memory under these tensors, each byte once, whatever looks at it."""
-    spans = sorted((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
-    total = end = 0
-    for start, size in spans:
-        total += max(0, start + size - max(start, end))
-        end = max(end, start + size)
-    return total
-
-
-def alive() -> list[Tensor]:
-    """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a
-    parameter holds.
-    """
-    time.sleep(0.05)  # gloo's workers let go of their last collective a moment after it is complete
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
-        found = [
-            thing
-            for thing in gc.get_objects()
-            if isinstance(thing, Tensor) and thing.device.type == "cpu"
-        ]
-    return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
 
 
 def weigh(rank: int, world: int, variants: list[Variant]) -> list[Bytes]:

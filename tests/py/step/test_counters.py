@@ -273,7 +273,7 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_control(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
     ranks.run(world, at_each_stage, stage, scenario)
@@ -288,7 +288,7 @@ def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:
     assert step_with(engine, 2.0, 2.0) == (-4.0, -31.0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_sync_works_at_every_stage(stage: int) -> None:
     ranks.run(2, _hold_back_at_stage, stage)
 

@@ -29,7 +29,8 @@ from training import at_stage
 from zerort.errors import CommError, NonFiniteGradient, PlanMismatch, StepError, ZerortError
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+below_3 = pytest.mark.parametrize("stage", [0, 1, 2])
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 LIMIT = 30.0  # seconds a scenario may take, start included
 NAN = float("nan")
@@ -455,7 +456,7 @@ def test_a_sparse_gradient_is_refused_with_its_modules_name(stage: int) -> None:
         assert_told(error, ZerortError, "words")
 
 
-@every_stage
+@below_3
 def test_a_sparse_gradient_is_made_dense_when_asked_for(stage: int) -> None:
     for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", stage, timeout=LIMIT):
         assert error is None

@@ -25,7 +25,8 @@ from training import at_stage
 from zerort.errors import CommError, StepError
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+below_3 = pytest.mark.parametrize("stage", [0, 1, 2])
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 LIMIT = 30.0  # seconds a scenario may take, start included
 CLEAN = (-2.0, -4.0)
@@ -194,9 +195,11 @@ HARMLESS: list[Callable[[int, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("scenario", HARMLESS, ids=lambda scenario: scenario.__name__)
 def test_mistakes(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
+    if stage == 3 and scenario is a_graph_of_the_gradients_does_no_harm:
+        pytest.skip("refused at stage 3, see params/test_stage_3_failures.py")
     ranks.run(world, at_each_stage, stage, scenario, timeout=LIMIT)
 
 
@@ -221,7 +224,7 @@ def _try_a_forward_again(rank: int, world: int, stage: int) -> Weights:
     return weights(engine)
 
 
-@every_stage
+@below_3
 def test_a_forward_that_raised_on_one_rank_can_be_tried_again(stage: int) -> None:
     assert ranks.run(2, _try_a_forward_again, stage, timeout=LIMIT) == [CLEAN] * 2
 
@@ -240,7 +243,7 @@ def _give_up_after_a_forward(rank: int, world: int, stage: int) -> tuple[Excepti
     return caught(take), step_with(engine, 2.0, 4.0)
 
 
-@every_stage
+@below_3
 def test_a_rank_whose_forward_raised_gives_up_on_all_by_a_step(stage: int) -> None:
     for error, after in ranks.run(2, _give_up_after_a_forward, stage, timeout=LIMIT):
         assert_told(error, StepError, "without backward")
@@ -292,7 +295,7 @@ def _break_the_optimizer_on_rank_1(
     return first, second, step_with(engine, 2.0, 4.0)
 
 
-@every_stage
+@below_3
 def test_an_optimizer_that_raises_on_one_rank_stops_all_until_a_checkpoint_is_loaded(
     stage: int,
 ) -> None:

@@ -28,7 +28,7 @@ from zerort.errors import StepError
 from zerort.grads.tasks import GraphTask, LossScaling, announce, running_here
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 LIMIT = 40.0
 CLEAN = (-2.0, -4.0)
@@ -140,9 +140,11 @@ SCENARIOS: list[Callable[[int, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_forwards_within_a_backward(scenario: Callable[[int, int], None], stage: int) -> None:
+    if stage == 3 and scenario is another_thread_evaluates:
+        pytest.skip("refused at stage 3, see params/test_stage_3_failures.py")
     ranks.run(2, at_each_stage, stage, scenario, timeout=LIMIT)
 
 

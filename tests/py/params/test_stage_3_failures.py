@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -229,7 +230,25 @@ def step_inside_gathered(engine: Any, twin: nn.Module, rank: int, step: int) -> 
     routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
 
 
+def evaluate_on_another_thread(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    errors: list[Exception | None] = []
+
+    def evaluate(out: Tensor) -> Tensor:
+        x = routes.data(step, rank)
+        thread = threading.Thread(target=lambda: errors.append(caught(lambda: engine(x))))
+        thread.start()
+        thread.join()
+        return out
+
+    handle = at_block(engine, 1, evaluate)
+    with torch.no_grad():
+        engine(routes.data(step, rank))
+    handle.remove()
+    assert_told(errors[0], zerort.StepError, "a forward at stage 3 while another thread")
+
+
 BAD: list[Step] = [
+    evaluate_on_another_thread,
     raise_in_a_training_forward,
     raise_in_an_evaluation,
     raise_in_a_backward,

@@ -1,0 +1,36 @@
+"""Bytes under every tensor of this process."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def covered(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory under these tensors, each byte once, whatever looks at it."""
+    spans = sorted((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
+    total = end = 0
+    for start, size in spans:
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
+
+
+def alive() -> list[Tensor]:
+    """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a
+    parameter holds.
+    """
+    time.sleep(0.05)  # gloo's workers let go of their last collective a moment after it is complete
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
+        found = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, Tensor) and thing.device.type == "cpu"
+        ]
+    return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
