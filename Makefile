@@ -28,8 +28,9 @@ endif
 ANONYMOUS = $$(printf -- '--remap-path-prefix=%s=cargo\037--remap-path-prefix=%s=zerort' \
                 '$(or $(CARGO_HOME),$(HOME)/.cargo)' '$(CURDIR)')
 
-demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py $(if $(RESUME),--resume)
+demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run, STAGE=3 shards
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py \
+	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE))
 
 test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked

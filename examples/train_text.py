@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
         "--steps", type=int, help="optimizer steps (default: the configuration's total_num_steps)"
     )
     parser.add_argument(
-        "--stage", type=int, choices=(0, 1, 2), help="ZeRO stage (default: the configuration's)"
+        "--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: the configuration's)"
     )
     parser.add_argument(
         "--config", type=Path, default=Path(__file__).with_suffix(".json"), help="DeepSpeed JSON"
@@ -136,7 +136,9 @@ def sample(engine: zerort.Engine) -> str:
     torch.manual_seed(1)
     engine.eval()
     prompt = torch.tensor([list(PROMPT)], device=engine.device)
-    written: Tensor = engine.module.generate(prompt, SAMPLE_BYTES)
+    # At stage 3 parameters are gathered once here, not once for every byte.
+    with zerort.zero.GatheredParameters(list(engine.module.parameters())):
+        written: Tensor = engine.module.generate(prompt, SAMPLE_BYTES)
     engine.train()
     return bytes(written[0].tolist()).decode("utf-8", errors="replace")
 
