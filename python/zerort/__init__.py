@@ -7,7 +7,7 @@ for batch in loader:
     engine.step()
 """
 
-from zerort import zero
+from zerort import utils, zero
 from zerort._core import __version__
 from zerort.engine import Engine
 from zerort.errors import (
@@ -40,5 +40,6 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "utils",
     "zero",
 ]

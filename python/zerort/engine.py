@@ -28,6 +28,7 @@ from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
 from zerort.step.transaction import Transaction
+from zerort.utils.held import Owner
 
 __all__ = ["COMPILED_WHOLE", "Engine"]
 
@@ -44,6 +45,11 @@ runs. The result is the same to the bit. Compiled block by block, each block's g
 its backward is over.
 """
 
+NOT_GATHERED = (
+    "%s is not written, because at stage 3 the weights are in parts: configure "
+    '"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": true}'
+)
+
 
 class Engine(Readings, nn.Module):
     """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
@@ -56,9 +62,12 @@ class Engine(Readings, nn.Module):
         self.counters = Counters()
         self._parts = parts
         self._transaction = _transaction(parts, self.counters)
+        self._owner = Owner(self._transaction, parts)
         self._checkpoints = Checkpoints(_state(module, parts, self.counters), _policy(parts))
         # An engine that is dropped without `destroy` leaves no hook on the model.
-        self._give_back = weakref.finalize(self, _give_back, self._transaction, parts.sink.close)
+        self._give_back = weakref.finalize(
+            self, _give_back, self._transaction, self._owner.close, parts.sink.close
+        )
         self._give_back.atexit = False
 
     # One step, in the order of a training loop.
@@ -290,12 +299,36 @@ class Engine(Readings, nn.Module):
         it; returns True.
 
         A name ending in `.safetensors` gives that format, any other one that
-        `torch.load(weights_only=True)` reads. Raises the same `CheckpointError` on all ranks.
+        `torch.load(weights_only=True)` reads. At stage 3 the weights come to rank 0's host a unit
+        at a time, if `stage3_gather_16bit_weights_on_model_save` says so; if not, nothing is
+        written, and it returns False. Raises the same `CheckpointError` on all ranks.
         """
+        zero = self._parts.config.zero_optimization
+        if zero.stage == 3 and not zero.gathers_weights:
+            if self._parts.mesh.rank == 0:
+                _log.warning(NOT_GATHERED, os.path.join(save_dir, save_filename))
+            return False
         self._transaction.pause("save_16bit_model()")
         return self._checkpoints.save_weights(
             save_dir, save_filename, exclude_frozen=exclude_frozen_parameters
         )
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Tensor] | None:
+        """Stage 3: the module's weights on rank 0's host, in the dtype it computes with, brought
+        there a unit at a time; None on the other ranks. All ranks call it.
+
+        Copies; tied weights are one tensor. Raises `ConfigError` below stage 3.
+        """
+        if self._parts.config.zero_optimization.stage < 3:
+            raise ConfigError(
+                "_zero3_consolidated_16bit_state_dict() is of stage 3: below it "
+                "engine.module.state_dict() is whole on every rank"
+            )
+        self._transaction.pause("save_16bit_model()")
+        found = self._checkpoints.consolidated(exclude_frozen=exclude_frozen_parameters)
+        return found if self._parts.mesh.rank == 0 else None
 
     # As an object.
 
@@ -363,7 +396,8 @@ def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineSt
     )
 
 
-def _give_back(transaction: Transaction, close_sink: Callable[[], None]) -> None:
+def _give_back(transaction: Transaction, *closes: Callable[[], None]) -> None:
     """Must not hold the engine: it runs when that is collected, or destroyed."""
     transaction.close()
-    close_sink()
+    for close in closes:
+        close()

@@ -24,6 +24,7 @@ from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm, Mesh
 from zerort.optim import Abilities, ShardOptimizer, schedules
+from zerort.params.leaves import mark_configured
 from zerort.start import agreed, checks
 from zerort.start.broadcast import broadcast, loose
 from zerort.start.compare import (
@@ -34,7 +35,9 @@ from zerort.start.compare import (
 )
 from zerort.start.connect import connected, started
 from zerort.start.loader import TrainingLoader, open_loader
+from zerort.start.meta import give_values
 from zerort.start.optimizer import abilities_of, choose_optimizer
+from zerort.start.place import gather_loose, move
 from zerort.start.units import passes_over, room_for, units_of
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.precision import Precision
@@ -43,6 +46,7 @@ from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.watch import BucketWatch, Unwatched
+from zerort.zero.init import close_if_empty, origin_of
 
 __all__ = ["initialize"]
 
@@ -90,6 +94,8 @@ def initialize(
     with ExitStack() as undo:
         settings, mesh = connected(lambda: load(config, args, config_params), model, undo)
         log.show(mesh.rank)
+        if isinstance(model, nn.Module):
+            give_values(model, settings, mesh)
         setup = _set_up(settings, mesh, given, undo)
         flat = _move(setup)
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
@@ -153,8 +159,10 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
 def _move(setup: Setup) -> FlatModel:
     """Parameters into buckets, with rank 0's values on all ranks."""
     job = setup.mesh.job
+    gather_loose(setup.model, [member.tensor for member in setup.planned])
     flat = agreed(job.control, lambda: FlatModel(setup.model, setup.planned, setup.layout))
     broadcast(job, setup.model, flat)
+    close_if_empty(job.control)
     return flat
 
 
@@ -166,10 +174,11 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     model = checks.checked(given.model)
     batch, precision = settings.resolve_batch(mesh.world), Precision.of(settings)
     checks.refuse_unready(model)
+    mark_configured(model, settings)
     checks.settle_sparse(model, settings.zerort.sparse_gradients)
     place_of(model.named_parameters())  # refuses what is not supported
     precision.cast(model)
-    model.to(mesh.device)
+    move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
     abilities = abilities_of(chosen, shards=plan.shards_optimizer)
@@ -206,7 +215,7 @@ def _planned(
             "model that is given to initialize; one that an engine has had holds that engine's "
             "shards"
         )
-    planned = plannable(model.named_parameters(), groups, precision.wires(model))
+    planned = plannable(model.named_parameters(), groups, precision.wires(model), origin_of)
     plan = _core.Plan(
         [member.spec() for member in planned],
         world=comm.world,

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
+from zerort.checkpoint.consolidated import consolidated, weights_of
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
 from zerort.checkpoint.match import LoadOptions
@@ -18,7 +21,7 @@ from zerort.checkpoint.prune import Pruned, Run
 from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
 from zerort.checkpoint.snapshot import Snapshot, collect
-from zerort.checkpoint.state import EngineState
+from zerort.checkpoint.state import EngineState, aliases
 from zerort.checkpoint.weights import save_weights
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus, Patience
@@ -149,10 +152,23 @@ class Checkpoints:
             f"save {folder / name}", self._policy.timeout, "zerort.checkpoint.timeout"
         )
         self._agreement.agree(f"{folder / name} was not saved", self._refuse_half_changed)
-        replace(self._agreement, patience=patience).first(
-            f"{folder / name} was not saved",
-            lambda: save_weights(
-                self.state.module, folder, name, self.disk, exclude_frozen=exclude_frozen
-            ),
-        )
+        module = self.state.module
+        gathered = self.consolidated(exclude_frozen=exclude_frozen) if self._is_sharded else None
+
+        def save() -> None:
+            weights = gathered
+            if weights is None:
+                found = weights_of(module, exclude_frozen=exclude_frozen)
+                weights = {name: tensor.detach() for name, tensor in found.items()}
+            save_weights(weights, aliases(module), folder, name, self.disk)
+
+        replace(self._agreement, patience=patience).first(f"{folder / name} was not saved", save)
         return True
+
+    def consolidated(self, *, exclude_frozen: bool) -> dict[str, Tensor]:
+        """All ranks; rank 0 gets the weights. See `consolidated`."""
+        return consolidated(self.state, exclude_frozen=exclude_frozen)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(bucket.spec.sharded for bucket in self.state.flat.buckets)

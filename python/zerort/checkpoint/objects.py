@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from zerort import _core
 from zerort.checkpoint.manifest import Manifest
 from zerort.checkpoint.match import LoadOptions
-from zerort.checkpoint.rng import random_states, restore_random_states
 from zerort.checkpoint.staging import Staged
 from zerort.checkpoint.state import EngineState, extra_states
 from zerort.checkpoint.undo import Undo
+from zerort.device.random import random_states, restore_random_states
 from zerort.errors import CheckpointError
 
 __all__ = ["CustomLoad", "finish_objects", "restore_objects"]

@@ -21,7 +21,6 @@ from torch import Tensor
 from zerort import _core
 from zerort.checkpoint.encoding import Json, encode
 from zerort.checkpoint.manifest import ParamState
-from zerort.checkpoint.rng import random_states
 from zerort.checkpoint.state import (
     EngineState,
     aliases,
@@ -32,6 +31,7 @@ from zerort.checkpoint.state import (
     strides_of,
 )
 from zerort.checkpoint.tensors import CODES, Stored
+from zerort.device.random import random_states
 from zerort.errors import CheckpointError
 from zerort.memory import FlatBucket
 from zerort.optim.segments import Region, Segment, regions

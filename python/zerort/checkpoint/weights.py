@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zerort.checkpoint.blocks import HashedFile
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.manifest import MANIFEST
-from zerort.checkpoint.state import aliases
 from zerort.checkpoint.tags import reserved
 from zerort.checkpoint.temporary import named_for, new_nonce, temporary_path
 from zerort.checkpoint.tensors import Stored, as_bytes, place
@@ -25,10 +24,10 @@ __all__ = ["save_weights"]
 
 
 def save_weights(
-    module: nn.Module, folder: Path, name: str, disk: Disk, *, exclude_frozen: bool
+    weights: dict[str, Tensor], tied: dict[str, str], folder: Path, name: str, disk: Disk
 ) -> None:
-    """Writes a module's state dict in its own dtypes into `folder` / `name`, by a temporary file
-    and a rename.
+    """Writes `weights` in their own dtypes into `folder` / `name`, by a temporary file and a
+    rename; `tied` maps further names of a tensor to its first.
 
     A name that ends in `.safetensors` gives that format, in which a tied weight stands once, under
     its first name; any other name gives torch's zip format, which `torch.load(weights_only=True)`
@@ -36,14 +35,6 @@ def save_weights(
     name or a place that could be something else, and `OSError`.
     """
     _check_place(disk, folder, name)
-    frozen = {
-        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
-    weights = {
-        name: value.detach()
-        for name, value in module.state_dict().items()
-        if isinstance(value, Tensor) and not (exclude_frozen and name in frozen)
-    }
     folder.mkdir(parents=True, exist_ok=True)
     _delete_unfinished(disk, folder, name)
     temporary = temporary_path(folder, name, new_nonce())
@@ -51,7 +42,7 @@ def save_weights(
         with HashedFile(disk, temporary) as file:
             file.hold()
             if name.endswith(".safetensors"):
-                _write_safetensors(file, weights, aliases(module))
+                _write_safetensors(file, weights, tied)
             else:
                 torch.save(weights, cast(BinaryIO, _Stream(file)))
             file.finish()

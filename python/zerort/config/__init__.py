@@ -6,7 +6,7 @@ tune speed elsewhere, or refused.
 """
 
 from zerort.config.batch import Batch
-from zerort.config.loading import describe, load
+from zerort.config.loading import describe, load, load_part
 from zerort.config.model import Config
 
-__all__ = ["Batch", "Config", "describe", "load"]
+__all__ = ["Batch", "Config", "describe", "load", "load_part"]

@@ -240,7 +240,10 @@ _ROWS = (
         "zero_optimization.stage3_gather_16bit_weights_on_model_save",
         "whether save_16bit_model may gather at stage 3",
     ),
-    _ignored("zero_optimization.stage3_gather_fp16_weights_on_model_save", _STAGE_3),
+    _same(
+        "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+        "the old name of stage3_gather_16bit_weights_on_model_save",
+    ),
     _ignored("zero_optimization.stage3_module_granularity_threshold", "units are cut by size"),
     _ignored(
         "zero_optimization.stage3_use_all_reduce_for_fetch_params", "all-gathers are made in place"
@@ -370,6 +373,10 @@ _ROWS = (
     _same(
         "zerort.reshard_after_forward",
         "stage 3: true for the smallest room, false for room for the whole model",
+    ),
+    _same(
+        "zerort.load_from",
+        "stage 3: a .safetensors file, its index or their folder, for tensors on the meta device",
     ),
     _same("zerort.on_nonfinite", '"skip" or "raise": a step with an infinity or NaN'),
     _same("zerort.unused_parameters", '"zero" or "raise": a parameter without a gradient'),

@@ -6,7 +6,7 @@ the problems of both are reported together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from zerort.config.problems import (
 from zerort.config.reading import ConfigLike, Source, choose, read
 from zerort.config.values import bad_numbers, unreadable, walk
 
-__all__ = ["ConfigLike", "describe", "load"]
+__all__ = ["ConfigLike", "describe", "load", "load_part"]
 
 _AUTO = (
     'is "auto", which an integration (the Trainer of transformers, Accelerate) replaces by a '
@@ -54,6 +54,20 @@ def load(
     if loaded is None:
         raise several(source.origin, problems)
     return loaded
+
+
+def load_part(config: ConfigLike, sections: Collection[str]) -> Config:
+    """Some `sections` of a configuration, for a use before the rest is known: what is "auto" is as
+    if it were left out. Raises `ConfigError` for what is wrong in them.
+    """
+    data = read(config).data
+    return load({k: _known(v) for k, v in data.items() if _canonical(k) in sections})
+
+
+def _known(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _known(item) for key, item in value.items() if item != "auto"}
 
 
 def describe(config: ConfigLike) -> list[tuple[str, str, str]]:

@@ -88,6 +88,10 @@ def _number(value: Any) -> Any:
     return _whole(float(value))
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _never(value: Any) -> Any:
     # Accelerate writes Infinity into every configuration.
     return None if value == math.inf else _whole(value)
@@ -108,6 +112,7 @@ _Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**53)]
 """Elements, bytes or steps: files say 1e12 where they mean very many."""
 _Many = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """Elements; files say 1e14, or sys.maxsize, where they mean all."""
+_Names = Annotated[list[str], BeforeValidator(_listed)]
 _Factor = Annotated[float, Field(ge=_SMALLEST, le=_LARGEST)]
 _Dtype = Annotated[DtypeName, BeforeValidator(_dtype)]
 
@@ -119,9 +124,9 @@ class _Section(BaseModel):
 class LeafModules(_Section):
     """`leaf_module`: modules whose parameters are needed together, whole, when one is called."""
 
-    classes: list[str] = Field(default_factory=list)
-    names: list[str] = Field(default_factory=list)
-    name_suffixes: list[str] = Field(default_factory=list)
+    classes: _Names = Field(default_factory=list)
+    names: _Names = Field(default_factory=list)
+    name_suffixes: _Names = Field(default_factory=list)
 
 
 class Zero(_Section):
@@ -144,7 +149,16 @@ class Zero(_Section):
     stage3_model_persistence_threshold: Annotated[_Many, BeforeValidator(_number)] = 2**53
     """Elements of all that stay whole together, at most."""
     stage3_gather_16bit_weights_on_model_save: bool = False
+    stage3_gather_fp16_weights_on_model_save: bool = False
     leaf_module: LeafModules = Field(default_factory=LeafModules)
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether `save_16bit_model` writes a sharded model's weights."""
+        return (
+            self.stage3_gather_16bit_weights_on_model_save
+            or self.stage3_gather_fp16_weights_on_model_save
+        )
 
 
 class Fp16(_Section):
@@ -289,6 +303,8 @@ class Runtime(_Section):
     """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
     follows `stage3_max_live_parameters`.
     """
+    load_from: str | None = None
+    """Stage 3: a safetensors file, its index or their folder, for parameters on the meta device."""
     on_nonfinite: Literal["skip", "raise"] = "skip"
     unused_parameters: Literal["zero", "raise"] | None = None
     """A parameter without a gradient: None follows `ignore_unused_parameters`."""

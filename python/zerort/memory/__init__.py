@@ -1,18 +1,23 @@
 """Buckets' memory, of which the module's parameters are views."""
 
 from zerort.memory.buckets import FlatBucket, FlatModel, Layout
+from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.unintercepted import undisturbed, unintercepted
-from zerort.memory.values import Form, Memory, Resident
+from zerort.memory.values import Alone, Form, Freeable, Memory, Resident
 
 __all__ = [
     "DTYPES",
+    "Alone",
     "FlatBucket",
     "FlatModel",
     "Form",
+    "Freeable",
     "Layout",
     "Memory",
+    "Origin",
     "PlannedParameter",
+    "Present",
     "Resident",
     "Signature",
     "plannable",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import StepError
+from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
 from zerort.memory.unintercepted import unintercepted
@@ -48,14 +49,16 @@ class FlatBucket:
     that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed
     over micro-batches, where that is the rule and takes a wider dtype than the parameters'
     (`widens`). It has been sent when the reduced one arrives, so `accum` is a part of the same
-    memory.
+    memory. `is_common` says that all ranks take the same values, so that none have to be sent.
     """
 
     __slots__ = (
         "_master",
         "_noted",
+        "_origins",
         "accum",
         "forms",
+        "is_common",
         "local",
         "master",
         "names",
@@ -83,12 +86,15 @@ class FlatBucket:
         self.start = 0 if whole else rank * spec.shard_numel
         self.values: Resident | Freeable
         if spec.sharded:
-            self.values = Freeable(spec, self.forms, dtype, device)  # adopts when it is called to
+            self.values = Freeable(spec, self.forms, dtype, device)
             self.owned = Memory.zeros(spec.shard_numel, dtype, device)
         else:
             self.values = Resident(plan, spec, self.forms, dtype, device)
-            self.values.adopt(self.params)
             self.owned = self.values.memory if whole else self.values.shard(rank)
+        self._origins: Sequence[Origin] = [member.origin for member in members]
+        self.is_common = all(origin.is_common for origin in self._origins)
+        if not spec.sharded and not any(origin.is_common for origin in self._origins):
+            self.adopt()  # so that a parameter's own memory goes before the next bucket's comes
         self.master = self.owned.tensor if dtype == precise else self.owned.tensor.to(precise)
         sums = layout.sums if precise == torch.float32 else precise
         self.widens = self.has_master and sums != dtype
@@ -104,16 +110,30 @@ class FlatBucket:
         self._noted: Tensor | None = None
 
     @property
+    def is_adopted(self) -> bool:
+        """Whether the parameters' values have been taken over."""
+        return not self._origins
+
+    @property
     def has_master(self) -> bool:
         """Whether the optimizer's copy is memory of its own."""
         return self.master is not self.owned.tensor
 
     def adopt(self) -> None:
-        """Takes the values of sharded parameters over, whole; `keep` and `free` follow. All others
-        have been taken when the bucket was made.
+        """Takes the parameters' values from where they are, once, and makes the parameters views of
+        this memory, which is whole then; `keep` and `free` follow.
+
+        What can be taken without other ranks has been, when the bucket was made, unless it is
+        sharded.
         """
-        if isinstance(self.values, Freeable):
-            self.values.adopt(self.params)
+        self.values.bring()
+        with torch.no_grad():
+            for origin, parameter, view in zip(
+                self._origins, self.params, self.values.views(), strict=True
+            ):
+                origin.fill(view)
+                parameter.data = view
+        self._origins = ()
 
     def bring(self) -> None:
         """Memory for the parameters' values, where they are sharded, with this rank's slice in it;
@@ -149,6 +169,11 @@ class FlatBucket:
         if isinstance(self.values, Freeable):
             self.values.free(self.params)
 
+    def part_with_aliases(self) -> None:
+        """Before `free`: whoever has views of sharded parameters' values keeps that memory."""
+        if isinstance(self.values, Freeable) and self.values.is_aliased:
+            self.values.leave(self.params)
+
     def _slice(self) -> Tensor:
         return self.values.tensor.narrow(0, self.start, self.spec.shard_numel)
 
@@ -157,6 +182,18 @@ class FlatBucket:
         if self.has_master:
             self.owned.tensor.copy_(self.master)
             self._noted = None
+
+    def assign(self, start: int, values: Tensor) -> None:
+        """Replaces masters, (n,) from `start` of the owned part on, and the parameters with them,
+        as far as this rank owns them.
+        """
+        at, length = min(start, self.master.numel()), values.numel()
+        self.master.narrow(0, at, length).copy_(values)
+        if self.has_master:
+            owned = self.owned.tensor.narrow(0, at, length)
+            owned.copy_(self.master.narrow(0, at, length))
+            if self._noted is not None:
+                self._noted.narrow(0, at, length).copy_(owned)
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into the parameters this
@@ -191,7 +228,8 @@ class FlatBucket:
 
 class FlatModel:
     """All buckets of a model. Construction moves every planned parameter into its bucket, but for
-    those that are sharded: their values move one bucket at a time, by `FlatBucket.adopt`.
+    those that are or have been sharded: their values move one bucket at a time, by
+    `FlatBucket.adopt`.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zerort import _core
 from zerort.errors import PlanError
+from zerort.memory.origins import Origin, Present
 from zerort.memory.values import Form
 
 __all__ = ["DTYPES", "PlannedParameter", "Signature", "plannable"]
@@ -43,6 +44,8 @@ class PlannedParameter:
     wire: int
     """Number of the format that its gradient is sent in."""
     form: Form
+    origin: Origin
+    """Where its values are."""
 
     def spec(self) -> tuple[int, _core._Dtype, int, int]:
         """What the core needs to know of it."""
@@ -58,6 +61,7 @@ def plannable(
     named: Iterable[tuple[str, nn.Parameter]],
     groups: Mapping[int, int],
     wire_of: Callable[[nn.Parameter], int],
+    origin_of: Callable[[nn.Parameter], Origin] = Present,
 ) -> list[PlannedParameter]:
     """The parameters of `named` that the optimizer updates, checked; `groups` maps id(parameter) to
     its group.
@@ -70,7 +74,8 @@ def plannable(
             continue
         if parameter.dtype in DTYPES:
             group, wire = groups[id(parameter)], wire_of(parameter)
-            planned.append(PlannedParameter(name, parameter, group, wire, Form.of(parameter)))
+            form, origin = Form.of(parameter), origin_of(parameter)
+            planned.append(PlannedParameter(name, parameter, group, wire, form, origin))
         elif parameter.requires_grad:
             raise PlanError(
                 f"parameter {name} has dtype {parameter.dtype}, which cannot be reduced: "
@@ -98,7 +103,7 @@ def _refuse_overlap(planned: Sequence[PlannedParameter]) -> None:
     spans = sorted(
         (*_span(member.tensor), index)
         for index, member in enumerate(planned)
-        if member.tensor.numel()
+        if member.tensor.numel() and isinstance(member.origin, Present)
     )
     for (_, end, one), (start, _, other) in pairwise(spans):
         if start < end:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,12 @@ from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
 
-__all__ = ["Form", "Freeable", "Memory", "Resident"]
+__all__ = ["Alone", "Extent", "Form", "Freeable", "Memory", "Resident"]
+
+
+_count = getattr(torch._C, "_storage_Use_Count", None)
+_OWN_USES = 2
+"""Of a storage, by `Freeable`: its tensor, and the storage as Python's object."""
 
 
 class Memory:
@@ -103,7 +109,7 @@ class Form:
 class Resident:
     """A bucket's parameters, whole, in their own dtype and on this rank for good."""
 
-    __slots__ = ("memory", "views")
+    __slots__ = ("_views", "memory")
 
     def __init__(
         self,
@@ -114,7 +120,7 @@ class Resident:
         device: torch.device,
     ) -> None:
         self.memory = Memory.of_bucket(plan, spec, dtype, device)
-        self.views = [
+        self._views = [
             form.over(from_dlpack(self.memory.buffer.fragment(param)))
             for param, form in zip(spec.params, forms, strict=True)
         ]
@@ -130,12 +136,41 @@ class Resident:
         """One rank's slice."""
         return self.memory.shard(rank)
 
-    def adopt(self, params: Sequence[nn.Parameter]) -> None:
-        """Takes the parameters' values over and makes the parameters views of this memory."""
-        with torch.no_grad():
-            for parameter, view in zip(params, self.views, strict=True):
-                view.copy_(parameter)
-                parameter.data = view
+    def views(self) -> Sequence[Tensor]:
+        """One for each parameter, in its form."""
+        return self._views
+
+    def bring(self) -> None:
+        """Nothing: there is memory."""
+
+
+class Extent(Protocol):
+    """Where parameters lie in flat memory, in elements: a bucket, as the core has planned it."""
+
+    @property
+    def numel(self) -> int:
+        """Of all, padding included."""
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Of each parameter."""
+
+    @property
+    def numels(self) -> Sequence[int]:
+        """Of each parameter."""
+
+
+class Alone(NamedTuple):
+    """A bucket of one parameter, which nobody has planned."""
+
+    numel: int
+    numels: Sequence[int]
+    offsets: Sequence[int] = (0,)
+
+    @classmethod
+    def of(cls, numel: int, world: int) -> Alone:
+        """With an equal part for each of `world` ranks."""
+        return cls(-(-numel // world) * world, (numel,))
 
 
 class Freeable:
@@ -149,7 +184,7 @@ class Freeable:
 
     def __init__(
         self,
-        spec: _core.Bucket,
+        spec: Extent,
         forms: Sequence[Form],
         dtype: torch.dtype,
         device: torch.device,
@@ -177,27 +212,30 @@ class Freeable:
         """Gives the memory back. Where torch has made it fixed, as `parameter.numpy()` does,
         whoever has it keeps it, and `params` become views of another.
         """
-        if not self._storage.resizable():
-            self._renew(self.tensor.dtype, self.tensor.device)
-            self._point(params)
-        self._storage.resize_(0)
+        if self._storage.resizable():
+            self._storage.resize_(0)
+        else:
+            self.leave(params)
 
-    def adopt(self, params: Sequence[nn.Parameter]) -> None:
-        """Takes the parameters' values over, whole, and makes the parameters views of this
-        memory.
+    @property
+    def is_aliased(self) -> bool:
+        """Whether somebody else than the parameters has views of this memory, which would read
+        what is not there; True where torch does not tell.
         """
-        self.bring()
+        uses = 2**31 if _count is None else _count(self._storage._cdata)
+        return bool(uses > len(self._spec.numels) + _OWN_USES)
+
+    def leave(self, params: Sequence[nn.Parameter]) -> None:
+        """`params` become views of other memory, which is empty; whoever has an alias of this one
+        keeps it.
+        """
+        self._renew(self.tensor.dtype, self.tensor.device)
         with torch.no_grad():
             for parameter, view in zip(params, self.views(), strict=True):
-                view.copy_(parameter)
-        self._point(params)
+                parameter.data = view
+        self._storage.resize_(0)
 
     def _renew(self, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.empty(self._spec.numel, dtype=dtype, device=device)
         self._storage = self.tensor.untyped_storage()
         self._nbytes = self._storage.nbytes()
-
-    def _point(self, params: Sequence[nn.Parameter]) -> None:
-        with torch.no_grad():
-            for parameter, view in zip(params, self.views(), strict=True):
-                parameter.data = view

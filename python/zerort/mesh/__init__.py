@@ -9,7 +9,7 @@ from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import meet
 from zerort.mesh.mesh import Mesh, connect, usual_device
 from zerort.mesh.patience import Patience
-from zerort.mesh.rendezvous import init_distributed
+from zerort.mesh.rendezvous import init_distributed, is_whole_job
 
 __all__ = [
     "Comm",
@@ -20,6 +20,7 @@ __all__ = [
     "Work",
     "connect",
     "init_distributed",
+    "is_whole_job",
     "meet",
     "usual_device",
 ]

@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from zerort.device import default_place, select
 from zerort.errors import CommError, ConfigError
 
-__all__ = ["init_distributed"]
+__all__ = ["init_distributed", "is_whole_job"]
 
 _POLL = 0.01  # seconds between two looks at who has come
 
@@ -67,6 +67,11 @@ def init_distributed(
     else:
         dist.init_process_group(chosen, timeout=timeout)
     return True
+
+
+def is_whole_job(group: dist.ProcessGroup) -> bool:
+    """Whether a process group of the user's has all ranks."""
+    return dist.get_world_size(group) == dist.get_world_size()
 
 
 def _join_in_agents_store(backend: str, timeout: timedelta) -> None:

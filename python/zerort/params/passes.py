@@ -28,7 +28,7 @@ from zerort.memory import undisturbed
 from zerort.mesh import Control
 from zerort.run.executor import Executor
 
-__all__ = ["Diverged", "Passes", "Resident", "Room"]
+__all__ = ["UTILITY", "Diverged", "Passes", "Resident", "Room"]
 
 _log = logging.getLogger("zerort")
 
@@ -45,6 +45,7 @@ class Room:
     depth: int
 
 
+UTILITY = "a function of zerort.utils"
 _CALLS = (
     "step()",
     "save_checkpoint()",
@@ -53,6 +54,7 @@ _CALLS = (
     "join()",
     "destroy()",
     "GatheredParameters",
+    UTILITY,
 )
 
 

@@ -51,7 +51,13 @@ class Pins:
         Raises `StepError` where they were written otherwise, `Diverged` where the ranks do not call
         it together.
         """
+        # callers may have had them in a set
+        whole = sorted((p for p in params if id(p) not in self._units), key=sharded.name_of)
+        params = [p for p in params if id(p) in self._units]
         units = sorted({self._units[id(p)] for p in params})
+        if not units and modifier is None:
+            yield
+            return
         if self._passes.is_open:
             yield from self._use(params, units, modifier)
             return
@@ -61,6 +67,8 @@ class Pins:
             yield
         finally:
             self._conceal(params)
+            if modifier is not None:
+                self._spread(whole, modifier)
             self._leave(units, params, modifier, writes=writes)
 
     def _use(
@@ -120,6 +128,8 @@ class Pins:
                 written = unit.written() or written
             unit.note_writes()
             unit.pinned -= 1
+            for bucket in unit.buckets if not unit.pinned else ():
+                bucket.part_with_aliases()
         self._executor.enqueue([Verb.FREE.of(number) for number in units])
         self._executor.reach()
         if written is not None:
@@ -128,6 +138,16 @@ class Pins:
                 "modifier_rank, and the change is lost: say whose values count, with "
                 "GatheredParameters(parameters, modifier_rank=0)"
             )
+
+    @undisturbed
+    def _spread(self, whole: Sequence[nn.Parameter], source: int) -> None:
+        """Parameters that every rank has: rank `source`'s values are everybody's."""
+        with torch.no_grad():
+            for parameter in whole:
+                values = parameter.detach().contiguous()
+                if values.numel():
+                    self._comm.broadcast(values.view(-1).view(torch.uint8), source)
+                    parameter.copy_(values)
 
     def _expose(self, params: Sequence[nn.Parameter]) -> None:
         for parameter in params:

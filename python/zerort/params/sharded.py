@@ -14,6 +14,7 @@ gathered; it asks the parameter's `Keeper`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum, auto
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -28,11 +29,15 @@ __all__ = [
     "Home",
     "Keeper",
     "Sharded",
+    "Writing",
+    "ZeroParamStatus",
     "conceal",
     "enter",
     "expose",
+    "forget",
     "guarded",
     "keeper_of",
+    "kind_of",
     "leave",
     "meta_like",
     "name_of",
@@ -48,16 +53,35 @@ class Keeper(Protocol):
         Raises `StepError` naming a parameter where there is no pass that could gather them.
         """
 
-    def write(self, name: str, what: str, call: Callable[[], Any]) -> Any:
-        """Runs `call`, an operation called `what` that writes the parameter `name` in place.
-
-        Raises `StepError` where that would be lost.
+    def write(self, access: Writing, call: Callable[[], Any]) -> Any:
+        """Runs `call`, which writes parameters in place. Raises `StepError` where that would be
+        lost.
         """
 
     def detached(self, parameter: nn.Parameter) -> Tensor | None:
         """What stands for the values where they are not to be read now; None where `use` is to
         decide.
         """
+
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """A copy, sharded as well; None where there can be none."""
+
+    def hold(
+        self, params: Sequence[nn.Parameter], modifier: int | None
+    ) -> AbstractContextManager[None]:
+        """Within, `params` are whole and themselves; all ranks enter and leave together. With
+        `modifier`, what that rank wrote is everybody's value behind it.
+        """
+
+
+class Writing(NamedTuple):
+    """An operation that writes parameters in place."""
+
+    what: str
+    """Its name."""
+    written: Sequence[nn.Parameter]
+    params: Sequence[nn.Parameter]
+    """All of the same keeper's that it touches, the written among them."""
 
 
 class Home(NamedTuple):
@@ -67,6 +91,16 @@ class Home(NamedTuple):
     name: str
     kind: type[nn.Parameter]
     """Its class while its values are there."""
+
+
+class ZeroParamStatus(Enum):
+    """What `ds_status` says of a sharded parameter; DeepSpeed's. One whose values are there has no
+    such attribute.
+    """
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
 
 
 _homes: dict[int, Home] = {}
@@ -98,7 +132,8 @@ class Sharded(nn.Parameter):
             case Access.READ:
                 return _use(func, args, kwargs, written=kwargs.get("out"))
             case Access.WRITE:
-                return _use(func, args, kwargs, written=args[:1])
+                # torch.nn.init hands its tensor on by name
+                return _use(func, args, kwargs, written=args[:1] or kwargs.get("tensor"))
             case Access.ESCAPE:
                 raise StepError(_escape(_name(func), args, kwargs))
 
@@ -111,8 +146,34 @@ class Sharded(nn.Parameter):
                 f"device={self.device}, sharded)"
             )
 
+    # What DeepSpeed's parameters of stage 3 have, and integrations ask for.
+
+    @property
+    def ds_numel(self) -> int:
+        """Elements of the whole parameter."""
+        return self.numel()
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """Of the whole parameter."""
+        return self.shape
+
+    @property
+    def ds_id(self) -> int:
+        """A number that no other parameter has."""
+        return id(self)
+
+    @property
+    def ds_status(self) -> ZeroParamStatus:
+        """Its values are not here."""
+        return ZeroParamStatus.NOT_AVAILABLE
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise StepError(_escape("copy.deepcopy", (self,), {}))
+        copied = _homes[id(self)].keeper.copied(self)
+        if copied is None:
+            raise StepError(_escape("copy.deepcopy", (self,), {}))
+        memo[id(self)] = copied
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StepError(_escape("pickle", (self,), {}))
@@ -210,11 +271,32 @@ def _use(
             return func(*args, **kwargs)
 
     changed = _sharded_in(written)
-    if changed:
-        home = _homes[id(changed[0])]
-        return home.keeper.write(home.name, _name(func), call)
-    params = _sharded_in((args, kwargs))
-    return _homes[id(params[0])].keeper.use(params, call)
+    for keeper, params in _by_keeper((args, kwargs)):
+        own = [parameter for parameter in changed if _homes[id(parameter)].keeper is keeper]
+        call = _within(keeper, params, own, _name(func), call)
+    return call()
+
+
+def _within(
+    keeper: Keeper,
+    params: Sequence[nn.Parameter],
+    written: Sequence[nn.Parameter],
+    what: str,
+    call: Callable[[], Any],
+) -> Callable[[], Any]:
+    """`call`, with what is the keeper's gathered around it."""
+    if written:
+        return lambda: keeper.write(Writing(what, written, params), call)
+    return lambda: keeper.use(params, call)
+
+
+def _by_keeper(values: Any) -> list[tuple[Keeper, list[nn.Parameter]]]:
+    """What is sharded among `values`, with who keeps it."""
+    found: dict[int, tuple[Keeper, list[nn.Parameter]]] = {}
+    for parameter in _sharded_in(values):
+        keeper = _homes[id(parameter)].keeper
+        found.setdefault(id(keeper), (keeper, []))[1].append(parameter)
+    return list(found.values())
 
 
 def _sharded_in(values: Any) -> list[nn.Parameter]:
@@ -256,6 +338,16 @@ def leave(parameter: nn.Parameter) -> None:
     home = _homes.pop(id(parameter), None)
     if home is not None:
         parameter.__class__ = home.kind
+
+
+def forget(key: int) -> None:
+    """The parameter of this id is no more."""
+    _homes.pop(key, None)
+
+
+def kind_of(parameter: nn.Parameter) -> type[nn.Parameter]:
+    """Its class while its values are there."""
+    return _homes[id(parameter)].kind
 
 
 def expose(parameter: nn.Parameter) -> None:

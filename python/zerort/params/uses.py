@@ -17,7 +17,9 @@ A copy of a module has its hooks, but not its parameters: they do nothing there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,8 @@ from zerort.params.passes import Passes
 from zerort.params.pins import Pins
 
 __all__ = ["Uses"]
+
+_log = logging.getLogger("zerort")
 
 _sequence_number = torch._C._autograd._get_sequence_nr
 
@@ -78,12 +82,14 @@ class Uses:
         self._passes = passes
         passes.settle, passes.detach = self.settle, self.detach
         self._units = units
+        self._said_meta = False
         self._handles: list[Any] = []
         self._calls: list[Call] = []
         self._params = [p for bucket in flat.buckets if bucket.spec.sharded for p in bucket.params]
-        names = {id(p): name for name, p in zip(flat.names, flat.params, strict=True)}
+        names = {id(p): name for name, p in module.named_parameters()}
         self._pins: dict[int, int] = {}
-        for parameter in self._params:
+        self._whole = [p for p in module.parameters() if id(p) not in units]
+        for parameter in (*self._params, *self._whole):
             sharded.enter(parameter, self, names[id(parameter)])
         for entry, (name, part) in enumerate(module.named_modules()):
             self._attach(entry, name or type(module).__name__, part)
@@ -114,7 +120,7 @@ class Uses:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for parameter in self._params:
+        for parameter in (*self._params, *self._whole):
             sharded.leave(parameter)
 
     def settle(self) -> None:
@@ -249,17 +255,41 @@ class Uses:
             self._hook_outputs(params, units, self._behind(units), out)
         return out
 
-    def write(self, name: str, what: str, call: Callable[[], Any]) -> Any:
+    def write(self, access: sharded.Writing, call: Callable[[], Any]) -> Any:
         """Raises `StepError`: only shards are kept."""
+        name = sharded.name_of(access.written[0])
         raise StepError(
-            f"parameter {name} is sharded, and {what} would write values that are not kept: write "
-            "inside zerort.zero.GatheredParameters(parameters, modifier_rank=0), which brings "
-            "rank 0's values to all ranks"
+            f"parameter {name} is sharded, and {access.what} would write values that are not kept: "
+            "write inside zerort.zero.GatheredParameters(parameters, modifier_rank=0), which "
+            "brings rank 0's values to all ranks"
         )
 
     def detached(self, parameter: nn.Parameter) -> Tensor | None:
         """Outside a pass a tensor without values: a state dict wants it."""
-        return None if self._passes.is_open else sharded.meta_like(parameter)
+        if self._passes.is_open:
+            return None
+        self._say_meta()
+        return sharded.meta_like(parameter)
+
+    def _say_meta(self) -> None:
+        if not self._said_meta:
+            self._said_meta = True
+            _log.warning(
+                "the values of sharded parameters are not here: state_dict() holds tensors on the "
+                "meta device in their place. engine.save_checkpoint() and "
+                "engine.save_16bit_model() save them, and inside "
+                "zerort.zero.GatheredParameters(parameters) they are there"
+            )
+
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """None: a copy would be nobody's."""
+        return None
+
+    def hold(
+        self, params: Sequence[nn.Parameter], modifier: int | None
+    ) -> AbstractContextManager[None]:
+        """Between passes, or within one as a use."""
+        return self.pins.hold(params, modifier, writes=False)
 
 
 def _eager(hook: Callable[..., None]) -> Callable[..., None]:

@@ -38,9 +38,10 @@ def broadcast(comm: Comm, model: nn.Module, flat: FlatModel) -> None:
     pieces = agreed(comm.control, lambda: [Piece.of(*named) for named in loose(model, flat.params)])
     with torch.no_grad():
         for bucket in flat.buckets:
-            if bucket.spec.sharded:
+            if not bucket.is_adopted:
                 agreed(comm.control, bucket.adopt)
-            comm.broadcast(bucket.values.tensor)
+            if not bucket.is_common:
+                comm.broadcast(bucket.values.tensor)
             bucket.keep()
             bucket.free()
         for piece in pieces:

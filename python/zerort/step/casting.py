@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from zerort.memory import DTYPES
+from zerort.zero.init import cast_born
 
 __all__ = ["cast", "explained"]
 
@@ -37,7 +38,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     and floats of 8 bits, which are codes of something.
     """
     for parameter in module.parameters():
-        if parameter.dtype in DTYPES:
+        if parameter.dtype in DTYPES and not cast_born(parameter, dtype):
             parameter.data = parameter.data.to(dtype)
     for part in module.modules():
         if _is_of_one_dtype(part):

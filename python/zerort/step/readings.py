@@ -112,6 +112,10 @@ class Readings:
         """Momentum, or betas, of each parameter group."""
         return [momentum(group) for group in self.optimizer.param_groups]
 
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Whether `save_16bit_model` writes the weights at stage 3."""
+        return self.config.zero_optimization.gathers_weights
+
     @property
     def exposed_communication(self) -> float:
         """Seconds that the host stood still for collectives between the last two steps.

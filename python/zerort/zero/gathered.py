@@ -9,7 +9,6 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from zerort.params import sharded
-from zerort.params.uses import Uses
 
 __all__ = ["GatheredParameters"]
 
@@ -20,8 +19,9 @@ class GatheredParameters:
     All ranks enter and leave together, with the same parameters. What rank `modifier_rank` has
     written is everybody's value behind it, masters included; without one nothing may be written.
     It nests, and within a forward it is a use like any other. Around `generate()` it saves the
-    gathers of every token. Parameters that are not sharded are left as they are. `fwd_module` is
-    DeepSpeed's, and has nothing to do here.
+    gathers of every token. Of a parameter that stays whole at stage 3 rank `modifier_rank`'s values
+    count just so; below stage 3 nothing is done. `fwd_module` is DeepSpeed's, and has nothing to do
+    here.
 
     Raises `StepError` naming a parameter that was written without a `modifier_rank`, and where the
     ranks do not call it together.
@@ -35,20 +35,18 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         wanted = [params] if isinstance(params, Tensor) else list(params)
-        self._held: dict[int, tuple[Uses, list[nn.Parameter]]] = {}
+        self._held: dict[int, tuple[sharded.Keeper, dict[int, nn.Parameter]]] = {}
         for parameter in wanted if enabled else ():
             keeper = sharded.keeper_of(parameter)
-            if isinstance(keeper, Uses) and isinstance(parameter, nn.Parameter):
-                of_engine = self._held.setdefault(id(keeper), (keeper, []))[1]
-                if all(parameter is not other for other in of_engine):
-                    of_engine.append(parameter)
+            if keeper is not None and isinstance(parameter, nn.Parameter):
+                self._held.setdefault(id(keeper), (keeper, {}))[1][id(parameter)] = parameter
         self._modifier = modifier_rank
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            for uses, params in self._held.values():
-                stack.enter_context(uses.pins.hold(params, self._modifier, writes=False))
+            for keeper, params in self._held.values():
+                stack.enter_context(keeper.hold(list(params.values()), self._modifier))
             self._stack = stack.pop_all()
 
     def __exit__(

@@ -1,0 +1,196 @@
+"""From a parameter to what its engine holds of it: masters, gradients and optimizer state, in
+shards.
+
+What it guarantees: a parameter is found as long as its engine lives, and no longer; all ranks take
+part in a call or raise together. What it does not do: it computes nothing, and it knows no dtype
+but those that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zerort.errors import StepError
+from zerort.memory import FlatBucket, Form, unintercepted
+from zerort.mesh import Consensus
+from zerort.optim.segments import Segment
+from zerort.params.passes import UTILITY
+from zerort.step.readings import Components
+from zerort.step.transaction import Transaction
+
+__all__ = ["Held", "Owner", "held"]
+
+T = TypeVar("T")
+
+_owners: dict[int, Owner] = {}
+"""By the parameter's id."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter in its engine's memory; `start` and `numel` are elements of its bucket."""
+
+    owner: Owner
+    parameter: nn.Parameter
+    name: str
+    bucket: FlatBucket
+    form: Form
+    start: int
+    numel: int
+
+    def span(self, lo: int, hi: int) -> tuple[int, int]:
+        """Which elements of the bucket are the parameter's, of those from `lo` to `hi`."""
+        return max(self.start, lo), max(self.start, lo, min(self.start + self.numel, hi))
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """Which elements of the bucket's owned part are the parameter's: from, to."""
+        bucket = self.bucket
+        lo, hi = self.span(bucket.start, bucket.start + bucket.master.numel())
+        return lo - bucket.start, hi - bucket.start
+
+    def fragment(self, owned: Tensor) -> Tensor:
+        """The parameter's elements of a tensor that lies as the bucket's owned part does."""
+        lo, hi = self.own
+        return owned.narrow(0, min(lo, owned.numel()), hi - lo)
+
+    def cut(self, value: Tensor) -> Tensor:
+        """This rank's fragment of a whole value, in the order in which elements lie in memory."""
+        lo, hi = self.own
+        flat = torch.empty(self.numel, dtype=value.dtype, device=value.device)
+        self.form.over(flat).copy_(value.reshape(self.form.shape))
+        at = lo + self.bucket.start - self.start
+        return flat.narrow(0, min(max(at, 0), self.numel), hi - lo)
+
+    def whole(self, fragment: Tensor) -> Tensor:
+        """The parameter put together of all ranks' fragments, in its shape. All ranks call it."""
+        comm, bucket = self.owner.comm, self.bucket
+        if not self.owner.is_sharded or not self.numel:
+            return self.form.over(fragment.clone())
+        shard = bucket.spec.shard_numel
+        spans = [self.span(rank * shard, (rank + 1) * shard) for rank in range(comm.world)]
+        most = max(hi - lo for lo, hi in spans)
+        parts = fragment.new_zeros(comm.world * most)
+        parts.narrow(0, comm.rank * most, fragment.numel()).copy_(fragment)
+        comm.all_gather(parts).start().wait()
+        pieces = [parts.narrow(0, r * most, hi - lo) for r, (lo, hi) in enumerate(spans)]
+        return self.form.over(torch.cat(pieces))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it trains."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter.requires_grad
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What autograd has left on this rank."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.parameter.grad
+
+    def write_grad(self, value: Tensor) -> None:
+        """Replaces what autograd has left on this rank. Raises `StepError` where that is none."""
+        gradient = self.grad
+        if gradient is None:
+            raise StepError(
+                f"parameter {self.name} has no gradient on this rank: there is one between "
+                "backward and step"
+            )
+        with torch.no_grad():
+            gradient.copy_(value)
+
+    def replace(self, value: Tensor) -> None:
+        """Writes a whole `value` where the parameter is whole on this rank."""
+        values = self.bucket.values
+        if values.is_whole:
+            self.form.over(values.tensor.narrow(0, self.start, self.numel)).copy_(value)
+            torch.autograd.graph.increment_version([self.parameter])
+
+    def segments(self) -> Iterator[tuple[Segment, int, int]]:
+        """Where the optimizer keeps its state of this rank's fragment: segments, and from where to
+        where of the bucket's owned part.
+        """
+        lo, hi = self.own
+        for segment in self.owner.optimizer.segments:
+            first, last = max(lo, segment.start), min(hi, segment.start + segment.length)
+            if segment.bucket is self.bucket and first < last:
+                yield segment, first, last
+
+
+class Owner:
+    """An engine, as far as `zerort.utils` needs it, until `close`."""
+
+    def __init__(self, transaction: Transaction, parts: Components) -> None:
+        self.comm = parts.mesh.shard
+        self.optimizer = parts.boundary.optimizer
+        self.is_sharded = parts.reduction.plan.shards_optimizer
+        self._flat = parts.boundary.flat
+        self._reduction = parts.reduction
+        self._transaction = transaction
+        self._consensus = Consensus(parts.mesh.control, StepError)
+        self._places = {
+            id(parameter): (bucket, index)
+            for bucket in self._flat.buckets
+            for index, parameter in enumerate(bucket.params)
+        }
+        _owners.update(dict.fromkeys(self._places, self))
+
+    def close(self) -> None:
+        """Its parameters are no engine's any more."""
+        for key in self._places:
+            if _owners.get(key) is self:
+                del _owners[key]
+
+    def of(self, parameter: nn.Parameter) -> Held:
+        """What is held of one of its parameters."""
+        bucket, index = self._places[id(parameter)]
+        spec = bucket.spec
+        return Held(
+            self,
+            parameter,
+            bucket.names[index],
+            bucket,
+            bucket.forms[index],
+            spec.offsets[index],
+            spec.numels[index],
+        )
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the accumulators hold reduced gradients of the window under way."""
+        return self._reduction.passes > 0
+
+    def together(self, call: str, name: str, attempt: Callable[[], T]) -> list[T]:
+        """What `attempt` gave on each rank. Nothing is under way any more, and sums are complete.
+
+        Raises `StepError` on all ranks where it raised on one, or where they do not all make this
+        call with this parameter.
+        """
+        self._transaction.pause(UTILITY)
+        found: list[tuple[str, Any]] = self._consensus.gather(
+            f"{call} failed", lambda: (f"{call} with {name}", attempt())
+        )
+        calls = [made for made, _ in found]
+        if len(set(calls)) > 1:
+            listed = "; ".join(f"rank {rank} calls {made}" for rank, made in enumerate(calls))
+            raise StepError(
+                f"a function of zerort.utils is called by all ranks together, with the same "
+                f"parameter: {listed}"
+            )
+        return [value for _, value in found]
+
+    def alike(self, call: str, attempt: Callable[[], object]) -> None:
+        """Runs `attempt` on all ranks; raises `StepError` on all where it raised on one."""
+        self._consensus.agree(f"{call} failed", attempt)
+
+
+@unintercepted
+def held(parameter: Any) -> Held | None:
+    """What an engine holds of a parameter; None for one that no engine has planned."""
+    owner = _owners.get(id(parameter))
+    return None if owner is None else owner.of(parameter)

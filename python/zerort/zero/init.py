@@ -1,0 +1,257 @@
+"""`zero.Init`: a model whose parameters are sharded as soon as each of its modules is made. Mirrors
+deepspeed.zero.Init.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ContextDecorator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerort.config import Config, load_part
+from zerort.device.random import random_states, restore_random_states
+from zerort.errors import ConfigError
+from zerort.memory import DTYPES, Origin, Present
+from zerort.mesh import Control, is_whole_job
+from zerort.zero.building import Building
+from zerort.zero.nursery import Nursery
+
+__all__ = [
+    "Init",
+    "cast_born",
+    "close_if_empty",
+    "opened",
+    "origin_of",
+    "rank_zeros_numbers",
+    "stay_whole",
+]
+
+_log = logging.getLogger("zerort")
+
+_SECTIONS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "zerort")
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_nursery: Nursery | None = None
+_running: list[Init] = []
+"""Those that are entered, the outermost first."""
+
+
+class Init(ContextDecorator):
+    """Within, a module's parameters are cut into equal parts, one a rank, when its constructor is
+    over: while the model is built a rank holds its part of it, and one module. All ranks build the
+    same model at the same time, on rank 0's random numbers. What a constructor does to the
+    parameters of modules that it has made is right, whatever it is.
+
+    `module` is cut at once, with rank 0's values. The dtype is `dtype`, else the configuration's
+    (`bf16`, `fp16`), else each parameter's own; constructors see each parameter's own, and it is
+    cast when the model is complete. Without a configuration, or with one of stage 3,
+    parameters are sharded; below stage 3, and where it is not `enabled`, nothing happens. Sizes
+    that are "auto" in the configuration need not be known yet. `mem_efficient_linear` and
+    `pin_memory` have nothing to do here.
+
+    Parameters keep their shapes. Their values are to be had in `GatheredParameters`, and the model
+    goes to `initialize`. Raises `ConfigError` for arguments that ask for what is not built, and
+    `PlanError` on all ranks where ranks build different models or one raises within.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: Any = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        refused = {
+            "mpu": mpu,
+            "zero_param_parallel_group": zero_param_parallel_group,
+            "zero_quantized_weights": zero_quantized_weights or None,
+            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights or None,
+            "param_swapper": param_swapper,
+        }
+        given = config_dict_or_path if config_dict_or_path is not None else config
+        settings = None if given is None else load_part(given, _SECTIONS)
+        self._enabled = enabled and (settings is None or settings.zero_optimization.stage == 3)
+        self._dtype = dtype or _dtype_of(settings)
+        self._timeout = timedelta(seconds=Config().zerort.timeout)
+        if settings is not None:
+            self._timeout = timedelta(seconds=settings.zerort.timeout)
+        if self._enabled:
+            _refuse(refused, data_parallel_group, sequence_data_parallel_group, remote_device)
+        self._undo: Callable[[], None] | None = None
+        if module is not None and self._enabled:
+            self._cut(module)
+
+    def __enter__(self) -> Init:
+        if self._enabled:
+            nursery = opened(self._timeout)
+            if not _running:
+                nursery.meet("enters zero.Init")
+                self._undo = rank_zeros_numbers(nursery)
+                _building.begin()
+            _running.append(self)
+            nursery.building += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        assert _nursery is not None
+        try:
+            if len(_running) == 1:
+                _building.end(completes=error is None)
+                _nursery.finish(error)
+            elif error is None:
+                _building.look()
+        finally:
+            _running.remove(self)
+            _nursery.building -= 1
+            if self._undo is not None:
+                self._undo()
+                self._undo = None
+
+    def _cut(self, module: nn.Module) -> None:
+        """Shards a module that is there already."""
+        nursery = opened(self._timeout)
+        for name, parameter in module.named_parameters():
+            if _can_be_born(nursery, parameter):
+                nursery.bear(parameter, name, self._dtype or parameter.dtype, source=0)
+        if not _running:
+            nursery.cast()
+
+    def complete(self, module: nn.Module, made_here: Callable[[nn.Parameter], bool]) -> None:
+        """A module's constructor is over."""
+        assert _nursery is not None
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _can_be_born(_nursery, parameter):
+                source = None if made_here(parameter) else 0
+                dtype = self._dtype or parameter.dtype
+                _nursery.bear(parameter, f"{type(module).__name__}.{name}", dtype, source=source)
+
+
+def _complete(module: nn.Module, made_here: Callable[[nn.Parameter], bool]) -> None:
+    _running[-1].complete(module, made_here)
+
+
+def _pending(module: nn.Module) -> bool:
+    assert _nursery is not None
+    return any(
+        parameter is not None and _can_be_born(_nursery, parameter)
+        for parameter in module._parameters.values()
+    )
+
+
+_building = Building(_complete, _pending)
+
+
+def _can_be_born(nursery: Nursery, parameter: nn.Parameter) -> bool:
+    """Codes of quantised weights, masks and what is on the meta device stay as they are."""
+    return nursery.born(parameter) is None and (
+        parameter.dtype in DTYPES
+        and not parameter.is_meta
+        and parameter.layout is torch.strided
+        and not nn.parameter.is_lazy(parameter)
+    )
+
+
+def opened(timeout: timedelta) -> Nursery:
+    """The process's nursery. All ranks call it."""
+    global _nursery  # noqa: PLW0603
+    if _nursery is None:
+        _nursery = Nursery(timeout)
+    return _nursery
+
+
+def rank_zeros_numbers(nursery: Nursery) -> Callable[[], None]:
+    """All ranks go on with rank 0's random numbers; the result gives this rank its own back."""
+    device, rank = nursery.mesh.device, nursery.mesh.rank
+    own = random_states(device)
+    first = nursery.mesh.control.gather_objects(own if rank == 0 else None)[0]
+    if rank == 0:
+        return lambda: None
+    restore_random_states(first, device)
+    return lambda: restore_random_states(own, device)
+
+
+def _dtype_of(settings: Config | None) -> torch.dtype | None:
+    if settings is None or settings.compute_dtype == "fp32":
+        return None
+    return _FLOATS[settings.compute_dtype]
+
+
+def _refuse(refused: Mapping[str, Any], group: Any, sequence_group: Any, remote: Any) -> None:
+    for name, value in refused.items():
+        if value is not None:
+            raise ConfigError(
+                f"zero.Init({name}=...) is refused: it asks for what is not built; leave it out"
+            )
+    for name, given in (
+        ("data_parallel_group", group),
+        ("sequence_data_parallel_group", sequence_group),
+    ):
+        if given is not None and not is_whole_job(given):
+            raise ConfigError(
+                f"zero.Init({name}=...) is refused: parameters are cut among all ranks of the job; "
+                "leave it out"
+            )
+    if remote not in (None, "none"):
+        raise ConfigError(
+            f"zero.Init(remote_device={remote!r}) is refused: offloading is not built yet; leave "
+            "it out, and each rank holds its part where it trains"
+        )
+
+
+# What `initialize` asks.
+
+
+def origin_of(parameter: nn.Parameter) -> Origin:
+    """Where a parameter's values are."""
+    born = None if _nursery is None else _nursery.born(parameter)
+    return Present(parameter) if born is None else born
+
+
+def stay_whole(parameter: nn.Parameter) -> None:
+    """Makes a parameter whole for good, if it is sharded. All ranks call it."""
+    born = None if _nursery is None else _nursery.born(parameter)
+    if born is not None:
+        born.stay()
+
+
+def cast_born(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Casts a parameter that is sharded; False where it is not."""
+    born = None if _nursery is None else _nursery.born(parameter)
+    if born is not None:
+        born.cast(dtype)
+    return born is not None
+
+
+def close_if_empty(control: Control) -> None:
+    """Gives back what parameters without an engine need, if no rank has any."""
+    global _nursery  # noqa: PLW0603
+    if _nursery is None or _running:
+        return
+    left = control.gather_objects(not _nursery.is_empty)
+    if not any(left):
+        _nursery.close()
+        _nursery = None

@@ -1,0 +1,306 @@
+"""The parameters that are sharded and belong to no engine yet, and what is done with them while
+their model is built.
+
+Within `zero.Init` a constructor may do anything with them: what it reads is gathered, what it
+writes is run on all ranks alike, and each keeps its part. An operation that needs no other
+element's value, as `normal_` and `mul_` do not, costs no communication. Afterwards values are there
+in `GatheredParameters` alone, until `initialize` takes them.
+
+What this guarantees: before every collective the ranks have compared what they are at, so that
+ranks which build different models, or one that has raised, are found and named, and none waits.
+What it does not do: it knows no modules.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from zerort.errors import CommError, PlanError, StepError
+from zerort.mesh import Mesh, connect
+from zerort.params import sharded
+from zerort.zero.born import Born
+
+__all__ = ["Nursery", "Parted"]
+
+_NEEDS_NO_OTHERS = frozenset(
+    """
+    .data add_ addcdiv_ addcmul_ bernoulli_ cauchy_ clamp_ clamp_max_ clamp_min_ constant_ copy_
+    div_ erfinv_ exp_ exponential_ fill_ geometric_ kaiming_uniform_ log_ log_normal_ mul_ neg_
+    normal_ pow_ random_ rsub_ sqrt_ sub_ tanh_ uniform_ zero_ __iadd__ __imul__ __isub__
+    __itruediv__
+    """.split()  # noqa: SIM905
+)
+"""In-place operations whose result in each element follows from that element, and from arguments
+that are no sharded parameters.
+"""
+
+
+class Parted(PlanError):
+    """Ranks are at different places while they build a model. All raise it together."""
+
+
+class Nursery:
+    """Of this process. `timeout` is how long a rank waits for its peers."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.mesh: Mesh = connect(timeout)
+        self.building = 0
+        """How many `Init`s are open."""
+        self._born: dict[int, Born] = {}
+        self._lent: list[Born] = []
+        self._serial = 0
+
+    # Births.
+
+    def bear(
+        self, parameter: nn.Parameter, name: str, dtype: torch.dtype, *, source: int | None
+    ) -> None:
+        """From now on this rank has its part of the parameter, which is cast to `dtype` when the
+        model is complete. With `source` that rank's values count; else all ranks have made the
+        same.
+        """
+        if source is not None:
+            self._level(parameter, name, source)
+        born = Born(parameter, self.mesh.job, self._number(), dtype)
+        born.take(self.mesh.device)
+        self._enter(born, name)
+
+    def bear_from(
+        self, parameter: nn.Parameter, name: str, read: Callable[[int, int], Tensor]
+    ) -> None:
+        """A parameter on the meta device gets its values from `read(lo, hi)`, which gives elements
+        lo..hi (hi - lo,) in the order of its indices.
+        """
+        born = Born(parameter, self.mesh.job, self._number(), parameter.dtype)
+        born.make(self.mesh.device, read)
+        self._enter(born, name)
+
+    def _level(self, parameter: nn.Parameter, name: str, source: int) -> None:
+        """Brings rank `source`'s values to all ranks."""
+        self.meet(f"takes {name}, of shape {tuple(parameter.shape)}")
+        with torch.no_grad():
+            values = parameter.detach().to(self.mesh.device, copy=True)
+            values = values.contiguous()
+            self.mesh.job.broadcast(values.view(-1), source)
+            parameter.data.copy_(values)
+
+    def cast(self) -> None:
+        """Models are complete: every parameter is in its dtype from now on."""
+        for born in list(self._born.values()):
+            if born.is_alive and self.born(born.parameter) is born:
+                born.cast(born.dtype)
+
+    def _number(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _enter(self, born: Born, name: str) -> None:
+        parameter = born.parameter
+        self._born[id(parameter)] = born
+        sharded.enter(parameter, self, name)
+        sharded.conceal(parameter)
+        weakref.finalize(parameter, self._forget, id(parameter), born.serial).atexit = False
+
+    def _forget(self, key: int, serial: int) -> None:
+        """The parameter is no more."""
+        born = self._born.get(key)
+        if born is not None and born.serial == serial:
+            del self._born[key]
+            sharded.forget(key)
+
+    def born(self, parameter: Tensor) -> Born | None:
+        """What is held of a parameter, where it is one of these."""
+        born = self._born.get(id(parameter))
+        return born if sharded.keeper_of(parameter) is self else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether engines have all of them."""
+        return not any(self.born(born.parameter) for born in self._born.values() if born.is_alive)
+
+    # `sharded.Keeper`.
+
+    def use(self, params: Sequence[nn.Parameter], call: Callable[[], Any]) -> Any:
+        """While a model is built: gathers, and lends what an alias of is given out."""
+        held = self._held(params, "are read")
+        self.meet(f"reads {_listed(held)}")
+        with self._whole(held), torch.no_grad():
+            out = call()
+            for born in held:
+                born.lent = born.lent or _shares_memory(out, born)
+        self._lent += [born for born in held if born.lent and born not in self._lent]
+        return out
+
+    def write(self, access: sharded.Writing, call: Callable[[], Any]) -> Any:
+        """While a model is built: on all ranks alike."""
+        held = self._held(access.params, f"are written by {access.what}")
+        written = [self._born[id(parameter)] for parameter in access.written]
+        alone = access.what in _NEEDS_NO_OTHERS and len(held) == len(written)
+        if not alone:
+            self.meet(f"writes {_listed(held)}")
+        with self._whole(held, gathers=not alone), torch.no_grad():
+            try:
+                return call()
+            finally:
+                for born in written:
+                    born.keep()
+
+    def detached(self, parameter: nn.Parameter) -> Tensor | None:
+        """A tensor without values, unless the model is being built."""
+        return None if self.building else sharded.meta_like(parameter)
+
+    def copied(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Born like its model, with the same values."""
+        self.settle(ends=False)
+        born, name = self._born[id(parameter)], sharded.name_of(parameter)
+        with torch._C.DisableTorchFunctionSubclass():
+            empty = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=born.part.device
+            )
+            kind = sharded.kind_of(parameter)
+            twin = torch.Tensor._make_subclass(kind, empty, parameter.requires_grad)
+            twin.__dict__.update(parameter.__dict__)
+        self._enter(born.copy(twin, self._number()), name)
+        return twin
+
+    @contextmanager
+    def hold(self, params: Sequence[nn.Parameter], modifier: int | None) -> Iterator[None]:
+        """Within, `params` are whole; see `GatheredParameters`."""
+        held = self._in_order(params)
+        self.settle(ends=False)
+        numbers = [born.serial for born in held]
+        self.meet(f"enters GatheredParameters of {_listed(held)}", (modifier, numbers))
+        with self._whole(held):
+            before = [born.version for born in held]
+            try:
+                yield
+            finally:
+                now = [born.version for born in held]
+                written = self._take(
+                    held, modifier, [a != b for a, b in zip(before, now, strict=True)]
+                )
+        if written is not None:
+            raise StepError(
+                f"parameter {sharded.name_of(written)} was written inside GatheredParameters "
+                "without a modifier_rank, and the change is lost: say whose values count, with "
+                "GatheredParameters(parameters, modifier_rank=0)"
+            )
+
+    def _take(
+        self, held: Sequence[Born], modifier: int | None, changed: Sequence[bool]
+    ) -> nn.Parameter | None:
+        """Behind a body: what was written counts, or is named."""
+        if modifier is not None:
+            for born in held:
+                born.spread(modifier)
+                born.keep()
+            return None
+        written = list(compress(held, changed))
+        if not self.building:
+            return written[0].parameter if written else None
+        for born in written:
+            born.keep()
+        return None
+
+    @contextmanager
+    def _whole(self, held: Sequence[Born], *, gathers: bool = True) -> Iterator[None]:
+        """Within, they are themselves, with their values if it `gathers`."""
+        done: list[Born] = []
+        try:
+            for born in held:
+                born.gather(values=gathers)
+                done.append(born)
+                sharded.expose(born.parameter)
+            yield
+        finally:
+            for born in done:
+                born.release()
+                if not born.is_held:
+                    sharded.conceal(born.parameter)
+
+    def _held(self, params: Sequence[nn.Parameter], what: str) -> list[Born]:
+        if not self.building:
+            raise StepError(
+                f"parameter {sharded.name_of(params[0])} is sharded since its model was made, and "
+                f"its values {what} before zerort.initialize has the model: do it inside "
+                "zerort.zero.GatheredParameters(parameters, modifier_rank=0), which all ranks "
+                "enter together"
+            )
+        self.settle(ends=False)
+        return self._in_order(params)
+
+    def _in_order(self, params: Sequence[nn.Parameter]) -> list[Born]:
+        """As they were born: callers may have had them in a set."""
+        held = {id(p): self._born[id(p)] for p in params}
+        return sorted(held.values(), key=lambda born: born.serial)
+
+    # Between uses.
+
+    def settle(self, *, ends: bool) -> None:
+        """Takes what has been written through aliases; building goes on unless it `ends`."""
+        lent = [born for born in self._lent if born.is_alive and self.born(born.parameter) is born]
+        for born in lent:
+            born.settle(ends=ends)
+        self._lent = [born for born in lent if born.lent]
+
+    def meet(self, place: str, detail: Any = None, failure: str | None = None) -> None:
+        """Before a collective: raises `Parted` where the ranks are not all at the same place, or
+        one has failed.
+        """
+        job = self.mesh.job
+        rows = torch.zeros(job.world, 2, dtype=torch.int64)
+        mark = zlib.crc32(repr((place, detail)).encode())
+        rows[job.rank] = torch.tensor([mark, failure is not None])
+        job.control.all_reduce(rows)
+        if not rows[:, 1].any() and bool((rows[:, 0] == rows[0, 0]).all()):
+            return
+        places = job.control.gather_objects(failure or place)
+        listed = "; ".join(f"rank {rank} {place}" for rank, place in enumerate(places))
+        raise Parted(
+            f"ranks do not build the same model, or do not use it alike before zerort.initialize: "
+            f"{listed}"
+        )
+
+    def finish(self, error: BaseException | None) -> None:
+        """Building is over on this rank, with an `error` or without: the others raise with its
+        reason where they meet next. All ranks call it, but for one whose error all have.
+        """
+        self.settle(ends=True)
+        if error is None:
+            self.cast()
+            self.meet("has its model")
+        elif not isinstance(error, CommError | Parted):
+            with suppress(CommError, Parted):
+                failure = f"raised {type(error).__name__}: {error}"
+                self.meet("", failure=failure)
+
+    def close(self) -> None:
+        """Gives the process groups back."""
+        self.mesh.close()
+
+
+def _listed(held: Sequence[Born]) -> str:
+    """Names, which may be many modules', with numbers, which are not."""
+    named = [f"{sharded.name_of(born.parameter)} (number {born.serial})" for born in held[:4]]
+    more = f" and {len(held) - 4} more" if len(held) > 4 else ""
+    return f"{', '.join(named)}{more}"
+
+
+def _shares_memory(out: Any, born: Born) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        storage = born.parameter.untyped_storage()._cdata
+        return any(
+            leaf.layout is torch.strided and leaf.untyped_storage()._cdata == storage
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, Tensor)
+        )
