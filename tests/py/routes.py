@@ -263,6 +263,33 @@ class SideLoss(nn.Module):
         return x.square().mean() + side
 
 
+class Positions(nn.Module):
+    """What its call returns is a view of its own parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, WIDTH))
+        self.first = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        return self.table[:length], self.first
+
+
+class Aliases(nn.Module):
+    """Views of a module's parameter, used when its call is long over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = Positions()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table, first = self.positions(BATCH)
+        for block in self.blocks:
+            x = block(x)
+        return x * table + first
+
+
 class Functional(nn.Module):
     """A module that is called with other parameters than its own."""
 

@@ -180,9 +180,22 @@ class Uses:
             call.depth -= 1
             if not call.depth:
                 call.conceal(self.pins)
-            release(units)
-            if out is not None and graded():
-                self._hook_outputs(params, units, behind, out)
+            if type(out) is Tensor and not (out._is_view() or torch.is_inference_mode_enabled()):
+                release(units)
+                node = out.grad_fn
+                if node is not None:
+                    node.register_prehook(behind)
+                elif graded() and _any_trains(params):
+                    passes.holds(units)
+            elif out is not None:
+                # What shares the parameters' memory may be read as long as the pass lasts: the use
+                # stays open.
+                if not _shares_memory(out, params):
+                    release(units)
+                if graded():
+                    self._hook_outputs(params, units, behind, out)
+            else:
+                release(units)
             if passes.opener is call:
                 passes.close(complete=out is not None)
 
@@ -326,6 +339,7 @@ def _any_trains(params: Sequence[nn.Parameter]) -> bool:
     return any(parameter.requires_grad for parameter in params)
 
 
+@unintercepted
 def _shares_memory(out: Any, params: Sequence[nn.Parameter]) -> bool:
     held = {p.untyped_storage()._cdata for p in params}
     return any(

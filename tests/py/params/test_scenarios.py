@@ -52,6 +52,14 @@ def side_losses(rank: int) -> None:
     train(rank, routes.SideLoss)
 
 
+def views_of_a_parameter(rank: int) -> None:
+    def between(engine: Any, step: int) -> None:
+        evaluate(1, torch.no_grad, rank, engine, step)
+        evaluate(1, torch.inference_mode, rank, engine, step)
+
+    train(rank, routes.Aliases, between=between)
+
+
 def functional_call(rank: int) -> None:
     train(rank, routes.Functional)
 
@@ -191,6 +199,7 @@ SCENARIOS = [
     checkpointed_reentrant,
     side_losses,
     functional_call,
+    views_of_a_parameter,
     attention_with_its_fast_path,
     evaluation,
     evaluation_in_inference_mode,
