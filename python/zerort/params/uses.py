@@ -12,6 +12,8 @@ no pass is open (`generate`, `model(x)` for an evaluation) opens one.
 What this guarantees: values are whole wherever torch's functions read them in a pass. What it does
 not do: it gathers nothing itself.
 
+A leaf module (`leaves`) is called with all that is below it.
+
 A copy of a module has its hooks, but not its parameters: they do nothing there.
 """
 
@@ -31,6 +33,7 @@ from zerort.errors import StepError
 from zerort.grads.hooks import tensors_in
 from zerort.memory import FlatModel, unintercepted
 from zerort.params import sharded
+from zerort.params.leaves import get_z3_leaf_modules, z3_leaf_module
 from zerort.params.passes import Passes
 from zerort.params.pins import Pins
 
@@ -91,13 +94,16 @@ class Uses:
         self._whole = [p for p in module.parameters() if id(p) not in units]
         for parameter in (*self._params, *self._whole):
             sharded.enter(parameter, self, names[id(parameter)])
+        leaves = get_z3_leaf_modules(module)
+        inside = {id(part) for leaf in leaves for part in leaf.modules() if part is not leaf}
         for entry, (name, part) in enumerate(module.named_modules()):
-            self._attach(entry, name or type(module).__name__, part)
+            if id(part) not in inside:
+                self._attach(entry, name or type(module).__name__, part)
         for parameter in self._params:
             parameter.__class__ = sharded.guarded(type(parameter))
 
     def _attach(self, entry: int, name: str, part: nn.Module) -> None:
-        own = [p for p in part._parameters.values() if p is not None and id(p) in self._units]
+        own = [p for p in part.parameters(z3_leaf_module(part)) if id(p) in self._units]
         if not own:
             if any(id(p) in self._units for p in part.parameters()):
                 call = Call(name, entry, -1)

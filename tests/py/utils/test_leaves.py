@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import ranks
+import routes
 import zerort
 from logged import log_lines
 from training import keep
@@ -69,3 +71,50 @@ def test_the_configuration_marks_and_says_what_it_has_not_found() -> None:
     keep(engine)
     assert names(whole) == ["0", "1"]
     assert any("leaf_module: no module of the model is 9" in line for line in lines)
+
+
+class Experts(nn.Module):
+    """Each call takes another expert, on each rank its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(routes.Block() for _ in range(4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = torch.distributed.get_rank()
+        self.calls += 1
+        return self.experts[(self.calls + rank) % 4](x)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = routes.Block(), Experts(), routes.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.experts(self.first(x)))
+
+
+def mixed(rank: int, world: int) -> dict[str, Any]:
+    off: list[bool] = []
+
+    def mark(whole: nn.Module) -> object:
+        return utils.set_z3_leaf_modules(whole, [Experts])
+
+    def between(engine: Any, step: int) -> None:
+        off.append(engine._parts.passes.gatherer.went_off)
+
+    engine = routes.train(rank, Mixed, steps=5, between=between, prepare=mark)
+    experts = engine.module.experts
+    return {
+        "off": off[2:],
+        "hooks": [len(m._forward_hooks) for m in experts.modules() if m is not experts],
+        "own": len(experts._forward_hooks),
+    }
+
+
+def test_a_leaf_module_is_one_stop_whichever_of_its_modules_run() -> None:
+    for found in ranks.run(2, mixed):
+        assert not any(found["off"])
+        assert not any(found["hooks"]) and found["own"]
