@@ -200,6 +200,40 @@ def test_a_rank_reads_and_writes_its_own_fragment(stage: int, dtype: str) -> Non
     assert total == 16 * 8 * (2 if stage == 0 else 1)
 
 
+def windows(rank: int, world: int, stage: int) -> dict[str, Any]:
+    """Two micro-batches a step, and a loss scale."""
+    engine = engine_over(
+        stage, "fp16", gradient_accumulation_steps=2, fp16={"enabled": True, "loss_scale": 8.0}
+    )
+    params = list(engine.module.parameters())
+    weight = params[2]
+    read = []
+    for step in range(2):
+        engine.backward(engine(batch(rank, step, torch.float16)).float().square().mean())
+        read.append(utils.safe_get_full_grad(weight))
+        if step == 0:
+            engine.step()
+    torch.manual_seed(3)
+    twin = mlp().half()
+    wanted = []
+    for step in range(2):
+        found = averaged(twin, batch(rank, step, torch.float16), world)[2]
+        wanted.append(found)
+    engine.step()
+    return {"read": read, "wanted": wanted, "reduced": utils.safe_get_full_grad(weight)}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_gradient_is_that_of_the_window_so_far_times_the_loss_scale(stage: int) -> None:
+    for found in ranks.run(2, windows, stage):
+        one, both = found["read"]
+        first, second = (part * 8 / 2 for part in found["wanted"])
+        if stage == 3:  # reduced in every micro-batch
+            torch.testing.assert_close(one, first, rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(both, first + second, rtol=0.01, atol=1e-3)
+        assert found["reduced"] is None
+
+
 def misused(rank: int, world: int) -> dict[str, Any]:
     engine = engine_over(2)
     params = list(engine.module.parameters())

@@ -335,6 +335,26 @@ class Wide(nn.Module):
         seen()
 
 
+def tried_again(rank: int, world: int) -> dict[str, Any]:
+    model = born(rank)
+    strange = torch.optim.SGD(nn.Linear(2, 2).parameters() if rank else model.parameters(), lr=0.1)
+    found: dict[str, Any] = {}
+    try:
+        zerort.initialize(model=model, optimizer=strange, config=settings())
+    except zerort.PlanError as error:
+        found["said"] = str(error)
+    found["differs"] = equal(values(model), values(plain()))
+    _, found["losses"] = train(model, rank, settings())
+    return found
+
+
+def test_a_start_that_fails_leaves_a_born_model_to_be_tried_again() -> None:
+    for found in ranks.run(2, tried_again):
+        assert "parameters that are not the model's" in found["said"]
+        assert found["differs"] == []
+        assert len(found["losses"]) == 3
+
+
 def counted(rank: int, world: int) -> dict[str, int]:
     at_start = bytes_held()
     peak = 0
