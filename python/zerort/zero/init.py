@@ -251,7 +251,7 @@ def close_if_empty(control: Control) -> None:
     global _nursery  # noqa: PLW0603
     if _nursery is None or _running:
         return
-    left = control.gather_objects(not _nursery.is_empty)
+    left = control.gather_objects(_nursery.part())
     if not any(left):
         _nursery.close()
         _nursery = None

@@ -57,6 +57,7 @@ class Nursery:
         self.building = 0
         """How many `Init`s are open."""
         self._born: dict[int, Born] = {}
+        self._endings: dict[int, weakref.finalize[Any, Any]] = {}
         self._lent: list[Born] = []
         self._serial = 0
 
@@ -109,13 +110,15 @@ class Nursery:
         self._born[id(parameter)] = born
         sharded.enter(parameter, self, name)
         sharded.conceal(parameter)
-        weakref.finalize(parameter, self._forget, id(parameter), born.serial).atexit = False
+        ending = weakref.finalize(parameter, self._forget, id(parameter), born.serial)
+        ending.atexit = False
+        self._endings[id(parameter)] = ending
 
     def _forget(self, key: int, serial: int) -> None:
         """The parameter is no more."""
         born = self._born.get(key)
         if born is not None and born.serial == serial:
-            del self._born[key]
+            del self._born[key], self._endings[key]
             sharded.forget(key)
 
     def born(self, parameter: Tensor) -> Born | None:
@@ -123,10 +126,13 @@ class Nursery:
         born = self._born.get(id(parameter))
         return born if sharded.keeper_of(parameter) is self else None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether engines have all of them."""
-        return not any(self.born(born.parameter) for born in self._born.values() if born.is_alive)
+    def part(self) -> bool:
+        """Parts with those that engines have; returns whether any are left."""
+        for key, born in list(self._born.items()):
+            if not born.is_alive or self.born(born.parameter) is not born:
+                self._endings.pop(key).detach()
+                del self._born[key]
+        return bool(self._born)
 
     # `sharded.Keeper`.
 
