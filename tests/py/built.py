@@ -94,6 +94,30 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Reparametrised(nn.Module):
+    """Recurrent layers refer to their parameters weakly; parametrizations replace them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+        self.listed = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.spectral(self.normed(self.recurrent(x)[0]))
+        return x + sum(p.sum() for p in self.listed)
+
+
+class Again(nn.Module):
+    """A Parameter that is made of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.third = nn.Parameter(self.first.weight, requires_grad=False)
+
+
 def bytes_held() -> int:
     """Of all storages that tensors of this process have."""
     gc.collect()

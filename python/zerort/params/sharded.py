@@ -13,6 +13,7 @@ gathered; it asks the parameter's `Keeper`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum, auto
@@ -126,6 +127,8 @@ class Sharded(nn.Parameter):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             case Access.DETACH:
+                if sys._getframe(1).f_code is _MAKES_PARAMETERS:
+                    return _copy(args[0], "nn.Parameter(...)")
                 home = _homes[id(args[0])]
                 stands = home.keeper.detached(args[0])
                 return _use(func, args, kwargs, written=()) if stands is None else stands
@@ -169,14 +172,22 @@ class Sharded(nn.Parameter):
         return ZeroParamStatus.NOT_AVAILABLE
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = _homes[id(self)].keeper.copied(self)
-        if copied is None:
-            raise StepError(_escape("copy.deepcopy", (self,), {}))
-        memo[id(self)] = copied
-        return copied
+        memo[id(self)] = _copy(self, "copy.deepcopy")
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StepError(_escape("pickle", (self,), {}))
+
+
+_MAKES_PARAMETERS = nn.Parameter.__new__.__code__
+"""It asks a tensor of a class of its own for `detach()`, and wants the same class back."""
+
+
+def _copy(parameter: nn.Parameter, what: str) -> nn.Parameter:
+    copied = _homes[id(parameter)].keeper.copied(parameter)
+    if copied is None:
+        raise StepError(_escape(what, (parameter,), {}))
+    return copied
 
 
 class Access(Enum):

@@ -93,9 +93,7 @@ class Born:
         else:
             own = read(lo, hi)
         self.part.narrow(0, 0, hi - lo).copy_(own)
-        del self._parameter  # nothing may refer to it meanwhile
         exchange(parameter, torch.empty(0, dtype=dtype, device=device))
-        self._parameter = weakref.ref(parameter)
         self._values = Freeable(extent, [self._form], dtype, device)
         self._values.leave([parameter])
 
@@ -239,8 +237,9 @@ class Born:
 def exchange(parameter: nn.Parameter, values: Tensor) -> None:
     """The same Parameter on another device than meta, over `values`."""
     fresh = torch.Tensor._make_subclass(type(parameter), values, parameter.requires_grad)
-    fresh.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
+    # What torch.utils.swap_tensors does to tensors of one class, which refuses those that a weak
+    # reference points to, as those of torch's recurrent layers to their own.
+    torch._C._swap_tensor_impl(parameter, fresh)
 
 
 def _flat(values: Tensor, form: Form) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ranks
 import zerort
-from built import WIDTH, Layer, Net, bytes_held
+from built import WIDTH, Again, Layer, Net, Reparametrised, bytes_held
 from training import keep
 from zerort.zero import GatheredParameters, Init
 from zerort.zero.born import Born
@@ -143,6 +143,45 @@ def test_values_are_not_to_be_had_before_an_engine_has_the_model() -> None:
         assert "GatheredParameters" in found["read outside"]
         assert "Embedding.weight" in found["pickled"]
         assert found["copy differs"] == []
+
+
+def reparametrised(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(7)
+    want = Reparametrised()
+    torch.manual_seed(7 + rank)
+    with Init():
+        model = Reparametrised()
+    found: dict[str, Any] = {"differs": equal(values(model), values(want))}
+    losses = []
+    for each in (model, want):
+        torch.manual_seed(1)  # one of them draws in its forward
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        engine, *_ = zerort.initialize(model=each, optimizer=optimizer, config=settings())
+        keep(engine)
+        for _ in range(2):
+            loss = engine(torch.ones(2, 3, WIDTH)).square().mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    found["losses"] = losses[:2], losses[2:]
+    with Init():
+        again = values(Again())
+    found["again"] = torch.equal(again["third"], again["first.weight"])
+    try:
+        nn.Parameter(model.recurrent.weight_hh_l0)
+    except zerort.StepError as error:
+        found["made of it"] = str(error)
+    return found
+
+
+def test_layers_that_hold_or_replace_their_parameters_are_right() -> None:
+    for found in ranks.run(2, reparametrised):
+        assert found["differs"] == []
+        assert found["losses"][0] == found["losses"][1]
+        assert found["again"]
+        assert (
+            "recurrent.weight_hh_l0 is sharded, and nn.Parameter(...) would" in found["made of it"]
+        )
 
 
 def in_bf16(rank: int, world: int) -> dict[str, Any]:

@@ -25,12 +25,13 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
         self.norm = nn.BatchNorm1d(8)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
         self.head = nn.Linear(8, 30, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.table(x)
-        x = self.attention(x, x, x)[0]
+        x = self.recurrent(self.attention(x, x, x)[0])[0]
         images = self.conv(x.reshape(-1, 4, 4, 4)).mean()
         return self.head(self.norm(x.flatten(0, 1))) + images
 
