@@ -242,7 +242,8 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     shards.split()
     transports = [transport_of(bucket, precision.predivide) for bucket in flat.buckets]
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
-    room = room_for(config, setup.plan) if setup.plan.units else None
+    names = flat.names if mesh.rank == 0 else None
+    room = room_for(config, setup.plan, names) if setup.plan.units else None
     elements = None if room is None else room.elements
     reduction = Reduction(setup.plan, flat, mesh, transports, watch, elements)
     undo.callback(reduction.close)

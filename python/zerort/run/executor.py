@@ -27,6 +27,8 @@ from math import nan
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
@@ -309,7 +311,17 @@ class Executor:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
                 unit.land()
-        unit.gather(self._actions.serial)
+        try:
+            unit.gather(self._actions.serial)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise CommError(
+                f"rank {self._comm.rank}: no memory for the {unit.nbytes} bytes of "
+                f"{unit.contents}: give parameters less room, in "
+                "zero_optimization.stage3_max_live_parameters, make buckets smaller, or use more "
+                f"ranks. {error}"
+            ) from error
 
     def _free(self, unit: UnitFlight) -> None:
         if unit.under_way:
@@ -428,6 +440,12 @@ def _to_the_end(run: Callable[[], None]) -> None:
     except BaseException:
         run()
         raise
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for an accelerator's memory, and none for the host's
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or "allocate memory" in str(error)
 
 
 def _silent(subject: Any) -> None:

@@ -7,6 +7,7 @@ its memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -22,6 +23,8 @@ from zerort.params.pins import Pins
 from zerort.params.uses import Uses
 
 __all__ = ["passes_over", "room_for", "units_of"]
+
+_log = logging.getLogger("zerort")
 
 _LEAST_ROOM = 50_000_000
 _MOST_STOPS_AHEAD = 8
@@ -40,8 +43,10 @@ def units_of(
     return _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned))
 
 
-def room_for(settings: Config, plan: _core.Plan) -> Room:
-    """Elements, and how far ahead gathers go. A single unit always has room."""
+def room_for(settings: Config, plan: _core.Plan, names: Sequence[str] | None) -> Room:
+    """Elements, and how far ahead gathers go. A unit that is larger has room alone, which is
+    logged where parameters have `names`.
+    """
     zero, largest = settings.zero_optimization, max((unit.numel for unit in plan.units), default=1)
     whole = sum(unit.numel for unit in plan.units)
     match settings.zerort.reshard_after_forward, zero.stage3_max_live_parameters:
@@ -54,6 +59,18 @@ def room_for(settings: Config, plan: _core.Plan) -> Room:
         case None, given:
             elements = given
     ahead = min(_MOST_STOPS_AHEAD, -(-zero.stage3_prefetch_bucket_size // largest))
+    if largest > elements and names is not None:
+        unit = max(plan.units, key=lambda unit: unit.numel)
+        _log.warning(
+            "unit %d (%s and %d more parameters) has %d elements, more than room for %d "
+            "(zero_optimization.stage3_max_live_parameters): it is gathered alone, without "
+            "anything ahead",
+            unit.id,
+            names[unit.params[0]],
+            len(unit.params) - 1,
+            unit.numel,
+            elements,
+        )
     return Room(max(elements, 1), ahead)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,9 @@ import ranks
 import routes
 import zerort
 from catching import assert_told, caught
+from logged import log_lines
 from routes import Net, engine_over, loss_of
+from zerort.memory import FlatBucket
 
 Step = Callable[[Any, nn.Module, int, int], None]
 
@@ -271,3 +274,40 @@ def act(rank: int, world: int, name: str) -> None:
 @pytest.mark.parametrize("name", [bad.__name__ for bad in BAD])
 def test_it_is_named_and_training_goes_on(name: str) -> None:
     ranks.run(2, act, name, timeout=60)
+
+
+def run_out_of_memory(rank: int, world: int) -> None:
+    engine = engine_over(Net(), routes.settings(zerort={"timeout": 8}))
+    x = routes.data(0, rank)
+    for _ in range(2):
+        engine.backward(loss_of(engine(x)))
+        engine.step()
+    if rank == 1:
+
+        def bring(bucket: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        FlatBucket.bring = bring  # type: ignore[method-assign]
+    engine(x)
+
+
+def test_a_rank_without_memory_for_a_gather_is_named_by_all() -> None:
+    here, there = ranks.attempt(2, run_out_of_memory, timeout=60)
+    assert isinstance(here, ranks.Raised) and isinstance(there, ranks.Raised)
+    assert (here.kind, there.kind) == ("CommError", "CommError")
+    assert re.search(r"rank 1: no memory for the \d+ bytes of unit \d \(\w+", there.message)
+    assert "stage3_max_live_parameters" in there.message
+    # Its reason reaches the others with its last words, which a rank of these tests has not.
+    assert "rank 1" in here.message, here.message
+
+
+def start_without_room(rank: int, world: int) -> list[str]:
+    lines = log_lines()
+    engine_over(Net(), routes.settings(room=10, cap=10))
+    return [line for line in lines if "more than room for 10" in line]
+
+
+def test_a_unit_that_is_larger_than_room_is_named_once() -> None:
+    first, second = ranks.run(2, start_without_room)
+    assert len(first) == 1 and second == []
+    assert "blocks." in first[0]
