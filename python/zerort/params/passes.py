@@ -115,6 +115,9 @@ class Passes:
         self._units = len(course.plan.units)
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
+        self.names: Sequence[str] = ()
+        """Of the modules, by their number."""
+        self._strays: set[tuple[str, int]] = set()
         self._sets: dict[int, tuple[int, ...]] = {}
         self._unhooked: list[int] = []
         self.detach: Callable[[], None] = _nothing
@@ -380,7 +383,18 @@ class Passes:
         self._learn()
 
     def _say_strays(self) -> None:
-        """Kinds of passes that need something else every time."""
+        """Once of each kind of pass that needs something else every time."""
+        for kind, entry in self.gatherer.strays():
+            if (kind, entry) in self._strays:
+                continue
+            self._strays.add((kind, entry))
+            _log.info(
+                "rank %d: the %s of %s needs its parameters in another order every time, so they "
+                "are asked for one by one",
+                self._control.rank,
+                kind.replace("_", " "),
+                self.names[entry] if entry < len(self.names) else "the model",
+            )
 
 
 def _difference(reading: _core.Reading) -> str:

@@ -99,12 +99,12 @@ class Pins:
         self._passes.meet("GatheredParameters", detail)
         for number in units:
             self._executor.unit(number).pinned += 1
+            self._passes.pinned += self._executor.unit(number).pinned == 1
         self._executor.enqueue([Verb.GATHER.of(number) for number in units])
         self._executor.reach()
         self._executor.land(units)
         for number in units:
             self._executor.unit(number).note_writes()
-        self._passes.pinned += len(units)
 
     @undisturbed
     def _leave(
@@ -115,7 +115,6 @@ class Pins:
         *,
         writes: bool,
     ) -> None:
-        self._passes.pinned -= len(units)
         written = None
         for number in units:
             unit = self._executor.unit(number)
@@ -128,6 +127,7 @@ class Pins:
                 written = unit.written() or written
             unit.note_writes()
             unit.pinned -= 1
+            self._passes.pinned -= not unit.pinned
             for bucket in unit.buckets if not unit.pinned else ():
                 bucket.part_with_aliases()
         self._executor.enqueue([Verb.FREE.of(number) for number in units])

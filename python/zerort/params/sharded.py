@@ -14,7 +14,7 @@ gathered; it asks the parameter's `Keeper`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum, auto
 from functools import cache, lru_cache
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from zerort.errors import StepError
 
 __all__ = [
+    "Gone",
     "Home",
     "Keeper",
     "Sharded",
@@ -344,11 +345,55 @@ def enter(parameter: nn.Parameter, keeper: Keeper, name: str) -> Home:
     return home
 
 
+class Gone(Sharded):
+    """A parameter whose values went with the engine that had them. Metadata is answered."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if _access(func) is Access.METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise StepError(
+            f"{_name(func)} of a parameter of shape {next(_shapes(args, kwargs))}, whose values "
+            "went with its engine, which has been destroyed or collected: copy them before, inside "
+            "zerort.zero.GatheredParameters(parameters), or build the model anew and load a "
+            "checkpoint"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone()
+
+
+def _shapes(args: Sequence[Any], kwargs: dict[str, Any] | None) -> Iterator[tuple[int, ...]]:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Gone):
+            yield tuple(leaf.shape)
+
+
+@cache
+def _gone(kind: type[nn.Parameter]) -> type[Gone]:
+    return Gone if kind is nn.Parameter else type(f"Gone{kind.__name__}", (Gone, kind), {})
+
+
 def leave(parameter: nn.Parameter) -> None:
-    """The parameter has its values for good."""
+    """Nobody answers for the parameter any more: it is itself if its values are there, else they
+    are gone.
+    """
     home = _homes.pop(id(parameter), None)
-    if home is not None:
-        parameter.__class__ = home.kind
+    if home is None:
+        return
+    with torch._C.DisableTorchFunctionSubclass():
+        is_there = parameter.untyped_storage().nbytes() > 0 or not parameter.numel()
+    parameter.__class__ = home.kind if is_there else _gone(home.kind)
 
 
 def forget(key: int) -> None:

@@ -96,6 +96,7 @@ class Uses:
             sharded.enter(parameter, self, names[id(parameter)])
         leaves = get_z3_leaf_modules(module)
         inside = {id(part) for leaf in leaves for part in leaf.modules() if part is not leaf}
+        passes.names = [name or type(module).__name__ for name, _ in module.named_modules()]
         for entry, (name, part) in enumerate(module.named_modules()):
             if id(part) not in inside:
                 self._attach(entry, name or type(module).__name__, part)
@@ -122,7 +123,7 @@ class Uses:
         ]
 
     def detach(self) -> None:
-        """Takes the hooks off; the parameters, which are whole, are themselves for good."""
+        """Takes the hooks off; parameters whose values are not there have none any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from zerort.errors import ConfigError, PlanError
+from zerort.params.sharded import Gone
 
 __all__ = [
     "checked",
@@ -67,6 +68,12 @@ def refuse_unready(module: nn.Module) -> None:
             raise PlanError(
                 f"parameter {name} is on the meta device and has no values: call "
                 "model.to_empty(device=...) and fill it, then initialize"
+            )
+        if isinstance(parameter, Gone):
+            raise PlanError(
+                f"parameter {name} has no values: they went with an engine of stage 3 that has "
+                "been destroyed or collected, or with an initialize that failed; build the model "
+                "anew"
             )
         if parameter.is_inference():
             raise PlanError(

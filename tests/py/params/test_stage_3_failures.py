@@ -311,3 +311,67 @@ def test_a_unit_that_is_larger_than_room_is_named_once() -> None:
     first, second = ranks.run(2, start_without_room)
     assert len(first) == 1 and second == []
     assert "blocks." in first[0]
+
+
+def outlive_the_engine(rank: int, world: int) -> None:
+    engine = engine_over(Net())
+    module, weight = engine.module, engine.module.out.weight
+    with zerort.zero.GatheredParameters([weight]):
+        kept = weight.detach().clone()
+    engine.destroy()
+    touches: list[Callable[[], object]] = [
+        lambda: weight + 1,
+        weight.detach,
+        weight.data_ptr,
+        lambda: copy.deepcopy(weight),
+        lambda: pickle.dumps(weight),
+        weight.zero_,
+        lambda: module(routes.data(0, rank)),
+    ]
+    for touch in touches:
+        assert_told(caught(touch), zerort.StepError, "whose values went with its engine")
+    assert weight.shape == kept.shape
+    error = caught(lambda: engine_over(module))
+    assert_told(error, zerort.PlanError, "has no values: they went with")
+
+
+def test_a_parameter_whose_engine_is_gone_says_so() -> None:
+    ranks.run(2, outlive_the_engine)
+
+
+def hold_twice(rank: int, world: int) -> None:
+    engine = engine_over(Net())
+    weight = engine.module.out.weight
+    x = routes.data(0, rank)
+    with torch.no_grad():
+        before = engine(x)
+        with (
+            zerort.zero.GatheredParameters([weight]),
+            zerort.zero.GatheredParameters([weight]),
+            zerort.zero.GatheredParameters([weight, engine.module.inp.weight]),
+        ):
+            inside = engine(x)
+        with zerort.zero.GatheredParameters(list(engine.module.parameters())):
+            whole = engine(x)
+    assert torch.equal(before, inside) and torch.equal(before, whole)
+
+
+def test_what_is_held_twice_is_not_taken_for_everything() -> None:
+    ranks.run(2, hold_twice)
+
+
+def be_a_stray(rank: int, world: int) -> list[str]:
+    orders = [[0, 1, 2, 3], [3, 1, 0, 2], [1, 3, 2, 0], [2, 0, 3, 1], [0, 3, 1, 2]]
+    lines = log_lines()
+    engine = engine_over(Net(order=lambda order, call: orders[call % 5]))
+    for step in range(12):
+        engine.backward(loss_of(engine(routes.data(step, rank))))
+        engine.step()
+    return [line for line in lines if "in another order every time" in line]
+
+
+def test_a_pass_that_never_follows_its_list_is_named_once() -> None:
+    first, second = ranks.run(2, be_a_stray)
+    assert first == second or (first and second)
+    assert any("the forward of Net needs" in line for line in first), first
+    assert len(set(first)) == len(first)
