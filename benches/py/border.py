@@ -145,7 +145,7 @@ def engine_over(count: int, *, sentinels: bool) -> zerort.Engine:
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
     )
     if not sentinels:
-        engine._parts.reduction.dismiss_sentinels()
+        engine._parts.reduction.listener.dismiss_sentinels()
     engine_step(engine)
     return engine
 

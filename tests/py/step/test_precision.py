@@ -24,7 +24,7 @@ from training import Config, assert_same, at_stage, train, train_all, twin_of
 from zerort.errors import ConfigError, NonFiniteGradient, StepError
 from zerort.wire import FORMATS, format_of
 
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
+every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 BF16: Config = {"bf16": {"enabled": True}}
 STATIC_FP16: Config = {"fp16": {"enabled": True, "loss_scale": 256.0}}
@@ -39,7 +39,7 @@ def batches(names: list[str], changes: Config) -> Batches:
             (name, gas, stage): (name, gas, [{**changes, **at_stage(stage)}])
             for name in names
             for gas in (1, 3)
-            for stage in (0, 1, 2)
+            for stage in (0, 1, 2, 3)
         },
         12,
     )
@@ -53,7 +53,7 @@ OF_FP16 = batches(["gpt", "mlp"], STATIC_FP16)
 @pytest.mark.parametrize("gas", [1, 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp", "groups", "unused_on_one_rank"])
 def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
-    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    when: ReduceAt = "micro_batch" if stage >= 2 else "boundary"
     assert_same(
         OF_BF16[name, gas, stage][0],
         twin_of(name, 2, gas, Precision(torch.bfloat16, gathers_sums=stage == 0), when),
@@ -66,7 +66,7 @@ def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage:
 def test_fp16_trains_like_the_twin_under_a_static_loss_scale(
     name: str, gas: int, stage: int
 ) -> None:
-    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    when: ReduceAt = "micro_batch" if stage >= 2 else "boundary"
     assert_same(
         OF_FP16[name, gas, stage][0],
         twin_of(name, 2, gas, Precision(torch.float16, 256.0, gathers_sums=stage == 0), when),
@@ -166,7 +166,7 @@ def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(
     name: str, stage: int, dtype: str
 ) -> None:
     precision = replace(IN_LOW[dtype][1], gathers_sums=stage == 0)
-    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    when: ReduceAt = "micro_batch" if stage >= 2 else "boundary"
     assert_same(OF_LOW[name, stage, dtype][0], twin_of(name, 2, 3, precision, when))
 
 
@@ -468,7 +468,7 @@ def test_autocast_trains_like_the_twin_under_it(
     name: str, dtype: str, gas: int, stage: int
 ) -> None:
     precision = replace(AUTOCASTS[dtype][1], gathers_sums=stage == 0)
-    when: ReduceAt = "micro_batch" if stage == 2 else "boundary"
+    when: ReduceAt = "micro_batch" if stage >= 2 else "boundary"
     histories = UNDER_AUTOCAST[dtype][name, gas, stage][0]
     # The last bit of a weight may decide how its cast is rounded.
     assert_same(histories, twin_of(name, 2, gas, precision, when), tolerance=5e-5)
