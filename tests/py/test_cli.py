@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fake_device import FakeDevice, FakeEvent
 from zerort.cli import main
 from zerort.trace import BucketLife, ChromeSink
-from zerort.trace.reader import TraceError, lives, read, steps
-from zerort.trace.summary import account
+from zerort.trace.reader import Step, TraceError, lives, read, steps
+from zerort.trace.summary import account, wait_table
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,21 @@ def test_an_account_without_a_step_says_so(tmp_path):
     sink.close()
     with pytest.raises(TraceError, match="no whole step"):
         account(read(sink.path).events)
+
+
+def test_the_summary_tells_what_steps_waited_for_gathers_apart_from_sums(capsys):
+    waits = [("all_gather of unit 3 (a .. b)", 4.0), ("all_gather of unit 12 (c)", 2.0)]
+    found = [
+        Step(1, 100.0, 9.0, waits=[*waits, ("reduce_scatter of bucket 0 (a)", 3.0)]),
+        Step(2, 100.0, 1.0, waits=[("roll call", 1.0)]),
+    ]
+    Console(width=100).print(wait_table(found))
+    rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        ["all_gather of unit", "1.0", "3.00", "60.0%"],
+        ["reduce_scatter of bucket", "0.5", "1.50", "30.0%"],
+        ["roll call", "0.5", "0.50", "10.0%"],
+    ]
 
 
 def test_the_summary_shows_buckets_steps_and_the_exposed_share_of_all_ranks(tmp_path, capsys):

@@ -60,6 +60,8 @@ class Step:
     """From the boundary before (for the first step: from its first event) to its own."""
     exposed: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RANGES, 0.0))
+    waits: list[tuple[str, float]] = field(default_factory=list)
+    """What it stood still for, and how long; together `exposed`."""
 
     @property
     def other(self) -> float:
@@ -134,6 +136,7 @@ def _charge(found: list[Step], boundaries: list[float], spans: list[Event]) -> N
             around = span
         elif span["name"] == WAIT:
             step.exposed += took
+            step.waits.append((str(span.get("args", {}).get("what", "")), took))
             if around is not None and _start(span) < _end(around):
                 step.parts[around["name"]] -= took
 

@@ -7,6 +7,7 @@ otherwise.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,18 @@ from rich.text import Text
 
 from zerort.trace.reader import Event, Life, Recorded, Step, TraceError, lives, read, steps
 
-__all__ = ["Account", "TraceError", "account", "bucket_table", "step_table", "summarise"]
+__all__ = [
+    "Account",
+    "TraceError",
+    "account",
+    "bucket_table",
+    "step_table",
+    "summarise",
+    "wait_table",
+]
+
+_NUMBER = re.compile(r" \d.*")
+"""Which bucket or unit, and its parameters."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,16 @@ def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) 
     share = f"exposed communication: {_share(exposed, wall)} of the time ({counts})"
     found = [life for recorded in ranks for life in lives(recorded.events)]
     console.print(
-        Group(bucket_table(found), "", step_table(by_rank, last), "", share, *_forgotten(ranks))
+        Group(
+            bucket_table(found),
+            "",
+            step_table(by_rank, last),
+            "",
+            wait_table(every),
+            "",
+            share,
+            *_forgotten(ranks),
+        )
     )
 
 
@@ -137,6 +158,24 @@ def step_table(by_rank: dict[int, list[Step]], last: int) -> Table:
         if found:
             middle = [median(column) for column in zip(*map(_columns, found), strict=True)]
             table.add_row(str(rank), "median", *_cells(middle), style="bold", end_section=True)
+    return table
+
+
+def wait_table(found: Sequence[Step]) -> Table:
+    """A row for each kind of thing that steps stood still for, the longest first: the gathers of
+    stage 3 apart from the sums.
+    """
+    table = _table("Waits: of a step, on average")
+    for heading in ("waited for", "times", "ms", "of exposed"):
+        table.add_column(heading, justify="left" if heading == "waited for" else "right")
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for step in found:
+        for what, took in step.waits:
+            kinds[_NUMBER.sub("", what)].append(took)
+    exposed = sum(step.exposed for step in found)
+    for kind, times in sorted(kinds.items(), key=lambda item: -sum(item[1])):
+        each = len(times) / len(found), sum(times) / len(found)
+        table.add_row(Text(kind), f"{each[0]:.1f}", f"{each[1]:.2f}", _share(sum(times), exposed))
     return table
 
 
