@@ -41,6 +41,7 @@ __all__ = [
     "keeper_of",
     "kind_of",
     "leave",
+    "lose",
     "meta_like",
     "name_of",
 ]
@@ -385,6 +386,13 @@ def _gone(kind: type[nn.Parameter]) -> type[Gone]:
 
 
 def leave(parameter: nn.Parameter) -> None:
+    """The parameter is itself: its values are there, or another has them now."""
+    home = _homes.pop(id(parameter), None)
+    if home is not None:
+        parameter.__class__ = home.kind
+
+
+def lose(parameter: nn.Parameter) -> None:
     """Nobody answers for the parameter any more: it is itself if its values are there, else they
     are gone.
     """

@@ -128,7 +128,7 @@ class Uses:
             handle.remove()
         self._handles.clear()
         for parameter in (*self._params, *self._whole):
-            sharded.leave(parameter)
+            sharded.lose(parameter)
 
     def settle(self) -> None:
         """Behind a pass: no call is open, however it ended."""
