@@ -304,7 +304,7 @@ class Engine(Readings, nn.Module):
         written, and it returns False. Raises the same `CheckpointError` on all ranks.
         """
         zero = self._parts.config.zero_optimization
-        if zero.stage == 3 and not zero.gathers_weights:
+        if zero.shards_parameters and not zero.gathers_weights:
             if self._parts.mesh.rank == 0:
                 _log.warning(NOT_GATHERED, os.path.join(save_dir, save_filename))
             return False
@@ -321,7 +321,7 @@ class Engine(Readings, nn.Module):
 
         Copies; tied weights are one tensor. Raises `ConfigError` below stage 3.
         """
-        if self._parts.config.zero_optimization.stage < 3:
+        if not self._parts.config.zero_optimization.shards_parameters:
             raise ConfigError(
                 "_zero3_consolidated_16bit_state_dict() is of stage 3: below it "
                 "engine.module.state_dict() is whole on every rank"

@@ -232,7 +232,7 @@ def _window(settings: Config, comm: Comm) -> int | None:
     """Buckets in flight. All of them at once would hold a model whole that is sharded."""
     window = settings.zerort.window
     if window is None:
-        return _SHARDED_WINDOW if settings.zero_optimization.stage == 3 else comm.window
+        return _SHARDED_WINDOW if settings.zero_optimization.shards_parameters else comm.window
     return None if window == "all" else window
 
 

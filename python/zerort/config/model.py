@@ -153,6 +153,11 @@ class Zero(_Section):
     leaf_module: LeafModules = Field(default_factory=LeafModules)
 
     @property
+    def shards_parameters(self) -> bool:
+        """Whether the stage shards parameters between their uses."""
+        return self.stage == 3
+
+    @property
     def gathers_weights(self) -> bool:
         """Whether `save_16bit_model` writes a sharded model's weights."""
         return (

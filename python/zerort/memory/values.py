@@ -161,7 +161,7 @@ class Extent(Protocol):
 
 
 class Alone(NamedTuple):
-    """A bucket of one parameter, which nobody has planned."""
+    """A bucket of one parameter, which is not planned."""
 
     numel: int
     numels: Sequence[int]
@@ -210,7 +210,7 @@ class Freeable:
 
     def free(self, params: Sequence[nn.Parameter]) -> None:
         """Gives the memory back. Where torch has made it fixed, as `parameter.numpy()` does,
-        whoever has it keeps it, and `params` become views of another.
+        who has exported it keeps it, and `params` become views of another.
         """
         if self._storage.resizable():
             self._storage.resize_(0)
@@ -219,14 +219,14 @@ class Freeable:
 
     @property
     def is_aliased(self) -> bool:
-        """Whether somebody else than the parameters has views of this memory, which would read
+        """Whether anything but the parameters has views of this memory, which would read
         what is not there; True where torch does not tell.
         """
         uses = 2**31 if _count is None else _count(self._storage._cdata)
         return bool(uses > len(self._spec.numels) + _OWN_USES)
 
     def leave(self, params: Sequence[nn.Parameter]) -> None:
-        """`params` become views of other memory, which is empty; whoever has an alias of this one
+        """`params` become views of other memory, which is empty; the owner of an alias of this one
         keeps it.
         """
         self._renew(self.tensor.dtype, self.tensor.device)

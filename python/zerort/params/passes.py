@@ -6,8 +6,8 @@ needs what its list has not, or that is further than the others, asks, and every
 next opening. So no divergence of ranks pairs a wrong collective, and none hangs.
 
 What this guarantees: collectives are started in the order in which the core hands them out; a need
-returns only when the values are there; sums are waited for only behind a roll call in which nobody
-asked (GAT-11). What it does not do: it decides no order, and it knows no micro-batch.
+returns only when the values are there; sums are waited for only behind a roll call in which no
+rank asked (GAT-11). What it does not do: it decides no order, and it knows no micro-batch.
 
 The roll call and its lists: `rust/core/src/gatherer.rs` and `roll.rs`.
 """
@@ -25,16 +25,12 @@ from zerort import _core
 from zerort.errors import StepError
 from zerort.grads.course import Routed
 from zerort.memory import undisturbed
-from zerort.mesh import Control
+from zerort.params.roll import RollCall, code_of
 from zerort.run.executor import Executor
 
-__all__ = ["UTILITY", "Diverged", "Passes", "Resident", "Room"]
+__all__ = ["Passes", "Resident", "Room"]
 
 _log = logging.getLogger("zerort")
-
-
-class Diverged(StepError):
-    """Ranks are at different places of their programs. All raise it, at the same roll call."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +41,14 @@ class Room:
     depth: int
 
 
-UTILITY = "a function of zerort.utils"
-_CALLS = (
-    "step()",
-    "save_checkpoint()",
-    "load_checkpoint()",
-    "save_16bit_model()",
-    "join()",
-    "destroy()",
-    "GatheredParameters",
-    UTILITY,
-)
-
-
 class Resident:
-    """At stages 0 to 2: parameters are whole on every rank, and a pass needs nobody."""
+    """At stages 0 to 2: parameters are whole on every rank, and a pass needs no other rank."""
 
     shards = False
     is_open = False
     pinned = 0
     reached: Callable[[], None]
+    dropped: Callable[[], None]
 
     def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
         """Nothing."""
@@ -97,22 +81,19 @@ class Resident:
 
 
 class Passes:
-    """One rank's passes. `learn` takes what rank 0 has seen into the plan, on all ranks."""
+    """One rank's passes; `rolls` opens them."""
 
     shards = True
 
-    def __init__(
-        self, course: Routed, executor: Executor, control: Control, learn: Callable[[], None]
-    ) -> None:
+    def __init__(self, course: Routed, executor: Executor, rolls: RollCall) -> None:
         self.gatherer = course.gatherer
         self.is_open = False
         self.opener: object = None
         """Who has opened the pass, and closes it."""
         self._course = course
         self._executor = executor
-        self._control = control
-        self._learn = learn
-        self._units = len(course.plan.units)
+        self._rolls = rolls
+        rolls.abandon = self.abandon
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
         self.names: Sequence[str] = ()
@@ -124,8 +105,10 @@ class Passes:
         """Takes the hooks off the model."""
         self.settle: Callable[[], None] = _nothing
         """Ends what a pass that was broken off has left open."""
+        self.dropped: Callable[[], None] = _nothing
+        """Hears that the window is lost, on all ranks alike."""
         self.reached: Callable[[], None] = _nothing
-        """Hears of a backward that comes to the module although nobody has opened a pass."""
+        """Hears of a backward that comes to the module although no pass is open."""
         self._news = False
         self._met = False
         self._thread = 0
@@ -151,7 +134,7 @@ class Passes:
             self._executor.enqueue(actions)
             self._executor.reach()
             if unit is not None:
-                self._roll()
+                self._rolls.answered()
                 answer = self.gatherer.need(number, node)
                 continue
             self._executor.land(self._sets[number])
@@ -161,7 +144,7 @@ class Passes:
     @property
     def rests(self) -> bool:
         """Whether all units are kept whole."""
-        return self.pinned > 0 and self.pinned >= self._units
+        return self.pinned > 0 and self.pinned >= len(self._course.plan.units)
 
     def holds(self, number: int) -> None:
         """No hook will tell when the backward needs the set: it is brought at its beginning."""
@@ -175,14 +158,14 @@ class Passes:
         """Opens a pass; `owes`: sums of its gradients will be owed.
 
         Raises `Diverged` where the ranks are not at the same place. An evaluation of a model that
-        is kept whole needs nobody, and opens none.
+        is kept whole needs no other rank, and opens none.
         """
         if kind == "evaluation" and self.rests:
             return
         self._refuse_other_threads()
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
         self._thread = threading.get_ident()
-        reading = self._decided([int(owes)])
+        reading = self._rolls.decided([int(owes)])
         self._executor.enqueue(self.gatherer.begin())
         # What is not reduced in its backward waits in `.grad`, or for sums that are owed.
         self._course.index = reading.list if kind == "backward" else None
@@ -247,7 +230,7 @@ class Passes:
         self._refuse_other_threads()
         self._thread = threading.get_ident()
         try:
-            reading = self._met_at([_CALLS.index(call), detail], serving=serving)
+            reading = self._met_at([code_of(call), detail], serving=serving)
         finally:
             self._thread = 0
         self._news = reading.news
@@ -256,11 +239,11 @@ class Passes:
     def _met_at(self, own: Sequence[int], *, serving: bool) -> _core.Reading:
         while True:
             self.gatherer.open("serve" if serving else "boundary")
-            reading = self._decided(own)
+            reading = self._rolls.decided(own)
             if not serving or reading.kind in ("boundary", "serve"):
                 break
             self._stand_in(reading)
-        self._compare(reading)
+        self._rolls.compare(reading)
         self._executor.enqueue(self.gatherer.begin())
         self._executor.reach()
         return reading
@@ -269,7 +252,8 @@ class Passes:
         """The step that all ranks met for is over, or there is none."""
         self._met = False
         if self._news:
-            self._take_news()
+            self._news = False
+            self._rolls.take_news()
 
     @undisturbed
     def stand_in(self, *, failed: bool = True) -> str:
@@ -280,9 +264,9 @@ class Passes:
             self.gatherer.fail()
         while True:
             self.gatherer.open("serve")
-            reading = self._decided()
+            reading = self._rolls.decided()
             if reading.kind in ("boundary", "serve"):
-                self._compare(reading)
+                self._rolls.compare(reading)
                 self._executor.enqueue(self.gatherer.begin())
                 self._met = True
                 return reading.kind
@@ -315,72 +299,7 @@ class Passes:
         self._course.abandon()
         self._executor.enqueue(self.gatherer.abandon())
         self._executor.reach()
-
-    # The roll call.
-
-    def _decided(self, own: Sequence[int] = ()) -> _core.Reading:
-        """What all ranks are at; where it is a forward, with all that has been learnt before."""
-        while True:
-            reading = self._roll(own)
-            if reading is None:
-                continue
-            if not (reading.news and reading.kind in ("forward", "evaluation")):
-                return reading
-            self._take_news()
-
-    def _roll(self, own: Sequence[int] = ()) -> _core.Reading | None:
-        """Answers the others until nobody asks. None when this rank asked, and has been served."""
-        control, gatherer = self._control, self.gatherer
-        while True:
-            rows = torch.zeros(control.world, gatherer.WIDTH, dtype=torch.int64)
-            rows[control.rank] = torch.tensor(gatherer.row(own), dtype=torch.int64)
-            with self._executor.waiting("roll call"):
-                control.all_reduce(rows)
-            reading = gatherer.read(rows.flatten().tolist())
-            match reading.what:
-                case "serve":
-                    asked = gatherer.asking
-                    self._serve(reading.units)
-                    if asked is not None:
-                        return None
-                case "again":
-                    continue
-                case "diverged":
-                    self.abandon()
-                    raise Diverged(_difference(reading))
-                case "together":
-                    self._course.pay()
-                    return reading
-                case "alone":
-                    return reading
-
-    def _serve(self, units: Sequence[int]) -> None:
-        self._executor.enqueue(self.gatherer.serve(units))
-        self._executor.reach()
-        self._executor.land(units)
-        self._executor.enqueue(self.gatherer.served())
-
-    def _compare(self, reading: _core.Reading) -> None:
-        """All are at a call outside passes: at the same?"""
-        calls = [tuple(own[:2]) for kind, _, own in reading.rows if kind == "boundary"]
-        if len(set(calls)) <= 1:
-            return
-        listed = ", ".join(
-            f"rank {rank} calls {_CALLS[own[0]]}"
-            for rank, (kind, _, own) in enumerate(reading.rows)
-            if kind == "boundary"
-        )
-        same = len({call for call, _ in calls}) == 1
-        self.abandon()
-        raise Diverged(
-            "all ranks have to make this call together, "
-            + (f"with the same arguments: {listed}" if same else f"but {listed}")
-        )
-
-    def _take_news(self) -> None:
-        self._news = False
-        self._executor.drain()
-        self._learn()
+        self.dropped()
 
     def _say_strays(self) -> None:
         """Once of each kind of pass that needs something else every time."""
@@ -391,33 +310,11 @@ class Passes:
             _log.info(
                 "rank %d: the %s of %s needs its parameters in another order every time, so they "
                 "are asked for one by one",
-                self._control.rank,
+                self._rolls.rank,
                 kind.replace("_", " "),
                 self.names[entry] if entry < len(self.names) else "the model",
             )
 
 
-def _difference(reading: _core.Reading) -> str:
-    places = "; ".join(
-        f"rank {rank} {_PLACES[kind].format(count)}"
-        for rank, (kind, count, _) in enumerate(reading.rows)
-    )
-    return (
-        f"ranks are at different places: {places}. Every rank has to run the same training "
-        "forwards, backwards and steps; only evaluations may differ in number"
-    )
-
-
-_PLACES = {
-    "forward": "begins a training forward ({} passes before it)",
-    "backward": "begins a backward ({} passes before it)",
-    "local_backward": "begins a backward without a reduction ({} passes before it)",
-    "evaluation": "begins an evaluation",
-    "boundary": "is between passes ({} before)",
-    "need": "needs a parameter",
-    "serve": "has failed, and stands in ({} passes before)",
-}
-
-
 def _nothing() -> None:
-    """Nobody has to hear of it."""
+    """Nothing is to be done."""

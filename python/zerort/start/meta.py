@@ -35,7 +35,7 @@ def give_values(model: nn.Module, settings: Config, mesh: Mesh) -> None:
     Raises `PlanError` naming one that nothing gives values, and where ranks do not have the same on
     the meta device.
     """
-    if settings.zero_optimization.stage < 3:
+    if not settings.zero_optimization.shards_parameters:
         return
     names = gathered(mesh.control, lambda: [name for name, _ in _on_meta(model)])
     if not any(names):

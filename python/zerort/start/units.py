@@ -1,6 +1,6 @@
 """Which parameters are gathered and freed together at stage 3, and how much may be whole at once.
 
-A unit is a run of subtrees of the module tree, cut by the core; nobody wraps anything. Small
+A unit is a run of subtrees of the module tree, cut by the core; nothing is wrapped. Small
 parameters stay whole on every rank, as at stage 2: an all-gather for a bias would cost more than
 its memory.
 """
@@ -20,6 +20,7 @@ from zerort.memory import FlatModel, PlannedParameter
 from zerort.mesh import Mesh
 from zerort.params.passes import Passes, Resident, Room
 from zerort.params.pins import Pins
+from zerort.params.roll import RollCall
 from zerort.params.uses import Uses
 
 __all__ = ["passes_over", "room_for", "units_of"]
@@ -34,7 +35,7 @@ def units_of(
     settings: Config, model: nn.Module, planned: Sequence[PlannedParameter]
 ) -> list[int | None] | None:
     """The unit of each planned parameter, None for one that stays whole; None below stage 3."""
-    if settings.zero_optimization.stage < 3:
+    if not settings.zero_optimization.shards_parameters:
         return None
     index = {id(member.tensor): i for i, member in enumerate(planned)}
     numels = [member.tensor.numel() for member in planned]
@@ -82,12 +83,13 @@ def passes_over(
         return Resident()
     course = reduction.course
     assert isinstance(course, Routed)
-    passes = Passes(
+    rolls = RollCall(
         course,
         reduction.executor,
         mesh.control,
         lambda: reduction.follow_routes(room.elements, room.depth),
     )
+    passes = Passes(course, reduction.executor, rolls)
     units = {
         id(parameter): bucket.spec.unit
         for bucket in flat.buckets

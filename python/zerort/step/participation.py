@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from zerort.errors import CommError, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import LossScaling
-from zerort.params.passes import Diverged, Passes, Resident
+from zerort.params.passes import Passes, Resident
+from zerort.params.roll import Diverged
 from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.boundary import Boundary, Outcome
@@ -43,6 +44,7 @@ class Participation:
         self.boundary = boundary
         self.progress = progress
         self.passes = passes
+        passes.dropped = self.drop
         self._unused = unused
         self._join: Join | None = None
 

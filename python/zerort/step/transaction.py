@@ -34,7 +34,7 @@ from zerort.config import Batch
 from zerort.errors import CommError, StepError
 from zerort.grads.hooks import when_backward_reaches
 from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
-from zerort.params.passes import Diverged
+from zerort.params.roll import Diverged
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation

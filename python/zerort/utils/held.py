@@ -19,7 +19,7 @@ from zerort.errors import StepError
 from zerort.memory import FlatBucket, Form, unintercepted
 from zerort.mesh import Consensus
 from zerort.optim.segments import Segment
-from zerort.params.passes import UTILITY
+from zerort.params.roll import UTILITY
 from zerort.step.readings import Components
 from zerort.step.transaction import Transaction
 

@@ -1,8 +1,8 @@
 """A parameter that is sharded from its birth: an equal part on each rank, until an engine takes it.
 
 What it guarantees: the parameter stays the object it is, with its shape, its strides and its hooks,
-and a view of one storage whose memory comes and goes; an alias of that memory that somebody still
-has stays readable. What it does not do: it decides nothing about when its values are whole, and it
+and a view of one storage whose memory comes and goes; an alias of that memory that is still held
+stays readable. What it does not do: it decides nothing about when its values are whole, and it
 asks no other rank anything but in `gather`, `spread` and `fill`.
 """
 
@@ -48,20 +48,20 @@ class Born:
         self.dtype = dtype
         """In which it is when its model is complete."""
         self.lent = False
-        """Somebody has had an alias of the values, and may have written to it."""
+        """There has been an alias of the values, and may have written to it."""
         self._comm = comm
         self._users = 0
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Which it is. Only while somebody has it."""
+        """Which it is. Only while it is alive."""
         parameter = self._parameter()
-        assert parameter is not None, "used by nobody"
+        assert parameter is not None, "its parameter is gone"
         return parameter
 
     @property
     def is_alive(self) -> bool:
-        """Whether somebody has the parameter."""
+        """Whether the parameter still exists."""
         return self._parameter() is not None
 
     @unintercepted
@@ -164,8 +164,8 @@ class Born:
 
     @unintercepted
     def settle(self, *, ends: bool) -> None:
-        """Takes what has been written through an alias, and gives the memory back: if nobody has
-        an alias any more, or to those who have where building `ends`.
+        """Takes what has been written through an alias, and gives the memory back: if there is
+        no alias any more, or to those that there are where building `ends`.
         """
         self.keep()
         if self._users or (not ends and self._values.is_aliased):

@@ -87,7 +87,9 @@ class Init(ContextDecorator):
         }
         given = config_dict_or_path if config_dict_or_path is not None else config
         settings = None if given is None else load_part(given, _SECTIONS)
-        self._enabled = enabled and (settings is None or settings.zero_optimization.stage == 3)
+        self._enabled = enabled and (
+            settings is None or settings.zero_optimization.shards_parameters
+        )
         self._dtype = dtype or _dtype_of(settings)
         self._timeout = timedelta(seconds=Config().zerort.timeout)
         if settings is not None:

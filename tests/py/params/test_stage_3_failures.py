@@ -86,6 +86,20 @@ def raise_in_a_training_forward(engine: Any, twin: nn.Module, rank: int, step: i
         engine.step()
 
 
+def call_something_that_a_failed_rank_does_not(
+    engine: Any, twin: nn.Module, rank: int, step: int
+) -> None:
+    x = routes.data(step, rank)
+    if rank == 1:
+        handle = at_block(engine, 1, explode)
+        assert_told(caught(lambda: engine(x)), ValueError, "a bomb in the forward")
+        handle.remove()
+        return
+    engine.backward(loss_of(engine(x)))
+    error = caught(lambda: look_at([engine.module.out.weight]))
+    assert_told(error, zerort.StepError, "rank 0 calls GatheredParameters", "rank 1 has failed")
+
+
 def raise_in_an_evaluation(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
     x = routes.data(step, rank)
     with torch.no_grad():
@@ -253,6 +267,7 @@ def evaluate_on_another_thread(engine: Any, twin: nn.Module, rank: int, step: in
 BAD: list[Step] = [
     evaluate_on_another_thread,
     raise_in_a_training_forward,
+    call_something_that_a_failed_rank_does_not,
     raise_in_an_evaluation,
     raise_in_a_backward,
     train_one_forward_more,

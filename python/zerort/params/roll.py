@@ -1,0 +1,158 @@
+"""The roll call: one small all-reduce on the control group, in which each rank says what it is at.
+
+What this guarantees: a rank that asks for a unit is answered by all before anything else happens,
+so that it returns only when none asks; where ranks are at different places, all of them raise the
+same error at the same roll call. What it does not do: it opens and closes no pass.
+
+What the rows mean is the core's to read: `rust/core/src/roll.rs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zerort import _core
+from zerort.errors import StepError
+from zerort.grads.course import Routed
+from zerort.mesh import Control
+from zerort.run.executor import Executor
+
+__all__ = ["UTILITY", "Diverged", "RollCall", "code_of"]
+
+UTILITY = "a function of zerort.utils"
+
+_CALLS = (
+    "step()",
+    "save_checkpoint()",
+    "load_checkpoint()",
+    "save_16bit_model()",
+    "join()",
+    "destroy()",
+    "GatheredParameters",
+    UTILITY,
+)
+"""What all ranks call together outside passes, by its number in a row."""
+
+
+def code_of(call: str) -> int:
+    """The number of a call."""
+    return _CALLS.index(call)
+
+
+class Diverged(StepError):
+    """Ranks are at different places of their programs. All raise it, at the same roll call."""
+
+
+class RollCall:
+    """One rank's roll calls. `learn` takes what rank 0 has seen into the plan, on all ranks."""
+
+    def __init__(
+        self, course: Routed, executor: Executor, control: Control, learn: Callable[[], None]
+    ) -> None:
+        self.abandon: Callable[[], None] = lambda: None
+        """Drops all that is under way, before `Diverged` is raised."""
+        self._course = course
+        self._executor = executor
+        self._control = control
+        self._learn = learn
+
+    @property
+    def rank(self) -> int:
+        """This rank's."""
+        return self._control.rank
+
+    def decided(self, own: Sequence[int] = ()) -> _core.Reading:
+        """What all ranks are at; where it is a forward, with all that has been learnt before.
+
+        `own` are words of the caller's in this rank's row. Raises `Diverged`.
+        """
+        while True:
+            reading = self.answered(own)
+            if reading is None:
+                continue
+            if not (reading.news and reading.kind in ("forward", "evaluation")):
+                return reading
+            self.take_news()
+
+    def answered(self, own: Sequence[int] = ()) -> _core.Reading | None:
+        """Answers the others until none asks. None when this rank asked, and has been served."""
+        control, gatherer = self._control, self._course.gatherer
+        while True:
+            rows = torch.zeros(control.world, gatherer.WIDTH, dtype=torch.int64)
+            rows[control.rank] = torch.tensor(gatherer.row(own), dtype=torch.int64)
+            with self._executor.waiting("roll call"):
+                control.all_reduce(rows)
+            reading = gatherer.read(rows.flatten().tolist())
+            match reading.what:
+                case "serve":
+                    asked = gatherer.asking
+                    self._serve(reading.units)
+                    if asked is not None:
+                        return None
+                case "again":
+                    continue
+                case "diverged":
+                    self.abandon()
+                    raise Diverged(_difference(reading))
+                case "together":
+                    self._course.pay()
+                    return reading
+                case "alone":
+                    return reading
+
+    def _serve(self, units: Sequence[int]) -> None:
+        gatherer = self._course.gatherer
+        self._executor.enqueue(gatherer.serve(units))
+        self._executor.reach()
+        self._executor.land(units)
+        self._executor.enqueue(gatherer.served())
+
+    def compare(self, reading: _core.Reading) -> None:
+        """Ranks are at a call outside passes. Raises `Diverged` unless it is the same call of all,
+        or a step in which the place of some is taken.
+        """
+        calls = {rank: tuple(row[2][:2]) for rank, row in enumerate(reading.rows) if _calls(row)}
+        absent = [rank for rank, row in enumerate(reading.rows) if not _calls(row)]
+        only_steps = all(call == code_of("step()") for call, _ in calls.values())
+        if len(set(calls.values())) <= 1 and (only_steps or not absent):
+            return
+        listed = ", ".join(f"rank {rank} calls {_CALLS[call]}" for rank, (call, _) in calls.items())
+        same = not absent and len({call for call, _ in calls.values()}) == 1
+        reason = f"with the same arguments: {listed}" if same else f"but {listed}"
+        if absent:
+            reason += f", and rank {absent[0]} has failed or is out of data"
+        self.abandon()
+        raise Diverged(f"all ranks have to make this call together, {reason}")
+
+    def take_news(self) -> None:
+        """All ranks learn what rank 0 has seen."""
+        self._executor.drain()
+        self._learn()
+
+
+def _calls(row: tuple[str, int, list[int]]) -> bool:
+    return row[0] == "boundary"
+
+
+def _difference(reading: _core.Reading) -> str:
+    places = "; ".join(
+        f"rank {rank} {_PLACES[kind].format(count)}"
+        for rank, (kind, count, _) in enumerate(reading.rows)
+    )
+    return (
+        f"ranks are at different places: {places}. Every rank has to run the same training "
+        "forwards, backwards and steps; only evaluations may differ in number"
+    )
+
+
+_PLACES = {
+    "forward": "begins a training forward ({} passes before it)",
+    "backward": "begins a backward ({} passes before it)",
+    "local_backward": "begins a backward without a reduction ({} passes before it)",
+    "evaluation": "begins an evaluation",
+    "boundary": "is between passes ({} before)",
+    "need": "needs a parameter",
+    "serve": "has failed, and stands in ({} passes before)",
+}
