@@ -22,8 +22,11 @@ from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import SaveOptions
 from zerort.checkpoint.state import EngineState
 from zerort.errors import ConfigError, StepError
+from zerort.features import Site, open_features
+from zerort.features.readings import FeatureReadings
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
+from zerort.step.events import Events
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
@@ -51,7 +54,7 @@ NOT_GATHERED = (
 )
 
 
-class Engine(Readings, nn.Module):
+class Engine(Readings, FeatureReadings, nn.Module):
     """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
     `module.*`; unknown attributes are looked up there.
     """
@@ -61,12 +64,18 @@ class Engine(Readings, nn.Module):
         self.module = module
         self.counters = Counters()
         self._parts = parts
-        self._transaction = _transaction(parts, self.counters)
+        self._events = open_features(Site(module, parts, self.counters))
+        self._transaction = _transaction(parts, self.counters, self._events)
         self._owner = Owner(self._transaction, parts)
-        self._checkpoints = Checkpoints(_state(module, parts, self.counters), _policy(parts))
+        self._checkpoints = Checkpoints(_state(self), _policy(parts))
         # An engine that is dropped without `destroy` leaves no hook on the model.
         self._give_back = weakref.finalize(
-            self, _give_back, self._transaction, self._owner.close, parts.sink.close
+            self,
+            _give_back,
+            self._transaction,
+            self._owner.close,
+            self._events.close,
+            parts.sink.close,
         )
         self._give_back.atexit = False
 
@@ -78,9 +87,9 @@ class Engine(Readings, nn.Module):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = self._parts
-        args, kwargs = parts.precision.inputs((args, kwargs))
+        args, kwargs = parts.precision.inputs((args, self._events.keywords(kwargs)))
         context = parts.precision.context(self.module, parts.mesh.device, args, kwargs)
-        with parts.sink.range("forward"), context:
+        with self._events.forward(), parts.sink.range("forward"), context:
             return self.module(*args, **kwargs)
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
@@ -356,12 +365,10 @@ class Engine(Readings, nn.Module):
         )
 
 
-def _transaction(parts: Components, counters: Counters) -> Transaction:
+def _transaction(parts: Components, counters: Counters, events: Events) -> Transaction:
     config, mesh = parts.config, parts.mesh
     every = config.reduces_every_micro_batch(parts.reduction.plan.reduces_every_micro_batch)
-    progress = Progress(
-        counters, parts.boundary, parts.scheduler, parts.sink, mesh.rank, config.steps_per_print
-    )
+    progress = Progress(counters, parts.boundary, parts.scheduler, events)
     averaging = Averaging(
         Accumulation(parts.batch.accumulation, every, counters),
         parts.precision.loss_scale,
@@ -378,21 +385,23 @@ def _policy(parts: Components) -> SavePolicy:
     return SavePolicy(settings.checkpoint.tag_validation, settings.zerort.checkpoint.timeout)
 
 
-def _state(module: nn.Module, parts: Components, counters: Counters) -> EngineState:
+def _state(engine: Engine) -> EngineState:
+    parts = engine._parts
     boundary = parts.boundary
     return EngineState(
-        module,
+        engine.module,
         parts.mesh.job,
         boundary.flat,
         parts.reduction,
         boundary.optimizer,
         boundary.loss_scale,
         parts.scheduler,
-        counters,
+        engine.counters,
         parts.config.zero_optimization.stage,
         parts.loader,
         lambda reason: setattr(boundary, "half_updated", reason),
         lambda: boundary.half_updated,
+        engine._events,
     )
 
 

@@ -36,6 +36,7 @@ def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
         return Fit()
     reasons = [*(_of_scheduler(manifest, state) if options.scheduler else ())]
     reasons += _of_loss_scale(manifest, state)
+    reasons += _of_features(manifest, state)
     saved, world, rank = manifest.world, state.comm.world, state.comm.rank
     same = saved == world
     if not same:
@@ -63,3 +64,11 @@ def _of_loss_scale(manifest: Manifest, state: EngineState) -> Iterator[str]:
         yield "the loss scale starts anew: it was fixed, or there was none, when this was saved"
     if not dynamic and manifest.loss_scale is not None:
         yield "the loss scale is not restored: it is fixed here, or there is none"
+
+
+def _of_features(manifest: Manifest, state: EngineState) -> Iterator[str]:
+    have = state.events.state().keys()
+    for name in sorted(have - manifest.features.keys()):
+        yield f"{name} starts anew: it was off when this was saved"
+    for name in sorted(manifest.features.keys() - have):
+        yield f"the state of {name} is not taken: it is off"

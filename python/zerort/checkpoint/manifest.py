@@ -228,6 +228,8 @@ class Manifest(Entry):
     """Of a dynamic loss scale: the scale, hysteresis left, boundaries seen, boundary of the last
     overflow.
     """
+    features: dict[str, JsonValue] = Field(default_factory=dict)
+    """What features of the engine keep, by their section of the configuration; encoded."""
     client_state: JsonValue
     extra_state: dict[str, JsonValue]
     """What modules return from `get_extra_state`, by their name."""

@@ -60,6 +60,7 @@ def restore_objects(
     if staged.scheduler is not None:
         _restore_scheduler(state, staged.scheduler, undo)
     _restore_counts(state, manifest, undo)
+    _restore_features(state, staged.features, undo)
     if staged.loader is not None and hasattr(state.loader, "load_state_dict"):
         _restore_loader(state.loader, staged.loader, undo)
     if staged.random is not None:
@@ -176,6 +177,13 @@ def _restore_counts(state: EngineState, manifest: Manifest, undo: Undo) -> None:
     counts = counters.copy()
     undo.later("the counters", lambda: counters.update(counts))
     counters.update(manifest.counters.model_dump())
+
+
+def _restore_features(state: EngineState, saved: dict[str, dict[str, Any]], undo: Undo) -> None:
+    before = copy.deepcopy(state.events.state())
+    undo.later("the features", lambda: state.events.load(before))
+    with _naming("a feature"):
+        state.events.load(saved)
 
 
 def _restore_loader(loader: Any, saved: dict[str, Any], undo: Undo) -> None:

@@ -255,6 +255,10 @@ def _shared(
         },
         "scheduler": _scheduler(state, beside),
         "loss_scale": scale.state() if isinstance(scale, _core.LossScale) else None,
+        "features": {
+            name: encode(kept, f"features.{name}", beside)
+            for name, kept in state.events.state().items()
+        },
         "client_state": encode(client_state, "client_state", beside),
         "extra_state": {
             name: encode(module.get_extra_state(), f"extra_state.{name}", beside)

@@ -40,6 +40,7 @@ class Staged:
     loader: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
     client_state: Any = None
 
 
@@ -55,6 +56,8 @@ def stage(
         _stage_optimizer(reader, state, match, shard, staged)
     if options.scheduler and state.scheduler is not None and manifest.scheduler is not None:
         staged.scheduler = reader.value(manifest.scheduler.state)
+    if not options.module_only:
+        staged.features = {name: reader.value(kept) for name, kept in manifest.features.items()}
     staged.random = reader.value(fit.random, fit.writer)
     staged.loader = reader.value(fit.loader, fit.writer)
     staged.client_state = reader.value(manifest.client_state)

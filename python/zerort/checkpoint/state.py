@@ -10,7 +10,7 @@ rather than tensors, encoded into the manifest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
 from zerort.optim.segments import Segment
 from zerort.step.accumulation import Counters
+from zerort.step.events import Events
 from zerort.step.precision import LossScale
 
 __all__ = [
@@ -65,6 +66,8 @@ class EngineState:
     """
     half_changed: Callable[[], str | None] = lambda: None
     """How an update or a load broke off on this rank, if the last one did."""
+    events: Events = field(default_factory=Events)
+    """Features, some of which have state."""
 
     @property
     def plan(self) -> _core.Plan:

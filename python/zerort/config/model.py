@@ -8,21 +8,30 @@ they are built, and checked there.
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from zerort.config.batch import Batch
+from zerort.config.features import ProgressiveLayerDrop
+from zerort.config.section import (
+    LARGEST,
+    Count,
+    Dtype,
+    DtypeName,
+    Factor,
+    Many,
+    Names,
+    Section,
+    Size,
+    dtype_name,
+    lower,
+    never,
+    number,
+    upper,
+    whole,
+    zero_or_normal,
+)
 
 __all__ = [
     "Autocast",
@@ -31,7 +40,6 @@ __all__ = [
     "CheckpointPolicy",
     "Config",
     "DataTypes",
-    "DtypeName",
     "Fp16",
     "Loader",
     "Optimizer",
@@ -43,34 +51,6 @@ __all__ = [
 
 DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
 
-DtypeName = Literal["fp32", "fp16", "bf16"]
-
-_DTYPE_SPELLINGS = {
-    "float32": "fp32",
-    "float": "fp32",
-    "float16": "fp16",
-    "half": "fp16",
-    "bfloat16": "bf16",
-}
-
-
-def _whole(value: Any) -> Any:
-    # JSON has no integer 5e8, and DeepSpeed's own examples write bucket sizes so.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-def _upper(value: Any) -> Any:
-    return value.upper() if isinstance(value, str) else value
-
-
-def _dtype(value: Any) -> Any:
-    name = value.lower().removeprefix("torch.") if isinstance(value, str) else value
-    return _DTYPE_SPELLINGS.get(name, name) if isinstance(name, str) else name
-
 
 def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
     if "max_grad_norm" in params:
@@ -81,72 +61,32 @@ def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _number(value: Any) -> Any:
-    # DeepSpeed's own models of these sections read "2" and "5e8" as numbers.
-    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
-        return _whole(value)
-    return _whole(float(value))
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _never(value: Any) -> Any:
-    # Accelerate writes Infinity into every configuration.
-    return None if value == math.inf else _whole(value)
-
-
-def _zero_or_normal(value: float) -> float:
-    if 0 < value < _SMALLEST:
-        raise ValueError(f"expected 0 or a number of at least {_SMALLEST:g}, got {value:g}")
-    return value
-
-
-_NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?([eE][+-]?\d{1,3})?")
-_SMALLEST, _LARGEST = 1e-30, 2.0**127
-"""What gradients in fp32 can be multiplied with, and divided by, and stay what they are."""
-
-_Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
-_Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**53)]
-"""Elements, bytes or steps: files say 1e12 where they mean very many."""
-_Many = Annotated[int, Field(ge=0, le=2**63 - 1)]
-"""Elements; files say 1e14, or sys.maxsize, where they mean all."""
-_Names = Annotated[list[str], BeforeValidator(_listed)]
-_Factor = Annotated[float, Field(ge=_SMALLEST, le=_LARGEST)]
-_Dtype = Annotated[DtypeName, BeforeValidator(_dtype)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class LeafModules(_Section):
+class LeafModules(Section):
     """`leaf_module`: modules whose parameters are needed together, whole, when one is called."""
 
-    classes: _Names = Field(default_factory=list)
-    names: _Names = Field(default_factory=list)
-    name_suffixes: _Names = Field(default_factory=list)
+    classes: Names = Field(default_factory=list)
+    names: Names = Field(default_factory=list)
+    name_suffixes: Names = Field(default_factory=list)
 
 
-class Zero(_Section):
+class Zero(Section):
     """`zero_optimization`: how model state is placed."""
 
-    stage: Annotated[int, BeforeValidator(_number), Field(ge=0, le=3)] = 0
-    reduce_bucket_size: Annotated[_Size | None, BeforeValidator(_number)] = None
+    stage: Annotated[int, BeforeValidator(number), Field(ge=0, le=3)] = 0
+    reduce_bucket_size: Annotated[Size | None, BeforeValidator(number)] = None
     """Upper bound of a bucket in elements. DeepSpeed's default of 5e8 would leave nothing to
     overlap.
     """
     ignore_unused_parameters: bool = True
-    stage3_max_live_parameters: Annotated[_Size | None, BeforeValidator(_number)] = None
+    stage3_max_live_parameters: Annotated[Size | None, BeforeValidator(number)] = None
     """*Room*: elements that may be whole at once; None is three units, and at least 5e7.
     DeepSpeed's default of 1e9 would keep most models whole.
     """
-    stage3_prefetch_bucket_size: Annotated[_Many, BeforeValidator(_number)] = 50_000_000
+    stage3_prefetch_bucket_size: Annotated[Many, BeforeValidator(number)] = 50_000_000
     """Elements that are gathered before they are needed, at most."""
-    stage3_param_persistence_threshold: Annotated[_Many, BeforeValidator(_number)] = 100_000
+    stage3_param_persistence_threshold: Annotated[Many, BeforeValidator(number)] = 100_000
     """Parameters of at most so many elements stay whole on every rank."""
-    stage3_model_persistence_threshold: Annotated[_Many, BeforeValidator(_number)] = 2**53
+    stage3_model_persistence_threshold: Annotated[Many, BeforeValidator(number)] = 2**53
     """Elements of all that stay whole together, at most."""
     stage3_gather_16bit_weights_on_model_save: bool = False
     stage3_gather_fp16_weights_on_model_save: bool = False
@@ -166,7 +106,7 @@ class Zero(_Section):
         )
 
 
-class Fp16(_Section):
+class Fp16(Section):
     """`fp16`: half precision with a loss scale."""
 
     enabled: bool = False
@@ -174,16 +114,16 @@ class Fp16(_Section):
     """Floating-point inputs of the module are cast to fp16."""
     loss_scale: Annotated[
         float,
-        BeforeValidator(_number),
-        Field(ge=0, le=_LARGEST),
-        AfterValidator(_zero_or_normal),
+        BeforeValidator(number),
+        Field(ge=0, le=LARGEST),
+        AfterValidator(zero_or_normal),
     ] = 0.0
     """0 means dynamic."""
-    initial_scale_power: Annotated[int, BeforeValidator(_number), Field(ge=0, le=127)] = 16
-    loss_scale_window: Annotated[_Count, BeforeValidator(_number)] = 1000
-    hysteresis: Annotated[_Count, BeforeValidator(_number)] = 2
+    initial_scale_power: Annotated[int, BeforeValidator(number), Field(ge=0, le=127)] = 16
+    loss_scale_window: Annotated[Count, BeforeValidator(number)] = 1000
+    hysteresis: Annotated[Count, BeforeValidator(number)] = 2
     consecutive_hysteresis: bool = False
-    min_loss_scale: Annotated[_Factor, BeforeValidator(_number)] = 1.0
+    min_loss_scale: Annotated[Factor, BeforeValidator(number)] = 1.0
 
     @property
     def dynamic(self) -> bool:
@@ -205,17 +145,17 @@ class Fp16(_Section):
         return self
 
 
-class Bf16(_Section):
+class Bf16(Section):
     """`bf16`: bfloat16 parameters with fp32 masters."""
 
     enabled: bool = False
 
 
-class Autocast(_Section):
+class Autocast(Section):
     """`torch_autocast`: fp32 parameters; torch chooses what is computed in low precision."""
 
     enabled: bool = False
-    dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)] = "bf16"
+    dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(dtype_name)] = "bf16"
     lower_precision_safe_modules: list[str] | None = None
     """Classes of modules whose gradients are sent in `dtype`, by their dotted names; None means
     linear and convolution.
@@ -224,14 +164,14 @@ class Autocast(_Section):
     """
 
 
-class DataTypes(_Section):
+class DataTypes(Section):
     """`data_types`."""
 
-    grad_accum_dtype: _Dtype | None = None
+    grad_accum_dtype: Dtype | None = None
     """What passes are added in; None means fp32."""
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """`optimizer`: a name and the keyword arguments of its constructor."""
 
     type: str
@@ -240,27 +180,27 @@ class Optimizer(_Section):
     )
 
 
-class Scheduler(_Section):
+class Scheduler(Section):
     """`scheduler`: a name and the keyword arguments of its constructor."""
 
     type: str
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-class Checkpoint(_Section):
+class Checkpoint(Section):
     """`checkpoint`."""
 
-    tag_validation: Annotated[Literal["WARN", "IGNORE", "FAIL"], BeforeValidator(_upper)] = "WARN"
+    tag_validation: Annotated[Literal["WARN", "IGNORE", "FAIL"], BeforeValidator(upper)] = "WARN"
     """What happens when ranks name different tags."""
 
 
-class Trace(_Section):
+class Trace(Section):
     """`zerort.trace`: where runtime events go."""
 
     enabled: bool = True
     path: str | None = None
     """File per run; the rank is put into its name. None writes nothing."""
-    capacity: _Count = 1 << 18
+    capacity: Count = 1 << 18
     """Events kept in the ring."""
 
     @property
@@ -269,10 +209,10 @@ class Trace(_Section):
         return self.enabled and self.path is not None
 
 
-class Loader(_Section):
+class Loader(Section):
     """`zerort.loader`: the loader that `initialize` makes from training_data."""
 
-    workers: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1024)] = 0
+    workers: Annotated[int, BeforeValidator(whole), Field(ge=0, le=1024)] = 0
     """Processes of each rank that fetch samples; 0 fetches them in the rank's own."""
     persistent_workers: bool = False
     """Workers stay from one epoch to the next."""
@@ -280,23 +220,23 @@ class Loader(_Section):
     """Batches go through page-locked memory; without effect on a CPU."""
 
 
-class CheckpointPolicy(_Section):
+class CheckpointPolicy(Section):
     """`zerort.checkpoint`: saving and loading; the first two are defaults of `save_checkpoint`'s
     keywords.
     """
 
     overwrite: bool = False
-    keep_last: _Count | None = None
+    keep_last: Count | None = None
     timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a rank may write or read nothing while the others wait for it."""
 
 
-class Runtime(_Section):
+class Runtime(Section):
     """`zerort`: what DeepSpeed has no key for."""
 
-    window: _Count | Literal["all"] | None = None
+    window: Count | Literal["all"] | None = None
     """Launched and unretired buckets; None lets the back end choose."""
-    bucket_bytes: _Size | None = None
+    bucket_bytes: Size | None = None
     """Upper bound of a bucket in bytes, instead of `reduce_bucket_size`."""
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
@@ -321,22 +261,22 @@ class Runtime(_Section):
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
 
-class Config(_Section):
+class Config(Section):
     """A whole configuration. Made by `zerort.config.load`; the properties are what the keys mean
     together.
     """
 
-    train_batch_size: _Count | None = None
-    train_micro_batch_size_per_gpu: _Count | None = None
-    gradient_accumulation_steps: _Count | None = None
-    gradient_clipping: Annotated[float, Field(ge=0), AfterValidator(_zero_or_normal)] = 1.0
+    train_batch_size: Count | None = None
+    train_micro_batch_size_per_gpu: Count | None = None
+    gradient_accumulation_steps: Count | None = None
+    gradient_clipping: Annotated[float, Field(ge=0), AfterValidator(zero_or_normal)] = 1.0
     """Largest norm of the averaged gradient; 0 turns clipping off."""
     prescale_gradients: bool = False
-    gradient_predivide_factor: _Factor = 1.0
-    gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(_lower)] = "mean"
-    communication_data_type: _Dtype | None = None
+    gradient_predivide_factor: Factor = 1.0
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(lower)] = "mean"
+    communication_data_type: Dtype | None = None
     """Element type on the wire; None means the compute dtype."""
-    steps_per_print: Annotated[_Size | None, BeforeValidator(_never)] = None
+    steps_per_print: Annotated[Size | None, BeforeValidator(never)] = None
     """Steps between lines of progress; None, and Infinity in the file, mean never."""
     wall_clock_breakdown: bool = False
     dump_state: bool = False
@@ -348,6 +288,7 @@ class Config(_Section):
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    progressive_layer_drop: ProgressiveLayerDrop = Field(default_factory=ProgressiveLayerDrop)
     zero_optimization: Zero = Field(default_factory=Zero)
     zerort: Runtime = Field(default_factory=Runtime)
 

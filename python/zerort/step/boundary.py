@@ -50,7 +50,7 @@ class Boundary:
 
     `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds
     that the host stood still for collectives since the boundary before. `half_updated` says how an
-    update broke off on this rank, `rates_differ` how what belongs to one did: either fails every
+    update broke off on this rank, `ranks_differ` how what belongs to one did: either fails every
     vote until a checkpoint is loaded.
     """
 
@@ -64,7 +64,7 @@ class Boundary:
     norm: float | None = field(default=None, init=False)
     exposed: float = field(default=0.0, init=False)
     half_updated: str | None = field(default=None, init=False)
-    rates_differ: str | None = field(default=None, init=False)
+    ranks_differ: str | None = field(default=None, init=False)
     _waited: float = field(default=0.0, init=False)
     _explained: bool = field(default=False, init=False)
     _held: BaseException | None = field(default=None, init=False)
@@ -72,11 +72,11 @@ class Boundary:
     @property
     def broken(self) -> str | None:
         """Why no step may be applied until a checkpoint is loaded."""
-        return self.half_updated or self.rates_differ
+        return self.half_updated or self.ranks_differ
 
     def mend(self) -> None:
         """A checkpoint has been loaded."""
-        self.half_updated = self.rates_differ = None
+        self.half_updated = self.ranks_differ = None
 
     def cross(
         self, divide_factor: float, failure: str | None = None, correction: float = 1.0

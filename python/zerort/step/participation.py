@@ -19,6 +19,7 @@ from zerort.params.roll import Diverged
 from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.boundary import Boundary, Outcome
+from zerort.step.events import Events
 from zerort.step.join import Join, JoinEnded, Next
 from zerort.step.progress import Progress
 
@@ -52,6 +53,11 @@ class Participation:
     def accumulation(self) -> Accumulation:
         """Where in the window this rank stands."""
         return self.averaging.accumulation
+
+    @property
+    def events(self) -> Events:
+        """What features hear."""
+        return self.progress.events
 
     # A forward.
 
@@ -118,6 +124,7 @@ class Participation:
         self.reduction.drop()
         self.reduction.reset()
         self.accumulation.window.forget()
+        self.events.dropped()
 
     # The boundary.
 
@@ -159,6 +166,7 @@ class Participation:
         self.reduction.abort()
         self.reduction.reset()
         self.accumulation.end_window(self.accumulation.window.taken)
+        self.events.dropped()
 
     # Ranks that run out of data.
 
@@ -234,6 +242,7 @@ class Participation:
 
     def _vote(self, failure: str | None, correction: float) -> Outcome:
         try:
+            failure = self.events.before_vote(failure)
             return self.boundary.cross(self.averaging.factor, failure, correction)
         finally:
             self.passes.crossed()

@@ -1,4 +1,4 @@
-"""What follows an update: counters, the learning rate, the log line and the trace.
+"""What follows an update: counters, the learning rate, and the events of a boundary.
 
 The parameters of all ranks have moved by then, or the step has been skipped on all. What the user's
 objects raise here can not take that back: the counters say what happened, and the error does too.
@@ -8,7 +8,6 @@ What a scheduler refuses by its signature is found before the update.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,23 +15,19 @@ from typing import Any
 from zerort.errors import StepError
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary, Outcome
-from zerort.trace import TraceSink
+from zerort.step.events import Crossing, Events
 
 __all__ = ["Progress"]
-
-_log = logging.getLogger("zerort")
 
 
 @dataclass
 class Progress:
-    """Counts steps and steps the scheduler. `steps_per_print` is None for never."""
+    """Counts steps, steps the scheduler and calls the features."""
 
     counters: Counters
     boundary: Boundary
     scheduler: Any
-    sink: TraceSink
-    rank: int
-    steps_per_print: int | None
+    events: Events
     applied: bool = False
     """Whether the last `step` changed the parameters."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -59,23 +54,41 @@ class Progress:
     def after(self, outcome: Outcome, samples: int, arguments: Mapping[str, Any]) -> None:
         """A boundary has been crossed with `samples` over all ranks.
 
-        Raises `StepError` where the scheduler, the log or the trace raised; the step stands.
+        Raises `StepError` where a feature, the scheduler or the trace raised; the step stands.
         """
         self.applied = outcome is Outcome.APPLIED
         self.counters.global_steps += 1
         self.counters.global_samples += samples
         self.counters.skipped_steps += not self.applied
         self.arguments = arguments
-        if self.applied and self.scheduler is not None:
+        if self.applied:
+            self._publish()
             self._step_scheduler(arguments)
         try:
-            self._report()
+            self.events.crossed(
+                Crossing(self.counters.global_steps, self.counters.global_samples, self.applied)
+            )
         except Exception as error:
             raise StepError(
                 f"{self._stands()}; what reports it raised {type(error).__name__}: {error}"
             ) from error
 
+    def _publish(self) -> None:
+        try:
+            self.events.published()
+        except BaseException as error:
+            message = (
+                f"{self._stands()}; then a feature raised {type(error).__name__}: {error}, so that "
+                "parameters may differ between ranks: load a checkpoint before going on"
+            )
+            self.boundary.ranks_differ = message
+            if not isinstance(error, Exception):
+                raise
+            raise StepError(message) from error
+
     def _step_scheduler(self, arguments: Mapping[str, Any]) -> None:
+        if self.scheduler is None:
+            return
         try:
             self.scheduler.step(**arguments)
         except BaseException as error:
@@ -84,7 +97,7 @@ class Progress:
                 f"{type(error).__name__}: {error}, so that rates may differ between ranks: load a "
                 "checkpoint before going on"
             )
-            self.boundary.rates_differ = message
+            self.boundary.ranks_differ = message
             if not isinstance(error, Exception):
                 raise
             raise StepError(message) from error
@@ -92,25 +105,3 @@ class Progress:
     def _stands(self) -> str:
         done = "applied" if self.applied else "skipped"
         return f"step {self.counters.global_steps} was {done} on all ranks, and that stands"
-
-    def _report(self) -> None:
-        every, steps = self.steps_per_print, self.counters.global_steps
-        if every and steps % every == 0 and self.rank == 0:
-            groups = self.boundary.optimizer.optimizer.param_groups
-            _log.info(
-                "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
-                steps,
-                self.counters.skipped_steps,
-                [group["lr"] for group in groups],
-                [momentum(group) for group in groups],
-                self.boundary.norm,
-            )
-        scale = self.boundary.loss_scale.scale
-        if self.sink.enabled and scale != 1.0:
-            self.sink.counter("loss scale", self.sink.now(), scale)
-        self.sink.step(steps)
-
-
-def momentum(group: Mapping[str, Any]) -> Any:
-    """An optimizer group's betas, or its momentum."""
-    return group["betas"] if "betas" in group else group.get("momentum", 0.0)

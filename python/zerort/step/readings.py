@@ -4,6 +4,7 @@ nothing is kept here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,10 @@ from zerort.params.passes import Passes, Resident
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
-from zerort.step.progress import momentum
 from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
 
-__all__ = ["Components", "Readings"]
+__all__ = ["Components", "Readings", "momentum"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,8 @@ class Readings:
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last of its accumulation window."""
         return self._transaction.part.accumulation.boundary
+
+
+def momentum(group: Mapping[str, Any]) -> Any:
+    """An optimizer group's betas, or its momentum."""
+    return group["betas"] if "betas" in group else group.get("momentum", 0.0)

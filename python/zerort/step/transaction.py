@@ -116,6 +116,7 @@ class Transaction:
         with self._settling(Settled()):
             self._phase = Backward(before)
             refuse_unfit(loss)
+            retain_graph |= self.part.events.backward(loss, scaling.steps or 1)
             if before.resting is not None:
                 self.part.keep(before.resting)
             self.part.reach(announced=True)
@@ -210,6 +211,7 @@ class Transaction:
         self._phase = Idle()
         self.part.boundary.mend()
         self.part.accumulation.realign()
+        self.part.events.restored()
 
     def recover(self) -> None:
         """Settles for a backward of the user's own that has raised: nothing else tells of it."""
@@ -383,6 +385,7 @@ class Transaction:
         """The micro-batch is over."""
         self.part.accumulation.advance()
         self._rest()
+        self.part.events.ended()
 
     def _rest(self) -> None:
         if not isinstance(self._phase, Lost | Destroyed):

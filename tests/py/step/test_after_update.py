@@ -17,6 +17,7 @@ from models import Terms
 from terms import Weights, engine_over_terms, step_with, weights
 from training import at_stage
 from zerort.errors import CheckpointError, StepError
+from zerort.features.trace_mark import TraceMark
 from zerort.step.vote import vote
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,10 +107,10 @@ class _Loud:
 
 def _break_the_trace(rank: int, world: int, stage: int) -> tuple[Any, ...]:
     engine = _engine(stage)
-    progress = engine._transaction.part.progress
-    quiet, progress.sink = progress.sink, _Loud() if rank == 0 else progress.sink
+    mark = engine._events.find(TraceMark)
+    quiet, mark._sink = mark._sink, _Loud() if rank == 0 else mark._sink
     error = caught(lambda: step_with(engine, 1.0, 2.0))
-    progress.sink = quiet
+    mark._sink = quiet
     between = weights(engine), _counts(engine), engine.lr_scheduler.last_epoch
     return error, between, step_with(engine, 1.0, 2.0)
 

@@ -1,0 +1,1 @@
+"""The rows of the table in `keys`, a file for what belongs together."""

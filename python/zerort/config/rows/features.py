@@ -1,0 +1,66 @@
+"""Keys of what is done beside gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zerort.config.key import Key, disabled, ignored, refused, same, without
+
+__all__ = ["ROWS"]
+
+ROWS: Sequence[Key] = (
+    # what is printed and recorded
+    same(
+        "steps_per_print", "a line in the log every so many steps; none when left out or Infinity"
+    ),
+    same(
+        "wall_clock_breakdown",
+        "a line in the log at each step: times of forward, backward, optimizer, publish",
+    ),
+    same("dump_state", "the configuration, with all defaults, in the log at the start"),
+    ignored("memory_breakdown", "memory use is not printed"),
+    ignored("log_level", "the level of Python's logger named zerort decides"),
+    ignored("timers", "times come from the trace"),
+    refused("flops_profiler", "the flops profiler is not built yet", disabled),
+    refused("comms_logger", "not built yet; the trace shows every collective", disabled),
+    refused("tensorboard", "monitors are not built yet", disabled),
+    refused("wandb", "monitors are not built yet", disabled),
+    refused("csv_monitor", "monitors are not built yet", disabled),
+    refused("comet", "monitors are not built yet", disabled),
+    refused("trackio", "monitors are not built yet", disabled),
+    # what else DeepSpeed does
+    ignored(
+        "activation_checkpointing",
+        "of DeepSpeed's own checkpointing; torch.utils.checkpoint works without it",
+    ),
+    ignored("aio", "of offloading to disk, which is refused where it is asked for"),
+    ignored("vocabulary_size", "DeepSpeed only warns when it is not a multiple of 8"),
+    same("progressive_layer_drop", "the module's forward is told how many layers to keep"),
+    same("progressive_layer_drop.enabled", "turns it on"),
+    same("progressive_layer_drop.theta", "the share of layers kept in the end; 0.5 when left out"),
+    same("progressive_layer_drop.gamma", "how fast it falls per step; 0.001 when left out"),
+    refused("eigenvalue", "eigenvalue estimates are not built yet", disabled),
+    refused(
+        "compile",
+        "DeepCompile is not built; torch.compile works on the model",
+        without("deepcompile", False),
+    ),
+    refused("tensor_parallel", "tensor parallelism is not built", without("autotp_size", 0, 1)),
+    refused("expert_parallel", "expert parallelism is not built", disabled),
+    refused("use_data_before_expert_parallelism", "expert parallelism is not built"),
+    refused("moe", "mixture of experts is not built", disabled),
+    refused("pipeline", "pipeline parallelism is not built"),
+    refused("sparse_attention", "attention is the model's own"),
+    refused("compression_training", "compression is not built"),
+    refused("quantize_training", "compression is not built", disabled),
+    refused("weight_quantization", "compression is not built"),
+    refused(
+        "curriculum_learning",
+        "curricula are not built; give initialize a sampler's loader",
+        disabled,
+    ),
+    refused("data_efficiency", "data sampling and routing are not built", disabled),
+    refused("elasticity", "batch sizes are not chosen for the job; give them", disabled),
+    refused("autotuning", "tuning runs are not built", disabled),
+    refused("hybrid_engine", "training only; generation engines are not built", disabled),
+)

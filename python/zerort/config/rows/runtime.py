@@ -1,0 +1,69 @@
+"""Keys of checkpoints, and zerort's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zerort.config.key import Key, disabled, ignored, off, refused, same
+
+__all__ = ["ROWS"]
+
+ROWS: Sequence[Key] = (
+    # checkpoints
+    same("checkpoint", "saving and loading"),
+    same("checkpoint.tag_validation", "ranks that name different tags: WARN, IGNORE or FAIL"),
+    refused(
+        "checkpoint.load_universal",
+        "checkpoints load on any number of ranks as they are; leave it out",
+    ),
+    refused(
+        "checkpoint.use_node_local_storage", "a checkpoint is one directory that all ranks see"
+    ),
+    ignored("checkpoint.parallel_write", "every rank writes its own file at the same time"),
+    ignored("checkpoint.writer", "files are written by one protocol, with hashes and fsync"),
+    refused("nebula", "the Nebula checkpoint service is not supported", disabled),
+    refused("datastates_ckpt", "the DataStates checkpoint engine is not supported", off),
+    # zerort's own
+    same("zerort", "what DeepSpeed has no key for"),
+    same(
+        "zerort.window",
+        'launched and unretired buckets, a number or "all"; the back end\'s choice when left out',
+    ),
+    same("zerort.bucket_bytes", "upper bound of a bucket in bytes, instead of reduce_bucket_size"),
+    same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
+    same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
+    same(
+        "zerort.reshard_after_forward",
+        "stage 3: true for the smallest room, false for room for the whole model",
+    ),
+    same(
+        "zerort.load_from",
+        "stage 3: a .safetensors file, its index or their folder, for tensors on the meta device",
+    ),
+    same("zerort.on_nonfinite", '"skip" or "raise": a step with an infinity or NaN'),
+    same("zerort.unused_parameters", '"zero" or "raise": a parameter without a gradient'),
+    same("zerort.sparse_gradients", '"refuse" or "densify"'),
+    same(
+        "zerort.timeout",
+        "seconds a rank waits for its peers in a step (while they start, at least 300); 300 when "
+        "left out",
+    ),
+    same("zerort.trace", "where runtime events go"),
+    same("zerort.trace.enabled", "false: no events even with a path"),
+    same("zerort.trace.path", "Chrome trace file, one per rank"),
+    same("zerort.trace.capacity", "events kept; older ones are overwritten"),
+    same("zerort.loader", "how the loader made from training_data fetches samples"),
+    same("zerort.loader.workers", "processes of each rank that fetch samples; none when left out"),
+    same("zerort.loader.persistent_workers", "they stay from one epoch to the next"),
+    same(
+        "zerort.loader.pin_memory",
+        "false: batches do not go through page-locked memory on their way to an accelerator",
+    ),
+    same("zerort.checkpoint", "defaults of save_checkpoint"),
+    same("zerort.checkpoint.overwrite", "an existing tag is replaced"),
+    same("zerort.checkpoint.keep_last", "number of tags kept; all when left out"),
+    same(
+        "zerort.checkpoint.timeout",
+        "seconds that a rank may write or read nothing while the others wait",
+    ),
+)

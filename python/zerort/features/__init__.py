@@ -1,0 +1,40 @@
+"""What an engine does beside gradients, one file each: a feature hangs on the events of a step
+(`step.events`), and is a row in the table here.
+
+A row is a function from a `Site` to the feature, or to None where the configuration does not ask
+for it. What is wrong is a `ConfigError`, raised while the engine is made, on all ranks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from zerort.features.layer_drop import LayerDrop
+from zerort.features.progress_line import ProgressLine
+from zerort.features.site import Site
+from zerort.features.trace_mark import TraceMark
+from zerort.step.events import Events, Feature
+
+__all__ = ["FEATURES", "Site", "open_features"]
+
+FEATURES: Sequence[Callable[[Site], Feature | None]] = (
+    LayerDrop.open,
+    ProgressLine.open,
+    TraceMark.open,
+)
+"""In the order in which they hear an event."""
+
+
+def open_features(site: Site) -> Events:
+    """The features that the configuration asks for. Those that are open are closed again where one
+    raises.
+    """
+    with ExitStack() as undo:
+        for row in FEATURES:
+            feature = row(site)
+            if feature is not None:
+                undo.callback(feature.close)
+                site.features.append(feature)
+        undo.pop_all()
+    return Events(site.features)

@@ -1,0 +1,45 @@
+"""`steps_per_print`: a line of log on rank 0 every so many steps."""
+
+from __future__ import annotations
+
+import logging
+
+from zerort.features.site import Site
+from zerort.step.boundary import Boundary
+from zerort.step.events import Crossing, Feature
+from zerort.step.readings import momentum
+
+__all__ = ["ProgressLine"]
+
+_log = logging.getLogger("zerort")
+
+
+class ProgressLine(Feature):
+    """Logs counters, rates and the gradient's norm `every` so many steps."""
+
+    name = "steps_per_print"
+
+    def __init__(self, every: int, site: Site) -> None:
+        self._every = every
+        self._counters = site.counters
+        self._boundary: Boundary = site.parts.boundary
+
+    @classmethod
+    def open(cls, site: Site) -> ProgressLine | None:
+        """On rank 0, where the configuration asks for it."""
+        every = site.config.steps_per_print
+        return cls(every, site) if every and site.is_first else None
+
+    def crossed(self, crossing: Crossing) -> None:
+        """Logs at every so many steps."""
+        if crossing.steps % self._every:
+            return
+        groups = self._boundary.optimizer.optimizer.param_groups
+        _log.info(
+            "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
+            crossing.steps,
+            self._counters.skipped_steps,
+            [group["lr"] for group in groups],
+            [momentum(group) for group in groups],
+            self._boundary.norm,
+        )

@@ -1,0 +1,21 @@
+"""What there is to read of an engine's features, under DeepSpeed's names; None or empty where a
+feature is off.
+"""
+
+from __future__ import annotations
+
+from zerort.features.layer_drop import LayerDrop
+from zerort.step.events import Events
+
+__all__ = ["FeatureReadings"]
+
+
+class FeatureReadings:
+    """Getters over the features."""
+
+    _events: Events
+
+    def get_pld_theta(self) -> float | None:
+        """The share of layers that progressive layer drop keeps in this window; None when off."""
+        drop = self._events.find(LayerDrop)
+        return None if drop is None else drop.theta
