@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -406,7 +406,10 @@ def _state(engine: Engine) -> EngineState:
 
 
 def _give_back(transaction: Transaction, *closes: Callable[[], None]) -> None:
-    """Must not hold the engine: it runs when that is collected, or destroyed."""
-    transaction.close()
-    for close in closes:
-        close()
+    """Must not hold the engine: it runs when that is collected, or destroyed. One that raises takes
+    nothing from the others.
+    """
+    with ExitStack() as stack:
+        for close in reversed(closes):
+            stack.callback(close)
+        stack.callback(transaction.close)

@@ -218,6 +218,16 @@ def test_a_state_that_a_feature_refuses_leaves_the_engine_as_it_was(tmp_path: Pa
     assert heard.kept == {"count": 1} and weights(engine) == before and engine.global_steps == 1
 
 
+def test_one_that_raises_when_it_closes_leaves_no_hook_and_the_trace_is_written(
+    tmp_path: Path,
+) -> None:
+    engine = hearing(Heard("close"), zerort={"trace": {"path": str(tmp_path / "trace.json")}})
+    step_with(engine, 1.0, 2.0)
+    with pytest.raises(ValueError, match="broken close"):
+        engine.destroy()
+    assert engine._transaction.closed and list(tmp_path.iterdir())
+
+
 def test_features_that_are_open_are_closed_when_a_later_one_raises() -> None:
     heard = Heard()
 
