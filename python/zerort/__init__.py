@@ -7,6 +7,9 @@ for batch in loader:
     engine.step()
 """
 
+import importlib
+from typing import Any
+
 from zerort import utils, zero
 from zerort._core import __version__
 from zerort.engine import Engine
@@ -43,3 +46,10 @@ __all__ = [
     "utils",
     "zero",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: most programs do without it, and it would lengthen every start.
+    if name == "profiling":
+        return importlib.import_module("zerort.profiling")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

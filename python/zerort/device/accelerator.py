@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zerort.device.contract import Figures, Flat, Lane
+from zerort.device.peaks import peak_of
 
 __all__ = ["Accelerator", "AcceleratorStreams", "current", "select", "why_not"]
 
@@ -117,6 +118,14 @@ class Accelerator:
         """As the caching allocator counts it."""
         module = self._module
         return Figures(module.memory_allocated(self.place), module.max_memory_allocated(self.place))
+
+    def name(self) -> str:
+        """As its driver calls it."""
+        return str(self._module.get_device_name(self.place))
+
+    def peak(self, dtype: torch.dtype) -> float | None:
+        """Of the table in `peaks`; fp32 as torch is set to multiply it now."""
+        return peak_of(self.name(), dtype, tf32=torch.get_float32_matmul_precision() != "highest")
 
     @property
     def _module(self) -> Any:

@@ -120,3 +120,9 @@ class Device(Protocol):
 
     def memory(self) -> Figures | None:
         """How much of it is in use; None where torch does not count it."""
+
+    def name(self) -> str:
+        """What torch calls its kind."""
+
+    def peak(self, dtype: torch.dtype) -> float | None:
+        """Floating-point operations a second in `dtype` at most; None where that is not known."""

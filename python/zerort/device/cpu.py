@@ -86,3 +86,11 @@ class Cpu:
     def memory(self) -> Figures | None:
         """None: torch does not count the CPU's."""
         return None
+
+    def name(self) -> str:
+        """`cpu`, whichever it is."""
+        return "cpu"
+
+    def peak(self, dtype: torch.dtype) -> float | None:
+        """None: it depends on cores and clock."""
+        return None
