@@ -3,10 +3,27 @@
 
 use proptest::prelude::*;
 use serde_json::Value;
-use zerort_core::scaler::{LossScale, LossScaleError, Outcome, Policy, State};
+use zerort_core::scaler::{Counting, LossScale, LossScaleError, Outcome, Policy, State};
 
-const POLICY: Policy =
-    Policy { window: 4, hysteresis: 2, consecutive: false, minimum: 1.0, factor: 2.0 };
+const POLICY: Policy = Policy {
+    window: 4,
+    counting: Counting::Before,
+    hysteresis: 2,
+    consecutive: false,
+    minimum: 1.0,
+    forgives_at_minimum: false,
+    maximum: f64::INFINITY,
+    factor: 2.0,
+};
+
+/// As Apex moves it.
+const APEX: Policy = Policy {
+    counting: Counting::Through,
+    hysteresis: 1,
+    forgives_at_minimum: true,
+    maximum: 16_777_216.0,
+    ..POLICY
+};
 
 fn started(initial: f64, policy: Policy) -> LossScale {
     LossScale::new(initial, policy).expect("a valid policy")
@@ -25,7 +42,7 @@ fn every_recorded_sequence_is_reproduced_to_the_bit() {
             hysteresis: serde_json::from_value(row["hysteresis"].clone()).expect("an integer"),
             consecutive: row["consecutive_hysteresis"].as_bool().expect("a flag"),
             minimum: number("min_loss_scale"),
-            factor: 2.0,
+            ..POLICY
         };
         let mut scale = started(number("initial_scale"), policy);
         let overflows = row["overflow"].as_array().expect("overflows");
@@ -70,6 +87,37 @@ fn a_scale_that_cannot_grow_stays_finite_and_can_still_be_cut() {
 }
 
 #[test]
+fn apex_counts_the_boundary_at_which_the_scale_grows() {
+    let mut scale = started(1024.0, APEX);
+    let outcomes: Vec<_> = (0..8).map(|_| scale.update(false)).collect();
+    let grown: Vec<_> = (0..8).filter(|&step| outcomes[step] == Outcome::Grown).collect();
+    assert_eq!(grown, [3, 7]);
+}
+
+#[test]
+fn a_policy_may_forgive_at_the_minimum() {
+    let mut scale = started(2.0, APEX);
+    assert_eq!([scale.update(true), scale.update(true)], [Outcome::Cut, Outcome::Forgiven]);
+    assert_eq!(
+        scale.state(),
+        State { scale: 1.0, hysteresis_left: 1, boundaries: 2, last_overflow: 2 }
+    );
+}
+
+#[test]
+fn the_maximum_bounds_the_start_the_growth_and_what_is_restored() {
+    let policy = Policy { window: 1, maximum: 24.0, ..APEX };
+    let mut scale = started(65536.0, policy);
+    assert_eq!(scale.scale().to_bits(), 24.0_f64.to_bits());
+    assert_eq!(scale.update(true), Outcome::Cut);
+    assert_eq!([scale.update(false), scale.update(false)], [Outcome::Grown, Outcome::Kept]);
+    assert_eq!(scale.scale().to_bits(), 24.0_f64.to_bits());
+    let state = State { scale: 4096.0, ..scale.state() };
+    scale.restore(state).expect("a state of a policy with a larger maximum");
+    assert_eq!(scale.scale().to_bits(), 24.0_f64.to_bits());
+}
+
+#[test]
 fn what_makes_no_scale_is_refused_by_name() {
     let refused =
         |initial, policy| LossScale::new(initial, policy).expect_err("refused").to_string();
@@ -88,6 +136,11 @@ fn what_makes_no_scale_is_refused_by_name() {
         refused(1.0, Policy { factor: 1.0, ..POLICY }),
         "factor: expected a number above 1, got 1"
     );
+    assert_eq!(
+        refused(1.0, Policy { maximum: 0.5, ..POLICY }),
+        "maximum: expected at least the minimum, 1, got 0.5"
+    );
+    assert!(refused(1.0, Policy { maximum: f64::NAN, ..POLICY }).starts_with("maximum: "));
 }
 
 #[test]
@@ -110,19 +163,20 @@ fn a_state_that_cannot_have_been_saved_is_refused_and_leaves_the_scale_alone() {
 /// The rules derived from the history of overflows, without any state but the scale and the
 /// forgiveness left.
 fn model(initial: f64, policy: Policy, history: &[bool]) -> Vec<f64> {
-    let mut scale = initial;
+    let mut scale = initial.min(policy.maximum);
     let mut forgiven = 0;
     let mut scales = Vec::new();
     for (step, &overflow) in history.iter().enumerate() {
         let clean_before =
             history[..step].iter().rev().take_while(|&&overflow| !overflow).count() as u64;
-        let grows = !overflow && clean_before > 0 && clean_before.is_multiple_of(policy.window);
+        let counted = clean_before + u64::from(policy.counting == Counting::Through);
+        let grows = !overflow && counted > 0 && counted.is_multiple_of(policy.window);
         if overflow && forgiven + 1 < policy.hysteresis {
             forgiven += 1;
         } else if overflow {
             scale = f64::max(scale / policy.factor, policy.minimum);
         } else if grows {
-            scale *= policy.factor;
+            scale = f64::min(scale * policy.factor, policy.maximum);
         }
         if grows || (!overflow && policy.consecutive) {
             forgiven = 0;
@@ -133,14 +187,25 @@ fn model(initial: f64, policy: Policy, history: &[bool]) -> Vec<f64> {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    (1..9_u64, 1..5_u32, any::<bool>(), prop::sample::select(vec![0.5, 1.0, 128.0]), 2..5_u32)
-        .prop_map(|(window, hysteresis, consecutive, minimum, factor)| Policy {
-            window,
-            hysteresis,
-            consecutive,
-            minimum,
-            factor: f64::from(factor),
-        })
+    (
+        (1..9_u64, any::<bool>()),
+        (1..5_u32, any::<bool>()),
+        (prop::sample::select(vec![0.5, 1.0, 128.0]), any::<bool>()),
+        prop::sample::select(vec![f64::INFINITY, 1e6, 128.0]),
+        2..5_u32,
+    )
+        .prop_map(
+            |((window, through), (hysteresis, consecutive), minimum, maximum, factor)| Policy {
+                window,
+                counting: if through { Counting::Through } else { Counting::Before },
+                hysteresis,
+                consecutive,
+                minimum: minimum.0,
+                forgives_at_minimum: minimum.1,
+                maximum,
+                factor: f64::from(factor),
+            },
+        )
 }
 
 proptest! {
@@ -189,12 +254,15 @@ proptest! {
             let outcome = scale.update(overflow);
             let after = scale.scale();
             let same = |value: f64| after.to_bits() == value.to_bits();
+            prop_assert!(after <= policy.maximum);
             let moved_so = match outcome {
                 Outcome::Grown => after > before && !overflow,
                 Outcome::Kept => same(before) && !overflow,
                 Outcome::Forgiven => same(before) && overflow,
                 Outcome::Cut => after < before && overflow,
-                Outcome::AtMinimum => same(policy.minimum) && overflow,
+                Outcome::AtMinimum => {
+                    same(policy.minimum) && overflow && !policy.forgives_at_minimum
+                }
             };
             prop_assert!(moved_so);
         }

@@ -506,7 +506,10 @@ def reshard(
 
 @final
 class LossScale:
-    """DeepSpeed's dynamic loss scale as a pure state machine."""
+    """The dynamic loss scale, by DeepSpeed's rules or by Apex's, as a pure state machine.
+
+    Apex's `forgives_at_minimum`, and `counts_through` the boundary at which the scale grows.
+    """
 
     def __new__(
         cls,
@@ -516,13 +519,16 @@ class LossScale:
         hysteresis: int,
         consecutive: bool,
         minimum: float,
+        forgives_at_minimum: bool = False,
+        maximum: float = ...,
+        counts_through: bool = False,
         factor: float = 2.0,
     ) -> LossScale: ...
     @property
     def scale(self) -> float: ...
     def update(self, overflow: bool) -> bool:
         """Advances by one boundary. False when the step overflowed with the scale already at its
-        minimum.
+        minimum, and the policy does not forgive that.
         """
     def state(self) -> tuple[float, int, int, int]:
         """(scale, hysteresis left, boundaries seen, boundary of the last overflow)."""

@@ -90,7 +90,8 @@ class Engine(Readings, FeatureReadings, nn.Module):
         args, kwargs = parts.precision.inputs((args, self._events.keywords(kwargs)))
         context = parts.precision.context(self.module, parts.mesh.device, args, kwargs)
         with self._events.forward(), parts.sink.range("forward"), context:
-            return self.module(*args, **kwargs)
+            outputs = self.module(*args, **kwargs)
+        return parts.precision.outputs(outputs)
 
     def scale(self, loss: Tensor, scale_wrt_gas: bool = True) -> Tensor:
         """`loss` over the accumulation steps, times the loss scale, for a `loss.backward()` of the

@@ -40,6 +40,7 @@ from zerort.start.optimizer import abilities_of, choose_optimizer
 from zerort.start.place import gather_loose, move
 from zerort.start.units import passes_over, room_for, units_of
 from zerort.step.boundary import Boundary, Policy
+from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
 from zerort.step.readings import Components
 from zerort.trace import TraceSink, open_sink
@@ -303,6 +304,8 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
             "gradient_clipping is not given: gradients are clipped to norm %g",
             settings.gradient_clipping,
         )
+    if line := said_of_apex(settings):
+        _log.info(line)
     if engine.is_compiled:
         _log.warning(COMPILED_WHOLE)
     planned = {id(parameter) for parameter in flat.params}

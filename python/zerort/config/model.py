@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
+from zerort.config.amp import Amp
 from zerort.config.batch import Batch
 from zerort.config.features import ProgressiveLayerDrop
 from zerort.config.section import (
@@ -285,6 +286,7 @@ class Config(Section):
     fp16: Fp16 = Field(default_factory=Fp16)
     bf16: Bf16 = Field(default_factory=Bf16)
     torch_autocast: Autocast = Field(default_factory=Autocast)
+    amp: Amp = Field(default_factory=Amp)
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
@@ -308,10 +310,17 @@ class Config(Section):
 
     @property
     def compute_dtype(self) -> DtypeName:
-        """Element type of the parameters that the module computes with."""
+        """Element type that parameters are cast to; fp32 where they are not."""
+        if self.amp.enabled:
+            return self.amp.level.low if self.amp.level.casts else "fp32"
         if self.fp16.enabled:
             return "fp16"
         return "bf16" if self.bf16.enabled else "fp32"
+
+    @property
+    def keeps_norms(self) -> bool:
+        """Whether batch norms are not cast to it."""
+        return self.amp.enabled and self.amp.level.casts and self.amp.keeps_norms
 
     @property
     def cap_elements(self) -> int | None:
@@ -349,9 +358,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_precision(self) -> Config:
-        enabled = [
-            name for name in ("fp16", "bf16", "torch_autocast") if getattr(self, name).enabled
-        ]
+        sections = ("fp16", "bf16", "torch_autocast", "amp")
+        enabled = [name for name in sections if getattr(self, name).enabled]
         if len(enabled) > 1:
             raise ValueError(f"{' and '.join(enabled)} cannot be enabled together; choose one")
         return self

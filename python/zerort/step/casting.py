@@ -5,6 +5,9 @@ activation and wants in the same dtype: the buffers of torch's own layers (runni
 vectors of a spectral norm, a loss's class weights) and of any module with running statistics. Other
 buffers belong to the model's author, who may rely on their precision, as a rotary table does: they
 keep the dtype they have.
+
+A mode that keeps batch norms leaves them out, statistics included: their kernels take an input of
+another dtype than their parameters, and compute in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from zerort.memory import DTYPES
+from zerort.step.mode import Mode
 from zerort.zero.init import cast_born
+from zerort.zero.norms import is_affine_batch_norm
 
 __all__ = ["cast", "explained"]
 
@@ -33,18 +38,31 @@ convolution.
 """
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> None:
+def cast(module: nn.Module, dtype: torch.dtype, *, keeps_norms: bool = False) -> None:
     """Casts in place. Parameters that are no numbers to compute with stay as they are: integers,
     and floats of 8 bits, which are codes of something.
     """
+    kept = _of_norms(module) if keeps_norms else set()
     for parameter in module.parameters():
-        if parameter.dtype in DTYPES and not cast_born(parameter, dtype):
+        if id(parameter) in kept or parameter.dtype not in DTYPES:
+            continue
+        if not cast_born(parameter, dtype):
             parameter.data = parameter.data.to(dtype)
     for part in module.modules():
         if _is_of_one_dtype(part):
             for buffer in part._buffers.values():
-                if buffer is not None and buffer.dtype in DTYPES:
+                if buffer is not None and buffer.dtype in DTYPES and id(buffer) not in kept:
                     buffer.data = buffer.data.to(dtype)
+
+
+def _of_norms(module: nn.Module) -> set[int]:
+    """By id, the tensors of batch norms."""
+    norms = [part for part in module.modules() if is_affine_batch_norm(part)]
+    return {
+        id(tensor)
+        for norm in norms
+        for tensor in (*norm.parameters(recurse=False), *norm.buffers(recurse=False))
+    }
 
 
 def _is_of_one_dtype(module: nn.Module) -> bool:
@@ -55,21 +73,26 @@ def _is_of_one_dtype(module: nn.Module) -> bool:
 
 @contextmanager
 def explained(
-    module: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Within, an error about types gets a note (from Python 3.11 on): what is not of `dtype`."""
+    """Within, an error about types gets a note (from Python 3.11 on): what is not of the dtype that
+    parameters are cast to.
+    """
     try:
         yield
     except RuntimeError as error:
         if any(sign in str(error) for sign in _ABOUT_TYPES) and hasattr(error, "add_note"):
-            error.add_note(_note(module, dtype, (args, dict(kwargs))))
+            error.add_note(_note(module, mode, (args, dict(kwargs))))
         raise
 
 
-def _note(module: nn.Module, dtype: torch.dtype, arguments: Any) -> str:
+def _note(module: nn.Module, mode: Mode, arguments: Any) -> str:
+    dtype = mode.compute
+    kept = _of_norms(module) if mode.keeps_norms else set()
     named = [(_argument(path), leaf) for path, leaf in tree_flatten_with_path(arguments)[0]]
     inputs = _others(dtype, named)
-    held = _others(dtype, (*module.named_parameters(), *module.named_buffers()))
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    held = _others(dtype, [(name, tensor) for name, tensor in tensors if id(tensor) not in kept])
     reasons = [f"zerort: the configuration casts parameters to {dtype}."]
     if inputs:
         reasons.append(
@@ -94,7 +117,7 @@ def _argument(path: tuple[Any, ...]) -> str:
     return ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
 
 
-def _others(dtype: torch.dtype, named: Any) -> str:
+def _others(dtype: torch.dtype | None, named: Any) -> str:
     found = [
         f"{name} ({tensor.dtype})"
         for name, tensor in named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,20 +14,21 @@ from torch.utils._pytree import tree_map_only
 
 from zerort import _core
 from zerort.config import Config
+from zerort.config.amp import Amp
+from zerort.config.section import SMALLEST
 from zerort.errors import ConfigError
 from zerort.step.casting import cast, explained
+from zerort.step.mode import DTYPES, Mode
 from zerort.wire import FORMATS, number_of
 
 __all__ = ["FixedScale", "LossScale", "Precision"]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-
 _COMPUTED_LOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What autocast computes in low precision; DeepSpeed's list."""
+
+
+_APEX_WINDOW = 2000
+"""Clean steps after which its scale doubles; it has no key."""
 
 
 class LossScale(Protocol):
@@ -54,16 +55,12 @@ class FixedScale:
 
 @dataclass(frozen=True)
 class Precision:
-    """The configuration's precision: `compute` is the parameters' dtype, None where the model keeps
-    its own.
-    """
+    """The configuration's precision."""
 
-    compute: torch.dtype | None
+    mode: Mode
     loss_scale: LossScale
-    autocast: torch.dtype | None
     low_modules: tuple[type[nn.Module], ...]
     """Classes whose gradients are sent in the dtype that autocast computes them in."""
-    casts_inputs: bool
     wire: str | None
     """The format that all gradients are sent in; None where it follows from each parameter."""
     sums: torch.dtype
@@ -72,7 +69,7 @@ class Precision:
 
     @classmethod
     def of(cls, config: Config) -> Precision:
-        """Reads fp16, bf16, torch_autocast and communication_data_type.
+        """Reads fp16, bf16, torch_autocast, amp and communication_data_type.
 
         Raises `ConfigError` for an unknown wire, a module class that is none, and two keys that
         name a wire.
@@ -80,14 +77,11 @@ class Precision:
         wire = config.zerort.wire or config.communication_data_type
         if wire is not None and wire not in FORMATS:
             raise ConfigError(f"zerort.wire: expected one of {', '.join(FORMATS)}, got {wire!r}")
-        autocast = DTYPES[config.torch_autocast.dtype] if config.torch_autocast.enabled else None
-        half = config.fp16.enabled or autocast == torch.float16
+        mode = Mode.of(config)
         return cls(
-            compute=DTYPES[config.compute_dtype] if config.compute_dtype != "fp32" else None,
-            loss_scale=_loss_scale(config) if half else FixedScale(),
-            autocast=autocast,
-            low_modules=_low_modules(config, wire),
-            casts_inputs=config.fp16.enabled and config.fp16.auto_cast,
+            mode=mode,
+            loss_scale=_loss_scale(config, mode),
+            low_modules=_low_modules(config, mode, wire),
             wire=wire,
             sums=DTYPES[config.data_types.grad_accum_dtype or "fp32"],
             predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
@@ -95,8 +89,8 @@ class Precision:
 
     def cast(self, module: nn.Module) -> None:
         """Casts the module in place where it computes in a low precision; see `casting`."""
-        if self.compute is not None:
-            cast(module, self.compute)
+        if self.mode.compute is not None:
+            cast(module, self.mode.compute, keeps_norms=self.mode.keeps_norms)
 
     def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:
         """Tells the number of the wire format that the gradient of each of `module`'s parameters
@@ -116,34 +110,40 @@ class Precision:
             dtype = parameter.dtype
             if dtype != torch.float64 and self.wire is not None:
                 return number_of(self.wire)
-            if dtype == torch.float32 and id(parameter) in low and self.autocast is not None:
-                dtype = self.autocast
+            if dtype == torch.float32 and id(parameter) in low and self.mode.autocast is not None:
+                dtype = self.mode.autocast
             return next(i for i, wire in enumerate(FORMATS.values()) if wire.dtype == dtype)
 
         return number
 
     def inputs(self, value: Any) -> Any:
-        """The module's arguments, cast where fp16.auto_cast asks for it."""
-        if not self.casts_inputs:
-            return value
-        return tree_map_only(
-            Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, value
-        )
+        """The module's arguments, cast where the mode asks for it."""
+        return _floats_to(self.mode.compute, value) if self.mode.casts_inputs else value
+
+    def outputs(self, value: Any) -> Any:
+        """What the module returned, in fp32 where the mode asks for it."""
+        return _floats_to(torch.float32, value) if self.mode.widens_outputs else value
 
     def context(
         self, module: nn.Module, device: torch.device, args: tuple[Any, ...], kwargs: Any
     ) -> AbstractContextManager[Any]:
         """What the forward over these arguments runs in."""
-        if self.autocast:
-            return torch.autocast(device.type, self.autocast)
+        if self.mode.autocast:
+            return torch.autocast(device.type, self.mode.autocast)
         return (
-            nullcontext() if self.compute is None else explained(module, self.compute, args, kwargs)
+            nullcontext()
+            if self.mode.compute is None
+            else explained(module, self.mode, args, kwargs)
         )
 
 
-def _low_modules(config: Config, wire: str | None) -> tuple[type[nn.Module], ...]:
-    names = config.torch_autocast.lower_precision_safe_modules
-    if not config.torch_autocast.enabled:
+def _floats_to(dtype: torch.dtype | None, value: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+
+
+def _low_modules(config: Config, mode: Mode, wire: str | None) -> tuple[type[nn.Module], ...]:
+    names = config.torch_autocast.lower_precision_safe_modules if not config.amp.enabled else None
+    if mode.autocast is None:
         return ()
     if names is None:
         return _COMPUTED_LOW if wire is None else ()
@@ -171,8 +171,12 @@ def _module_class(name: str) -> type[nn.Module]:
     return found
 
 
-def _loss_scale(config: Config) -> LossScale:
+def _loss_scale(config: Config, mode: Mode) -> LossScale:
     fp16 = config.fp16
+    if config.amp.enabled:
+        return _apex_scale(config.amp)
+    if not mode.is_half:
+        return FixedScale()
     if fp16.enabled and not fp16.dynamic:
         return FixedScale(fp16.loss_scale)
     return _core.LossScale(
@@ -181,4 +185,22 @@ def _loss_scale(config: Config) -> LossScale:
         hysteresis=fp16.hysteresis,
         consecutive=fp16.consecutive_hysteresis,
         minimum=fp16.min_loss_scale,
+    )
+
+
+def _apex_scale(amp: Amp) -> LossScale:
+    """Apex's, which is torch's GradScaler between two bounds: it halves at each overflow, of which
+    none is an error, and doubles at the last of so many clean steps.
+    """
+    if amp.scale != "dynamic":
+        return FixedScale(amp.scale)
+    return _core.LossScale(
+        initial=amp.initial_scale,
+        window=_APEX_WINDOW,
+        counts_through=True,
+        hysteresis=1,
+        consecutive=False,
+        minimum=SMALLEST if amp.min_loss_scale is None else amp.min_loss_scale,
+        forgives_at_minimum=True,
+        maximum=amp.max_loss_scale,
     )

@@ -20,6 +20,7 @@ from zerort.errors import ConfigError
 from zerort.memory import DTYPES, Origin, Present
 from zerort.mesh import Control, is_whole_job
 from zerort.zero.building import Building
+from zerort.zero.norms import is_affine_batch_norm
 from zerort.zero.nursery import Nursery
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 
 _log = logging.getLogger("zerort")
 
-_SECTIONS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "zerort")
+_SECTIONS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "amp", "zerort")
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _nursery: Nursery | None = None
@@ -49,8 +50,8 @@ class Init(ContextDecorator):
     parameters of modules that it has made is right, whatever it is.
 
     `module` is cut at once, with rank 0's values. The dtype is `dtype`, else the configuration's
-    (`bf16`, `fp16`), else each parameter's own; constructors see each parameter's own, and it is
-    cast when the model is complete. Without a configuration, or with one of stage 3,
+    (`bf16`, `fp16`, `amp`), else each parameter's own; constructors see each parameter's own, and
+    it is cast when the model is complete. Without a configuration, or with one of stage 3,
     parameters are sharded; below stage 3, and where it is not `enabled`, nothing happens. Sizes
     that are "auto" in the configuration need not be known yet. `mem_efficient_linear` and
     `pin_memory` have nothing to do here.
@@ -91,6 +92,7 @@ class Init(ContextDecorator):
             settings is None or settings.zero_optimization.shards_parameters
         )
         self._dtype = dtype or _dtype_of(settings)
+        self._keeps_norms = dtype is None and settings is not None and settings.keeps_norms
         self._timeout = timedelta(seconds=Config().zerort.timeout)
         if settings is not None:
             self._timeout = timedelta(seconds=settings.zerort.timeout)
@@ -136,9 +138,11 @@ class Init(ContextDecorator):
     def _cut(self, module: nn.Module) -> None:
         """Shards a module that is there already."""
         nursery = opened(self._timeout)
-        for name, parameter in module.named_parameters():
-            if _can_be_born(nursery, parameter):
-                nursery.bear(parameter, name, self._dtype or parameter.dtype, source=0)
+        for prefix, part in module.named_modules():
+            for last, parameter in part.named_parameters(recurse=False):
+                if _can_be_born(nursery, parameter):
+                    name = f"{prefix}.{last}" if prefix else last
+                    nursery.bear(parameter, name, self._dtype_in(part, parameter), source=0)
         if not _running:
             nursery.cast()
 
@@ -148,8 +152,12 @@ class Init(ContextDecorator):
         for name, parameter in module._parameters.items():
             if parameter is not None and _can_be_born(_nursery, parameter):
                 source = None if made_here(parameter) else 0
-                dtype = self._dtype or parameter.dtype
+                dtype = self._dtype_in(module, parameter)
                 _nursery.bear(parameter, f"{type(module).__name__}.{name}", dtype, source=source)
+
+    def _dtype_in(self, module: nn.Module, parameter: nn.Parameter) -> torch.dtype:
+        kept = self._keeps_norms and is_affine_batch_norm(module)
+        return parameter.dtype if kept or self._dtype is None else self._dtype
 
 
 def _complete(module: nn.Module, made_here: Callable[[nn.Parameter], bool]) -> None:

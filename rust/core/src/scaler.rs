@@ -8,21 +8,35 @@
 //! ```text
 //!  overflow, hysteresis left > 1 ──────────────► one forgiven, scale kept
 //!  overflow, hysteresis left = 1 ──────────────► scale / factor, not below the minimum
-//!                                                already at the minimum: AtMinimum
-//!  clean, behind a whole window of clean ones ─► scale x factor, hysteresis restored
+//!                                                already at the minimum: AtMinimum, or forgiven
+//!  clean, a whole window of clean ones ────────► scale x factor, not above the maximum, and
+//!                                                hysteresis restored
 //!  clean, any other ───────────────────────────► nothing; with `consecutive`, hysteresis restored
 //! ```
 //!
 //! Guarantees: the same updates give the same scale on every rank, bit for bit; the scale is always
-//! finite, positive and, once it has fallen to the minimum, never below it. A cut does not restore
-//! the hysteresis: until the next growth (or, with `consecutive`, the next clean step) every
-//! overflow cuts. A window is complete when `window` clean boundaries lie *before* this one, so the
-//! scale grows at the next. These are `DeepSpeed`'s rules, to the step.
+//! finite, positive, never above the maximum and, once it has fallen to the minimum, never below
+//! it. A cut does not restore the hysteresis: until the next growth (or, with `consecutive`, the
+//! next clean step) every overflow cuts.
+//!
+//! [`Counting`] says when a window is whole. A policy that counts [`Counting::Before`], without a
+//! maximum and with an end at the minimum, is `DeepSpeed`'s, to the step; one that counts
+//! [`Counting::Through`], cuts at each overflow and forgives at the minimum is Apex's, and without
+//! bounds that of torch's `GradScaler`.
 //!
 //! It does not look at gradients, skip steps or log: whether there was an overflow is an argument,
 //! and the caller sees to it that all ranks give the same.
 
 use thiserror::Error;
+
+/// When a window of clean boundaries is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counting {
+    /// It lies before the boundary at which the scale grows.
+    Before,
+    /// The boundary at which the scale grows is its last.
+    Through,
+}
 
 /// How the scale moves; fixed for a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,6 +44,8 @@ pub struct Policy {
     /// Clean boundaries since the last overflow, or growth, after which the next clean one lets the
     /// scale grow.
     pub window: u64,
+    /// Whether the boundary at which the scale grows belongs to that window.
+    pub counting: Counting,
     /// Overflows that it takes to cut the scale; 1 cuts at each.
     pub hysteresis: u32,
     /// Whether every clean boundary restores the hysteresis, rather than only one at which the
@@ -37,6 +53,10 @@ pub struct Policy {
     pub consecutive: bool,
     /// What the scale never falls below.
     pub minimum: f64,
+    /// Whether an overflow at the minimum is forgiven, rather than the end: [`Outcome::AtMinimum`].
+    pub forgives_at_minimum: bool,
+    /// What the scale never grows beyond; infinity for no such bound.
+    pub maximum: f64,
     /// What the scale is divided and multiplied by.
     pub factor: f64,
 }
@@ -45,6 +65,10 @@ impl Policy {
     fn check(self) -> Result<Self, LossScaleError> {
         positive("minimum", self.minimum)?;
         positive("factor", self.factor)?;
+        if self.maximum.is_nan() || self.maximum < self.minimum {
+            let Self { minimum, maximum, .. } = self;
+            return Err(LossScaleError::MaximumTooSmall { minimum, maximum });
+        }
         if self.window == 0 {
             return Err(LossScaleError::Zero { name: "window" });
         }
@@ -86,7 +110,7 @@ pub enum Outcome {
     Kept,
     /// A clean boundary that completed a window; the scale is larger now.
     Grown,
-    /// An overflow that the hysteresis forgave; the scale stays.
+    /// An overflow that the hysteresis, or the policy at the minimum, forgave; the scale stays.
     Forgiven,
     /// An overflow; the scale is smaller now.
     Cut,
@@ -117,6 +141,14 @@ pub enum LossScaleError {
         /// The factor.
         factor: f64,
     },
+    /// A maximum that no scale between the bounds fits under.
+    #[error("maximum: expected at least the minimum, {minimum}, got {maximum}")]
+    MaximumTooSmall {
+        /// The minimum.
+        minimum: f64,
+        /// The maximum.
+        maximum: f64,
+    },
     /// A state in which the last overflow lies in the future.
     #[error("state: the last overflow, {last_overflow}, is after the last boundary, {boundaries}")]
     FutureOverflow {
@@ -130,8 +162,17 @@ pub enum LossScaleError {
 /// The scale and the rules by which it moves.
 ///
 /// ```
-/// use zerort_core::scaler::{LossScale, Outcome, Policy};
-/// let policy = Policy { window: 2, hysteresis: 1, consecutive: false, minimum: 1.0, factor: 2.0 };
+/// use zerort_core::scaler::{Counting, LossScale, Outcome, Policy};
+/// let policy = Policy {
+///     window: 2,
+///     counting: Counting::Before,
+///     hysteresis: 1,
+///     consecutive: false,
+///     minimum: 1.0,
+///     forgives_at_minimum: false,
+///     maximum: f64::INFINITY,
+///     factor: 2.0,
+/// };
 /// let mut scale = LossScale::new(1024.0, policy)?;
 /// assert_eq!(scale.update(true), Outcome::Cut);
 /// assert_eq!([scale.update(false), scale.update(false)], [Outcome::Kept; 2]);
@@ -146,11 +187,11 @@ pub struct LossScale {
 }
 
 impl LossScale {
-    /// A scale before its first boundary.
+    /// A scale before its first boundary; one above the maximum begins there.
     ///
     /// # Errors
     /// When `initial`, the minimum or the factor is not a finite positive number, a count is zero,
-    /// or the factor does not exceed one.
+    /// the factor does not exceed one, or the maximum is below the minimum.
     pub fn new(initial: f64, policy: Policy) -> Result<Self, LossScaleError> {
         let policy = policy.check()?;
         let hysteresis_left = policy.hysteresis;
@@ -170,8 +211,8 @@ impl LossScale {
         self.state
     }
 
-    /// Goes on from a saved state. More hysteresis than the policy has, saved under another policy,
-    /// is cut to it.
+    /// Goes on from a saved state. More hysteresis than the policy has, or a larger scale, saved
+    /// under another policy, is cut to it.
     ///
     /// # Errors
     /// When the scale is not a finite positive number, no hysteresis is left, or the last overflow
@@ -186,7 +227,8 @@ impl LossScale {
             return Err(LossScaleError::FutureOverflow { last_overflow, boundaries });
         }
         let hysteresis_left = state.hysteresis_left.min(self.policy.hysteresis);
-        self.state = State { hysteresis_left, ..state };
+        self.state =
+            State { scale: state.scale.min(self.policy.maximum), hysteresis_left, ..state };
         Ok(())
     }
 
@@ -207,21 +249,29 @@ impl LossScale {
             return Outcome::Forgiven;
         }
         if self.state.scale <= self.policy.minimum {
-            return Outcome::AtMinimum;
+            return if self.policy.forgives_at_minimum {
+                Outcome::Forgiven
+            } else {
+                Outcome::AtMinimum
+            };
         }
         self.state.scale = (self.state.scale / self.policy.factor).max(self.policy.minimum);
         Outcome::Cut
     }
 
     fn clean(&mut self) -> Outcome {
-        let clean_before = self.state.boundaries - self.state.last_overflow - 1;
-        let completed = clean_before > 0 && clean_before.is_multiple_of(self.policy.window);
+        let clean = self.state.boundaries - self.state.last_overflow;
+        let counted = match self.policy.counting {
+            Counting::Before => clean - 1,
+            Counting::Through => clean,
+        };
+        let completed = counted > 0 && counted.is_multiple_of(self.policy.window);
         if completed || self.policy.consecutive {
             self.state.hysteresis_left = self.policy.hysteresis;
         }
-        let grown = self.state.scale * self.policy.factor;
+        let grown = (self.state.scale * self.policy.factor).min(self.policy.maximum);
         // An infinite scale could never come down again: infinity halved is infinity.
-        if !completed || !grown.is_finite() {
+        if !completed || !grown.is_finite() || grown <= self.state.scale {
             return Outcome::Kept;
         }
         self.state.scale = grown;

@@ -200,7 +200,7 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
     [
         ("tensorboard", {"enabled": False, "output_path": "auto"}, {"enabled": True}),
         ("flops_profiler", {}, {"enabled": True, "profile_step": 1}),
-        ("amp", {"enabled": False}, {"enabled": True, "opt_level": "O1"}),
+        ("amp.num_losses", 1, 2),
         ("zero_optimization.offload_optimizer", {"device": "none"}, {"device": "cpu"}),
         ("zero_optimization.offload_param", {"device": None}, {"device": "nvme"}),
         ("zero_optimization.zero_hpz_partition_size", 1, 8),
@@ -291,7 +291,7 @@ def test_clipping_among_optimizer_parameters_is_sent_to_its_own_key() -> None:
     assert "gradient_clipping" in message
 
 
-@pytest.mark.parametrize("other", ["bf16", "bfloat16", "torch_autocast"])
+@pytest.mark.parametrize("other", ["bf16", "bfloat16", "torch_autocast", "amp"])
 def test_two_precisions_at_once_are_refused(other: str) -> None:
     message = refusal({"fp16": {"enabled": True}, other: {"enabled": True}})
     assert message.startswith("configuration: fp16 and ")
@@ -308,14 +308,14 @@ def test_two_bucket_sizes_are_refused() -> None:
 def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(
-        '{"stage": 2, "fp16": {"enabled": "yes"}, "amp": {"enabled": true}, "train_batch_size": -4}'
+        '{"stage": 2, "fp16": {"enabled": "yes"}, "amp": {"enabled": 1}, "train_batch_size": -4}'
     )
     lines = refusal(path).splitlines()
     assert lines[0] == f"{path} has 4 errors:"
     assert {line.split(":")[0].strip() for line in lines[1:]} == {
         "stage",
         "fp16.enabled",
-        "amp",
+        "amp.enabled",
         "train_batch_size",
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from zerort._core import LossScale
 from zerort.errors import ConfigError
@@ -54,6 +55,38 @@ def test_a_saved_state_goes_on_in_another_scale_as_in_its_own() -> None:
         assert second.scale == row["scale_after"][-1], row["pattern"]
 
 
+APEX = {
+    **DEFAULTS,
+    "hysteresis": 1,
+    "minimum": 2.0**-40,
+    "forgives_at_minimum": True,
+    "counts_through": True,
+}
+
+
+@pytest.mark.parametrize("window", [2, 3, 7])
+def test_apexs_rules_without_bounds_are_those_of_torchs_grad_scaler(window: int) -> None:
+    draw = torch.Generator().manual_seed(window)
+    scale, growth = torch.tensor(65536.0), torch.zeros((), dtype=torch.int32)
+    ours = LossScale(**{**APEX, "window": window})
+    for found in (torch.rand(400, generator=draw) < 0.2).float():
+        torch._amp_update_scale_(scale, growth, found, 2.0, 0.5, window)
+        assert ours.update(bool(found))
+        assert ours.scale == scale.item()
+
+
+def test_apexs_bounds_hold_and_an_overflow_at_the_minimum_is_no_error() -> None:
+    scale = LossScale(**{**APEX, "window": 1, "minimum": 32768.0, "maximum": 131072.0})
+    assert [scale.update(True), scale.update(True)] == [True, True]
+    assert scale.scale == 32768.0
+    seen = []
+    for _ in range(4):
+        scale.update(False)
+        seen.append(scale.scale)
+    assert seen == [65536.0, 131072.0, 131072.0, 131072.0]
+    assert LossScale(**{**APEX, "maximum": 1024.0}).scale == 1024.0
+
+
 def test_an_overflow_at_the_minimum_is_answered_with_false() -> None:
     scale = LossScale(**{**DEFAULTS, "initial": 2.0, "hysteresis": 1})
     assert scale.update(True)
@@ -70,6 +103,11 @@ def test_an_overflow_at_the_minimum_is_answered_with_false() -> None:
         ("window", 0, "loss scale: window: expected at least 1, got 0"),
         ("hysteresis", 0, "loss scale: hysteresis: expected at least 1, got 0"),
         ("minimum", float("inf"), "loss scale: minimum: expected a finite number above 0, got inf"),
+        (
+            "maximum",
+            0.5,
+            "loss scale: maximum: expected at least the minimum, 1, got 0.5",
+        ),
         ("factor", 0.5, "loss scale: factor: expected a number above 1, got 0.5"),
     ],
 )

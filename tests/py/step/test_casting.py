@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from terms import engine_over_terms
 from zerort.step.casting import cast, explained
+from zerort.step.mode import Mode
 
 SIZE = 8
 CONFIGS = {
@@ -149,6 +150,20 @@ def test_what_is_cast(dtype: torch.dtype) -> None:
     }
 
 
+def test_batch_norms_that_are_kept_are_not_cast_and_not_blamed() -> None:
+    model = nn.Sequential(Careless(SIZE, SIZE), Norm(SIZE), nn.BatchNorm1d(SIZE, affine=False))
+    mode = Mode(torch.float16, keeps_norms=True)
+    cast(model, torch.float16, keeps_norms=True)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    given = torch.zeros(2, SIZE, dtype=torch.float16)
+    with pytest.raises(RuntimeError) as raised, explained(model, mode, (given,), {}):
+        model(given)
+    if sys.version_info >= (3, 11):
+        assert "So are all inputs and buffers" in raised.value.__notes__[0]
+
+
 # ---- two dtypes that meet
 
 
@@ -173,7 +188,7 @@ class Careless(nn.Linear):
 
 def note(model: nn.Module, dtype: torch.dtype, *args: object, **kwargs: object) -> str:
     cast(model, dtype)
-    with pytest.raises(RuntimeError) as raised, explained(model, dtype, args, kwargs):
+    with pytest.raises(RuntimeError) as raised, explained(model, Mode(dtype), args, kwargs):
         model(*args, **kwargs)
     (found,) = raised.value.__notes__
     return found
@@ -215,7 +230,7 @@ def test_nobody_is_blamed_for_what_the_forward_makes(dtype: torch.dtype) -> None
 def test_another_error_is_left_alone() -> None:
     with (
         pytest.raises(RuntimeError) as raised,
-        explained(nn.Linear(4, 4), torch.bfloat16, (), {}),
+        explained(nn.Linear(4, 4), Mode(torch.bfloat16), (), {}),
     ):
         raise RuntimeError("too wide")
     assert not hasattr(raised.value, "__notes__")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerort.config.key import Key, disabled, ignored, one_of, refused, same
+from zerort.config.key import Key, ignored, one_of, refused, same
 
 __all__ = ["ROWS"]
 
@@ -87,11 +87,27 @@ ROWS: Sequence[Key] = (
         "classes whose gradients are sent in that dtype; Linear and Conv1d to 3d when left out and "
         "communication_data_type is too",
     ),
-    refused(
-        "amp",
-        "Apex-style mixed precision is not built yet; fp16, bf16 and torch_autocast are",
-        disabled,
+    same("amp", "mixed precision by Apex's levels, through torch's own means, at every stage"),
+    same("amp.enabled", "turns it on"),
+    same(
+        "amp.opt_level",
+        "O0 fp32, O1 autocast in fp16, O2 fp16 with batch norms and outputs in fp32, O4 and O5 "
+        "the same in bf16; O3 is refused",
     ),
+    same("amp.loss_scale", 'a static loss scale or "dynamic"; the level\'s own when left out'),
+    same("amp.min_loss_scale", "the dynamic scale does not fall below; no error there"),
+    same("amp.max_loss_scale", "the dynamic scale does not grow beyond; 2^24 when left out"),
+    same("amp.keep_batchnorm_fp32", "of O2 and O5: false casts batch norms too"),
+    same("amp.cast_model_type", "what opt_level says; any other value is an error"),
+    same("amp.patch_torch_functions", "what opt_level says; any other value is an error"),
+    same("amp.master_weights", "what opt_level says; any other value is an error"),
+    same("amp.cast_model_outputs", "what opt_level says; any other value is an error"),
+    refused(
+        "amp.num_losses",
+        "one loss scale serves all losses: add them up, or give engine.backward one after another",
+        one_of(1),
+    ),
+    ignored("amp.verbosity", "nothing is printed that it would silence"),
     # optimizer and scheduler
     same("optimizer", "the optimizer, unless initialize is given one"),
     same("optimizer.type", "Adam, AdamW, SGD, Adagrad, Lion or a name of torch.optim"),
