@@ -15,7 +15,7 @@ const UNITS: u32 = 1000;
 const ROOM: u64 = 100 << 10;
 
 fn plan() -> Plan {
-    let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+    let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
     let param = |unit| Param { numel: 1 << 10, dtype, group, wire, unit: Some(UnitId(unit)) };
     let spec = PlanSpec {
         params: (0..UNITS).map(param).collect(),

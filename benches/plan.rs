@@ -14,7 +14,13 @@ const PARAMS: u32 = 100_000;
 fn spec(world: u32) -> PlanSpec {
     let param = |index| {
         let (numel, group) = if index % 3 == 0 { (1 << 20, 0) } else { (1 << 10, 1) };
-        Param { numel, dtype: Dtype::BF16, group: GroupId(group), wire: WireId(0), unit: None }
+        Param {
+            numel,
+            dtype: Dtype::BF16,
+            group: Some(GroupId(group)),
+            wire: WireId(0),
+            unit: None,
+        }
     };
     let params = (0..PARAMS).map(param).collect();
     PlanSpec {

@@ -12,11 +12,16 @@ use zerort_core::{
 const PARAMS: u32 = 8000;
 
 fn plan(per_bucket: u64) -> Arc<Plan> {
-    let params =
-        vec![
-            Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0), unit: None };
-            PARAMS as usize
-        ];
+    let params = vec![
+        Param {
+            numel: 16,
+            dtype: Dtype::F32,
+            group: Some(GroupId(0)),
+            wire: WireId(0),
+            unit: None
+        };
+        PARAMS as usize
+    ];
     let (mesh, rules) = (Mesh::flat(8).unwrap(), Stage::Two.rules());
     let cap = Cap::Elements(16 * per_bucket);
     Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window: Some(4) }).unwrap())

@@ -12,7 +12,7 @@ use zerort_core::{
 const UNITS: u32 = 10_000;
 
 fn plan() -> Plan {
-    let (dtype, group, wire) = (Dtype::BF16, GroupId(0), WireId(0));
+    let (dtype, group, wire) = (Dtype::BF16, Some(GroupId(0)), WireId(0));
     let param = |unit| Param { numel: 1 << 20, dtype, group, wire, unit: Some(UnitId(unit)) };
     Plan::new(PlanSpec {
         params: (0..UNITS).map(param).collect(),

@@ -93,7 +93,7 @@ fn compare(reducer: &mut Reducer, expected: &[usize], arrivals: &[ParamId]) {
 
 /// How often each parameter is waited for: `fires` where it is watched. With sentinels that is one
 /// parameter of a bucket whose active ones all came in `taught`, the last of them there; otherwise
-/// every active one.
+/// every active one. What is only held is never waited for.
 fn expected(
     plan: &Plan,
     active: &[bool],
@@ -102,7 +102,7 @@ fn expected(
 ) -> Vec<usize> {
     let mut expected = vec![0; active.len()];
     let place = |param: &ParamId| taught.iter().rposition(|came| came == param);
-    for bucket in plan.buckets() {
+    for bucket in plan.buckets().iter().filter(|bucket| bucket.is_trained()) {
         let waited: Vec<ParamId> =
             bucket.params.iter().copied().filter(|param| active[param.index()]).collect();
         let sentinel = waited

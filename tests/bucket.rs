@@ -10,7 +10,7 @@ use zerort_core::bucket::assign;
 use zerort_core::{Bucket, Cap, Dtype, GroupId, Kind, Param, ParamId, WireId};
 
 fn param(numel: u64, dtype: Dtype, group: u32) -> Param {
-    Param { numel, dtype, group: GroupId(group), wire: WireId(0), unit: None }
+    Param { numel, dtype, group: Some(GroupId(group)), wire: WireId(0), unit: None }
 }
 
 fn f32(numel: u64) -> Param {

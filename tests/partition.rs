@@ -17,13 +17,13 @@ fn fragments(plan: &Plan, bucket: BucketId, rank: Rank) -> Vec<Fragment> {
 fn lay_out(numels: &[u64], dtype: Dtype, world: u32) -> Result<(Bucket, Partition), PlanError> {
     let params: Vec<Param> = numels
         .iter()
-        .map(|&numel| Param { numel, dtype, group: GroupId(0), wire: WireId(0), unit: None })
+        .map(|&numel| Param { numel, dtype, group: Some(GroupId(0)), wire: WireId(0), unit: None })
         .collect();
     let order = (0..numels.len() as u32).map(ParamId).collect();
     let bucket = Bucket {
         id: BucketId(0),
         dtype,
-        group: GroupId(0),
+        group: Some(GroupId(0)),
         wire: WireId(0),
         unit: None,
         params: order,

@@ -14,7 +14,7 @@ fn sample() -> PlanSpec {
     let param = |numel, dtype, group| Param {
         numel,
         dtype,
-        group: GroupId(group),
+        group: Some(GroupId(group)),
         wire: WireId(0),
         unit: None,
     };
@@ -117,11 +117,12 @@ const DIGEST: u64 = 0xf850_fe96_f475_1645;
 
 #[test]
 fn a_digest_covers_everything_that_a_plan_is_made_from() {
-    let changes: [fn(&mut PlanSpec); 14] = [
+    let changes: [fn(&mut PlanSpec); 15] = [
         |_| {},
         |spec| spec.params[3].numel += 1,
         |spec| spec.params[1].dtype = Dtype::F64,
-        |spec| spec.params[1].group = GroupId(7),
+        |spec| spec.params[1].group = Some(GroupId(7)),
+        |spec| spec.params[1].group = None,
         |spec| spec.params[1].wire = WireId(7),
         |spec| spec.params.swap(0, 3),
         |spec| spec.mesh = Mesh::flat(4).unwrap(),
@@ -157,6 +158,22 @@ fn buckets_are_launched_as_observed_gradients_fill_them() {
 }
 
 #[test]
+fn sch_1_what_no_optimizer_has_lies_in_buckets_of_its_own_and_is_never_launched() {
+    let plan = changed(|spec| {
+        spec.params[3].group = None;
+        spec.params[0].group = None;
+        spec.cap = Cap::Elements(4096);
+    });
+    let plan = plan.unwrap(); // b0 = {4, 2} of bf16, b1 = {1}, b2 = {3, 0}, held
+    let makeup: Vec<_> =
+        plan.buckets().iter().map(|bucket| (bucket.is_trained(), bucket.params.len())).collect();
+    assert_eq!(makeup, [(true, 2), (true, 1), (false, 2)]);
+    assert_eq!((launches(&plan), plan.window()), (vec![0, 1], 2));
+    let order = plan.reordered(&ids(&[3, 0, 1, 2, 4])).unwrap();
+    assert_eq!(launches(&order), [1, 0], "in whatever order gradients came");
+}
+
+#[test]
 fn another_launch_order_keeps_the_layout_and_changes_the_digest() {
     let plan = uniform(6, 2, Some(1));
     let other = plan.reordered(&ids(&[0, 1, 2, 3, 4, 5])).unwrap();
@@ -186,7 +203,12 @@ proptest! {
         prop_assert_eq!(plan.digest() == other.digest(), plan.schedule() == other.schedule());
         let mut launched = launches(&other);
         launched.sort_unstable();
-        prop_assert_eq!(launched, (0..plan.buckets().len() as u32).collect::<Vec<_>>());
+        let trained = plan.buckets().iter().filter(|bucket| bucket.is_trained());
+        prop_assert_eq!(launched, trained.map(|bucket| bucket.id.0).collect::<Vec<_>>());
+        prop_assert_eq!(plan.buckets().iter().all(|bucket| {
+            let hops = plan.hops(bucket.id).unwrap();
+            bucket.is_trained() != (hops.reduce.is_empty() && hops.publish.is_empty())
+        }), true, "what is only held has no hops");
     }
 }
 

@@ -7,7 +7,7 @@ mod model;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arbitrary::sharded_over;
+use arbitrary::{Makeup, partly_trained};
 use model::program::{DIVERGENCES, Divergence, Random, Shape, program};
 use model::{Mutant, Setting, Step, World};
 
@@ -21,9 +21,10 @@ fn trial(seed: u64, mutant: Mutant) -> (Divergence, Result<World, String>) {
     let ranks = [2, 2, 3, 4][random.below(4)];
     let units = random.within(1..7);
     let window = Some(random.within(1..units + 1) as u32);
-    let numel = sharded_over(1, Some(1), ranks).units()[0].numel;
+    let plan = partly_trained(&makeup(&mut random, units), window, ranks);
+    let numel = plan.units().iter().map(|unit| unit.numel).min().unwrap_or(1);
     let setting = Setting {
-        plan: Arc::new(sharded_over(units as u32, window, ranks)),
+        plan: Arc::new(plan),
         room: numel * random.within(1..units + 2) as u64,
         depth: random.below(4) as u32,
         mutant,
@@ -32,6 +33,13 @@ fn trial(seed: u64, mutant: Mutant) -> (Divergence, Result<World, String>) {
     let programs =
         (0..ranks as usize).map(|rank| program(&mut random, &shape, divergence, rank)).collect();
     (divergence, run(World::new(&setting, programs), &mut random))
+}
+
+/// Every third model has adapters over what is frozen, of which the optimizer knows nothing.
+fn makeup(random: &mut Random, units: usize) -> Vec<Makeup> {
+    let all = [Makeup::Trained, Makeup::Held, Makeup::Both];
+    let kinds = if random.chance(33) { &all[..] } else { &all[..1] };
+    (0..units).map(|_| kinds[random.below(kinds.len())]).collect()
 }
 
 /// Runs to the end, ranks in random order.

@@ -4,7 +4,7 @@ mod arbitrary;
 
 use std::sync::Arc;
 
-use arbitrary::{ids, uniform};
+use arbitrary::{Makeup, ids, partly_trained, uniform};
 use zerort_core::{BucketId, Command, Finished, Life, ParamId, Phase, Plan, Reducer, StepError};
 
 /// Two parameters a bucket: b0 = {5, 4}, b1 = {3, 2}, b2 = {1, 0}; six commands, at most one bucket
@@ -47,6 +47,22 @@ fn a_full_bucket_leaves_when_its_last_gradient_comes() {
     let (answers, end) = pass(&mut taught(&BACKWARD), &BACKWARD);
     assert_eq!(answers, [None, Some(2), None, Some(4), None, Some(6)]);
     assert_eq!(end, finished(&[], &[]));
+}
+
+#[test]
+fn what_is_only_held_is_never_waited_for_whatever_is_said_to_require_grad() {
+    let held = [Makeup::Held, Makeup::Trained, Makeup::Both];
+    let mut reducer = Reducer::new(Arc::new(partly_trained(&held, None, 2)));
+    reducer.set_active(&[true; 4]).unwrap();
+    assert!(reducer.watched().eq(ids(&[1, 2])));
+    let (_, first) = pass(&mut reducer, &[2, 1]);
+    assert_eq!(first, Finished { hi: 4, absent: vec![], late: vec![] });
+    let (answers, end) = pass(&mut reducer, &[0, 3, 2, 1]);
+    assert_eq!(answers, [None, None, Some(1), Some(4)]);
+    assert_eq!(end, first);
+    let filled: Vec<_> =
+        reducer.filled().iter().map(|&(bucket, place)| (bucket.0, place)).collect();
+    assert_eq!(filled, [(1, 1), (2, 2)]);
 }
 
 #[test]

@@ -103,7 +103,7 @@ fn small(numels: &[u64], world: u32) -> Plan {
         .map(|&numel| Param {
             numel,
             dtype: Dtype::F32,
-            group: GroupId(0),
+            group: Some(GroupId(0)),
             wire: WireId(0),
             unit: None,
         })

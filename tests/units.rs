@@ -81,7 +81,7 @@ fn a_tree_that_is_none_is_refused() {
 }
 
 fn spec(units: &[Option<u32>]) -> PlanSpec {
-    let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+    let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
     let param =
         |unit: &Option<u32>| Param { numel: 600, dtype, group, wire, unit: unit.map(UnitId) };
     PlanSpec {

@@ -20,10 +20,11 @@ pub fn dtype() -> impl Strategy<Value = Dtype> {
 }
 
 pub fn param() -> impl Strategy<Value = Param> {
-    (numel(), dtype(), 0..3_u32, 0..2_u32).prop_map(|(numel, dtype, group, wire)| Param {
+    let group = prop::option::weighted(0.8, 0..3_u32);
+    (numel(), dtype(), group, 0..2_u32).prop_map(|(numel, dtype, group, wire)| Param {
         numel,
         dtype,
-        group: GroupId(group),
+        group: group.map(GroupId),
         wire: WireId(wire),
         unit: None,
     })
@@ -82,11 +83,16 @@ pub fn plan() -> impl Strategy<Value = Plan> {
 
 /// `n` parameters of equal length in one group; `per_bucket` of them fill a bucket.
 pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
-    let params =
-        vec![
-            Param { numel: 16, dtype: Dtype::F32, group: GroupId(0), wire: WireId(0), unit: None };
-            n
-        ];
+    let params = vec![
+        Param {
+            numel: 16,
+            dtype: Dtype::F32,
+            group: Some(GroupId(0)),
+            wire: WireId(0),
+            unit: None
+        };
+        n
+    ];
     let cap = Cap::Elements(16 * per_bucket as u64);
     let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Two.rules());
     Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap())
@@ -118,9 +124,28 @@ pub fn sharded(n: u32, window: Option<u32>) -> Plan {
 
 /// [`sharded`], over so many ranks.
 pub fn sharded_over(n: u32, window: Option<u32>, world: u32) -> Plan {
-    let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
-    let param = |unit| Param { numel: 200, dtype, group, wire, unit: Some(UnitId(unit)) };
-    let params = (0..n).map(param).collect();
+    partly_trained(&vec![Makeup::Trained; n as usize], window, world)
+}
+
+/// What of a unit an optimizer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Makeup {
+    Trained,
+    /// Nothing.
+    Held,
+    /// One of its two parameters.
+    Both,
+}
+
+/// [`sharded_over`], where some units are only held, or have a second parameter that is: behind all
+/// others, so that unit n's own has number n.
+pub fn partly_trained(units: &[Makeup], window: Option<u32>, world: u32) -> Plan {
+    let (dtype, wire, trained) = (Dtype::F32, WireId(0), Some(GroupId(0)));
+    let param = |unit, group| Param { numel: 200, dtype, group, wire, unit: Some(UnitId(unit)) };
+    let own = (0..).zip(units);
+    let own = own.map(|(unit, &kind)| param(unit, trained.filter(|_| kind != Makeup::Held)));
+    let second = (0..).zip(units).filter(|&(_, &kind)| kind == Makeup::Both);
+    let params = own.chain(second.map(|(unit, _)| param(unit, None))).collect();
     let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Three.rules());
     Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(256), window }).unwrap()
 }
@@ -134,13 +159,14 @@ pub struct Walk {
     pub depth: u32,
 }
 
-/// A few units of different lengths, one parameter of each replicated neighbour.
+/// A few units of different lengths, and a few parameters without one; some are only held.
 fn unit_plan() -> impl Strategy<Value = Plan> {
-    let param = (1..900_u64, prop::option::weighted(0.9, 0..6_u32));
+    let group = prop::option::weighted(0.7, Just(GroupId(0)));
+    let param = (1..900_u64, prop::option::weighted(0.9, 0..6_u32), group);
     (vec(param, 6..14), 1..4_u32, 100..600_u64, prop::option::of(1..4_u32)).prop_map(
         |(params, world, cap, window)| {
-            let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
-            let param = |(numel, unit): (u64, Option<u32>)| Param {
+            let (dtype, wire) = (Dtype::F32, WireId(0));
+            let param = |(numel, unit, group): (u64, Option<u32>, Option<GroupId>)| Param {
                 numel,
                 dtype,
                 group,

@@ -304,6 +304,9 @@ impl Rank {
             }
             Event::Grad(unit) => {
                 let (bucket, _) = self.plan.home(unit).map_err(text)?;
+                if !self.plan.bucket(bucket).map_err(text)?.is_trained() {
+                    return Ok(true); // it is frozen, and has none
+                }
                 self.grads[bucket.index()] += 1;
                 self.given += 1;
                 if let Some(hi) = self.reducer.grad_ready(unit).map_err(text)? {

@@ -9,6 +9,9 @@
 //! shard is updated with one set of hyperparameters, one wire format, because it is encoded as a
 //! whole, and one unit, because a unit is gathered and freed as a whole: it is one or more buckets.
 //!
+//! Parameters that no optimizer has share buckets too. Those are *held*: gathered and freed with
+//! their unit like the others, and nothing is reduced in them.
+//!
 //! The assignment fixes the layout of every buffer and of optimizer state. It is made once, never
 //! from an observation.
 
@@ -25,8 +28,8 @@ pub struct Param {
     pub numel: u64,
     /// Element type.
     pub dtype: Dtype,
-    /// The optimizer group it belongs to.
-    pub group: GroupId,
+    /// The optimizer group it belongs to; None where it is only held, and nothing updates it.
+    pub group: Option<GroupId>,
     /// How its gradient is encoded.
     pub wire: WireId,
     /// What it is gathered and freed with; None where every rank keeps it whole.
@@ -39,7 +42,7 @@ pub struct Kind {
     /// Element type.
     pub dtype: Dtype,
     /// The optimizer group.
-    pub group: GroupId,
+    pub group: Option<GroupId>,
     /// How gradients are encoded.
     pub wire: WireId,
     /// What they are gathered and freed with.
@@ -80,8 +83,8 @@ pub struct Bucket {
     pub id: BucketId,
     /// Element type of all its parameters.
     pub dtype: Dtype,
-    /// Optimizer group of all its parameters.
-    pub group: GroupId,
+    /// Optimizer group of all its parameters; None where they are only held.
+    pub group: Option<GroupId>,
     /// How the gradients of all its parameters are encoded.
     pub wire: WireId,
     /// The unit that it belongs to.
@@ -95,6 +98,11 @@ impl Bucket {
     pub(crate) fn new(id: BucketId, kind: Kind, params: Vec<ParamId>) -> Self {
         let Kind { dtype, group, wire, unit } = kind;
         Self { id, dtype, group, wire, unit, params }
+    }
+
+    /// Whether an optimizer updates its parameters, so that their gradients are reduced.
+    pub const fn is_trained(&self) -> bool {
+        self.group.is_some()
     }
 
     /// Where its parameters live between their uses: sharded where they are in a unit.

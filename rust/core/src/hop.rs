@@ -11,7 +11,8 @@
 //! | sharded         | sharded    | reduce-scatter                |             |
 //!
 //! The parameter's placement is the bucket's: at stage 3 one without a unit is replicated, and
-//! published. One in a unit is gathered when it is needed ([`crate::gatherer`]).
+//! published. One in a unit is gathered when it is needed ([`crate::gatherer`]). A bucket that is
+//! only held has no hops.
 //!
 //! Where the optimizer is replicated the sum is gathered, not all-reduced: every shard is summed
 //! once, in rank order, so that its bits are those of the other rows. The mesh refines each entry:
@@ -34,6 +35,7 @@
 //!
 //! A hop over a group of one rank is left out, but for the first, which takes the gradient in.
 
+use crate::bucket::Bucket;
 use crate::command::Op;
 use crate::ids::WireId;
 use crate::mesh::{Group, Mesh};
@@ -60,6 +62,15 @@ pub struct Hops {
 }
 
 impl Hops {
+    /// The hops of a bucket of a plan with these `rules`.
+    pub(crate) fn of(bucket: &Bucket, rules: Rules, mesh: &Mesh) -> Self {
+        if bucket.is_trained() {
+            Self::new(Rules { parameter: bucket.parameter(), ..rules }, mesh, bucket.wire)
+        } else {
+            Self { reduce: Vec::new(), publish: Vec::new() }
+        }
+    }
+
     /// The hops of a bucket whose gradients are encoded as `wire`.
     pub fn new(rules: Rules, mesh: &Mesh, wire: WireId) -> Self {
         let mut reduce = scatter(mesh, wire);

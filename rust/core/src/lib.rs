@@ -43,7 +43,7 @@
 //! };
 //!
 //! // Four parameters, two ranks, at most 1024 elements a bucket: b0 = {p3, p2}, b1 = {p1, p0}.
-//! let (dtype, group, wire) = (Dtype::F32, GroupId(0), WireId(0));
+//! let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
 //! let param = Param { numel: 512, dtype, group, wire, unit: None };
 //! let plan = Arc::new(Plan::new(PlanSpec {
 //!     params: vec![param; 4],

@@ -6,9 +6,10 @@
 //!
 //! - the *layout*: rules, mesh, buckets, partitions, hops. Buffers and optimizer state follow from
 //!   it, so it never changes.
-//! - the *launch order*: the [`Schedule`]. An observed order of arrival may change it, which moves
-//!   no data. So do routes, from which the [`List`]s of stage 3 are made. Plans that differ in these alone share their layout and have the same
-//!   [`Plan::layout_digest`].
+//! - the *launch order*: the [`Schedule`], in which every bucket stands that is trained. An
+//!   observed order of arrival may change it, which moves no data. So do routes, from which the
+//!   [`List`]s of stage 3 are made. Plans that differ in these alone share their layout and have the
+//!   same [`Plan::layout_digest`].
 //!
 //! A plan knows lengths and identifiers, never a name, a tensor or a device.
 
@@ -113,12 +114,11 @@ impl Plan {
 
     fn laid_out(spec: PlanSpec, buckets: Vec<Bucket>, partitions: Vec<Partition>) -> Self {
         let homes = homes(&buckets, spec.params.len());
-        let all = buckets.len() as u32;
+        let all = trained(&buckets).count() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
         let PlanSpec { params, mesh, rules, .. } = spec;
-        let rules_of = |bucket: &Bucket| Rules { parameter: bucket.parameter(), ..rules };
-        let hops = buckets.iter().map(|bucket| Hops::new(rules_of(bucket), &mesh, bucket.wire));
-        let (hops, units) = (hops.collect(), units(&buckets, &partitions));
+        let hops = buckets.iter().map(|bucket| Hops::of(bucket, rules, &mesh)).collect();
+        let units = units(&buckets, &partitions);
         let mut layout = Layout {
             params,
             mesh,
@@ -132,7 +132,7 @@ impl Plan {
             digest: 0,
         };
         layout.digest = layout.hash();
-        let order: Vec<BucketId> = layout.buckets.iter().map(|bucket| bucket.id).collect();
+        let order: Vec<BucketId> = trained(&layout.buckets).map(|bucket| bucket.id).collect();
         Self::with_order(Arc::new(layout), &order)
     }
 
@@ -156,7 +156,7 @@ impl Plan {
         let filled =
             |bucket: &Bucket| bucket.params.iter().map(|param| arrival[param.index()]).max();
         let mut order: Vec<_> =
-            self.buckets().iter().map(|bucket| (filled(bucket), bucket.id)).collect();
+            trained(self.buckets()).map(|bucket| (filled(bucket), bucket.id)).collect();
         order.sort_unstable();
         let order: Vec<BucketId> = order.into_iter().map(|(_, bucket)| bucket).collect();
         Ok(Self::with_order(Arc::clone(&self.layout), &order))
@@ -177,7 +177,8 @@ impl Plan {
     pub fn routed(&self, routes: &[Route], room: u64, depth: u32) -> Result<Self, PlanError> {
         let order: Vec<BucketId> = self.schedule.launches().collect();
         let (units, window) = (self.units(), self.window());
-        let bounds = Bounds { units, order: &order, window, room, depth };
+        let buckets = self.buckets();
+        let bounds = Bounds { buckets, units, order: &order, window, room, depth };
         let lists = route::lists(&bounds, routes)?;
         let layout = Arc::clone(&self.layout);
         let digest =
@@ -205,7 +206,7 @@ impl Plan {
         self.layout.rules
     }
 
-    /// How many launched buckets may be unretired: at least 1, at most all.
+    /// How many launched buckets may be unretired: at least 1 where one is trained, at most all.
     pub fn window(&self) -> u32 {
         self.layout.window
     }
@@ -357,6 +358,11 @@ fn check_once(layouts: &[BucketLayout], params: usize) -> Result<(), PlanError> 
         Some(index) => Err(PlanError::NotOnce { param: ParamId(index as u32) }),
         None => Ok(()),
     }
+}
+
+/// The buckets that are reduced, by id.
+fn trained(buckets: &[Bucket]) -> impl Iterator<Item = &Bucket> {
+    buckets.iter().filter(|bucket| bucket.is_trained())
 }
 
 /// Inverts the assignment, which covers every parameter exactly once.

@@ -114,12 +114,13 @@ enum Pass {
 }
 
 impl Reducer {
-    /// A reducer for `plan`, between passes, with all parameters active.
+    /// A reducer for `plan`, between passes, with all parameters active that are trained.
     pub fn new(plan: Arc<Plan>) -> Self {
-        let mut slots = vec![Slot::new(BucketId(0)); plan.params().len()];
+        let mut slots = vec![Slot::new(BucketId(0), Role::Watched); plan.params().len()];
         for bucket in plan.buckets() {
+            let role = if bucket.is_trained() { Role::Watched } else { Role::Held };
             for param in &bucket.params {
-                slots[param.index()] = Slot::new(bucket.id);
+                slots[param.index()] = Slot::new(bucket.id, role);
             }
         }
         let buckets = vec![State::Reduced; plan.buckets().len()];
@@ -135,7 +136,8 @@ impl Reducer {
         }
     }
 
-    /// Says which parameters require grad; the others are not waited for.
+    /// Says which parameters require grad; the others are not waited for, nor is one that no
+    /// optimizer has.
     ///
     /// # Errors
     /// [`StepError::OutOfPhase`] during a pass, [`StepError::WrongLength`] unless there is one
@@ -146,7 +148,11 @@ impl Reducer {
             return Err(StepError::WrongLength { params: self.slots.len(), got: active.len() });
         }
         for (slot, &active) in self.slots.iter_mut().zip(active) {
-            slot.role = if active { Role::Watched } else { Role::Frozen };
+            slot.role = match slot.role {
+                Role::Held => Role::Held,
+                Role::Frozen | Role::Relieved | Role::Watched if active => Role::Watched,
+                Role::Frozen | Role::Relieved | Role::Watched => Role::Frozen,
+            };
         }
         self.watch();
         Ok(())

@@ -7,7 +7,8 @@
 //! └──── window fills ────┘└──────── one leaves before one enters ──────┘└─── it drains ───┘
 //! ```
 //!
-//! - **SCH-1** Every bucket has exactly one `Launch` and one later `Retire`.
+//! - **SCH-1** Every bucket that is trained has exactly one `Launch` and one later `Retire`; one
+//!   that is only held has none.
 //! - **SCH-2** Never are more than `window` buckets launched and unretired, whichever prefix of the
 //!   list has been run: the memory of a pass is bounded by its plan.
 //! - **SCH-3** The list is a function of the order and the window. Ranks with the same plan run the

@@ -8,6 +8,9 @@
 //! larger one the root's own parameters stay together, and its children are looked at one by one.
 //! A unit is a run of such pieces. A parameter that several modules share belongs to the first.
 //!
+//! Parameters that an optimizer has and such that are only held are in one unit where they are
+//! neighbours, in buckets of their own.
+//!
 //! What a unit does not say is *when* it is needed: see [`crate::route`].
 
 use crate::bucket::Bucket;

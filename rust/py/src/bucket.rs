@@ -35,10 +35,10 @@ impl Bucket {
         dtype_name(self.inner.dtype)
     }
 
-    /// Optimizer parameter group the bucket belongs to.
+    /// Optimizer parameter group the bucket belongs to; None where it is only held.
     #[getter]
-    fn group(&self) -> u32 {
-        self.inner.group.0
+    fn group(&self) -> Option<u32> {
+        self.inner.group.map(|group| group.0)
     }
 
     /// How its gradients are encoded.

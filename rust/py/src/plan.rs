@@ -231,8 +231,8 @@ fn layout((params, offsets, numel): (Vec<i64>, Vec<u64>, u64)) -> PyResult<Bucke
     Ok(BucketLayout { params, numel })
 }
 
-/// What Python says of a parameter: elements, dtype, optimizer group, wire format.
-type Spec = (i64, String, i64, i64);
+/// What Python says of a parameter: elements, dtype, optimizer group or None, wire format.
+type Spec = (i64, String, Option<i64>, i64);
 
 /// One parameter of a specification, with its id.
 fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
@@ -243,7 +243,8 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
             "parameter {id} has dtype {dtype:?}: expected f32, f16, bf16 or f64"
         ))
     })?;
-    let group = GroupId(number("optimizer group", group).map_err(PlanError::new_err)?);
+    let group = group.map(|group| number("optimizer group", group)).transpose();
+    let group = group.map_err(PlanError::new_err)?.map(GroupId);
     let wire = WireId(number("wire format", wire).map_err(PlanError::new_err)?);
     Ok(Param { numel, dtype, group, wire, unit: None })
 }

@@ -22,7 +22,7 @@ impl Layout {
             hash.words([
                 param.numel,
                 dtype_code(param.dtype),
-                u64::from(param.group.0),
+                param.group.map_or(u64::MAX, |group| u64::from(group.0)),
                 u64::from(param.wire.0),
             ]);
         }

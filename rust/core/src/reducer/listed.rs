@@ -74,14 +74,16 @@ impl Reducer {
     }
 
     /// After which arrival of the last observing pass each bucket was full; buckets of which
-    /// something did not come are left out.
+    /// something did not come are left out, and so are those that are only held.
     pub fn filled(&self) -> Vec<(BucketId, u64)> {
         let mut places = vec![Some(0); self.buckets.len()];
         for slot in self.slots.iter().filter(|slot| slot.is_active()) {
             let place = &mut places[slot.bucket.index()];
             *place = place.filter(|_| slot.last > 0).map(|place: u64| place.max(slot.last));
         }
-        (0..).map(BucketId).zip(places).filter_map(|(id, place)| Some((id, place?))).collect()
+        let buckets = self.plan.buckets().iter().zip(places);
+        let full = buckets.filter(|(bucket, _)| bucket.is_trained());
+        full.filter_map(|(bucket, place)| Some((bucket.id, place?))).collect()
     }
 
     pub(super) fn list(&self) -> Option<usize> {

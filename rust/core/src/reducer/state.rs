@@ -26,6 +26,8 @@ pub(super) struct Slot {
 /// What a parameter is to its bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
+    /// No optimizer has it: nothing of it is ever reduced.
+    Held,
     /// It does not require grad.
     Frozen,
     /// It requires grad, and the bucket's [sentinel](super#sentinels) stands for it.
@@ -35,13 +37,15 @@ pub(super) enum Role {
 }
 
 impl Slot {
-    pub(super) fn new(bucket: BucketId) -> Self {
-        let role = Role::Watched;
+    pub(super) fn new(bucket: BucketId, role: Role) -> Self {
         Self { bucket, fired: 0, expected: 0, fires: 1, last: 0, role, known: false, late: false }
     }
 
     pub(super) fn is_active(&self) -> bool {
-        self.role != Role::Frozen
+        match self.role {
+            Role::Held | Role::Frozen => false,
+            Role::Relieved | Role::Watched => true,
+        }
     }
 
     pub(super) fn is_watched(&self) -> bool {

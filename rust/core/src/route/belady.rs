@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use super::{List, PassKind, Route, Stop};
+use crate::bucket::Bucket;
 use crate::command::Command;
 use crate::error::PlanError;
 use crate::ids::{BucketId, UnitId};
@@ -11,6 +12,8 @@ use crate::units::Unit;
 
 /// What lists are made under.
 pub(crate) struct Bounds<'a> {
+    /// All buckets of the plan, by id.
+    pub(crate) buckets: &'a [Bucket],
     /// All units of the plan, by id.
     pub(crate) units: &'a [Unit],
     /// The order of launches.
@@ -29,7 +32,7 @@ impl Bounds<'_> {
         let known = |unit: &UnitId| unit.index() < self.units.len();
         let sorted = |stop: &Stop| stop.units.is_sorted_by(|a, b| a < b);
         let fits = |stop: &Stop| sorted(stop) && stop.units.iter().chain(&stop.held).all(known);
-        let filled = |&(bucket, _): &(BucketId, u32)| bucket.index() < self.order.len();
+        let filled = |(bucket, _): &(BucketId, u32)| bucket.index() < self.buckets.len();
         if route.stops.iter().all(fits) && route.fills.iter().all(filled) {
             Ok(())
         } else {
@@ -220,7 +223,7 @@ impl<'a> Launches<'a> {
             PassKind::Forward | PassKind::LocalBackward | PassKind::Evaluation => &[],
         };
         let last = (route.stops.len() as u32).saturating_sub(1);
-        let mut places = vec![NEVER; bounds.order.len()];
+        let mut places = vec![NEVER; bounds.buckets.len()];
         for &(bucket, stop) in &route.fills {
             places[bucket.index()] = stop.saturating_add(1).min(last);
         }
