@@ -47,8 +47,10 @@ class Bucket:
     @property
     def dtype(self) -> _Dtype: ...
     @property
-    def group(self) -> int:
-        """Optimizer parameter group the bucket belongs to."""
+    def group(self) -> int | None:
+        """Optimizer parameter group the bucket belongs to; None where it is only held: no optimizer
+        has it, and nothing of it is reduced.
+        """
     @property
     def wire(self) -> int:
         """How its gradients are encoded: the number of a wire format."""
@@ -109,15 +111,15 @@ class Plan:
     """The immutable result of planning. Every rank computes the same one; `digest` proves it.
 
     `params` is `(numel, dtype, optimizer group, wire format)` in registration order; the index is
-    the parameter's id. The cap of a bucket is given in bytes or in elements, never both. `window`
-    is how many launched buckets may be unretired; None means all. `units` has an entry for each
-    parameter, as `cut_units` gave it; at stage 3 a parameter without a unit is replicated. Raises
-    `PlanError`.
+    the parameter's id. One that no optimizer has is only held: its group is None. The cap of a
+    bucket is given in bytes or in elements, never both. `window` is how many launched buckets may
+    be unretired; None means all. `units` has an entry for each parameter, as `cut_units` gave it;
+    at stage 3 a parameter without a unit is replicated. Raises `PlanError`.
     """
 
     def __new__(
         cls,
-        params: Sequence[tuple[int, _Dtype, int, int]],
+        params: Sequence[tuple[int, _Dtype, int | None, int]],
         *,
         world: int,
         stage: int,
@@ -128,7 +130,7 @@ class Plan:
     ) -> Plan: ...
     @staticmethod
     def restore(
-        params: Sequence[tuple[int, _Dtype, int, int]],
+        params: Sequence[tuple[int, _Dtype, int | None, int]],
         buckets: Sequence[tuple[Sequence[int], Sequence[int], int]],
         *,
         world: int,

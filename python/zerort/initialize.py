@@ -38,7 +38,7 @@ from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import abilities_of, choose_optimizer
 from zerort.start.place import gather_loose, move
-from zerort.start.units import passes_over, room_for, units_of
+from zerort.start.units import in_units, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
@@ -216,7 +216,17 @@ def _planned(
             "model that is given to initialize; one that an engine has had holds that engine's "
             "shards"
         )
-    planned = plannable(model.named_parameters(), groups, precision.wires(model), origin_of)
+    planned, units = in_units(
+        settings,
+        model,
+        plannable(
+            list(model.named_parameters()),
+            groups,
+            precision.wires(model),
+            origin_of,
+            holds=settings.zero_optimization.shards_parameters,
+        ),
+    )
     plan = _core.Plan(
         [member.spec() for member in planned],
         world=comm.world,
@@ -224,7 +234,7 @@ def _planned(
         cap_bytes=settings.cap_bytes,
         cap_elements=settings.cap_elements,
         window=_window(settings, comm),
-        units=units_of(settings, model, planned),
+        units=units,
     )
     return planned, plan
 
@@ -241,7 +251,9 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     shards = ShardOptimizer(setup.optimizer, flat, setup.abilities)
     shards.split()
-    transports = [transport_of(bucket, precision.predivide) for bucket in flat.buckets]
+    transports = {
+        bucket.spec.id: transport_of(bucket, precision.predivide) for bucket in flat.trained
+    }
     watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
     names = flat.names if mesh.rank == 0 else None
     room = room_for(config, setup.plan, names) if setup.plan.units else None

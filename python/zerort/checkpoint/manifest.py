@@ -140,7 +140,7 @@ class ParamState(Entry):
 
 
 class ParamEntry(Entry):
-    """A parameter of the optimizer; its id P is its position."""
+    """A parameter that was in a bucket; its id P is its position."""
 
     name: str
     shape: Annotated[tuple[_Count, ...], _Stop]
@@ -148,7 +148,8 @@ class ParamEntry(Entry):
     """How its elements lie in memory, hence in its bucket: dense, in any order of the dimensions.
     """
     dtype: Annotated[str, Field(pattern="^(F64|F32|F16|BF16)$")]
-    group: _Count
+    group: _Count | None
+    """Of the optimizer; None where no optimizer had it: its values are stored, in its own dtype."""
     frozen: bool
     stored: bool
     """False for a frozen parameter that was left out."""
@@ -218,8 +219,8 @@ class Manifest(Entry):
     aliases: dict[str, str]
     """Further names of parameters and buffers, and the first name of each."""
     frozen: Annotated[tuple[str, ...], _Stop]
-    """Names of the frozen parameters that the optimizer does not hold: `param.NAME`, unless they
-    were left out.
+    """Names of the frozen parameters that were in no bucket: `param.NAME`, unless they were left
+    out.
     """
     buckets: Annotated[tuple[BucketEntry, ...], _Stop]
     optimizer: OptimizerEntry

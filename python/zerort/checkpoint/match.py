@@ -268,10 +268,13 @@ def _check_scheduler(manifest: Manifest, state: EngineState) -> None:
 
 def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> list[int | None]:
     sources: list[set[int]] = [set() for _ in state.optimizer.optimizer.param_groups]
-    for spec in state.plan.buckets:
-        sources[spec.group].update(
-            manifest.params[origins[param]].group for param in spec.params if origins[param] >= 0
+    for bucket in state.flat.trained:
+        found = (
+            manifest.params[origins[param]].group
+            for param in bucket.spec.params
+            if origins[param] >= 0
         )
+        sources[bucket.group].update(source for source in found if source is not None)
     saved = manifest.optimizer.groups
     chosen: list[int | None] = []
     for index, groups in enumerate(sources):

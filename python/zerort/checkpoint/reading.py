@@ -112,7 +112,9 @@ class Reader:
         return decode(encoded, lambda name: self.whole(rank_file(rank), name))
 
     def planned(self, param: int) -> Tensor:
-        """Asks for the masters of a planned parameter, in its shape; contiguous after `fill`."""
+        """Asks for the masters of a planned parameter, its values where it had none, in its shape;
+        contiguous after `fill`.
+        """
         saved = self.manifest.params[param]
         flat = self.flat(param, "master", self._master_dtype(param))
         into = torch.empty(saved.shape, dtype=flat.dtype)
@@ -129,7 +131,9 @@ class Reader:
         return flat
 
     def _master_dtype(self, param: int) -> torch.dtype:
-        return torch.float64 if self.manifest.params[param].dtype == "F64" else torch.float32
+        saved = self.manifest.params[param]
+        wide = torch.float64 if saved.dtype == "F64" else torch.float32
+        return DTYPES[saved.dtype] if saved.group is None else wide
 
     def rows(self, kind: str, rows: Sequence[Row], into: Tensor) -> None:
         """Asks for the segments of shards that the core has named."""

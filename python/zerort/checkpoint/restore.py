@@ -18,7 +18,7 @@ from zerort.checkpoint.manifest import ParamState
 from zerort.checkpoint.match import LoadOptions, Match
 from zerort.checkpoint.staging import Staged
 from zerort.checkpoint.state import EngineState, by_bucket, loose, own_shard
-from zerort.memory import FlatBucket
+from zerort.memory import HeldBucket
 from zerort.optim.segments import Segment, regions
 
 __all__ = ["apply"]
@@ -63,7 +63,7 @@ def _write(data: Tensor, values: Tensor) -> None:
     data.copy_(values)
 
 
-def _owned(state: EngineState, bucket: FlatBucket, shard: Tensor) -> Tensor:
+def _owned(state: EngineState, bucket: HeldBucket, shard: Tensor) -> Tensor:
     """The bucket's owned part (owned numel,) on the engine's device, from every rank's shard."""
     device, numel = bucket.master.device, bucket.master.numel()
     if numel == shard.numel():
@@ -78,7 +78,7 @@ def _apply_optimizer(state: EngineState, match: Match, staged: Staged) -> None:
     labels = [None if kept is None else kept.model_dump_json() for kept in match.states]
     state.optimizer.restart(lambda param: labels[param])
     segments = by_bucket(state.optimizer)
-    for bucket in state.flat.buckets:
+    for bucket in state.flat.trained:
         found = staged.states[bucket.spec.id]
         owned = {key: _owned(state, bucket, shard) for key, shard in found.items()}
         tiles = list(regions(bucket))
@@ -102,7 +102,7 @@ def _give(
     if kept is None:
         return
     optimizer = state.optimizer.optimizer
-    group = optimizer.param_groups[segment.bucket.spec.group]
+    group = optimizer.param_groups[segment.bucket.group]
     values = {
         key: _at_home(key, value, segment.tensor, group)
         for key, value in staged.values[param].items()

@@ -33,7 +33,7 @@ from zerort.checkpoint.state import (
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.device.random import random_states
 from zerort.errors import CheckpointError
-from zerort.memory import FlatBucket
+from zerort.memory import HeldBucket
 from zerort.optim.segments import Region, Segment, regions
 
 __all__ = ["Snapshot", "collect", "merged_states"]
@@ -100,7 +100,7 @@ def merged_states(
 
 def _collect_bucket(
     state: EngineState,
-    bucket: FlatBucket,
+    bucket: HeldBucket,
     segments: Iterable[Segment],
     snapshot: Snapshot,
     *,

@@ -95,7 +95,7 @@ def _stage_weights(
 def _stage_optimizer(
     reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
 ) -> None:
-    for bucket in state.flat.buckets:
+    for bucket in state.flat.trained:
         held = {
             param: kept for param in bucket.spec.params if (kept := match.states[param]) is not None
         }

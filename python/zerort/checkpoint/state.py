@@ -1,10 +1,10 @@
 """What an engine's state is, for saving and loading alike: the parts that hold it, and how they are
 found.
 
-Three kinds. *Planned*: masters and optimizer state, in shards, cut along the plan. *Loose*:
-buffers, and parameters that the optimizer does not hold; every rank has them whole, and rank 0's
-are the ones that count. *Small*: counters, schedules, options, a rank's own random numbers; values
-rather than tensors, encoded into the manifest.
+Three kinds. *Planned*: masters and optimizer state, in shards, cut along the plan; of what no
+optimizer has, the values. *Loose*: buffers, and parameters outside the plan; every rank has them
+whole, and rank 0's are the ones that count. *Small*: counters, schedules, options, a rank's own
+random numbers; values rather than tensors, encoded into the manifest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.memory import FlatBucket, FlatModel
+from zerort.memory import FlatModel, HeldBucket
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer
 from zerort.optim.segments import Segment
@@ -85,7 +85,7 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
     )
 
 
-def own_shard(bucket: FlatBucket, owned: Tensor, rank: int) -> Tensor:
+def own_shard(bucket: HeldBucket, owned: Tensor, rank: int) -> Tensor:
     """This rank's shard of a tensor that lies as the bucket's owned part does."""
     return owned.narrow(0, rank * bucket.spec.shard_numel - bucket.start, bucket.spec.shard_numel)
 

@@ -43,7 +43,12 @@ LATEST_LIMIT = 256
 MANIFEST_LIMIT = 64 << 20
 TAG = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-DTYPES = {"F64": torch.float64, "F32": torch.float32}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 HALF = (torch.float16, torch.bfloat16)
 """What becomes fp32. Anything else, such as the codes of a quantized weight, stays as it is."""
 
@@ -212,7 +217,8 @@ def read_weights(
                 saved = manifest["params"][param]
                 if saved["stored"] and not (exclude_frozen and saved["frozen"]):
                     view = torch.as_strided(flat, saved["shape"], saved["strides"], offset)
-                    weights[saved["name"]] = view.clone(memory_format=torch.contiguous_format)
+                    view = view.clone(memory_format=torch.contiguous_format)
+                    weights[saved["name"]] = view.float() if view.dtype in HALF else view
     show(
         f"{len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} elements\n"
     )
@@ -221,7 +227,9 @@ def read_weights(
 
 
 def read_bucket(files: dict[str, Any], manifest: dict[str, Any], number: int) -> Tensor:
-    """A bucket's masters, put together from the shards of all ranks. What is not stored is zero."""
+    """A bucket's masters, or the values of what had none, out of the shards of all ranks. What is
+    not stored is zero.
+    """
     bucket = manifest["buckets"][number]
     flat = torch.zeros(0)
     for entry in manifest["tensors"]:

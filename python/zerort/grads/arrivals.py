@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zerort import _core
-from zerort.memory import FlatBucket, FlatModel
+from zerort.memory import FlatModel, HeldBucket
 
 __all__ = ["Arrivals"]
 
@@ -84,7 +84,7 @@ class Arrivals:
         pairs = zip(self._flat.params, befores, strict=True)
         return any(_is_new(parameter.grad, before) for parameter, before in pairs)
 
-    def _is_lacking(self, bucket: FlatBucket) -> bool:
+    def _is_lacking(self, bucket: HeldBucket) -> bool:
         if self._before is None:
             return any(
                 parameter.grad is None and parameter.requires_grad for parameter in bucket.params

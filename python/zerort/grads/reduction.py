@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,7 +41,7 @@ class Reduction:
         plan: _core.Plan,
         flat: FlatModel,
         mesh: Mesh,
-        transports: Sequence[Transport],
+        transports: Mapping[int, Transport],
         watch: Watch,
         room: int | None = None,
     ) -> None:
@@ -49,8 +49,8 @@ class Reduction:
         self.passes = 0
         self._flat = flat
         self._comm = mesh.shard
-        self._sources = [transport.source for transport in transports]
-        self._encoders = [transport.encoder for transport in transports]
+        self._sources = [transport.source for transport in transports.values()]
+        self._encoders = [transport.encoder for transport in transports.values()]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
         self.executor = self._executor = Executor(flat, mesh, transports, watch)
@@ -196,7 +196,7 @@ class Reduction:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
         where unknown.
         """
-        found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.buckets)
+        found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.trained)
         return self._executor.nonfinite or next(
             (place for place in found if place is not None), None
         )
@@ -211,6 +211,7 @@ class Reduction:
         """Forgets every gradient that no pass has taken."""
         for source in self._sources:
             source.drop()
+        self._flat.drop_strays()
 
     def reset(self, *, applied: bool = False, growth: float = 1.0) -> None:
         """The window is over: the next pass overwrites the accumulators.

@@ -1,6 +1,6 @@
 """Buckets' memory, of which the module's parameters are views."""
 
-from zerort.memory.buckets import FlatBucket, FlatModel, Layout
+from zerort.memory.buckets import FlatBucket, FlatModel, HeldBucket, Layout
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.unintercepted import undisturbed, unintercepted
@@ -13,6 +13,7 @@ __all__ = [
     "FlatModel",
     "Form",
     "Freeable",
+    "HeldBucket",
     "Layout",
     "Memory",
     "Origin",

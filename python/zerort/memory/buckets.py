@@ -22,7 +22,7 @@ from zerort.memory.registry import LEAVING, Registry
 from zerort.memory.unintercepted import unintercepted
 from zerort.memory.values import Freeable, Memory, Resident
 
-__all__ = ["FlatBucket", "FlatModel", "Layout"]
+__all__ = ["FlatBucket", "FlatModel", "HeldBucket", "Layout"]
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,27 @@ class Layout:
     """Micro-batches are added up on this rank before they are reduced."""
 
 
-class FlatBucket:
-    """One bucket's memory on this rank.
+class HeldBucket:
+    """One bucket's parameters on this rank.
 
-    `values` holds the parameters in their own dtype: whole for good, or, where the plan shards
-    parameters, only between `bring` and `free`. `owned` is what this rank keeps the optimizer's
-    state of: its shard, or the whole where the optimizer is replicated. It is a part of `values`,
-    or, where they are sharded, memory of its own.
-    `master` is the optimizer's copy of `owned` in fp32, the same memory where the parameters are
-    fp32 themselves. `accum` is the reduced gradient of `owned`, and `reduced_shard` the part of it
-    that this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed
-    over micro-batches, where that is the rule and takes a wider dtype than the parameters'
-    (`widens`). It has been sent when the reduced one arrives, so `accum` is a part of the same
-    memory. `is_common` says that all ranks take the same values, so that none have to be sent.
+    `values` holds them in their own dtype: whole for good, or, where the plan shards parameters,
+    only between `bring` and `free`. `owned` is the part of them that this rank keeps: its shard, or
+    the whole where nothing is sharded. It is a part of `values`, or, where they are sharded, memory
+    of its own. `master` is what a checkpoint holds of it: `owned` itself, where no optimizer knows
+    more. `is_common` says that all ranks take the same values, so that none have to be sent.
     """
 
     __slots__ = (
-        "_master",
-        "_noted",
         "_origins",
-        "accum",
         "forms",
         "is_common",
-        "local",
         "master",
         "names",
         "owned",
         "params",
-        "reduced_shard",
         "spec",
-        "squares",
         "start",
         "values",
-        "widens",
     )
 
     def __init__(
@@ -81,7 +69,6 @@ class FlatBucket:
         self.names = [member.name for member in members]
         self.params = [member.tensor for member in members]
         self.forms = [member.form for member in members]
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
         whole = not plan.shards_optimizer
         self.start = 0 if whole else rank * spec.shard_numel
         self.values: Resident | Freeable
@@ -91,33 +78,16 @@ class FlatBucket:
         else:
             self.values = Resident(plan, spec, self.forms, dtype, device)
             self.owned = self.values.memory if whole else self.values.shard(rank)
+        self.master = self.owned.tensor
         self._origins: Sequence[Origin] = [member.origin for member in members]
         self.is_common = all(origin.is_common for origin in self._origins)
         if not spec.sharded and not any(origin.is_common for origin in self._origins):
             self.adopt()  # so that a parameter's own memory goes before the next bucket's comes
-        self.master = self.owned.tensor if dtype == precise else self.owned.tensor.to(precise)
-        sums = layout.sums if precise == torch.float32 else precise
-        self.widens = self.has_master and sums != dtype
-        local = layout.local_sums and self.widens
-        everything = Memory.of_bucket(plan, spec, sums, device) if whole or local else None
-        self.local = everything if local else None
-        self.reduced_shard = (
-            everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, device)
-        )
-        self.accum = everything if everything and whole else self.reduced_shard
-        self.squares: float | Tensor = 0.0
-        self._master = Memory.of(self.master) if self.has_master else None
-        self._noted: Tensor | None = None
 
     @property
     def is_adopted(self) -> bool:
         """Whether the parameters' values have been taken over."""
         return not self._origins
-
-    @property
-    def has_master(self) -> bool:
-        """Whether the optimizer's copy is memory of its own."""
-        return self.master is not self.owned.tensor
 
     def adopt(self) -> None:
         """Takes the parameters' values from where they are, once, and makes the parameters views of
@@ -146,18 +116,15 @@ class FlatBucket:
 
     def keep(self) -> None:
         """The values are what counts: this rank's slice goes into `owned` where that is memory of
-        its own, and into the masters.
+        its own.
         """
-        with torch.no_grad():
-            if isinstance(self.values, Freeable):
+        if isinstance(self.values, Freeable):
+            with torch.no_grad():
                 self.owned.tensor.copy_(self._slice())
-            if self.has_master:
-                self.master.copy_(self.owned.tensor)
-                self._noted = None
 
     def take_part(self) -> None:
         """The values have been written, while they were whole: this rank's slice of them is what
-        counts, and masters keep what they know more of the others.
+        counts.
         """
         if isinstance(self.values, Freeable):
             with torch.no_grad():
@@ -174,8 +141,75 @@ class FlatBucket:
         if isinstance(self.values, Freeable) and self.values.is_aliased:
             self.values.leave(self.params)
 
+    def write_back(self) -> None:
+        """The parameters that this rank owns follow `master`."""
+
+    def take_writes(self) -> None:
+        """`master` follows what has been written into the parameters that this rank owns."""
+
     def _slice(self) -> Tensor:
         return self.values.tensor.narrow(0, self.start, self.spec.shard_numel)
+
+
+class FlatBucket(HeldBucket):
+    """One bucket's memory on this rank, where an optimizer has its parameters.
+
+    `group` is the optimizer's. `owned` is what this rank keeps the optimizer's state of, and
+    `master` the optimizer's copy of it in fp32, the same memory where the parameters are fp32
+    themselves. `accum` is the reduced gradient of `owned`, and `reduced_shard` the part of it that
+    this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed over
+    micro-batches, where that is the rule and takes a wider dtype than the parameters' (`widens`).
+    It has been sent when the reduced one arrives, so `accum` is a part of the same memory.
+    """
+
+    __slots__ = (
+        "_master",
+        "_noted",
+        "accum",
+        "group",
+        "local",
+        "reduced_shard",
+        "squares",
+        "widens",
+    )
+
+    def __init__(
+        self, layout: Layout, spec: _core.Bucket, members: Sequence[PlannedParameter]
+    ) -> None:
+        super().__init__(layout, spec, members)
+        assert spec.group is not None
+        self.group = spec.group
+        plan, rank = layout.plan, layout.rank
+        dtype, device = members[0].tensor.dtype, members[0].tensor.device
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        whole = not plan.shards_optimizer
+        if dtype != precise:
+            self.master = self.owned.tensor.to(precise)
+        sums = layout.sums if precise == torch.float32 else precise
+        self.widens = self.has_master and sums != dtype
+        local = layout.local_sums and self.widens
+        everything = Memory.of_bucket(plan, spec, sums, device) if whole or local else None
+        self.local = everything if local else None
+        self.reduced_shard = (
+            everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, device)
+        )
+        self.accum = everything if everything and whole else self.reduced_shard
+        self.squares: float | Tensor = 0.0
+        self._master = Memory.of(self.master) if self.has_master else None
+        self._noted: Tensor | None = None
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer's copy is memory of its own."""
+        return self.master is not self.owned.tensor
+
+    def keep(self) -> None:
+        """And the masters follow."""
+        super().keep()
+        if self.has_master:
+            with torch.no_grad():
+                self.master.copy_(self.owned.tensor)
+            self._noted = None
 
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""
@@ -237,9 +271,18 @@ class FlatModel:
     ) -> None:
         self.names = [member.name for member in planned]
         self.params = [member.tensor for member in planned]
-        self.buckets = [
-            FlatBucket(layout, spec, [planned[index] for index in spec.params])
+        self.buckets: list[HeldBucket] = [
+            _kind(spec)(layout, spec, [planned[index] for index in spec.params])
             for spec in layout.plan.buckets
+        ]
+        self.trained = [bucket for bucket in self.buckets if isinstance(bucket, FlatBucket)]
+        """Those that an optimizer has."""
+        self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
+        self._held = [
+            (name, parameter)
+            for bucket in self.buckets
+            if not isinstance(bucket, FlatBucket)
+            for name, parameter in zip(bucket.names, bucket.params, strict=True)
         ]
         self._offsets = [
             (bucket_id, param, offset * bucket.owned.tensor.itemsize)
@@ -262,6 +305,14 @@ class FlatModel:
         that nothing would train.
         """
         self._registry.check()
+        unfrozen = next((name for name, held in self._held if held.requires_grad), None)
+        if unfrozen is not None:
+            raise StepError(
+                f"parameter {unfrozen} requires grad now, but at zerort.initialize it was frozen "
+                "and in no group of the optimizer, so that only its values are kept, in shards: "
+                "give it to the optimizer, frozen, before zerort.initialize, and unfreeze it then; "
+                "or freeze it again with requires_grad_(False)"
+            )
         self._locate()
         places = list(map(Tensor.data_ptr, self.params))
         numels = list(map(Tensor.numel, self.params))
@@ -287,12 +338,22 @@ class FlatModel:
         """Brings to the masters what something outside a step has written into parameters, in
         whatever way.
         """
-        for bucket in self.buckets:
+        for bucket in self.trained:
             bucket.take_writes()
+
+    @unintercepted
+    def drop_strays(self) -> None:
+        """Forgets gradients of parameters that no optimizer has."""
+        for _, parameter in self._held:
+            parameter.grad = None
 
     @unintercepted
     def published(self) -> None:
         """Tells autograd that the parameters were written through their flat buffers, which it
         cannot see.
         """
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self._updated)
+
+
+def _kind(spec: _core.Bucket) -> type[HeldBucket]:
+    return HeldBucket if spec.group is None else FlatBucket

@@ -1,18 +1,21 @@
 """Which of a module's parameters are planned, and what the plan knows of each.
 
-What the optimizer holds is planned, trainable or frozen, in every dtype that can be reduced. What
-it does not hold, and frozen parameters of another dtype (quantised ones, masks, complex tables),
-stay as they are: every rank has them whole.
+What the optimizer holds is planned, trainable or frozen, in every dtype that can be reduced. Where
+parameters are sharded, frozen ones that no optimizer holds (the base of a model that trains by its
+adapters) are planned too, in no group: they are *held*. Everything else stays as it is, whole on
+every rank: frozen parameters of another dtype (quantised ones, masks, complex tables), those that
+share their memory or have none of their own, and what requires grad and is in no group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zerort import _core
 from zerort.errors import PlanError
@@ -30,7 +33,7 @@ DTYPES: dict[torch.dtype, _core._Dtype] = {
 """What can be reduced, under the core's names."""
 
 
-Signature = tuple[str, tuple[int, ...], tuple[int, ...], str, int]
+Signature = tuple[str, tuple[int, ...], tuple[int, ...], str, int | None]
 """Name, shape, strides that are not those of the shape, dtype, group."""
 
 
@@ -40,14 +43,15 @@ class PlannedParameter:
 
     name: str
     tensor: nn.Parameter
-    group: int
+    group: int | None
+    """Of the optimizer; None where it is only held."""
     wire: int
     """Number of the format that its gradient is sent in."""
     form: Form
     origin: Origin
     """Where its values are."""
 
-    def spec(self) -> tuple[int, _core._Dtype, int, int]:
+    def spec(self) -> tuple[int, _core._Dtype, int | None, int]:
         """What the core needs to know of it."""
         return self.tensor.numel(), DTYPES[self.tensor.dtype], self.group, self.wire
 
@@ -58,21 +62,27 @@ class PlannedParameter:
 
 
 def plannable(
-    named: Iterable[tuple[str, nn.Parameter]],
+    named: Sequence[tuple[str, nn.Parameter]],
     groups: Mapping[int, int],
     wire_of: Callable[[nn.Parameter], int],
     origin_of: Callable[[nn.Parameter], Origin] = Present,
+    *,
+    holds: bool = False,
 ) -> list[PlannedParameter]:
-    """The parameters of `named` that the optimizer updates, checked; `groups` maps id(parameter) to
-    its group.
+    """The parameters of `named` that the optimizer updates, checked, and where it `holds` the
+    frozen others too; `groups` maps id(parameter) to its group.
 
     Raises `PlanError` naming the parameter that cannot be planned.
     """
     planned = []
+    held = _holdable(named, groups, origin_of) if holds else set()
     for name, parameter in named:
-        if id(parameter) not in groups:
+        if id(parameter) in held:
+            form, origin = Form.of(parameter), origin_of(parameter)
+            planned.append(PlannedParameter(name, parameter, None, 0, form, origin))
+        elif id(parameter) not in groups:
             continue
-        if parameter.dtype in DTYPES:
+        elif parameter.dtype in DTYPES:
             group, wire = groups[id(parameter)], wire_of(parameter)
             form, origin = Form.of(parameter), origin_of(parameter)
             planned.append(PlannedParameter(name, parameter, group, wire, form, origin))
@@ -81,13 +91,43 @@ def plannable(
                 f"parameter {name} has dtype {parameter.dtype}, which cannot be reduced: "
                 f"{_way_out(parameter.dtype)}, or freeze it with requires_grad_(False)"
             )
-    _refuse_overlap(planned)
+    _refuse_overlap([member for member in planned if member.group is not None])
     if not any(member.tensor.requires_grad for member in planned):
         raise PlanError(
             "the model has no parameter that requires grad and belongs to the optimizer: nothing "
             "to train"
         )
     return planned
+
+
+def _holdable(
+    named: Sequence[tuple[str, nn.Parameter]],
+    groups: Mapping[int, int],
+    origin_of: Callable[[nn.Parameter], Origin],
+) -> set[int]:
+    """Ids of the frozen parameters outside `groups` whose values can be moved into a bucket."""
+    frozen = {
+        id(parameter)
+        for _, parameter in named
+        if not parameter.requires_grad and id(parameter) not in groups and parameter.dtype in DTYPES
+    }
+    present = [p for _, p in named if isinstance(origin_of(p), Present)]
+    plain = [p for p in present if _is_plain(p)]
+    spans = sorted((*_span(p), id(p)) for p in plain if p.numel())
+    reached: tuple[int, int] | None = None  # where what lies before ends, and whose that is
+    for start, end, parameter in spans:
+        if reached is not None and start < reached[0]:
+            frozen -= {parameter, reached[1]}
+        reached = max(reached or (end, parameter), (end, parameter))
+    return frozen - ({id(p) for p in present} - {id(p) for p in plain})
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its values are an array in memory of its own, each element once."""
+    if parameter.layout is not torch.strided or is_traceable_wrapper_subclass(parameter):
+        return False
+    start, end = _span(parameter)
+    return not parameter.numel() or end - start >= parameter.numel() * parameter.itemsize
 
 
 def _way_out(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from zerort.memory import FlatBucket, Form, unintercepted
+from zerort.memory import FlatBucket, Form, HeldBucket, unintercepted
 
 __all__ = ["Region", "Run", "Segment", "flat_segments", "regions", "runs", "shaped_segments"]
 
@@ -32,7 +32,7 @@ class Region:
     parameter: nn.Parameter
 
 
-def regions(bucket: FlatBucket) -> Iterator[Region]:
+def regions(bucket: HeldBucket) -> Iterator[Region]:
     """What tiles the bucket's owned part. Empty parameters have no region."""
     end_of_owned = bucket.start + bucket.master.numel()
     spec = bucket.spec

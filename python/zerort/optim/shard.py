@@ -37,7 +37,7 @@ class ShardOptimizer:
 
     def __init__(self, optimizer: Optimizer, flat: FlatModel, abilities: Abilities) -> None:
         self.optimizer = optimizer
-        self._buckets, self._gaps = flat.buckets, abilities.gaps
+        self._buckets, self._gaps = flat.trained, abilities.gaps
         self._whole_tensors = abilities.shards is not None
         # Said by torch of its own classes; a subclass may do without.
         self._scales_itself = (
@@ -143,7 +143,7 @@ class ShardOptimizer:
         for index, group in enumerate(self.optimizer.param_groups):
             # in place: an optimizer may hold the very list
             group["params"][:] = [
-                segment.tensor for segment in self.segments if segment.bucket.spec.group == index
+                segment.tensor for segment in self.segments if segment.bucket.group == index
             ]
         self._given = [
             id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]

@@ -32,7 +32,7 @@ import torch
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
-from zerort.memory import FlatBucket, FlatModel
+from zerort.memory import FlatBucket, FlatModel, HeldBucket
 from zerort.mesh import Mesh, Work
 from zerort.run.actions import Action, Actions
 from zerort.run.actions import Verb as Kind
@@ -66,7 +66,7 @@ class Executor:
     """A second cursor into the schedule: what has run, behind what is allowed to."""
 
     def __init__(
-        self, flat: FlatModel, mesh: Mesh, transports: Sequence[Transport], watch: Watch
+        self, flat: FlatModel, mesh: Mesh, transports: Mapping[int, Transport], watch: Watch
     ) -> None:
         self.device = device_for(mesh.device)
         self.streams = self.device.streams()
@@ -76,6 +76,7 @@ class Executor:
         waiting does not block it.
         """
         self._flat = flat
+        self._trained = {bucket.spec.id: bucket for bucket in flat.trained}
         self._mesh = mesh
         self._comm = mesh.shard
         self._transports = transports
@@ -106,7 +107,7 @@ class Executor:
             + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
             publish=[
                 (bucket, self._publish_hops(bucket))
-                for bucket in self._flat.buckets
+                for bucket in self._flat.trained
                 if bucket.spec.publish_hops
             ],
             units=units or self._units(plan),
@@ -120,10 +121,10 @@ class Executor:
         flights: dict[int, Inflight] = {}
         for position in range(plan.window):
             users = order[position :: plan.window]
-            sizes = [(self._flat.buckets[b], self._transports[b].wire) for b in users]
+            sizes = [(self._trained[b], self._transports[b].wire) for b in users]
             lane = lane_for(sizes, self._comm, self.streams.lane())
             for b in users:
-                flights[b] = self._flight(self._flat.buckets[b], self._transports[b], lane)
+                flights[b] = self._flight(self._trained[b], self._transports[b], lane)
             for last, b in zip(users[-1:] + users, users, strict=False):
                 flights[b].before = flights[last] if lane.shared else None
         return flights
@@ -226,7 +227,7 @@ class Executor:
         """A micro-batch that is not reduced is over: its gradients go where they wait."""
         self.drain()  # a pass may still be sending from there
         with self.streams.packing(None):
-            for transport in self._transports:
+            for transport in self._transports.values():
                 transport.source.collect()
         self.streams.packed()
 
@@ -452,6 +453,6 @@ def _silent(subject: Any) -> None:
     """Nothing is reported."""
 
 
-def _contents(bucket: FlatBucket) -> str:
+def _contents(bucket: HeldBucket) -> str:
     first, last = bucket.names[0], bucket.names[-1]
     return f"bucket {bucket.spec.id} ({first if first == last else f'{first} .. {last}'})"

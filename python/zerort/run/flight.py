@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zerort.device import Lane
-from zerort.memory import FlatBucket, Memory
+from zerort.memory import FlatBucket, HeldBucket, Memory
 from zerort.mesh import Comm, Work
 from zerort.wire import Buffers, Encoder, WireFormat
 
@@ -105,7 +105,7 @@ class Flight:
 
     __slots__ = ("bucket", "hops", "state")
 
-    def __init__(self, bucket: FlatBucket, hops: Sequence[Hop]) -> None:
+    def __init__(self, bucket: HeldBucket, hops: Sequence[Hop]) -> None:
         self.bucket = bucket
         self.hops = hops
         self.state = FIRST if hops else OVER

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from zerort import _core
-from zerort.memory import FlatBucket, unintercepted
+from zerort.memory import HeldBucket, unintercepted
 from zerort.mesh import Comm
 from zerort.run.flight import OVER, Flight
 from zerort.run.hops import GatherValues
@@ -35,7 +35,7 @@ class UnitFlight:
         "unit",
     )
 
-    def __init__(self, unit: _core.Unit, buckets: Sequence[FlatBucket], comm: Comm) -> None:
+    def __init__(self, unit: _core.Unit, buckets: Sequence[HeldBucket], comm: Comm) -> None:
         self.unit = unit
         self.buckets = buckets
         first, last = buckets[0].names[0], buckets[-1].names[-1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zerort.memory import FlatBucket
+from zerort.memory import FlatBucket, HeldBucket
 from zerort.mesh import Comm, Work
 from zerort.run import nonfinite
 from zerort.run.flight import Hop, Transport
@@ -118,10 +118,10 @@ class GatherSums(OfGradient):
 
 @dataclass(frozen=True)
 class GatherValues:
-    """From each rank's updated parameters to all of them on every rank."""
+    """From each rank's part of the parameters to all of them on every rank."""
 
     comm: Comm
-    bucket: FlatBucket
+    bucket: HeldBucket
 
     name = "all_gather"
 

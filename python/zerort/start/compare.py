@@ -120,7 +120,8 @@ def compare_loose(control: Control, tensors: Sequence[tuple[str, Tensor]]) -> No
 def _described(signature: Signature) -> str:
     name, shape, order, dtype, group = signature
     strides = f"strides {list(order)} " if order else ""
-    return f"{name} {list(shape)} {strides}{dtype.removeprefix('torch.')} (group {group})"
+    of = "in no group" if group is None else f"group {group}"
+    return f"{name} {list(shape)} {strides}{dtype.removeprefix('torch.')} ({of})"
 
 
 def _numbers(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from zerort.params.pins import Pins
 from zerort.params.roll import RollCall
 from zerort.params.uses import Uses
 
-__all__ = ["passes_over", "room_for", "units_of"]
+__all__ = ["in_units", "passes_over", "room_for"]
 
 _log = logging.getLogger("zerort")
 
@@ -31,17 +31,26 @@ _LEAST_ROOM = 50_000_000
 _MOST_STOPS_AHEAD = 8
 
 
-def units_of(
+def in_units(
     settings: Config, model: nn.Module, planned: Sequence[PlannedParameter]
-) -> list[int | None] | None:
-    """The unit of each planned parameter, None for one that stays whole; None below stage 3."""
+) -> tuple[Sequence[PlannedParameter], list[int | None] | None]:
+    """What is planned, and the unit of each, None for one that stays whole; no units below stage 3.
+
+    What no optimizer has and stays whole needs no plan: it is left out.
+    """
     if not settings.zero_optimization.shards_parameters:
-        return None
+        return planned, None
     index = {id(member.tensor): i for i, member in enumerate(planned)}
     numels = [member.tensor.numel() for member in planned]
     for persistent in _persistent(settings, numels):
         numels[persistent] = -1
-    return _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned))
+    units = _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned))
+    kept = [
+        (member, unit)
+        for member, unit in zip(planned, units, strict=True)
+        if member.group is not None or unit is not None
+    ]
+    return [member for member, _ in kept], [unit for _, unit in kept]
 
 
 def room_for(settings: Config, plan: _core.Plan, names: Sequence[str] | None) -> Room:

@@ -244,7 +244,7 @@ class Boundary:
             with self.sink.range("optimizer"):
                 self.flat.take_writes()
                 self.optimizer.step(factor)
-                for bucket in self.flat.buckets:
+                for bucket in self.flat.trained:
                     bucket.write_back()
         except BaseException as error:
             self.half_updated = (

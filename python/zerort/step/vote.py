@@ -61,7 +61,7 @@ def vote(mesh: Mesh, flat: FlatModel, ballot: Ballot) -> Verdict:
     hold one shard the first brings them.
     """
     high, low = divmod(ballot.fingerprint, _HALF)
-    row = [_total([bucket.squares for bucket in flat.buckets]) if mesh.counts() else 0.0]
+    row = [_total([bucket.squares for bucket in flat.trained]) if mesh.counts() else 0.0]
     row += [float(ballot.unreduced), float(ballot.poisoned), float(high), float(low)]
     rows = torch.zeros(mesh.world, len(row), dtype=torch.float64)
     rows[mesh.rank] = torch.tensor(row, dtype=torch.float64)

@@ -135,7 +135,7 @@ class Owner:
         self._consensus = Consensus(parts.mesh.control, StepError)
         self._places = {
             id(parameter): (bucket, index)
-            for bucket in self._flat.buckets
+            for bucket in self._flat.trained
             for index, parameter in enumerate(bucket.params)
         }
         _owners.update(dict.fromkeys(self._places, self))

@@ -1,12 +1,13 @@
 """How much memory a model's states take, before anything is started. Mirrors deepspeed's
 estimate_zero2_* and estimate_zero3_*, with what zerort really allocates.
 
-Counted are parameters, gradient sums, masters and Adam's two moments, for N ranks and P parameters:
+Counted are parameters, gradient sums, masters and Adam's two moments, for N ranks, P parameters
+that train and F frozen ones, which the optimizer does not have:
 
 ```text
-           stage 2             stage 3
-bf16       2P + 16P/N          18P/N + 2 x room
-fp32       4P + 12P/N          16P/N + 4 x room
+           stage 2                 stage 3
+bf16       2(P + F) + 16P/N        (18P + 2F)/N + 2 x room
+fp32       4(P + F) + 12P/N        (16P + 4F)/N + 4 x room
 ```
 
 *Room* is what may be whole at once, by default three of the largest unit (or 5e7 elements, where
@@ -14,6 +15,8 @@ the model has as many). Not counted are activations, `.grad` until it leaves, an
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import nn
 
@@ -30,13 +33,18 @@ _STATE = {"bf16": (2, 16), "fp32": (4, 12)}
 """Bytes of a parameter, and of what there is of it beside."""
 
 
-def rank_bytes(stage: int, dtype: str, total: int, largest: int, ranks: int) -> int:
-    """Bytes of one rank's states: `total` parameters, `largest` of them in one layer."""
+def rank_bytes(
+    stage: int, dtype: str, total: int, largest: int, ranks: int, frozen: int = 0
+) -> int:
+    """Bytes of one rank's states: `total` parameters, `largest` of them in one layer, `frozen` of
+    them outside the optimizer.
+    """
     item, beside = _STATE[dtype]
+    state = beside * (total - frozen)
     if stage < 3:
-        return item * total + beside * total // ranks
+        return item * total + state // ranks
     room = min(total, max(3 * largest, _ROOM))
-    return (item + beside) * total // ranks + item * room
+    return (item * total + state) // ranks + item * room
 
 
 def estimate_zero2_model_states_mem_needs_all_live(
@@ -48,7 +56,7 @@ def estimate_zero2_model_states_mem_needs_all_live(
     """Prints what a model's states take at stage 2 on one rank, and what its construction takes on
     one host, times `additional_buffer_factor`.
     """
-    _print(2, *_counted(model), num_gpus_per_node, num_nodes, additional_buffer_factor)
+    _print(2, _counted(model), num_gpus_per_node, num_nodes, additional_buffer_factor)
 
 
 def estimate_zero2_model_states_mem_needs_all_cold(
@@ -58,7 +66,8 @@ def estimate_zero2_model_states_mem_needs_all_cold(
     additional_buffer_factor: float = 1.5,
 ) -> None:
     """The same by the number of parameters."""
-    _print(2, total_params, 0, num_gpus_per_node, num_nodes, additional_buffer_factor)
+    counted = Counted(total_params, 0)
+    _print(2, counted, num_gpus_per_node, num_nodes, additional_buffer_factor)
 
 
 def estimate_zero3_model_states_mem_needs_all_live(
@@ -70,7 +79,7 @@ def estimate_zero3_model_states_mem_needs_all_live(
     """Prints what a model's states take at stage 3 on one rank, and what its construction takes on
     one host, within zero.Init and without, times `additional_buffer_factor`.
     """
-    _print(3, *_counted(model), num_gpus_per_node, num_nodes, additional_buffer_factor)
+    _print(3, _counted(model), num_gpus_per_node, num_nodes, additional_buffer_factor)
 
 
 def estimate_zero3_model_states_mem_needs_all_cold(
@@ -81,33 +90,39 @@ def estimate_zero3_model_states_mem_needs_all_cold(
     additional_buffer_factor: float = 1.5,
 ) -> None:
     """The same by the number of parameters of the model, and of its largest layer."""
-    _print(
-        3,
-        total_params,
-        largest_layer_params,
-        num_gpus_per_node,
-        num_nodes,
-        additional_buffer_factor,
-    )
+    counted = Counted(total_params, largest_layer_params)
+    _print(3, counted, num_gpus_per_node, num_nodes, additional_buffer_factor)
 
 
-def _counted(model: nn.Module) -> tuple[int, int]:
-    """Parameters of the model, and of the module that has the most itself."""
+class Counted(NamedTuple):
+    """Parameters of a model."""
+
+    total: int
+    largest: int
+    """Of the module that has the most itself."""
+    frozen: int = 0
+
+
+def _counted(model: nn.Module) -> Counted:
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    return sum(p.numel() for p in model.parameters()), max(own, default=0)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return Counted(sum(p.numel() for p in model.parameters()), max(own, default=0), frozen)
 
 
-def _print(stage: int, total: int, largest: int, per_node: int, nodes: int, factor: float) -> None:
+def _print(stage: int, counted: Counted, per_node: int, nodes: int, factor: float) -> None:
+    total, largest, frozen = counted
+    model = [f"{total / 1e6:.0f}M parameters"]
+    model += [f"{frozen / 1e6:.0f}M frozen, outside the optimizer"] if frozen else []
+    model += [f"{largest / 1e6:.0f}M in its largest layer"] if stage == 3 else []
     lines = [
         f"Estimated memory for parameters, gradients and Adam's states at stage {stage}, for "
         f"{nodes} node{'s' if nodes > 1 else ''} of {per_node} rank{'s' if per_node > 1 else ''}.",
-        f"Model: {total / 1e6:.0f}M parameters"
-        + (f", {largest / 1e6:.0f}M in its largest layer." if stage == 3 else "."),
+        f"Model: {', '.join(model)}.",
         " building, per host | training, per rank | options",
     ]
     ranks = nodes * per_node
     for dtype in _STATE:
-        rank = rank_bytes(stage, dtype, total, largest, ranks)
+        rank = rank_bytes(stage, dtype, total, largest, ranks, frozen)
         for sharded in (True, False) if stage == 3 else (False,):
             whole = 4 * (total // ranks + largest if sharded else total)
             host = whole * per_node * factor

@@ -18,6 +18,26 @@ def test_states_take_what_the_formula_says(stage: int, dtype: str, want: float) 
     assert rank_bytes(stage, dtype, 10**9, 2 * 10**7, 4) == want * 10**9 + room
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "want"),
+    [(2, "bf16", 2 + 8 / 4), (2, "fp32", 4 + 6 / 4), (3, "bf16", 10 / 4), (3, "fp32", 10 / 4)],
+)
+def test_frozen_parameters_cost_their_values_alone(stage: int, dtype: str, want: float) -> None:
+    room = {2: 0, 3: 6e7}[stage] * (2 if dtype == "bf16" else 4)
+    assert rank_bytes(stage, dtype, 10**9, 2 * 10**7, 4, 5 * 10**8) == want * 10**9 + room
+
+
+def test_a_model_s_frozen_parameters_are_counted_as_such(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = nn.Sequential(nn.Linear(9000, 9000).requires_grad_(False), nn.Linear(9000, 1000))
+    zero.estimate_zero3_model_states_mem_needs_all_live(model, num_gpus_per_node=2)
+    frozen = capsys.readouterr().out
+    assert "90M parameters, 81M frozen, outside the optimizer, 81M in its largest layer." in frozen
+    zero.estimate_zero3_model_states_mem_needs_all_live(model.requires_grad_(True), 2)
+    assert frozen != capsys.readouterr().out
+
+
 def test_tables_name_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
     zero.estimate_zero3_model_states_mem_needs_all_live(model, num_gpus_per_node=2)
