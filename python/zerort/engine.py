@@ -2,31 +2,31 @@
 
 A facade, flat and thin: what a call means stands here, how it is done stands in `step.transaction`
 (a micro-batch, whose backward it is, what happens when it fails), `step.boundary` (the vote and the
-update), `step.progress` (what follows it) and `checkpoint` (what is kept on disk).
+update), `step.progress` (what follows it) and `checkpoint.calls` (what is saved and loaded).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from zerort.checkpoint.calls import Saving
 from zerort.checkpoint.checkpoints import Checkpoints, SavePolicy
-from zerort.checkpoint.match import LoadOptions
-from zerort.checkpoint.record import LoadRecord
-from zerort.checkpoint.save import SaveOptions
 from zerort.checkpoint.state import EngineState
 from zerort.errors import ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
+from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.events import Events
+from zerort.step.getters import Getters
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
@@ -48,13 +48,8 @@ runs. The result is the same to the bit. Compiled block by block, each block's g
 its backward is over.
 """
 
-NOT_GATHERED = (
-    "%s is not written, because at stage 3 the weights are in parts: configure "
-    '"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": true}'
-)
 
-
-class Engine(Readings, FeatureReadings, nn.Module):
+class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
     """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
     `module.*`; unknown attributes are looked up there.
     """
@@ -224,121 +219,38 @@ class Engine(Readings, FeatureReadings, nn.Module):
             self._give_back()
             self._parts.mesh.close()
 
-    # Saving and loading.
+    # Data.
 
-    def save_checkpoint(
+    def deepspeed_io(
         self,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-        *,
-        overwrite: bool | None = None,
-        keep_last: int | None = None,
-    ) -> bool:
-        """Writes all state to `save_dir`/`tag` (default `global_step{N}`). All ranks call it;
-        returns True.
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> TrainingLoader | DataLoader[Any]:
+        """A loader over `dataset`, of which each rank sees its own part, in batches of `batch_size`
+        (the micro-batch when left out). By the route "eval" or "predict" its order is the
+        dataset's.
 
-        When it returns, the checkpoint is complete on every rank and survives a power loss.
-        `client_state` (rank 0's is kept) holds JSON values, tuples, integer keys and tensors. An
-        existing tag is replaced with `overwrite`, and only the newest `keep_last` stay; both
-        default to the configuration. Gradients are not part of it: save after a step. Raises the
-        same `CheckpointError` on all ranks, and then what was there before is untouched.
+        With a `data_sampler` it is torch's DataLoader over it, and who sees what is the sampler's
+        affair. Checkpoints hold no place in it. Raises `ConfigError` for what is no dataset.
         """
-        self._transaction.pause("save_checkpoint()")
-        policy = self._parts.config.zerort.checkpoint
-        options = SaveOptions(
-            save_latest,
-            policy.overwrite if overwrite is None else overwrite,
-            policy.keep_last if keep_last is None else keep_last,
+        request = Request(
+            dataset,
+            self.train_micro_batch_size_per_gpu() if batch_size is None else batch_size,
+            route,
+            pin_memory,
+            data_sampler,
+            collate_fn or self._parts.collate_fn,
+            num_local_io_workers,
         )
-        return self._checkpoints.save(
-            save_dir, tag, client_state or {}, options, exclude_frozen=exclude_frozen_parameters
-        )
+        return further_loader(request, self._parts.mesh.job, self._parts.config)
 
-    def load_checkpoint(
-        self,
-        load_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., Any] | None = None,
-        *,
-        fallback: bool = False,
-    ) -> tuple[str | None, Any]:
-        """Continues from `load_dir`/`tag`, by default what `latest` names there. All ranks call it.
-
-        Any number of ranks, stage and bucket size may have saved it. Every byte is verified before
-        the engine changes; with `fallback` a damaged checkpoint is replaced by the newest that
-        verifies. Names are matched wherever they are held, in the optimizer or not. What is not
-        taken is logged, and stands in `last_load`: random number generators fit the same number of
-        ranks alone. Returns the path and the client state, or (None, {}) with a warning when there
-        is no `latest`. Raises the same `CheckpointError` on all ranks, and then the engine is as it
-        was, whichever object raised.
-        """
-        self._transaction.pause("load_checkpoint()")
-        options = LoadOptions(
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            weights=custom_load_fn is None,
-        )
-        loaded = self._checkpoints.load(load_dir, tag, options, custom_load_fn, fallback=fallback)
-        if loaded[0] is not None:
-            self._transaction.restart()
-        return loaded
-
-    @property
-    def last_load(self) -> LoadRecord | None:
-        """What the last `load_checkpoint` did: which names kept their values, what was not taken;
-        None before the first.
-        """
-        return self._checkpoints.last_load
-
-    def save_16bit_model(
-        self,
-        save_dir: str | os.PathLike[str],
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Writes the module's weights, in the dtype it computes with, into one file. All ranks call
-        it; returns True.
-
-        A name ending in `.safetensors` gives that format, any other one that
-        `torch.load(weights_only=True)` reads. At stage 3 the weights come to rank 0's host a unit
-        at a time, if `stage3_gather_16bit_weights_on_model_save` says so; if not, nothing is
-        written, and it returns False. Raises the same `CheckpointError` on all ranks.
-        """
-        zero = self._parts.config.zero_optimization
-        if zero.shards_parameters and not zero.gathers_weights:
-            if self._parts.mesh.rank == 0:
-                _log.warning(NOT_GATHERED, os.path.join(save_dir, save_filename))
-            return False
-        self._transaction.pause("save_16bit_model()")
-        return self._checkpoints.save_weights(
-            save_dir, save_filename, exclude_frozen=exclude_frozen_parameters
-        )
-
-    def _zero3_consolidated_16bit_state_dict(
-        self, exclude_frozen_parameters: bool = False
-    ) -> dict[str, Tensor] | None:
-        """Stage 3: the module's weights on rank 0's host, in the dtype it computes with, brought
-        there a unit at a time; None on the other ranks. All ranks call it.
-
-        Copies; tied weights are one tensor. Raises `ConfigError` below stage 3.
-        """
-        if not self._parts.config.zero_optimization.shards_parameters:
-            raise ConfigError(
-                "_zero3_consolidated_16bit_state_dict() is of stage 3: below it "
-                "engine.module.state_dict() is whole on every rank"
-            )
-        self._transaction.pause("save_16bit_model()")
-        found = self._checkpoints.consolidated(exclude_frozen=exclude_frozen_parameters)
-        return found if self._parts.mesh.rank == 0 else None
+    def empty_partition_cache(self) -> None:
+        """Nothing: at stage 3 no parameter is kept whole behind a step, below it all are."""
 
     # As an object.
 

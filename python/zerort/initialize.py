@@ -134,6 +134,7 @@ class Setup:
     plan: _core.Plan
     sink: TraceSink
     loader: TrainingLoader | None
+    collate_fn: Callable[[Any], Any] | None
     scheduler: Any
     abilities: Abilities
     """What the optimizer can be given."""
@@ -196,6 +197,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         plan,
         sink,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
+        collate_fn=given.collate_fn,
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
         abilities=abilities,
     )
@@ -274,6 +276,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         setup.scheduler,
         sink,
         setup.loader,
+        setup.collate_fn,
         passes,
     )
     return Engine(setup.model, parts)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -30,7 +31,14 @@ from zerort.config.model import Loader
 from zerort.errors import CheckpointError, ConfigError, StepError
 from zerort.mesh import Comm
 
-__all__ = ["EpochOrder", "LoaderState", "TrainingLoader", "open_loader"]
+__all__ = [
+    "EpochOrder",
+    "LoaderState",
+    "Request",
+    "TrainingLoader",
+    "further_loader",
+    "open_loader",
+]
 
 _log = logging.getLogger("zerort")
 
@@ -50,8 +58,11 @@ class LoaderState(TypedDict):
 class EpochOrder(Sampler[int]):
     """One rank's samples of an epoch, from `start` samples (over all ranks) on."""
 
-    def __init__(self, length: int, rank: int, world: int, *, drop_last: bool) -> None:
+    def __init__(
+        self, length: int, rank: int, world: int, *, drop_last: bool, shuffle: bool = True
+    ) -> None:
         self.length, self.rank, self.world, self.drop_last = length, rank, world, drop_last
+        self.shuffle = shuffle
         self.epoch = 0
         self.start = 0
 
@@ -67,9 +78,11 @@ class EpochOrder(Sampler[int]):
         share = self.share(self.start)
         if not share:
             return iter(())
+        places = (self.start + self.rank + self.world * torch.arange(share)) % self.length
+        if not self.shuffle:
+            return iter(places.tolist())
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.epoch))
-        places = self.start + self.rank + self.world * torch.arange(share)
-        return iter(order[places % self.length].tolist())
+        return iter(order[places].tolist())
 
 
 class TrainingLoader:
@@ -87,12 +100,13 @@ class TrainingLoader:
         settings: Loader,
         *,
         drop_last: bool = False,
+        shuffle: bool = True,
         collate_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         self.epoch = 0
         self.samples = 0
         self._micro, self._rank, self._world = micro_batch, comm.rank, comm.world
-        self._order = _order_of(dataset, comm, drop_last=drop_last)
+        self._order = _order_of(dataset, comm, drop_last=drop_last, shuffle=shuffle)
         self._running: object | None = None
         """The iteration that has given batches and has not come to its end."""
         self._seed = torch.Generator()
@@ -193,6 +207,7 @@ def open_loader(
     """
     if dataset is None:
         return None
+    _refuse_other("initialize(training_data=...)", dataset)
     loader = TrainingLoader(
         dataset,
         batch.micro,
@@ -210,15 +225,77 @@ def open_loader(
     return loader
 
 
-def _order_of(dataset: Any, comm: Comm, *, drop_last: bool) -> EpochOrder | None:
+@dataclass(frozen=True)
+class Request:
+    """What `Engine.deepspeed_io` was asked for, as DeepSpeed names it."""
+
+    dataset: Any
+    batch_size: int
+    route: str
+    pin_memory: bool
+    data_sampler: Any
+    collate_fn: Callable[[Any], Any] | None
+    workers: int | None
+
+
+ROUTES = ("train", "eval", "predict")
+"""Only the first is shuffled."""
+
+
+def further_loader(
+    request: Request, comm: Comm, settings: Config
+) -> TrainingLoader | DataLoader[Any]:
+    """A loader beside the one of `initialize`. Raises `ConfigError` for what is no dataset, and for
+    a route that is none.
+    """
+    if request.route not in ROUTES:
+        raise ConfigError(
+            f"deepspeed_io(route={request.route!r}): expected one of {', '.join(ROUTES)}"
+        )
+    _refuse_other("deepspeed_io(...)", request.dataset)
+    usual = settings.zerort.loader
+    wanted = Loader(
+        workers=usual.workers if request.workers is None else request.workers,
+        persistent_workers=usual.persistent_workers,
+        pin_memory=request.pin_memory and usual.pin_memory,
+    )
+    if request.data_sampler is not None:
+        return DataLoader(
+            request.dataset,
+            batch_size=request.batch_size,
+            sampler=request.data_sampler,
+            collate_fn=request.collate_fn,
+            drop_last=settings.dataloader_drop_last,
+            num_workers=wanted.workers,
+            persistent_workers=wanted.persistent_workers and wanted.workers > 0,
+            pin_memory=wanted.pin_memory and comm.device.type != "cpu",
+        )
+    return TrainingLoader(
+        request.dataset,
+        request.batch_size,
+        comm,
+        wanted,
+        drop_last=settings.dataloader_drop_last,
+        shuffle=request.route == "train",
+        collate_fn=request.collate_fn,
+    )
+
+
+def _order_of(dataset: Any, comm: Comm, *, drop_last: bool, shuffle: bool) -> EpochOrder | None:
     if isinstance(dataset, IterableDataset):
         return None
+    return EpochOrder(len(dataset), comm.rank, comm.world, drop_last=drop_last, shuffle=shuffle)
+
+
+def _refuse_other(call: str, dataset: Any) -> None:
+    """Raises `ConfigError` for what is no dataset."""
+    if isinstance(dataset, IterableDataset):
+        return
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigError(
-            "initialize(training_data=...): expected a dataset with __len__ and __getitem__, or "
-            f"an IterableDataset, got {type(dataset).__name__}"
+            f"{call}: expected a dataset with __len__ and __getitem__, or an IterableDataset, got "
+            f"{type(dataset).__name__}"
         )
-    return EpochOrder(len(dataset), comm.rank, comm.world, drop_last=drop_last)
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:

@@ -4,7 +4,8 @@ nothing is kept here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,8 @@ class Components:
     sink: TraceSink
     loader: Any = None
     """The training loader that `initialize` made, or None."""
+    collate_fn: Callable[[Any], Any] | None = None
+    """What `initialize` was given to make batches of samples."""
     passes: Passes | Resident = field(default_factory=Resident)
     """What gathers sharded parameters."""
 
@@ -60,6 +63,11 @@ class Readings:
         return self._parts.scheduler
 
     @property
+    def training_dataloader(self) -> Any:
+        """The loader that `initialize` made of training_data, or None."""
+        return self._parts.loader
+
+    @property
     def config(self) -> Config:
         """The configuration, typed."""
         return self._parts.config
@@ -68,6 +76,41 @@ class Readings:
     def device(self) -> torch.device:
         """Where the module lives."""
         return self._parts.mesh.device
+
+    # Places.
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number on its host: torchrun's `LOCAL_RANK`, else its device's index, else
+        0.
+        """
+        return int(os.environ.get("LOCAL_RANK") or self.device.index or 0)
+
+    @property
+    def global_rank(self) -> int:
+        """This rank's number in the job."""
+        return self._parts.mesh.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self._parts.mesh.world
+
+    @property
+    def dp_world_size(self) -> int:
+        """Ranks that read different data: all of them."""
+        return self._parts.mesh.world
+
+    @property
+    def mp_world_size(self) -> int:
+        """Ranks that a layer is cut over: 1."""
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's number among those that read different data."""
+        return self._parts.mesh.rank
+
+    # Counters and numbers of the run.
 
     @property
     def loss_scale(self) -> float:
@@ -112,10 +155,6 @@ class Readings:
         """Momentum, or betas, of each parameter group."""
         return [momentum(group) for group in self.optimizer.param_groups]
 
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whether `save_16bit_model` writes the weights at stage 3."""
-        return self.config.zero_optimization.gathers_weights
-
     @property
     def exposed_communication(self) -> float:
         """Seconds that the host stood still for collectives between the last two steps.
@@ -140,6 +179,11 @@ class Readings:
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
         return self._batch.accumulation
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """The three above, in this order."""
+        batch = self._batch
+        return batch.train, batch.micro, batch.accumulation
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last of its accumulation window."""

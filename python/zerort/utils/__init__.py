@@ -1,4 +1,6 @@
-"""DeepSpeed's helpers: parameters, gradients and optimizer state by parameter, and leaf modules."""
+"""DeepSpeed's helpers: parameters, gradients and optimizer state by parameter, leaf modules, and a
+loader that repeats.
+"""
 
 from zerort.params.leaves import (
     get_z3_leaf_modules,
@@ -26,8 +28,10 @@ from zerort.utils.local import (
     safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
+from zerort.utils.repeating import RepeatingLoader
 
 __all__ = [
+    "RepeatingLoader",
     "get_z3_leaf_modules",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",

@@ -1,0 +1,129 @@
+"""DeepSpeed's getters of the configuration, one line each: every one returns what one key says.
+
+A table of methods. What is read of a run, rather than of its configuration, is in `readings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from zerort.config import Config
+
+__all__ = ["Getters"]
+
+T = TypeVar("T")
+
+
+def _key(text: str, read: Callable[[Config], T]) -> Callable[[Any], T]:
+    """A method that reads the configuration; `text` documents it."""
+
+    def get(self: Any) -> T:
+        return read(self.config)
+
+    get.__doc__ = text
+    return get
+
+
+class Getters:
+    """Mixed into the engine, whose `config` and `optimizer` they read."""
+
+    # Placement.
+
+    zero_optimization = _key(
+        "Whether anything is sharded: the stage is not 0.",
+        lambda c: c.zero_optimization.stage > 0,
+    )
+    zero_optimization_stage = _key("The ZeRO stage.", lambda c: c.zero_optimization.stage)
+    zero_optimization_partition_gradients = _key(
+        "Whether gradients are sharded: from stage 2 on.",
+        lambda c: c.zero_optimization.stage >= 2,
+    )
+    zero_optimization_partition_weights = _key(
+        "Whether parameters are sharded: at stage 3.",
+        lambda c: c.zero_optimization.shards_parameters,
+    )
+    zero_gather_16bit_weights_on_model_save = _key(
+        "Whether `save_16bit_model` writes the weights at stage 3.",
+        lambda c: c.zero_optimization.gathers_weights,
+    )
+
+    # Gradients.
+
+    gradient_clipping = _key(
+        "The largest norm of the averaged gradient; 0 where nothing is clipped.",
+        lambda c: c.gradient_clipping,
+    )
+    postscale_gradients = _key(
+        "Whether gradients are divided behind the sum over ranks alone.",
+        lambda c: not c.prescale_gradients,
+    )
+    gradient_predivide_factor = _key(
+        "The part of the division that comes before the sum.",
+        lambda c: c.gradient_predivide_factor,
+    )
+
+    # Precision.
+
+    fp16_enabled = _key("Whether parameters are fp16.", lambda c: c.fp16.enabled)
+    bfloat16_enabled = _key("Whether parameters are bf16.", lambda c: c.bf16.enabled)
+    fp16_auto_cast = _key("Whether inputs are cast to fp16.", lambda c: c.fp16.auto_cast)
+    torch_autocast_enabled = _key(
+        "Whether the forward runs under torch.autocast.", lambda c: c.torch_autocast.enabled
+    )
+    dynamic_loss_scale = _key(
+        "Whether the key `fp16.loss_scale` asks for a scale that moves.", lambda c: c.fp16.dynamic
+    )
+    initial_dynamic_scale = _key(
+        "The scale that a dynamic one begins with.", lambda c: 2.0**c.fp16.initial_scale_power
+    )
+
+    # Optimizer and schedule.
+
+    def optimizer_name(self: Any) -> str:
+        """The configured name; the class of the optimizer where none is configured."""
+        chosen = self.config.optimizer
+        return type(self.optimizer).__name__ if chosen is None else chosen.type
+
+    optimizer_params = _key(
+        "Arguments of the configured optimizer; None where none is configured.",
+        lambda c: None if c.optimizer is None else dict(c.optimizer.params),
+    )
+    scheduler_name = _key(
+        "The configured schedule's name; None where none is configured.",
+        lambda c: None if c.scheduler is None else c.scheduler.type,
+    )
+    scheduler_params = _key(
+        "Arguments of the configured schedule; None where none is configured.",
+        lambda c: None if c.scheduler is None else dict(c.scheduler.params),
+    )
+
+    # What is printed, and features.
+
+    steps_per_print = _key(
+        "Steps between lines of progress; None for never.", lambda c: c.steps_per_print
+    )
+    wall_clock_breakdown = _key(
+        "Whether times are taken and logged.", lambda c: c.wall_clock_breakdown
+    )
+    dump_state = _key("Whether the configuration is logged at the start.", lambda c: c.dump_state)
+    memory_breakdown = _key("False: memory use is not printed.", lambda c: False)
+    pld_enabled = _key(
+        "Whether progressive layer drop is on.", lambda c: c.progressive_layer_drop.enabled
+    )
+    pld_theta = _key(
+        "What the share of layers kept falls to.", lambda c: c.progressive_layer_drop.theta
+    )
+    pld_gamma = _key("How fast it falls.", lambda c: c.progressive_layer_drop.gamma)
+    pld_params = _key(
+        "Both, by name; False where it is off.",
+        lambda c: (
+            c.progressive_layer_drop.enabled
+            and {"theta": c.progressive_layer_drop.theta, "gamma": c.progressive_layer_drop.gamma}
+        ),
+    )
+
+
+for _name, _getter in vars(Getters).items():
+    if callable(_getter) and not _name.startswith("_"):
+        _getter.__name__, _getter.__qualname__ = _name, f"{Getters.__name__}.{_name}"
