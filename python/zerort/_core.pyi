@@ -388,6 +388,8 @@ class Gatherer:
         """The command of the list that is next, with its place and number; None without a list, and
         behind it.
         """
+    def holds(self, unit: int) -> bool:
+        """Whether a unit may still be read: a use of it is open, or this backward has needed it."""
     def state(self, unit: int) -> Literal["sharded", "gathering", "whole"]: ...
     @property
     def live(self) -> int:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 def covered(tensors: Iterable[Tensor]) -> int:
     """Bytes of memory under these tensors, each byte once, whatever looks at it."""
-    spans = sorted((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    # one without bytes may not tell where it is
+    spans = sorted((s.data_ptr(), s.nbytes()) for s in storages if s.nbytes())
     total = end = 0
     for start, size in spans:
         total += max(0, start + size - max(start, end))

@@ -8,6 +8,7 @@ is lost. What it does not do: no communication, no knowledge of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,9 @@ class HeldBucket:
         self.start = 0 if whole else rank * spec.shard_numel
         self.values: Resident | Freeable
         if spec.sharded:
-            self.values = Freeable(spec, self.forms, dtype, device)
+            first, last = self.names[0], self.names[-1]
+            contents = first if first == last else f"{first} .. {last}"
+            self.values = Freeable(spec, self.forms, dtype, device, contents)
             self.owned = Memory.zeros(spec.shard_numel, dtype, device)
         else:
             self.values = Resident(plan, spec, self.forms, dtype, device)
@@ -97,6 +100,7 @@ class HeldBucket:
         sharded.
         """
         self.values.bring()
+        self.values.land()
         with torch.no_grad():
             for origin, parameter, view in zip(
                 self._origins, self.params, self.values.views(), strict=True
@@ -148,7 +152,7 @@ class HeldBucket:
         """`master` follows what has been written into the parameters that this rank owns."""
 
     def _slice(self) -> Tensor:
-        return self.values.tensor.narrow(0, self.start, self.spec.shard_numel)
+        return self.values.landing.narrow(0, self.start, self.spec.shard_numel)
 
 
 class FlatBucket(HeldBucket):
@@ -314,7 +318,10 @@ class FlatModel:
                 "or freeze it again with requires_grad_(False)"
             )
         self._locate()
-        places = list(map(Tensor.data_ptr, self.params))
+        with ExitStack() as stack:
+            for bucket in self.buckets:
+                stack.enter_context(bucket.values.unguarded())
+            places = list(map(Tensor.data_ptr, self.params))
         numels = list(map(Tensor.numel, self.params))
         if places != self._places or numels != self._numels:
             rows = zip(self.names, places, self._places, numels, self._numels, strict=True)
@@ -327,7 +334,7 @@ class FlatModel:
         """Where parameters have to be. As long as a bucket holds its values, nothing else can have
         their addresses; while it does not, an address is an offset.
         """
-        bases = [bucket.values.tensor.data_ptr() for bucket in self.buckets]
+        bases = [bucket.values.address for bucket in self.buckets]
         if bases != self._bases:
             self._bases = bases
             self._places = [0] * len(self.params)

@@ -12,8 +12,10 @@ What it does not do: no communication, no arithmetic, no knowledge of steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
 
-__all__ = ["Alone", "Extent", "Form", "Freeable", "Memory", "Resident"]
+__all__ = ["Alone", "Extent", "Form", "Freeable", "Memory", "Resident", "guards"]
 
 
 _count = getattr(torch._C, "_storage_Use_Count", None)
@@ -143,6 +145,23 @@ class Resident:
     def bring(self) -> None:
         """Nothing: there is memory."""
 
+    @property
+    def landing(self) -> Tensor:
+        """Where values are to be written (numel,)."""
+        return self.tensor
+
+    def land(self) -> None:
+        """Nothing: they are where they belong."""
+
+    @property
+    def address(self) -> int:
+        """Of the first element."""
+        return self.tensor.data_ptr()
+
+    def unguarded(self) -> AbstractContextManager[None]:
+        """Views may always be asked for their addresses."""
+        return nullcontext()
+
 
 class Extent(Protocol):
     """Where parameters lie in flat memory, in elements: a bucket, as the core has planned it."""
@@ -174,13 +193,18 @@ class Alone(NamedTuple):
 
 
 class Freeable:
-    """A bucket's parameters, whole only between `bring` and `free`, in their own dtype.
+    """A bucket's parameters, whole only between `land` and `free`, in their own dtype.
 
     The memory is torch's, at the core's offsets: what is imported by DLPack cannot be resized. It
-    is empty to begin with.
+    is empty to begin with. What comes is written elsewhere (`landing`), and changes places with the
+    parameters' empty storage once it is complete.
+
+    With `contents`, which an error may name, a kernel that reads the storage meanwhile raises
+    `RuntimeError` where torch can be asked for that (`guards`): through an alias that was taken
+    before, or in a backward that nothing has told of.
     """
 
-    __slots__ = ("_forms", "_nbytes", "_spec", "_storage", "tensor")
+    __slots__ = ("_arriving", "_contents", "_forms", "_nbytes", "_spec", "_storage", "tensor")
 
     def __init__(
         self,
@@ -188,15 +212,22 @@ class Freeable:
         forms: Sequence[Form],
         dtype: torch.dtype,
         device: torch.device,
+        contents: str | None = None,
     ) -> None:
         self._spec, self._forms = spec, forms
+        self._contents = contents if guards() else None
         self._renew(dtype, device)
-        self._storage.resize_(0)
+        self._give_back()
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is memory for the values."""
+        """Whether the values are there."""
         return self._storage.nbytes() == self._nbytes
+
+    @property
+    def landing(self) -> Tensor:
+        """Where values are to be written (numel,), behind `bring`."""
+        return self.tensor if self.is_whole else self._arriving
 
     def views(self) -> list[Tensor]:
         """One for each parameter, in its form."""
@@ -206,16 +237,62 @@ class Freeable:
     def bring(self) -> None:
         """Memory for the values, whatever is in it; nothing where there is some."""
         if not self.is_whole:
-            self._storage.resize_(self._nbytes)
+            self._arriving.untyped_storage().resize_(self._nbytes)
+
+    def land(self) -> None:
+        """What has been written to `landing` is the parameters'."""
+        if self._is_guarded and not self.is_whole:
+            self._exchange()
 
     def free(self, params: Sequence[nn.Parameter]) -> None:
         """Gives the memory back. Where torch has made it fixed, as `parameter.numpy()` does,
         who has exported it keeps it, and `params` become views of another.
         """
-        if self._storage.resizable():
-            self._storage.resize_(0)
-        else:
+        if not self.is_whole:
+            self._arriving.untyped_storage().resize_(0)
+        elif not self._storage.resizable():
             self.leave(params)
+        else:
+            self._storage.resize_(0)
+            if self._is_guarded:
+                self._exchange()
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self._arriving is not self.tensor
+
+    def _exchange(self) -> None:
+        """The guard goes with the memory that it guards."""
+        self._storage._swap_data_ptr_(self._arriving.untyped_storage())  # type: ignore[attr-defined]
+
+    @property
+    def address(self) -> int:
+        """Of the first element; 0 while the values are not there."""
+        return self.tensor.data_ptr() if self.is_whole else 0
+
+    @contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """Within, views may be asked for their addresses, which are offsets while the values are
+        not there.
+        """
+        guarded = self._is_guarded and not self.is_whole
+        if guarded:
+            torch._C._clear_storage_data_ptr_access_error_msg(self._storage._cdata)
+        try:
+            yield
+        finally:
+            if guarded:
+                self._guard()
+
+    def _guard(self) -> None:
+        message = (
+            f"the values of {self._contents} are sharded, and something reads the memory in which "
+            "they were whole. In a backward: the loss comes from a tensor inside a module that is "
+            "not among its outputs; return it from the module's forward, and begin the backward "
+            "with engine.backward(loss). Elsewhere: an alias that was taken while they were whole; "
+            "use it inside zerort.zero.GatheredParameters(parameters)"
+        )
+        torch._C._set_storage_data_ptr_access_error_msg(self._storage._cdata, message)
 
     @property
     def is_aliased(self) -> bool:
@@ -233,9 +310,42 @@ class Freeable:
         with torch.no_grad():
             for parameter, view in zip(params, self.views(), strict=True):
                 parameter.data = view
-        self._storage.resize_(0)
+        self._give_back()
 
     def _renew(self, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.empty(self._spec.numel, dtype=dtype, device=device)
         self._storage = self.tensor.untyped_storage()
         self._nbytes = self._storage.nbytes()
+        self._arriving = self.tensor
+
+    def _give_back(self) -> None:
+        """The memory of a storage that is new."""
+        self._storage.resize_(0)
+        if self._contents is not None and self._nbytes:
+            self._arriving = torch.empty_like(self.tensor)
+            self._arriving.untyped_storage().resize_(0)
+            self._guard()
+
+
+@cache
+def guards() -> bool:
+    """Whether torch can make a storage raise when its memory is read, and the guard changes places
+    with the memory. What does that is private.
+    """
+    names = "_set_storage_data_ptr_access_error_msg", "_clear_storage_data_ptr_access_error_msg"
+    if not all(hasattr(torch._C, name) for name in names):
+        return False
+    if not hasattr(torch.UntypedStorage, "_swap_data_ptr_"):
+        return False
+    guarded, other = torch.empty(1), torch.empty(1)
+    torch._C._set_storage_data_ptr_access_error_msg(guarded.untyped_storage()._cdata, "guarded")
+    guarded.untyped_storage()._swap_data_ptr_(other.untyped_storage())  # type: ignore[attr-defined]
+    return _reads(guarded) and not _reads(other)
+
+
+def _reads(tensor: Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True

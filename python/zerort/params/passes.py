@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from zerort import _core
 from zerort.errors import StepError
 from zerort.grads.course import Routed
 from zerort.memory import undisturbed
+from zerort.params.net import Net
 from zerort.params.roll import RollCall, code_of
 from zerort.run.executor import Executor
 
@@ -66,6 +68,10 @@ class Resident:
     def bring(self) -> None:
         """Nothing."""
 
+    def watching(self, loss: torch.Tensor) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
     def crossed(self) -> None:
         """Nothing."""
 
@@ -101,6 +107,8 @@ class Passes:
         self._strays: set[tuple[str, int]] = set()
         self._sets: dict[int, tuple[int, ...]] = {}
         self._unhooked: list[int] = []
+        self._net = Net(self, executor, len(course.plan.units))
+        self._broken = False
         self.detach: Callable[[], None] = _nothing
         """Takes the hooks off the model."""
         self.settle: Callable[[], None] = _nothing
@@ -199,12 +207,19 @@ class Passes:
             self.need(number)
             self.gatherer.acquire(number)
 
+    def watching(self, loss: torch.Tensor) -> AbstractContextManager[None]:
+        """Within, a backward from `loss` runs, in the pass that is open."""
+        looks = self._broken or not self.gatherer.listed
+        self._broken = False
+        return self._net.under(loss.grad_fn, looks=looks)
+
     @undisturbed
     def close(self, *, complete: bool = True) -> None:
         """The pass is over, `complete` or broken off; nothing where none is open."""
         if not self.is_open:
             return
         self.is_open, self.opener, self._thread = False, None, 0
+        self._broken |= not complete
         self.settle()
         self._course.close(complete=complete)
         self._say_strays()

@@ -151,6 +151,16 @@ class Sharded(nn.Parameter):
                 f"device={self.device}, sharded)"
             )
 
+    # torch asks the memory itself, which is not here.
+
+    def is_shared(self) -> bool:
+        """Not with another process."""
+        return False
+
+    def is_pinned(self, device: Any = None) -> bool:
+        """Not page-locked."""
+        return False
+
     # What DeepSpeed's parameters of stage 3 have, and integrations ask for.
 
     @property
@@ -211,7 +221,7 @@ _METADATA = frozenset(
     """
     __dir__ __format__ __hash__ __len__ _is_view _is_zerotensor can_cast dim element_size empty_like
     full_like get_device has_names is_complex is_conj is_contiguous is_distributed is_floating_point
-    is_inference is_neg is_pinned is_same_size is_shared is_signed is_tensor ndimension nelement
+    is_inference is_neg is_same_size is_signed is_tensor ndimension nelement
     new_empty new_empty_strided new_full new_ones new_tensor new_zeros numel ones_like rand_like
     randint_like randn_like register_hook register_post_accumulate_grad_hook requires_grad_
     result_type retain_grad size sparse_dim storage_offset stride untyped_storage zeros_like

@@ -127,15 +127,16 @@ class GatherValues:
 
     @property
     def buffer(self) -> Tensor:
-        """The parameters themselves."""
-        return self.bucket.values.tensor
+        """The parameters themselves, or the memory that is to be theirs."""
+        return self.bucket.values.landing
 
     def make(self) -> Work:
         """Nothing to write: this rank's part is in its place."""
         return self.comm.all_gather(self.buffer)
 
     def take(self) -> None:
-        """Nothing to read: parameters are views."""
+        """Nothing to read: parameters are views of what has come."""
+        self.bucket.values.land()
 
 
 REDUCE: dict[str, Callable[[Comm, FlatBucket, Transport, Buffers, Pass], Hop]] = {

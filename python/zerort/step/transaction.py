@@ -124,7 +124,8 @@ class Transaction:
             loss = scaled(loss, scaling)
             handle = announce(loss, self, scaling, by_call=True)
             try:
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                with self.part.passes.watching(loss):
+                    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             finally:
                 handle.remove()
             self._close()

@@ -239,6 +239,11 @@ impl Gatherer {
         self.memory.residence(unit)
     }
 
+    /// Whether a unit may still be read: a use of it is open, or this backward has needed it.
+    pub fn holds(&self, unit: UnitId) -> bool {
+        self.memory.held().contains(&unit)
+    }
+
     /// Elements that are whole or gathering now.
     pub fn live(&self) -> u64 {
         self.memory.live()

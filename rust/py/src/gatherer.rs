@@ -195,6 +195,12 @@ impl Gatherer {
         Some((place, kind(command), command.number()))
     }
 
+    /// Whether a unit may still be read.
+    fn holds(&self, unit: i64) -> PyResult<bool> {
+        let unit = UnitId(number("unit", unit).map_err(StepError::new_err)?);
+        Ok(locked(&self.inner).holds(unit))
+    }
+
     /// Where a unit is.
     fn state(&self, unit: i64) -> PyResult<&'static str> {
         let unit = UnitId(number("unit", unit).map_err(StepError::new_err)?);
