@@ -3,7 +3,8 @@
 use pyo3::prelude::*;
 use zerort_core::{BucketId, Group, Hops, Op, Partition, Placement};
 
-use crate::plan::{dtype_name, refused};
+use crate::errors::refused;
+use crate::names::dtype_name;
 
 /// Parameters reduced together in one flat buffer; all offsets and lengths are in elements.
 #[pyclass(frozen, module = "zerort._core")]

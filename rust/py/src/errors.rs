@@ -7,7 +7,13 @@
 #![allow(missing_docs)] // the documentation of these classes is in zerort/errors.py
 
 use pyo3::import_exception;
+use pyo3::prelude::*;
 
 import_exception!(zerort.errors, LayoutError);
 import_exception!(zerort.errors, PlanError);
 import_exception!(zerort.errors, StepError);
+
+/// The core's refusal as the class that Python knows.
+pub fn refused(error: zerort_core::PlanError) -> PyErr {
+    PlanError::new_err(error.to_string())
+}

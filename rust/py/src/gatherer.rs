@@ -11,8 +11,8 @@ use zerort_core::{Action, Rank, Residence, SetId, UnitId};
 
 use crate::errors::StepError;
 use crate::ids::number;
-use crate::list::pass_name;
-use crate::plan::{Plan, kind};
+use crate::names::{kind, pass_name};
+use crate::plan::Plan;
 use crate::reducer::{Reducer, locked, refused};
 use crate::roll::{self, PyReading, at_named};
 

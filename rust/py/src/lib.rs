@@ -20,6 +20,7 @@ mod gatherer;
 mod ids;
 mod kernels;
 mod list;
+mod names;
 mod plan;
 mod reducer;
 mod reshard;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use zerort_core::{PassKind, UnitId};
+use zerort_core::UnitId;
 
-use crate::plan::kind;
+use crate::names::{kind, pass_name};
 
 /// The static list of one pass.
 #[pyclass(frozen, module = "zerort._core")]
@@ -22,16 +22,6 @@ impl List {
 
     fn inner(&self) -> &zerort_core::List {
         &self.plan.lists()[self.index]
-    }
-}
-
-/// The kind's name in Python.
-pub const fn pass_name(kind: PassKind) -> &'static str {
-    match kind {
-        PassKind::Forward => "forward",
-        PassKind::Backward => "backward",
-        PassKind::LocalBackward => "local_backward",
-        PassKind::Evaluation => "evaluation",
     }
 }
 

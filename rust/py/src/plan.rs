@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    Action, BucketId, BucketLayout, Cap, Command, Dtype, GroupId, Mesh, Param, ParamId, Placement,
-    PlanSpec, Rank, Route, Rules, Stage, UnitId, WireId,
+    Action, BucketId, BucketLayout, Cap, Dtype, GroupId, Mesh, Param, ParamId, Placement, PlanSpec,
+    Rank, Route, Rules, Stage, UnitId, WireId,
 };
 
 use crate::bucket::{Bucket, Fragment};
-use crate::errors::PlanError;
+use crate::errors::{PlanError, refused};
 use crate::ids::number;
 use crate::list::List;
+use crate::names::{dtype_name, kind};
 use crate::units::Unit;
 
 /// The immutable result of planning. Every rank computes the same one; `digest` proves it.
@@ -29,11 +30,6 @@ impl Plan {
     fn wrap(plan: zerort_core::Plan) -> Self {
         Self { inner: Arc::new(plan) }
     }
-}
-
-/// The core's refusal as the class that Python knows.
-pub fn refused(error: zerort_core::PlanError) -> PyErr {
-    PlanError::new_err(error.to_string())
 }
 
 #[pymethods]
@@ -268,25 +264,4 @@ fn dtype_named(name: &str) -> Option<Dtype> {
     [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64]
         .into_iter()
         .find(|&dtype| dtype_name(dtype) == name)
-}
-
-/// The dtype's name in Python.
-pub const fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::F32 => "f32",
-        Dtype::F16 => "f16",
-        Dtype::BF16 => "bf16",
-        Dtype::F64 => "f64",
-    }
-}
-
-/// The command's name in Python.
-pub const fn kind(command: Command) -> &'static str {
-    match command {
-        Command::Launch(_) => "launch",
-        Command::Retire(_) => "retire",
-        Command::Need(_) => "need",
-        Command::Gather(_) => "gather",
-        Command::Free(_) => "free",
-    }
 }

@@ -11,7 +11,8 @@ use zerort_core::ParamId;
 
 use crate::errors::StepError;
 use crate::ids::number;
-use crate::plan::{Plan, kind};
+use crate::names::kind;
+use crate::plan::Plan;
 
 /// The cursor for gradients: how far along the schedule one may go now.
 #[pyclass(frozen, module = "zerort._core")]

@@ -3,9 +3,9 @@
 use pyo3::prelude::*;
 use zerort_core::{BucketId, ParamId, Rank, Segment};
 
-use crate::errors::PlanError;
+use crate::errors::{PlanError, refused};
 use crate::ids::number;
-use crate::plan::{Plan, refused};
+use crate::plan::Plan;
 
 /// (start in the shard, source rank, source bucket, start in the source's shard, length), in
 /// elements.

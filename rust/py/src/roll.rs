@@ -5,7 +5,7 @@ use zerort_core::roll::{OWN, WIDTH};
 use zerort_core::{At, PassKind, Reading, Row};
 
 use crate::errors::StepError;
-use crate::list::pass_name;
+use crate::names::pass_name;
 
 /// What the rows of all ranks mean for this one.
 #[pyclass(frozen, module = "zerort._core", name = "Reading")]

@@ -3,9 +3,8 @@
 use pyo3::prelude::*;
 use zerort_core::{Module, ParamId, units};
 
-use crate::errors::PlanError;
+use crate::errors::{PlanError, refused};
 use crate::ids::number;
-use crate::plan::refused;
 
 /// Parameters that are gathered and freed together: whole buckets.
 #[pyclass(frozen, module = "zerort._core")]
