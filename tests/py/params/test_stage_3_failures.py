@@ -142,6 +142,10 @@ def differentiate_a_backward(engine: Any, twin: nn.Module, rank: int, step: int)
     loss = loss_of(engine(x))
     with pytest.raises(zerort.StepError, match=r"create_graph=True at stage 3.*Use stage 2"):
         torch.autograd.grad(loss, x, create_graph=True)
+    params = list(engine.module.parameters())
+    loss = loss_of(engine(x))
+    with pytest.raises(zerort.StepError, match=r"create_graph=True at stage 3.*Use stage 2"):
+        torch.autograd.grad(loss, params, create_graph=True)
 
 
 def write_in_a_forward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:

@@ -34,17 +34,21 @@ class _Longer(Terms):
         self.extra = nn.Parameter(torch.zeros(4))
 
 
-def _start_with_another_model(rank: int, world: int, odd: type[Terms]) -> Exception | None:
-    return caught(lambda: engine_over_terms(model=odd() if rank == 1 else Terms()))
+def _start_with_another_model(
+    rank: int, world: int, odd: type[Terms], stage: int
+) -> Exception | None:
+    model = odd() if rank == 1 else Terms()
+    return caught(lambda: engine_over_terms(at_stage(stage), model=model))
 
 
+@pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize(
     ("odd", "words"), [(_Wider, ["b [4]", "b [6]", "rank 1"]), (_Longer, ["rank 1", "extra"])]
 )
 def test_ranks_with_different_models_name_the_first_difference(
-    odd: type[Terms], words: list[str]
+    odd: type[Terms], words: list[str], stage: int
 ) -> None:
-    for error in ranks.run(2, _start_with_another_model, odd, timeout=LIMIT):
+    for error in ranks.run(2, _start_with_another_model, odd, stage, timeout=LIMIT):
         assert_told(error, PlanMismatch, *words)
 
 
@@ -268,16 +272,23 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
 }
 
 
-def _start(rank: int, world: int, name: str) -> Exception | None:
+def _start(rank: int, world: int, name: str, stage: int) -> Exception | None:
     arguments, _, _ = REFUSED[name]
-    return caught(lambda: engine_over_terms(at_stage(1), **arguments()))
+    return caught(lambda: engine_over_terms(at_stage(stage), **arguments()))
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> None:
     _, kind, words = REFUSED[name]
-    for error in ranks.run(world, _start, name, timeout=LIMIT):
+    for error in ranks.run(world, _start, name, 1, timeout=LIMIT):
+        assert_told(error, kind, *words)
+
+
+@pytest.mark.parametrize("name", ["complex_parameter", "shared_storage", "lazy"])
+def test_what_cannot_be_sharded_is_refused_by_name(name: str) -> None:
+    _, kind, words = REFUSED[name]
+    for error in ranks.run(2, _start, name, 3, timeout=LIMIT):
         assert_told(error, kind, *words)
 
 

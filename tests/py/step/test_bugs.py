@@ -112,6 +112,29 @@ def test_h_6_a_term_that_bypasses_the_outputs_counts_once(stage: int) -> None:
     assert ranks.run(2, _bypass_the_outputs_directly, stage) == [(-1.0, -8.0)] * 2
 
 
+class _Aside(Terms):
+    """Keeps the term with `b` beside its output."""
+
+    def forward(self, a: float, b: float) -> Tensor:
+        self.side = b * self.b.sum()
+        return a * self.a.sum()
+
+
+def _take_a_term_from_beside_the_outputs(rank: int, world: int, stage: int) -> Weights:
+    engine = engine_over_terms(at_stage(stage), accumulation=4, model=_Aside())
+    for _ in range(4):
+        loss = engine(1.0, 8.0)
+        (loss + engine.module.side).backward()
+        engine.step()
+    return weights(engine)
+
+
+@every_stage
+def test_h_6_a_term_from_beside_the_outputs_counts_once(stage: int) -> None:
+    """The same without a parameter in the loss, which stage 3 refuses."""
+    assert ranks.run(2, _take_a_term_from_beside_the_outputs, stage) == [(-1.0, -8.0)] * 2
+
+
 class _RaiseOnce(torch.autograd.Function):
     """The identity; its backward raises while `armed`."""
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ranks
+import zerort
 from catching import assert_told, caught
 from logged import log_lines
 from models import Terms
@@ -29,8 +30,8 @@ from training import at_stage
 from zerort.errors import CommError, NonFiniteGradient, PlanMismatch, StepError, ZerortError
 
 pytestmark = pytest.mark.timeout(120)
-below_3 = pytest.mark.parametrize("stage", [0, 1, 2])
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+whole_and_sharded = pytest.mark.parametrize("stage", [0, 3])
 
 LIMIT = 30.0  # seconds a scenario may take, start included
 NAN = float("nan")
@@ -268,17 +269,18 @@ def _log_of(call: Callable[[], Any]) -> list[str]:
     """What the package logs meanwhile."""
     lines = log_lines()
     call()
-    return lines
+    return list(lines)
 
 
-def _log_of_a_nan(rank: int, world: int) -> list[str]:
-    engine = engine_over_terms()
+def _log_of_a_nan(rank: int, world: int, stage: int) -> list[str]:
+    engine = engine_over_terms(at_stage(stage))
     step_with(engine, 1.0, 1.0)
     return _log_of(lambda: step_with(engine, 1.0, NAN if rank == 1 else 1.0))
 
 
-def test_a_skipped_step_says_which_rank_and_parameter_once() -> None:
-    told, silent = ranks.run(2, _log_of_a_nan, timeout=LIMIT)
+@whole_and_sharded
+def test_a_skipped_step_says_which_rank_and_parameter_once(stage: int) -> None:
+    told, silent = ranks.run(2, _log_of_a_nan, stage, timeout=LIMIT)
     assert len(told) == 1 and re.search("OVERFLOW.*rank 1.*parameter b", told[0])
     assert silent == []
 
@@ -286,16 +288,23 @@ def test_a_skipped_step_says_which_rank_and_parameter_once() -> None:
 # ---- parameters that are not used
 
 
-def _log_of_an_unused_parameter(rank: int, world: int) -> list[str]:
-    engine = engine_over_terms()
+def _log_of_an_unused_parameter(rank: int, world: int, stage: int) -> list[list[str]]:
+    """While `b` is unused on rank 1, and then while `a` is on all."""
+    engine = engine_over_terms(at_stage(stage))
     step_with(engine, 1.0, 1.0)
-    return _log_of(lambda: [step_with(engine, 1.0, None if rank == 1 else 1.0) for _ in range(3)])
+    return [
+        _log_of(lambda: [step_with(engine, 1.0, None if rank == 1 else 1.0) for _ in range(3)]),
+        _log_of(lambda: [step_with(engine, None, 1.0) for _ in range(3)]),
+    ]
 
 
-def test_a_parameter_unused_on_one_rank_is_named_once() -> None:
-    innocent, culprit = ranks.run(2, _log_of_an_unused_parameter, timeout=LIMIT)
-    assert innocent == []
-    assert len(culprit) == 1 and "no gradient came for b" in culprit[0]
+@whole_and_sharded
+def test_an_unused_parameter_is_named_once(stage: int) -> None:
+    innocent, culprit = ranks.run(2, _log_of_an_unused_parameter, stage, timeout=LIMIT)
+    assert innocent[0] == []
+    assert len(culprit[0]) == 1 and "no gradient came for b" in culprit[0][0]
+    for _, told in (innocent, culprit):
+        assert len(told) == 1 and "no gradient came for a" in told[0]
 
 
 def _use_b_on_rank_0_only(rank: int, world: int, stage: int) -> Story:
@@ -328,8 +337,10 @@ def test_ranks_that_freeze_different_parameters_stop_before_they_change(stage: i
 # ---- peers that are gone
 
 
-def _die_in_the_second_step(rank: int, world: int, how: str) -> tuple[Exception | None, float]:
-    engine = engine_over_terms({"zerort": {"timeout": 2}})
+def _die_in_the_second_step(
+    rank: int, world: int, how: str, stage: int
+) -> tuple[Exception | None, float]:
+    engine = engine_over_terms({"zerort": {"timeout": 2}, **at_stage(stage)})
     step_with(engine, 1.0, 1.0)
     processes = [0, 0]
     dist.all_gather_object(processes, os.getpid())
@@ -345,9 +356,10 @@ def _die_in_the_second_step(rank: int, world: int, how: str) -> tuple[Exception 
     return error, seconds
 
 
+@whole_and_sharded
 @pytest.mark.parametrize(("how", "limit"), [("exception", 3.0), ("kill", 3.0), ("stop", 6.0)])
-def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float) -> None:
-    survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, timeout=10)
+def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float, stage: int) -> None:
+    survivor, _ = ranks.attempt(2, _die_in_the_second_step, how, stage, timeout=10)
     assert isinstance(survivor, ranks.Returned), survivor
     error, seconds = survivor.value
     assert_told(error, CommError, "rank 1")
@@ -376,16 +388,17 @@ def test_what_waits_beside_a_failure_is_dropped_with_it(dtype: str) -> None:
         assert error is not None and after == CLEAN
 
 
-def _stay_away(rank: int, world: int) -> Exception | None:
-    engine = engine_over_terms({"zerort": {"timeout": 2}})
+def _stay_away(rank: int, world: int, stage: int) -> Exception | None:
+    engine = engine_over_terms({"zerort": {"timeout": 2}, **at_stage(stage)})
     step_with(engine, 1.0, 1.0)
     if rank == 1:
         return None  # to the user's own code, where nothing of ours can see it
     return caught(lambda: step_with(engine, 1.0, 1.0))
 
 
-def test_a_rank_that_does_not_come_is_named_though_it_runs() -> None:
-    first, _, third = ranks.run(3, _stay_away, timeout=LIMIT)
+@whole_and_sharded
+def test_a_rank_that_does_not_come_is_named_though_it_runs(stage: int) -> None:
+    first, _, third = ranks.run(3, _stay_away, stage, timeout=LIMIT)
     for error in (first, third):
         assert_told(error, CommError, "rank 1", "did not come to this point", "zerort.timeout")
 
@@ -432,6 +445,11 @@ class _Sparse(Terms):
         return loss if word is None else loss + self.words(torch.tensor([word])).sum()
 
 
+def _first_column(weight: Tensor) -> Tensor:
+    with zerort.zero.GatheredParameters([weight]):
+        return weight.detach()[:, 0].clone()
+
+
 def _train_a_sparse_embedding(
     rank: int, world: int, policy: str, stage: int
 ) -> tuple[Exception | None, list[float]]:
@@ -440,10 +458,10 @@ def _train_a_sparse_embedding(
         engine = engine_over_terms(
             {"zerort": {"sparse_gradients": policy}, **at_stage(stage)}, model=_Sparse()
         )
-        before = engine.module.words.weight.detach().clone()
+        before = _first_column(engine.module.words.weight)
         engine.backward(engine(1.0, 1.0, word=rank))
         engine.step()
-        moved.extend((engine.module.words.weight.detach() - before)[:, 0].tolist())
+        moved.extend((_first_column(engine.module.words.weight) - before).tolist())
         return moved
 
     moved: list[float] = []
@@ -456,7 +474,7 @@ def test_a_sparse_gradient_is_refused_with_its_modules_name(stage: int) -> None:
         assert_told(error, ZerortError, "words")
 
 
-@below_3
+@every_stage
 def test_a_sparse_gradient_is_made_dense_when_asked_for(stage: int) -> None:
     for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", stage, timeout=LIMIT):
         assert error is None
@@ -474,13 +492,18 @@ LEAVINGS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def _move_parameters(rank: int, world: int, how: str) -> Exception | None:
-    engine = engine_over_terms()
-    LEAVINGS[how](engine.module)
-    return caught(lambda: step_with(engine, 1.0, 1.0))
+def _move_parameters(rank: int, world: int, how: str, stage: int) -> Exception | None:
+    engine = engine_over_terms(at_stage(stage))
+
+    def leave() -> None:
+        LEAVINGS[how](engine.module)
+        step_with(engine, 1.0, 1.0)
+
+    return caught(leave)
 
 
+@whole_and_sharded
 @pytest.mark.parametrize("how", LEAVINGS)
-def test_a_parameter_that_left_its_buffer_is_named(how: str) -> None:
-    for error in ranks.run(2, _move_parameters, how, timeout=LIMIT):
+def test_a_parameter_that_left_its_buffer_is_named(how: str, stage: int) -> None:
+    for error in ranks.run(2, _move_parameters, how, stage, timeout=LIMIT):
         assert_told(error, StepError, "a")
