@@ -7,10 +7,7 @@ for batch in loader:
     engine.step()
 """
 
-import importlib
-from typing import Any
-
-from zerort import utils, zero
+from zerort import profiling, utils, zero
 from zerort._core import __version__
 from zerort.engine import Engine
 from zerort.errors import (
@@ -43,13 +40,7 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "profiling",
     "utils",
     "zero",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: most programs do without it, and it would lengthen every start.
-    if name == "profiling":
-        return importlib.import_module("zerort.profiling")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -293,7 +293,7 @@ def _open_sink(settings: Config, mesh: Mesh) -> TraceSink:
     device = device_for(mesh.device)
     if sink.enabled and not device.blocks:
         sink.on_device(device.moment)
-    breaks_down = settings.wall_clock_breakdown and mesh.rank == 0
+    breaks_down = settings.breaks_down and mesh.rank == 0
     return ContainedSink(BreakdownSink(sink) if breaks_down else sink)
 
 

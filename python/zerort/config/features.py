@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from zerort.config.section import Section
+from zerort.config.section import Count, Section, whole
 
-__all__ = ["ProgressiveLayerDrop"]
+__all__ = ["FlopsProfiler", "ProgressiveLayerDrop"]
 
 
 class ProgressiveLayerDrop(Section):
@@ -19,3 +19,20 @@ class ProgressiveLayerDrop(Section):
     """What the share of layers that are kept falls to."""
     gamma: Annotated[float, Field(ge=0)] = 0.001
     """How fast it falls, per step."""
+
+
+class FlopsProfiler(Section):
+    """`flops_profiler`: a report of one step's first forward."""
+
+    enabled: bool = False
+    profile_step: Annotated[int, BeforeValidator(whole), Field(ge=0, le=2**53)] = 1
+    """Steps before the one that is profiled."""
+    recompute_fwd_factor: Annotated[float, Field(ge=0)] = 0.0
+    """Part of the forward that the backward computes anew."""
+    module_depth: Annotated[int, BeforeValidator(whole), Field(ge=-1, le=2**31 - 1)] = -1
+    """Depths of modules in the aggregated part; -1 for all but the deepest."""
+    top_modules: Count = 1
+    """Classes of modules at each."""
+    detailed: bool = True
+    output_file: str | None = None
+    """None is standard output."""

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from zerort.config.amp import Amp
 from zerort.config.batch import Batch
-from zerort.config.features import ProgressiveLayerDrop
+from zerort.config.features import FlopsProfiler, ProgressiveLayerDrop
 from zerort.config.section import (
     LARGEST,
     Count,
@@ -257,6 +257,8 @@ class Runtime(Section):
     sparse_gradients: Literal["refuse", "densify"] = "refuse"
     timeout: Annotated[float, Field(ge=1, le=2_000_000)] = 300.0
     """Seconds a rank waits for its peers; the largest is what 31 bits of milliseconds hold."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Floating-point operations that one device does a second at most; None looks it up."""
     trace: Trace = Field(default_factory=Trace)
     loader: Loader = Field(default_factory=Loader)
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
@@ -290,6 +292,7 @@ class Config(Section):
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
     progressive_layer_drop: ProgressiveLayerDrop = Field(default_factory=ProgressiveLayerDrop)
     zero_optimization: Zero = Field(default_factory=Zero)
     zerort: Runtime = Field(default_factory=Runtime)
@@ -321,6 +324,11 @@ class Config(Section):
     def keeps_norms(self) -> bool:
         """Whether batch norms are not cast to it."""
         return self.amp.enabled and self.amp.level.casts and self.amp.keeps_norms
+
+    @property
+    def breaks_down(self) -> bool:
+        """Whether the times of a step are kept and logged."""
+        return self.wall_clock_breakdown or self.flops_profiler.enabled
 
     @property
     def cap_elements(self) -> int | None:

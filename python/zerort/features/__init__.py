@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from zerort.features.flops import FlopsProfile
 from zerort.features.layer_drop import LayerDrop
 from zerort.features.progress_line import ProgressLine
 from zerort.features.site import Site
@@ -21,6 +22,7 @@ __all__ = ["FEATURES", "Site", "open_features"]
 FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     LayerDrop.open,
     ProgressLine.open,
+    FlopsProfile.open,
     TraceMark.open,
 )
 """In the order in which they hear an event."""

@@ -17,8 +17,8 @@ from torch import nn
 
 from zerort.device import Device, device_for
 from zerort.errors import ConfigError
-from zerort.profiling import report
 from zerort.profiling.costs import Cost, cost, tree
+from zerort.profiling.form import Form, Iteration, Peak, Times
 from zerort.profiling.recording import Recording
 from zerort.profiling.strings import (
     duration_to_string,
@@ -111,31 +111,35 @@ class FlopsProfiler:
         `top_modules` how many classes at each. Raises `OSError` where the file cannot be written.
         """
         if self.started:
-            form = report.Form(module_depth, top_modules, detailed)
+            form = Form(module_depth, top_modules, detailed)
             root = tree(self.model, self._recording)
-            peak = peak_of(self._device, _dtype_of(self.model), self.peak)
+            peak = Peak.of(self._device, _first_of(self.model).dtype, self.peak)
+            from zerort.profiling import report  # noqa: PLC0415 - it brings rich along
+
             report.write(root, form, profile_step, self._iteration(), peak, output_file)
 
     def print_model_aggregated_profile(self, module_depth: int = -1, top_modules: int = 1) -> None:
         """Prints the classes of modules that cost most at each depth."""
         if self.started:
-            form = report.Form(module_depth, top_modules)
+            form = Form(module_depth, top_modules)
+            from zerort.profiling import report  # noqa: PLC0415 - it brings rich along
+
             report.show_aggregated(tree(self.model, self._recording), form)
 
     def _total(self) -> Cost:
         return cost(self.model, self._recording)
 
-    def _iteration(self) -> report.Iteration | None:
+    def _iteration(self) -> Iteration | None:
         engine = self.ds_engine
         if engine is None:
             return None
         world, micro = engine.world_size, engine.train_micro_batch_size_per_gpu()
         times = engine.get_wall_clock_timers()
         if not times:
-            return report.Iteration(world, micro)
+            return Iteration(world, micro)
         count = engine.gradient_accumulation_steps()
-        window = report.Times(*(times[name] / 1e3 / count for name in ("fwd", "bwd", "step")))
-        return report.Iteration(world, micro, window, self.recompute_fwd_factor)
+        window = Times(*(times[name] / 1e3 / count for name in ("fwd", "bwd", "step")))
+        return Iteration(world, micro, window, self.recompute_fwd_factor)
 
 
 def get_model_profile(
@@ -188,12 +192,6 @@ def get_model_profile(
     )
 
 
-def peak_of(device: Device, dtype: torch.dtype, given: float | None) -> report.Peak | None:
-    """What a device does at most in `dtype`: as it is given, else as it is known; None if not."""
-    flops = device.peak(dtype) if given is None else given
-    return None if flops is None else report.Peak(device.name(), flops)
-
-
 def _inputs(model: nn.Module, shape: tuple[int, ...] | None, args: Sequence[Any]) -> Sequence[Any]:
     if shape is None:
         return args
@@ -230,10 +228,6 @@ def _device_of(model: nn.Module) -> Device:
     place = _first_of(model).device
     # Without values there is nothing to run on, and shapes are counted all the same.
     return device_for(torch.device("cpu") if place.type == "meta" else place)
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return _first_of(model).dtype
 
 
 def _first_of(model: nn.Module) -> torch.Tensor:

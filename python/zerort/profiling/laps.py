@@ -1,4 +1,4 @@
-"""Time that modules took, summed: by the host's clock, or by the device's where the host runs
+"""Time that something took, summed: by the host's clock, or by the device's where the host runs
 ahead.
 
 On an accelerator a lap is two events in the stream. They are read late, so that no lap makes the
@@ -8,9 +8,8 @@ host wait; the time is the device's, and holds what it stood idle for the host.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from typing import Any
-
-from torch import nn
 
 from zerort.device import Device
 
@@ -29,28 +28,28 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 
 class Laps:
-    """Sums of laps by module."""
+    """Sums of laps by what they are laps of."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._sums: dict[int, float] = {}
-        self._pending: list[tuple[int, Any, Any]] = []
+        self._sums: dict[Hashable, float] = {}
+        self._pending: list[tuple[Hashable, Any, Any]] = []
 
     def now(self) -> Any:
         """A moment: the host's, in seconds, or an event in the device's stream."""
         moment = self._device.moment()
         return time.perf_counter() if moment is None else moment
 
-    def add(self, module: nn.Module, since: Any) -> None:
-        """A lap of `module` from `since` until now."""
-        self._pending.append((id(module), since, self.now()))
+    def add(self, key: Hashable, since: Any) -> None:
+        """A lap from `since` until now."""
+        self._pending.append((key, since, self.now()))
         if len(self._pending) >= _PENDING:
             self._read()
 
-    def seconds(self, module: nn.Module) -> float | None:
-        """The sum of a module's laps; None where it has none."""
+    def seconds(self, key: Hashable) -> float | None:
+        """The sum of the laps of `key`; None where it has none."""
         self._read()
-        return self._sums.get(id(module))
+        return self._sums.get(key)
 
     def clear(self) -> None:
         """Forgets all laps."""

@@ -102,7 +102,7 @@ class Recording:
 
     def seconds(self, module: nn.Module) -> float:
         """Time within `module`; of one that is never called, what its children took."""
-        own = self._laps.seconds(module)
+        own = self._laps.seconds(id(module))
         return sum(map(self.seconds, module.children())) if own is None else own
 
     def _begin(self, module: nn.Module) -> None:
@@ -133,7 +133,7 @@ class Recording:
         self._credit()
         last = self._open.pop()
         if last.since is not None:
-            self._laps.add(last.module, last.since)
+            self._laps.add(id(last.module), last.since)
         return last.module
 
     def _credit(self) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from zerort.profiling.costs import Cost, Node, largest, levels
+from zerort.profiling.form import Form, Iteration, Peak
 from zerort.profiling.strings import (
     duration_to_string,
     flops_to_string,
@@ -26,7 +27,7 @@ from zerort.profiling.strings import (
     params_to_string,
 )
 
-__all__ = ["Form", "Iteration", "Peak", "Times", "show_aggregated", "write"]
+__all__ = ["show_aggregated", "write"]
 
 _WIDTH = 100
 """Columns where the terminal has fewer, or there is none."""
@@ -37,50 +38,6 @@ multiply-accumulate; what works on elements alone counts as none. They follow fr
 FLOPS can exceed what the device has done.
 What a module's own forward calls as a function is its own: its children's sums are less by that.
 A latency holds what counting took, which matters where operations are small."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How much a report says."""
-
-    depth: int = -1
-    """Depths of the aggregated part; -1 for all but the deepest."""
-    top: int = 1
-    """Classes of modules in each."""
-    detailed: bool = True
-    """Whether the tree is shown."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a micro-batch, in the mean of its window."""
-
-    forward: float
-    backward: float
-    step: float
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What an engine adds."""
-
-    world: int
-    """Ranks."""
-    micro_batch: int
-    """Samples of one backward on one rank."""
-    times: Times | None = None
-    """None where there are no timers."""
-    recompute: float = 0.0
-    """Part of the forward that the backward computes anew."""
-
-
-@dataclass(frozen=True)
-class Peak:
-    """What a device can do at most."""
-
-    device: str
-    flops: float
-    """A second."""
 
 
 def write(
@@ -199,8 +156,8 @@ def tree_lines(node: Node, total: Cost, label: str = "", indent: str = "") -> It
         f"{duration_to_string(cost.seconds)} = {_share(cost.seconds, total.seconds)} latency",
         flops_to_string(cost.rate),
     ]
-    own = node.module.extra_repr().strip()
-    text = ", ".join([*parts, " ".join(own.split())] if own else parts)
+    own = _own_text(node.module)
+    text = ", ".join([*parts, own] if own else parts)
     head = f"{indent}{label}{type(node.module).__name__}("
     if not node.children:
         yield f"{head}{text})"
@@ -210,6 +167,14 @@ def tree_lines(node: Node, total: Cost, label: str = "", indent: str = "") -> It
     for child in node.children:
         yield from tree_lines(child, total, f"({child.name}): ", f"{indent}  ")
     yield f"{indent})"
+
+
+def _own_text(module: nn.Module) -> str:
+    """On one line. A class whose text fails has the costs all the same."""
+    try:
+        return " ".join(module.extra_repr().split())
+    except Exception as error:
+        return f"extra_repr() raised {type(error).__name__}"
 
 
 def _console(file: IO[str] | None) -> Console:

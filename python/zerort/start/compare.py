@@ -27,6 +27,7 @@ _OF_ONE_RANK: Any = {
     "steps_per_print": True,
     "wall_clock_breakdown": True,
     "dump_state": True,
+    "flops_profiler": {"output_file"},
     "zerort": {"trace"},
 }
 """What is printed and recorded may differ."""

@@ -199,7 +199,7 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
     ("path", "harmless", "asking"),
     [
         ("tensorboard", {"enabled": False, "output_path": "auto"}, {"enabled": True}),
-        ("flops_profiler", {}, {"enabled": True, "profile_step": 1}),
+        ("comms_logger", {}, {"enabled": True, "verbose": True}),
         ("amp.num_losses", 1, 2),
         ("zero_optimization.offload_optimizer", {"device": "none"}, {"device": "cpu"}),
         ("zero_optimization.offload_param", {"device": None}, {"device": "nvme"}),

@@ -48,6 +48,10 @@ ROWS: Sequence[Key] = (
         "seconds a rank waits for its peers in a step (while they start, at least 300); 300 when "
         "left out",
     ),
+    same(
+        "zerort.peak_flops",
+        "flops that a device does a second at most, for the MFU; looked up else",
+    ),
     same("zerort.trace", "where runtime events go"),
     same("zerort.trace.enabled", "false: no events even with a path"),
     same("zerort.trace.path", "Chrome trace file, one per rank"),
