@@ -37,36 +37,75 @@ _POLL = 0.01  # seconds between two looks at who has come
 
 
 def init_distributed(
-    dist_backend: str | None = None, *, timeout: timedelta = timedelta(minutes=5)
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta = timedelta(minutes=5),
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: object = None,
+    rank: int = -1,
+    world_size: int = -1,
 ) -> bool:
-    """Initialises torch.distributed from torchrun's environment, unless that was done or there is
-    none.
+    """Initialises torch.distributed, unless that was done or there is nothing to do it from.
 
-    `dist_backend` is "nccl" or "gloo", by default what suits the device. Returns whether a process
-    group exists afterwards. Raises `ConfigError` when RANK is set and the rest is not, and
-    `CommError` when a rank does not come within `timeout`. Mirrors deepspeed.init_distributed.
+    `dist_backend` is "nccl" or "gloo", by default what suits the device. The job is found by
+    torchrun's environment or, with `init_method`, at a URL of torch's (tcp://HOST:PORT or
+    file:///PATH); `rank` and `world_size` win over the environment's, and `distributed_port` stands
+    in where MASTER_PORT is not set. With `dist_init_required=False` a group that is there is used
+    and none is made. Without effect: `auto_mpi_discovery` (there is none), `verbose`, `config`.
+
+    Returns whether a process group exists afterwards. Raises `ConfigError` when a rank is known and
+    the rest is not, and `CommError` when a rank does not come within `timeout`. Mirrors
+    deepspeed.init_distributed, in the order of its parameters.
     """
     if dist.is_initialized():
         return True
-    if "RANK" not in os.environ:
+    place = _place(rank, world_size, distributed_port, init_method)
+    if dist_init_required is False or place is None:
         return False
-    missing = [
-        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)
-    ]
-    if missing:
-        raise ConfigError(
-            f"RANK={os.environ['RANK']} is set but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset "
-            "RANK to run one process"
-        )
     # More ranks than GPUs share them, which NCCL allows from 2.30 on when it is told to.
     select(int(os.environ.get("LOCAL_RANK", "0")))
     chosen = dist_backend or dist.get_default_backend_for_device(default_place())
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if init_method is not None:
+        rank, world_size = place
+        dist.init_process_group(chosen, init_method, timeout, world_size=world_size, rank=rank)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _join_in_agents_store(chosen, timeout)
     else:
         dist.init_process_group(chosen, timeout=timeout)
     return True
+
+
+def _place(rank: int, world: int, port: int, url: str | None) -> tuple[int, int] | None:
+    """Rank and world size; None for one process that was not started as part of a job. Without a
+    URL the environment has what was given, for torch looks there.
+
+    Raises `ConfigError` when a rank is known and the rest is not.
+    """
+    given = {"RANK": rank, "WORLD_SIZE": world}
+    known = {name: str(number) for name, number in given.items() if number >= 0}
+    environment = {**os.environ, **known}
+    if "RANK" not in environment:
+        if url is not None:
+            raise ConfigError(
+                f"init_distributed(init_method={url!r}) needs rank and world_size too: give them, "
+                "or start the job with torchrun and leave init_method out"
+            )
+        return None
+    needed = ["WORLD_SIZE", *(["MASTER_ADDR"] if url is None else [])]
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise ConfigError(
+            f"RANK={environment['RANK']} is set but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not: start the job with torchrun, or unset "
+            "RANK to run one process"
+        )
+    if url is None:
+        os.environ.update(known)
+        os.environ["MASTER_PORT"] = environment.get("MASTER_PORT") or str(port)
+    return int(environment["RANK"]), int(environment["WORLD_SIZE"])
 
 
 def is_whole_job(group: dist.ProcessGroup) -> bool:
