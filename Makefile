@@ -7,6 +7,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 ZIG   := $(VENV)/.zig
+MONITORS := $(VENV)/.monitors
 WHEEL := $(VENV)/.wheel
 
 # What a wheel is made of; a change in any of it makes the next target rebuild and reinstall the wheel.
@@ -36,7 +37,7 @@ test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked
 	$(BIN)/python -m pytest
 
-test-all: test wheel sdist  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
+test-all: test wheel sdist $(MONITORS)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
 	$(BIN)/python -m pytest -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on
@@ -84,6 +85,11 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 	$(BIN)/maturin build --locked --release --interpreter $(BIN)/python --out dist
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/zerort-*.whl
 	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[dev]"
+	touch $@
+
+# What the slow tests read back; `make test` does with what is in dev.
+$(MONITORS): $(WHEEL)
+	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[monitors]"
 	touch $@
 
 $(ZIG): $(TOOLS)

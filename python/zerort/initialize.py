@@ -19,13 +19,14 @@ from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
 from zerort.engine import COMPILED_WHOLE, Engine
 from zerort.errors import PlanError
+from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm, Mesh
 from zerort.optim import Abilities, ShardOptimizer, schedules
 from zerort.params.leaves import mark_configured
-from zerort.start import agreed, checks
+from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
 from zerort.start.compare import (
     compare_data,
@@ -151,6 +152,7 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     """What each rank would do by itself, compared: the ranks differ in nothing that matters."""
     control = mesh.control
     setup = agreed(control, lambda: _decide(settings, mesh, given, undo))
+    first(control, lambda: monitors.check(settings))
     compare_plans(control, setup.planned, setup.plan.digest)
     compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
     compare_optimizers(control, setup.optimizer)

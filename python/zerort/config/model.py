@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 from zerort.config.amp import Amp
 from zerort.config.batch import Batch
 from zerort.config.features import FlopsProfiler, ProgressiveLayerDrop
+from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
 from zerort.config.section import (
     LARGEST,
     Count,
@@ -260,6 +261,7 @@ class Runtime(Section):
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """Floating-point operations that one device does a second at most; None looks it up."""
     trace: Trace = Field(default_factory=Trace)
+    mlflow: Mlflow = Field(default_factory=Mlflow)
     loader: Loader = Field(default_factory=Loader)
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
@@ -294,6 +296,11 @@ class Config(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
     progressive_layer_drop: ProgressiveLayerDrop = Field(default_factory=ProgressiveLayerDrop)
+    tensorboard: MonitorFolder = Field(default_factory=MonitorFolder)
+    csv_monitor: MonitorFolder = Field(default_factory=MonitorFolder)
+    wandb: Wandb = Field(default_factory=Wandb)
+    comet: Comet = Field(default_factory=Comet)
+    trackio: Trackio = Field(default_factory=Trackio)
     zero_optimization: Zero = Field(default_factory=Zero)
     zerort: Runtime = Field(default_factory=Runtime)
 

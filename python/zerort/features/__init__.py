@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 from zerort.features.flops import FlopsProfile
 from zerort.features.layer_drop import LayerDrop
+from zerort.features.monitors.reporting import Monitored
 from zerort.features.progress_line import ProgressLine
 from zerort.features.site import Site
 from zerort.features.trace_mark import TraceMark
@@ -23,6 +24,7 @@ FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     LayerDrop.open,
     ProgressLine.open,
     FlopsProfile.open,
+    Monitored.open,
     TraceMark.open,
 )
 """In the order in which they hear an event."""

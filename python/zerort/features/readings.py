@@ -5,6 +5,8 @@ feature is off.
 from __future__ import annotations
 
 from zerort.features.layer_drop import LayerDrop
+from zerort.features.monitors.monitor import Monitor
+from zerort.features.monitors.reporting import OFF, Monitored
 from zerort.step.events import Events
 
 __all__ = ["FeatureReadings"]
@@ -19,3 +21,11 @@ class FeatureReadings:
         """The share of layers that progressive layer drop keeps in this window; None when off."""
         drop = self._events.find(LayerDrop)
         return None if drop is None else drop.theta
+
+    @property
+    def monitor(self) -> Monitor:
+        """What events of the user's own are written to; on ranks other than 0, and where no monitor
+        is on, it takes them and does nothing.
+        """
+        found = self._events.find(Monitored)
+        return OFF if found is None else found.monitor

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from zerort.errors import PlanError
+from zerort.errors import ConfigError, PlanError
 from zerort.mesh import Consensus, Control
 
-__all__ = ["agreed", "gathered"]
+__all__ = ["agreed", "first", "gathered"]
 
 T = TypeVar("T")
 
@@ -29,3 +29,10 @@ def agreed(control: Control, attempt: Callable[[], T]) -> T:
 def gathered(control: Control, attempt: Callable[[], T]) -> list[T]:
     """`agreed`, but returns every rank's result, by rank."""
     return Consensus(control, PlanError).gather(_HEADLINE, attempt)
+
+
+def first(control: Control, attempt: Callable[[], T]) -> T:
+    """Runs `attempt` on rank 0 and returns its result on all; where it raised, all ranks raise
+    `ConfigError` with its reason.
+    """
+    return Consensus(control, ConfigError, alike=True).first(_HEADLINE, attempt)

@@ -198,7 +198,7 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
 @pytest.mark.parametrize(
     ("path", "harmless", "asking"),
     [
-        ("tensorboard", {"enabled": False, "output_path": "auto"}, {"enabled": True}),
+        ("elasticity", {"enabled": False, "version": "auto"}, {"enabled": True}),
         ("comms_logger", {}, {"enabled": True, "verbose": True}),
         ("amp.num_losses", 1, 2),
         ("zero_optimization.offload_optimizer", {"device": "none"}, {"device": "cpu"}),
@@ -521,16 +521,17 @@ def test_describe_shows_mistakes_in_their_rows() -> None:
             "train_batch_sze": 8,
             "fp16": {"enabled": "yes"},
             "optimizer": {},
-            "wandb": {"enabled": True},
+            "elasticity": {"enabled": True},
         }
     )
     assert rows == [
         ("train_batch_sze", "8", 'error: unknown key; did you mean "train_batch_size"?'),
         ("fp16.enabled", '"yes"', 'error: expected true or false, got "yes"'),
         (
-            "wandb",
+            "elasticity",
             '{"enabled": true}',
-            'error: refused: monitors are not built yet (got {"enabled": true})',
+            'error: refused: batch sizes are not chosen for the job; give them (got {"enabled": '
+            "true})",
         ),
         ("optimizer.type", "", "error: required, but left out"),
     ]

@@ -1,0 +1,43 @@
+"""`trackio`: a run of a project in Trackio's local database."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from zerort.config.monitors import Trackio
+from zerort.features.monitors.member import Event, required
+
+__all__ = ["TrackioRun"]
+
+
+class TrackioRun:
+    """The run that the program has begun already, which stays open, or one of its own."""
+
+    def __init__(self, settings: Trackio) -> None:
+        module = required("trackio", "trackio", "trackio")
+        self._current = module.context_vars.current_run
+        running = self._current.get()  # another `init` would end it
+        self._owns = running is None
+        self._run = running or module.init(project=settings.project)
+
+    @staticmethod
+    def check(settings: Trackio) -> None:
+        """Raises `ConfigError` without the package."""
+        required("trackio", "trackio", "trackio")
+
+    def write(self, events: Sequence[Event]) -> None:
+        """All of one step together."""
+        of_step: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, value, step in events:
+            of_step[step][name] = value
+        for step, values in of_step.items():
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the run, if it is its own."""
+        if not self._owns:
+            return
+        self._run.finish()
+        if self._current.get() is self._run:
+            self._current.set(None)

@@ -1,0 +1,40 @@
+"""`wandb`: a run of Weights & Biases, in a folder of its own with WANDB_MODE=offline."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from zerort.config.monitors import Wandb
+from zerort.features.monitors.member import Event, required
+
+__all__ = ["WandbRun"]
+
+
+class WandbRun:
+    """The run that the program has begun already, which stays open, or one of its own."""
+
+    def __init__(self, settings: Wandb) -> None:
+        module = required("wandb", "wandb", "wandb")
+        self._owns = module.run is None
+        self._run = module.run or module.init(
+            project=settings.project, group=settings.group, entity=settings.team
+        )
+
+    @staticmethod
+    def check(settings: Wandb) -> None:
+        """Raises `ConfigError` without the package."""
+        required("wandb", "wandb", "wandb")
+
+    def write(self, events: Sequence[Event]) -> None:
+        """All of one step together."""
+        of_step: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, value, step in events:
+            of_step[step][name] = value
+        for step, values in of_step.items():
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the run, if it is its own."""
+        if self._owns:
+            self._run.finish()
