@@ -77,7 +77,7 @@ class HeldBucket:
             first, last = self.names[0], self.names[-1]
             contents = first if first == last else f"{first} .. {last}"
             self.values = Freeable(spec, self.forms, dtype, device, contents)
-            self.owned = Memory.zeros(spec.shard_numel, dtype, device)
+            self.owned = Memory.zeros(0, dtype, device)
         else:
             self.values = Resident(plan, spec, self.forms, dtype, device)
             self.owned = self.values.memory if whole else self.values.shard(rank)
@@ -123,8 +123,18 @@ class HeldBucket:
         its own.
         """
         if isinstance(self.values, Freeable):
+            self._make_room()
             with torch.no_grad():
                 self.owned.tensor.copy_(self._slice())
+
+    def _make_room(self) -> None:
+        """Memory for this rank's part: not before it is needed, for until then the values are
+        somewhere else.
+        """
+        if not self.owned.tensor.numel():
+            own = self.owned.tensor
+            self.owned = Memory.zeros(self.spec.shard_numel, own.dtype, own.device)
+            self.master = self.owned.tensor
 
     def take_part(self) -> None:
         """The values have been written, while they were whole: this rank's slice of them is what
@@ -183,6 +193,7 @@ class FlatBucket(HeldBucket):
         super().__init__(layout, spec, members)
         assert spec.group is not None
         self.group = spec.group
+        self._make_room()
         plan, rank = layout.plan, layout.rank
         dtype, device = members[0].tensor.dtype, members[0].tensor.device
         precise = torch.float64 if dtype == torch.float64 else torch.float32

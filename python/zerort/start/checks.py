@@ -96,9 +96,7 @@ def settle_sparse(module: nn.Module, policy: Literal["refuse", "densify"]) -> No
     to be asked for.
     """
     for name, part in module.named_modules():
-        if not getattr(part, "sparse", False) or not isinstance(
-            part, nn.Embedding | nn.EmbeddingBag
-        ):
+        if not isinstance(part, nn.Embedding | nn.EmbeddingBag) or not part.sparse:
             continue
         if policy == "refuse":
             raise PlanError(
