@@ -135,7 +135,8 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _start(prefix: str, module: nn.Module, start: Start | None, nursery: Nursery) -> None:
-    names = list(_own(module))
+    strides = {name: tensor.stride() for name, tensor in _own(module).items()}
+    names = list(strides)
     versions = {name: _unset(module, name, nursery.mesh.device) for name in names}
     for reset in ("reset_parameters", "_reset_parameters"):
         if names and callable(getattr(module, reset, None)):
@@ -150,9 +151,14 @@ def _start(prefix: str, module: nn.Module, start: Start | None, nursery: Nursery
             'in "zerort": {"load_from": ...}, or make it on a real device'
         )
     for name in names:
-        if name in module._parameters:
+        if name not in module._parameters:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = _laid_out(buffer, strides[name])
+        else:
             parameter = module._parameters[name]
             assert parameter is not None
+            parameter.data = _laid_out(parameter.data, strides[name])
             nursery.bear(parameter, f"{prefix}{name}", parameter.dtype, source=None)
 
 
@@ -161,7 +167,11 @@ def _unset(module: nn.Module, name: str, device: torch.device) -> int:
     tensor = module._parameters.get(name)
     meta = module._buffers[name] if tensor is None else tensor
     assert meta is not None
-    fresh = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+    # A module draws its numbers in the order of memory, and gets a memory format afterwards.
+    strides = (
+        torch.empty(meta.shape, device="meta").stride() if _has_format(meta) else meta.stride()
+    )
+    fresh = torch.empty_strided(meta.shape, strides, dtype=meta.dtype, device=device)
     if fresh.is_floating_point():
         fresh.fill_(torch.nan)
     if tensor is None:
@@ -169,6 +179,20 @@ def _unset(module: nn.Module, name: str, device: torch.device) -> int:
         return fresh._version
     exchange(tensor, fresh)
     return tensor._version
+
+
+def _has_format(tensor: Tensor) -> bool:
+    """Whether its elements lie as `module.to(memory_format=...)` puts them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats.get(tensor.dim())
+    return memory_format is not None and tensor.is_contiguous(memory_format=memory_format)
+
+
+def _laid_out(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if values.stride() == strides:
+        return values
+    laid = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)
+    return laid.copy_(values)
 
 
 def _left(module: nn.Module, versions: dict[str, int]) -> list[str]:

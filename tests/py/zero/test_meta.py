@@ -52,6 +52,20 @@ class Own(nn.Module):
             module.weight.data.fill_(0.5)
 
 
+class Images(nn.Module):
+    """What its constructor has drawn gets another memory format afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, 3, bias=False)
+        self.apply(self._init_weights)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv3d) and not module.weight.is_meta:
+            module.weight.data.normal_()
+
+
 def settings(stage: int = 3, **more: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
@@ -108,6 +122,11 @@ def initialised(rank: int, world: int) -> dict[str, Any]:
             each.backward(each(x).square().mean())
             each.step()
     found["trained differs"] = differing(values(model), values(want))
+    torch.manual_seed(7)
+    want_images, images = Images(), on_meta(Images)
+    torch.manual_seed(7)
+    started(images)
+    found["differing images"] = differing(values(images), values(want_images))
     own = on_meta(Own, True)
     started(own)
     found["own"] = {n: v.unique().tolist() for n, v in values(own).items() if n != "layer.bias"}
@@ -134,6 +153,7 @@ def initialised_once() -> list[dict[str, Any]]:
 def test_modules_give_values_as_their_constructors_would_on_rank_0() -> None:
     for found in initialised_once():
         assert found["differs"] == found["trained differs"] == []
+        assert found["differing images"] == []
         assert found["same objects"] and found["tied"] and found["state"]
         assert found["own"] == {"layer.weight": [0.5], "scale": [3.0]}
 
