@@ -118,21 +118,43 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         """
         if self._transaction.part.accumulation.held:
             raise StepError(
-                "step() inside no_sync(): leave the context first, gradients have not been reduced"
+                "step() inside no_sync() or coalesce_grad_reduction(): leave the context first, "
+                "gradients have not been reduced"
             )
         self._transaction.step(lr_kwargs or {})
 
     # Control.
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Overrides the boundary, for this and all later micro-batches."""
-        self._transaction.part.accumulation.override = is_boundary
+        """Overrides the boundary, for this and all later micro-batches. Raises `StepError` where
+        the configuration leaves windows to the caller.
+        """
+        self._transaction.set_boundary(is_boundary)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within, backwards add into `.grad` and nothing is reduced; the next backward outside
         takes it along.
         """
         return self._transaction.part.accumulation.hold()
+
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
+        """Within, backwards add up on this rank; at its end they are reduced in one pass, where
+        this micro-batch's gradients are to be reduced at all. `step` comes behind it.
+
+        All ranks enter it. What leaves it by an exception fails the micro-batch on all of them, as
+        one in a backward does. Raises `StepError` within `no_sync`, and where the block had no
+        backward.
+        """
+        return self._transaction.coalesce()
+
+    def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
+        """Reduces now what has not been: backwards within `no_sync`. All ranks call it.
+
+        Nothing is left to do after a backward that was reduced, nor off the boundary where the
+        stage reduces at it. `bucket_size` is DeepSpeed's, and has no effect: buckets are planned.
+        Raises `StepError` within `no_sync`.
+        """
+        self._transaction.reduce()
 
     def join(
         self,
@@ -283,7 +305,9 @@ def _transaction(parts: Components, counters: Counters, events: Events) -> Trans
     every = config.reduces_every_micro_batch(parts.reduction.plan.reduces_every_micro_batch)
     progress = Progress(counters, parts.boundary, parts.scheduler, events)
     averaging = Averaging(
-        Accumulation(parts.batch.accumulation, every, counters),
+        Accumulation(
+            parts.batch.accumulation, every, counters, config.managed_gradient_accumulation
+        ),
         parts.precision.loss_scale,
         parts.batch,
         ranks=mesh.world if config.gradient_allreduce_op == "mean" else 1,

@@ -274,6 +274,8 @@ class Config(Section):
     train_batch_size: Count | None = None
     train_micro_batch_size_per_gpu: Count | None = None
     gradient_accumulation_steps: Count | None = None
+    managed_gradient_accumulation: bool = True
+    """Windows end at every `gradient_accumulation_steps`-th `step`; false: at every one."""
     gradient_clipping: Annotated[float, Field(ge=0), AfterValidator(zero_or_normal)] = 1.0
     """Largest norm of the averaged gradient; 0 turns clipping off."""
     prescale_gradients: bool = False

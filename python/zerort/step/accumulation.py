@@ -40,6 +40,8 @@ class Window:
     """Micro-batches that are over."""
     given: int = 0
     """Micro-batches that brought a gradient which is still held; the current one included."""
+    waits: bool = False
+    """Some of its gradients wait for a pass."""
     divisor: float | None = None
     """What the reduction still has to divide the window's gradients by; None before the first."""
     failure: str | None = None
@@ -47,34 +49,61 @@ class Window:
 
     def forget(self) -> None:
         """What was gathered is dropped, so nothing is left to mix with."""
-        self.given, self.divisor = 0, None
+        self.given, self.divisor, self.waits = 0, None, False
 
 
 @dataclass
 class Accumulation:
-    """The current micro-batch's place. `every` says that gradients are reduced in every one."""
+    """The current micro-batch's place. `every` says that gradients are reduced in every one.
+
+    Where it is not `managed`, windows end where the user steps, and only there.
+    """
 
     steps: int
     every: bool
     counters: Counters
+    managed: bool = True
     window: Window = field(default_factory=Window)
     override: bool | None = None
     held: int = 0
     """Depth of `no_sync`."""
+    coalesced: bool = False
+    """It is held until one reduction behind the last backward, which the peers expect."""
+    stepping: bool = False
+    """Where windows are not managed: the step that ends one is under way."""
     origin: int = 0
     """Where windows are counted from, in micro-batches: the last change of `steps`."""
 
     @property
     def boundary(self) -> bool:
         """Whether this micro-batch ends the window."""
+        if not self.managed:
+            return self.stepping
         if self.override is not None:
             return self.override
         return (self.counters.micro_steps + 1 - self.origin) % self.steps == 0
 
     @property
     def reduces(self) -> bool:
-        """Whether this micro-batch's gradients are reduced in its backward."""
+        """Whether a backward reduces gradients now."""
         return not self.held and (self.every or self.boundary)
+
+    @property
+    def owes(self) -> bool:
+        """Whether gradients of this micro-batch are reduced, by its backward or behind it."""
+        return (not self.held or self.coalesced) and (self.every or self.boundary)
+
+    @property
+    def defers(self) -> bool:
+        """Whether gradients are reduced by the step, as no backward is known to be the last."""
+        return not self.managed and not self.every
+
+    @property
+    def ends_on_failure(self) -> bool:
+        """Whether a failure is the end of this micro-batch: else a step of the user's is to
+        come.
+        """
+        return self.managed or self.stepping
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -84,6 +113,25 @@ class Accumulation:
             yield
         finally:
             self.held -= 1
+
+    @contextmanager
+    def coalesce(self) -> Iterator[None]:
+        """Within, they do, and one reduction follows."""
+        with self.hold():
+            self.coalesced = True
+            try:
+                yield
+            finally:
+                self.coalesced = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within, the user ends the micro-batch."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
 
     def note(self, divisor: float) -> None:
         """A backward begins, whose gradients the reduction has to divide by `divisor`.
@@ -126,7 +174,8 @@ class Accumulation:
     def realign(self) -> None:
         """Begins a window anew: what a window had gathered before a checkpoint is not in it."""
         self.window, self.origin = Window(), 0
-        self.counters.micro_steps -= self.counters.micro_steps % self.steps
+        if self.managed:
+            self.counters.micro_steps -= self.counters.micro_steps % self.steps
 
     def advance(self) -> None:
         """The micro-batch is over."""

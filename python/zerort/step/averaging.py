@@ -64,7 +64,11 @@ class Averaging:
 
     def samples(self, join: Join | None) -> int:
         """Of the step that ends, over all ranks."""
-        return self.batch.train if join is None else self.batch.micro * join.given
+        if join is not None:
+            return self.batch.micro * join.given
+        if self.accumulation.managed:
+            return self.batch.train
+        return self.batch.train // self.batch.accumulation * self.accumulation.window.given
 
     def resize(self, batch: Batch, *, backwards: int) -> None:
         """Windows to come have other sizes. Raises `StepError` in the middle of one."""

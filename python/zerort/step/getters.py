@@ -50,6 +50,10 @@ class Getters:
 
     # Gradients.
 
+    managed_gradient_accumulation = _key(
+        "Whether windows end by count; False: where the caller steps.",
+        lambda c: c.managed_gradient_accumulation,
+    )
     gradient_clipping = _key(
         "The largest norm of the averaged gradient; 0 where nothing is clipped.",
         lambda c: c.gradient_clipping,

@@ -91,12 +91,13 @@ class Participation:
         """
         self.averaging.note(scaling)
         self.boundary.optimizer.check()
-        self._follow()
+        self.follow()
 
     def begin(self) -> None:
         """Begins the pass in which the backward's gradients are reduced."""
         self.roll(Next.PASS)
         self.reduction.begin(self.averaging.factor)
+        self.accumulation.window.waits = False
         self.passes.bring()
 
     def close(self, *, first: bool) -> None:
@@ -108,6 +109,7 @@ class Participation:
         else:
             self.passes.close()
             self.reduction.collect()
+            self.accumulation.window.waits = True
         self.accumulation.window.given += first
 
     def keep(self, scaling: LossScaling) -> None:
@@ -149,7 +151,9 @@ class Participation:
         self.reduction.drop()
         if owes and not self.passes.is_open:
             owes = self.passes.stand_in() == "backward"
-        if owes and self.accumulation.reduces and not self.reduction.in_pass:
+        elif self.accumulation.held:
+            owes = False  # the pass that is open reduces nothing; a later one is stood in for
+        if owes and self.accumulation.owes and not self.reduction.in_pass:
             self.begin()
         self.reduction.abort()
         self.passes.close(complete=False)
@@ -218,7 +222,7 @@ class Participation:
 
     def reduce_nothing(self) -> None:
         """Takes part in a pass with what has waited here, which mostly is nothing."""
-        self._follow()
+        self.follow()
         self.reduction.begin(self.averaging.factor)
         self.reduction.finish()
         self.passes.close(complete=False)
@@ -253,6 +257,7 @@ class Participation:
         finally:
             self.boundary.let_out()
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Follows freezing and unfreezing. Raises `StepError` naming a parameter that has moved."""
         if self.reduction.follow():
             self.boundary.optimizer.split()

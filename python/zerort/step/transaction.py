@@ -5,10 +5,8 @@
       └── a hook: a backward of another's is here ──> Reached ── over ──> Idle
                               its first gradient ──> Backward
 
-A collective in flight cannot be taken back, so a failure is carried through: the rank that raises
-*settles*, that is, it takes part in whatever its peers still wait for, on zeros, and puts its
-failure into the vote at the boundary. The peers raise with its reason, and the next micro-batch
-starts clean on all.
+A failure is carried through (`step.settling`): the peers raise with its reason, and the next
+micro-batch starts clean on all.
 
 Which backward is whose is asked of autograd (`grads.tasks`). The user's own, on what the module
 returned, begins a pass with its first gradient. Another engine's leaves its gradients in `.grad`,
@@ -38,17 +36,8 @@ from zerort.params.roll import Diverged
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
-from zerort.step.phases import (
-    Backward,
-    Destroyed,
-    Idle,
-    Lost,
-    Phase,
-    Reached,
-    Settled,
-    between,
-    owes_pass,
-)
+from zerort.step.phases import Backward, Destroyed, Idle, Lost, Reached, Settled, between
+from zerort.step.settling import Settling
 
 __all__ = ["Transaction"]
 
@@ -57,13 +46,11 @@ _log = logging.getLogger("zerort")
 T = TypeVar("T")
 
 
-class Transaction:
-    """Owns the phase. What the peers wait for is done by `part`."""
+class Transaction(Settling):
+    """The calls of a training loop, and a backward's way through its phases."""
 
     def __init__(self, part: Participation) -> None:
-        self.part = part
-        self._reduction, self._listener = part.reduction, part.reduction.listener
-        self._phase: Phase = Idle()
+        super().__init__(part)
         part.passes.reached = self._reached
 
     # The calls of a training loop.
@@ -132,6 +119,10 @@ class Transaction:
 
     def step(self, arguments: Mapping[str, Any]) -> None:
         """Ends the micro-batch, at the boundary with the vote and the update."""
+        with self.part.accumulation.step():
+            self._step(arguments)
+
+    def _step(self, arguments: Mapping[str, Any]) -> None:
         self.part.progress.applied = False
         if isinstance(self._phase, Settled):
             self._phase = Idle()
@@ -156,12 +147,76 @@ class Transaction:
             raise
         self._advance()
 
+    # Reductions behind the backward.
+
+    @contextmanager
+    def coalesce(self) -> Iterator[None]:
+        """Within, backwards add up on this rank, and are reduced in one pass behind it. What leaves
+        it by an exception fails the micro-batch, for the peers expect that pass.
+        """
+        call, accumulation = "coalesce_grad_reduction()", self.part.accumulation
+        self._demand(call)
+        self._refuse_unmanaged(call)
+        if accumulation.held:
+            raise StepError(f"{call} inside no_sync() or itself: one context is enough")
+        with accumulation.coalesce():
+            try:
+                yield
+                if not isinstance(self._phase, Settled):
+                    self._check_backwards(call)
+            except BaseException as error:
+                known = isinstance(error, CommError | JoinEnded | Diverged)
+                if not known and not isinstance(self._phase, Settled | Lost | Destroyed):
+                    self._settle(f"{type(error).__name__}: {error}", owes=True)
+                    self._phase = Settled()
+                raise
+        if not isinstance(self._phase, Settled):
+            with self._settling(Settled()):
+                self._reduce_waiting()
+
+    def reduce(self) -> None:
+        """Reduces what has waited, where this micro-batch's gradients are to be reduced."""
+        call = "allreduce_gradients()"
+        self._demand(call)
+        if self.part.accumulation.held:
+            raise StepError(f"{call} inside no_sync(): leave the context first")
+        with self._settling(Settled()):
+            self._find_backward()
+            if self.part.accumulation.window.waits:
+                self._reduce_waiting()
+
+    def _reduce_waiting(self) -> None:
+        """A pass without a backward of its own, where one is due."""
+        if not self.part.accumulation.reduces:
+            return
+        before = between(self._phase)
+        self._phase = Backward(before)
+        self.part.follow()
+        self.part.reach(announced=True)
+        self.part.begin()
+        self._phase = Backward(before, owes=False)
+        self.part.close(first=False)
+        self._phase = before
+
+    def set_boundary(self, is_boundary: bool) -> None:
+        """Overrides the boundary from this micro-batch on."""
+        self._refuse_unmanaged("set_gradient_accumulation_boundary()")
+        self.part.accumulation.override = is_boundary
+
+    def _refuse_unmanaged(self, call: str) -> None:
+        if not self.part.accumulation.managed:
+            raise StepError(
+                f'{call} with "managed_gradient_accumulation": false: a window ends where you '
+                "step; leave the call or the key out"
+            )
+
     @contextmanager
     def join(self, *, by_initial_world: bool, throws: bool) -> Iterator[None]:
         """Within, ranks may run out of data at different steps."""
         if self.part.joined:
             raise StepError("join() inside join(): one context is enough")
         self._demand("join()")
+        self._refuse_unmanaged("join()")
         with self._parting():
             self.part.passes.meet("join()")
         with self.part.join(by_initial_world=by_initial_world, throws=throws):
@@ -214,11 +269,6 @@ class Transaction:
         self.part.accumulation.realign()
         self.part.events.restored()
 
-    def recover(self) -> None:
-        """Settles for a backward of the user's own that has raised: nothing else tells of it."""
-        if self._interrupted():
-            self._settle("a direct loss.backward() raised", owes=True)
-
     def finish(self) -> None:
         """Before all ranks give the engine back: ends what a backward without a `step` has begun,
         which a peer further along its list may wait for.
@@ -238,59 +288,6 @@ class Transaction:
             self._phase = Destroyed()
             self._reduction.close()
             self.part.passes.detach()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been."""
-        return isinstance(self._phase, Destroyed)
-
-    # Phases.
-
-    def _demand(self, call: str, *, recovering: bool = True) -> None:
-        """Raises where `call` cannot be."""
-        match self._phase:
-            case Destroyed():
-                raise StepError(f"{call} after engine.destroy(): the engine has given all back")
-            case Lost(reason):
-                raise CommError(
-                    f"{call} after ranks have parted: restart the job from a checkpoint. What "
-                    f"parted them: {reason}"
-                )
-            case Backward(task=None):
-                raise StepError(f"{call} while engine.backward(loss) runs: wait until it is over")
-            case Reached() | Backward() if in_backward():
-                raise StepError(f"{call} inside a loss.backward(): wait until it is over")
-            case _:
-                if recovering:
-                    self.recover()
-
-    def _raised(self) -> bool:
-        """Whether a backward that this engine has not begun has brought gradients and raised."""
-        match self._phase:
-            case Backward(task=GraphTask() as task):
-                return not task.runs
-            case Reached(task=task, before=before) if not task.runs:
-                self.part.passes.close()
-                self._phase = before
-                return self._listener.disarm()
-            case _:
-                return False
-
-    def _interrupted(self) -> bool:
-        """`_raised`, asked by a call that cannot be within a backward.
-
-        On an accelerator a thread of autograd's may hold a backward for a moment after it has
-        raised.
-        """
-        match self._phase:
-            case Backward(task=GraphTask()):
-                return True
-            case Reached(before=before):
-                self.part.passes.close()
-                self._phase = before
-                return self._listener.disarm()
-            case _:
-                return False
 
     # A backward that this engine has not begun. Everything here runs in hooks.
 
@@ -352,91 +349,46 @@ class Transaction:
         """A backward is over."""
         running = self._phase
         assert isinstance(running, Backward)
-        self.part.close(first=not running.before.backwards)
+        first = not running.before.backwards or not self.part.accumulation.managed
+        self.part.close(first=first)
         self._phase = Idle(running.before.backwards + 1)
 
     # The end of a micro-batch.
 
     def _check_step(self, arguments: Mapping[str, Any]) -> None:
         """Raises `StepError` where this micro-batch cannot end with a step."""
+        accumulation = self.part.accumulation
+        if torch.is_inference_mode_enabled():
+            if accumulation.defers and isinstance(self._phase, Idle):
+                self._phase = Idle()  # whose pass is still owed
+            raise StepError(
+                "step() under torch.inference_mode(): what it made could not be trained on; "
+                "leave it"
+            )
+        self._check_backwards("step()")
+        if accumulation.defers and not self._reduction.passes:
+            self._reduce_waiting()
+        if accumulation.boundary:
+            self.part.progress.check(arguments)
+            self.part.meet()  # what is raised here reaches the vote
+
+    def _check_backwards(self, call: str) -> None:
+        """Raises `StepError` where no backward of this micro-batch came to its end."""
         if self._interrupted():
             self._phase = Backward(between(self._phase))
             raise StepError(
                 "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
             )
-        if torch.is_inference_mode_enabled():
+        self._find_backward()
+        if not between(self._phase).backwards:
             raise StepError(
-                "step() under torch.inference_mode(): what it made could not be trained on; "
-                "leave it"
+                f"{call} without backward() in this micro-batch: call engine.backward(loss) first"
             )
+
+    def _find_backward(self) -> None:
+        """Takes what a backward that no hook has announced has left in `.grad`."""
         before = between(self._phase)
         if before.resting is not None and self._listener.holds_gradients():
             self._take(before.resting)
         elif not before.backwards and self._listener.holds_gradients():
             self._take(None)
-        if not between(self._phase).backwards:
-            raise StepError(
-                "step() without backward() in this micro-batch: call engine.backward(loss) first"
-            )
-        if self.part.accumulation.boundary:
-            self.part.progress.check(arguments)
-            self.part.meet()  # what is raised here reaches the vote
-
-    def _advance(self) -> None:
-        """The micro-batch is over."""
-        self.part.accumulation.advance()
-        self._rest()
-        self.part.events.ended()
-
-    def _rest(self) -> None:
-        if not isinstance(self._phase, Lost | Destroyed):
-            self._phase = Idle()
-
-    @contextmanager
-    def _parting(self) -> Iterator[None]:
-        """Within, a collective that fails is the last one."""
-        try:
-            yield
-        except CommError as error:
-            self._phase = Lost(str(error))
-            raise
-
-    @contextmanager
-    def _settling(self, after: Phase) -> Iterator[None]:
-        """Within, an exception leaves only once the peers have its reason; the phase is `after`."""
-        try:
-            with self._parting():
-                yield
-        except CommError:
-            raise
-        except (JoinEnded, Diverged):
-            self._abandon()
-            raise
-        except BaseException as error:
-            self._settle(f"{type(error).__name__}: {error}", owes=owes_pass(self._phase))
-            self._phase = after
-            raise
-
-    def _settle(self, failure: str, *, owes: bool) -> None:
-        """After a failure: takes part in what is left of the micro-batch."""
-        try:
-            with self._parting():
-                self.part.fail(failure, owes=owes)
-        except (JoinEnded, Diverged):
-            self._abandon()
-            return
-        except StepError:
-            pass  # the verdict on our own failure, which the caller sees at first hand
-        except BaseException as error:
-            if not isinstance(self._phase, Lost):  # Ctrl-C, while peers wait
-                self._phase = Lost(
-                    f"{type(error).__name__} before the others had heard of: {failure}"
-                )
-            raise
-        self._advance()
-
-    def _abandon(self) -> None:
-        """Nobody goes on with this window."""
-        with self._parting():
-            self.part.abandon()
-        self._rest()

@@ -207,7 +207,6 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
         ("zero_optimization.mics_shard_size", -1, 4),
         ("zero_optimization.load_from_fp32_weights", True, False),
         ("zero_optimization.zero_quantized_weights", False, True),
-        ("managed_gradient_accumulation", True, False),
         ("compile", {"deepcompile": False}, {"deepcompile": True}),
         ("tensor_parallel", {"autotp_size": 1}, {"autotp_size": 4}),
         ("sparse_gradients", False, True),

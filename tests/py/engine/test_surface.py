@@ -76,6 +76,7 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
     ("fp16_enabled", False, {}),
     ("fp16_enabled", True, {"fp16": {"enabled": True}}),
     ("bfloat16_enabled", True, {"bf16": {"enabled": True}}),
+    ("managed_gradient_accumulation", True, {}),
     ("gradient_clipping", 0.5, {}),
     ("wall_clock_breakdown", True, {"wall_clock_breakdown": True}),
     ("steps_per_print", 7, {"steps_per_print": 7}),

@@ -13,10 +13,9 @@ ROWS: Sequence[Key] = (
     same("train_batch_size", "samples of one optimizer step over all ranks"),
     same("train_micro_batch_size_per_gpu", "samples of one backward on one rank"),
     same("gradient_accumulation_steps", "backwards of one optimizer step"),
-    refused(
+    same(
         "managed_gradient_accumulation",
-        "boundaries that the caller manages are not built yet",
-        one_of(True),
+        "false: every step() ends a window, of as many backwards as there were",
     ),
     same(
         "dataloader_drop_last", "the loader made from training_data drops an incomplete last batch"
