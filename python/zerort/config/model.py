@@ -16,6 +16,7 @@ from zerort.config.amp import Amp
 from zerort.config.batch import Batch
 from zerort.config.features import FlopsProfiler, ProgressiveLayerDrop
 from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
+from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
 from zerort.config.section import (
     LARGEST,
     Count,
@@ -298,6 +299,8 @@ class Config(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
     progressive_layer_drop: ProgressiveLayerDrop = Field(default_factory=ProgressiveLayerDrop)
+    eigenvalue: Eigenvalue = Field(default_factory=Eigenvalue)
+    quantize_training: QuantizeTraining = Field(default_factory=QuantizeTraining)
     tensorboard: MonitorFolder = Field(default_factory=MonitorFolder)
     csv_monitor: MonitorFolder = Field(default_factory=MonitorFolder)
     wandb: Wandb = Field(default_factory=Wandb)
@@ -379,6 +382,18 @@ class Config(Section):
         enabled = [name for name in sections if getattr(self, name).enabled]
         if len(enabled) > 1:
             raise ValueError(f"{' and '.join(enabled)} cannot be enabled together; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _features_fit(self) -> Config:
+        found = conflicts(
+            self.eigenvalue,
+            self.quantize_training,
+            stage=self.zero_optimization.stage,
+            masters=self.compute_dtype != "fp32",
+        )
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     @model_validator(mode="after")

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from zerort.features.eigenvalue import BlockEigenvalue
 from zerort.features.flops import FlopsProfile
 from zerort.features.layer_drop import LayerDrop
 from zerort.features.monitors.reporting import Monitored
 from zerort.features.progress_line import ProgressLine
+from zerort.features.quantize import QuantizedTraining
 from zerort.features.site import Site
 from zerort.features.trace_mark import TraceMark
 from zerort.step.events import Events, Feature
@@ -22,6 +24,8 @@ __all__ = ["FEATURES", "Site", "open_features"]
 
 FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     LayerDrop.open,
+    BlockEigenvalue.open,
+    QuantizedTraining.open,
     ProgressLine.open,
     FlopsProfile.open,
     Monitored.open,

@@ -4,6 +4,7 @@ feature is off.
 
 from __future__ import annotations
 
+from zerort.features.eigenvalue import BlockEigenvalue
 from zerort.features.layer_drop import LayerDrop
 from zerort.features.monitors.monitor import Monitor
 from zerort.features.monitors.reporting import OFF, Monitored
@@ -29,3 +30,11 @@ class FeatureReadings:
         """
         found = self._events.find(Monitored)
         return OFF if found is None else found.monitor
+
+    @property
+    def block_eigenvalue(self) -> dict[str, tuple[float, int]] | None:
+        """By parameter name, the eigenvalue of its block relative to the largest, and the block's
+        number, as of the last boundary where they were computed; None before, and when off.
+        """
+        feature = self._events.find(BlockEigenvalue)
+        return None if feature is None else feature.values

@@ -13,7 +13,8 @@ hook per parameter, for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from zerort import _core
 from zerort.grads.arrivals import Arrivals
@@ -33,6 +34,8 @@ class Listener:
     ) -> None:
         self.active: list[bool] = []
         """Which parameters require grad, as of the last `follow`."""
+        self.is_deaf = False
+        """Whether what runs now brings no gradients."""
         self._flat = flat
         self._reducer = reducer
         self._executor = executor
@@ -125,6 +128,18 @@ class Listener:
         come = self._arrivals.unannounced()
         self._arrivals.end()
         return come
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within, what reaches the module is the engine's own `autograd.grad`, which brings no
+        gradients: nothing is armed for it. Between passes only, when no parameter has a hook of
+        those that observe.
+        """
+        self.is_deaf = True
+        try:
+            yield
+        finally:
+            self.is_deaf = False
 
     @unintercepted
     def rest(self) -> None:

@@ -246,10 +246,22 @@ class Participation:
 
     def _vote(self, failure: str | None, correction: float) -> Outcome:
         try:
-            failure = self.events.before_vote(failure)
+            failure = self._prepare(failure)
             return self.boundary.cross(self.averaging.factor, failure, correction)
         finally:
             self.passes.crossed()
+
+    def _prepare(self, failure: str | None) -> str | None:
+        """What features do before the vote; returns why this rank fails, if it does."""
+        try:
+            return self.events.before_vote(failure)
+        except CommError:
+            raise
+        except BaseException as error:  # Ctrl-C: the peers are about to vote
+            with suppress(StepError):
+                reason = f"{type(error).__name__} before the vote"
+                self.boundary.cross(self.averaging.factor, reason)
+            raise
 
     def _report(self, outcome: Outcome, arguments: Mapping[str, Any]) -> None:
         try:

@@ -292,7 +292,7 @@ class Transaction(Settling):
     # A backward that this engine has not begun. Everything here runs in hooks.
 
     def _reached(self) -> None:
-        if not isinstance(self._phase, Idle | Settled):
+        if self._listener.is_deaf or not isinstance(self._phase, Idle | Settled):
             return
         running = running_here(self)
         foreign = running is not None and running.owner is not self

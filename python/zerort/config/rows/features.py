@@ -8,6 +8,22 @@ from zerort.config.key import Key, disabled, ignored, refused, same, without
 
 __all__ = ["ROWS"]
 
+
+def _eigenvalue(section: str) -> Sequence[Key]:
+    """The keys of a section that may stand in two places."""
+    keys = {
+        "enabled": "turns it on",
+        "verbose": "each block's eigenvalue in the log",
+        "max_iter": "Hessian-vector products a block, at most; 100",
+        "tol": "relative change at which the iteration ends; 0.01",
+        "stability": "added to the norm that vectors are divided by; 1e-6",
+        "gas_boundary_resolution": "boundaries from one computation to the next; 1",
+        "layer_name": "path from the module to its blocks; bert.encoder.layer",
+        "layer_num": "how many blocks",
+    }
+    return [same(f"{section}.{key}", effect) for key, effect in keys.items()]
+
+
 ROWS: Sequence[Key] = (
     # what is printed and recorded
     same(
@@ -68,7 +84,37 @@ ROWS: Sequence[Key] = (
     same("progressive_layer_drop.enabled", "turns it on"),
     same("progressive_layer_drop.theta", "the share of layers kept in the end; 0.5 when left out"),
     same("progressive_layer_drop.gamma", "how fast it falls per step; 0.001 when left out"),
-    refused("eigenvalue", "eigenvalue estimates are not built yet", disabled),
+    same("eigenvalue", "the largest eigenvalue of the loss's Hessian over each block"),
+    *_eigenvalue("eigenvalue"),
+    same("quantize_training", "MoQ: parameters are quantized after each step, masters are not"),
+    same("quantize_training.enabled", "turns it on; needs fp16 or bf16"),
+    same("quantize_training.quantize_verbose", "each fall of a layer's bits in the log"),
+    ignored("quantize_training.quantizer_kernel", "there is one way to quantize"),
+    same("quantize_training.quantize_groups", "runs of a parameter with a scale each; 1"),
+    same("quantize_training.quantize_type", "an older place of quantize_algo.q_type"),
+    same("quantize_training.quantize_bits", "what bits fall from and to"),
+    same("quantize_training.quantize_bits.start_bits", "bits at first, 1 to 16; 16"),
+    same("quantize_training.quantize_bits.target_bits", "bits in the end; 8 without the section"),
+    same("quantize_training.quantize_schedule", "when bits fall"),
+    same(
+        "quantize_training.quantize_schedule.quantize_period",
+        "steps to the first fall, a bit a time; each period is twice the one before; 1000",
+    ),
+    same(
+        "quantize_training.quantize_schedule.schedule_offset",
+        "steps before anything is quantized; 1000",
+    ),
+    same("quantize_training.quantize_algo", "how values are rounded"),
+    same("quantize_training.quantize_algo.q_type", "symmetric or asymmetric; symmetric"),
+    same("quantize_training.quantize_algo.rounding", "nearest or stochastic; nearest"),
+    same("quantize_training.fp16_mixed_quantize", "parameters and quantized ones, mixed"),
+    same("quantize_training.fp16_mixed_quantize.enabled", "turns it on"),
+    same(
+        "quantize_training.fp16_mixed_quantize.quantize_change_ratio",
+        "how much more is quantized with each step; 0.001",
+    ),
+    same("quantize_training.eigenvalue", "as the section of this name at top level"),
+    *_eigenvalue("quantize_training.eigenvalue"),
     refused(
         "compile",
         "DeepCompile is not built; torch.compile works on the model",
@@ -81,7 +127,6 @@ ROWS: Sequence[Key] = (
     refused("pipeline", "pipeline parallelism is not built"),
     refused("sparse_attention", "attention is the model's own"),
     refused("compression_training", "compression is not built"),
-    refused("quantize_training", "compression is not built", disabled),
     refused("weight_quantization", "compression is not built"),
     refused(
         "curriculum_learning",
