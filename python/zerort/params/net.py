@@ -11,8 +11,8 @@ What this guarantees: such a backward reads what is there, in the pass in which 
 What it does not do: it does not look into passes that follow a list, which pay nothing; a backward
 that strays there reads guarded memory (`memory.values`), raises, and is looked through next time.
 Nodes in a graph that is made within the backward, by reentrant checkpointing, are not looked at.
-What it needs of torch (a saved tensor that tells its data) is private and newer than torch 2.6;
-without it nothing is found.
+What it needs of torch (a saved tensor that tells its data without unpacking it) is private; where
+that is missing, as in torch 2.6, edges to parameters are followed, and a frozen one has none.
 """
 
 from __future__ import annotations
@@ -147,15 +147,43 @@ def _nodes(root: Any) -> Iterator[Any]:
 
 def _saved(node: Any) -> Iterator[int]:
     """The storages of which `node` has saved views, but for what hooks have packed."""
+    for tensor in _saved_tensors(node) if _TELLS else _parameters(node):
+        if tensor.layout is torch.strided:
+            yield tensor.untyped_storage()._cdata
+
+
+_TELLS = hasattr(torch._C._autograd.SavedTensor, "data")
+
+
+def _saved_tensors(node: Any) -> Iterator[Tensor]:
     for name in _fields(node.__class__):
         with suppress(RuntimeError):  # they have been given back
             saved = getattr(node, name)
             for each in saved if isinstance(saved, tuple | list) else (saved,):
                 held = getattr(each, "data", None)
-                if isinstance(held, Tensor) and held.layout is torch.strided:
-                    yield held.untyped_storage()._cdata
+                if isinstance(held, Tensor):
+                    yield held
 
 
 @cache
 def _fields(kind: Any) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
+
+
+def _parameters(node: Any) -> Iterator[Tensor]:
+    """Those that `node` has got, or views of them."""
+    for below, _ in node.next_functions:
+        if hasattr(below, "variable"):
+            yield below.variable
+        elif below is not None and below.name() in _VIEWS:
+            yield from _parameters(below)
+
+
+_VIEWS = frozenset(
+    f"{name}Backward{overload}"
+    for name in """
+        AsStrided Expand Permute Select Slice Split SplitWithSizes Squeeze T Transpose Unbind
+        Unsqueeze View
+    """.split()  # noqa: SIM905
+    for overload in range(3)
+)

@@ -155,7 +155,7 @@ class Executor:
             (Kind.LAUNCH, self._launch, self._launched, buckets),
             (Kind.RETIRE, self._retire, self._retired, buckets),
             (Kind.GATHER, self._gather, self._gathering, self._program.units),
-            (Kind.FREE, self._free, _silent, self._program.units),
+            (Kind.FREE, self._free, self._freed, self._program.units),
         ]
         return {
             kind.of(number): Action(kind, self._whole_or_lost(verb), report, subject)
@@ -420,8 +420,13 @@ class Executor:
 
     def _gathering(self, unit: UnitFlight) -> None:
         if self.watch.enabled:
+            self.watch.gathered(unit.unit.id, unit.nbytes)
             for flight in unit.flights:
                 self._started(flight)
+
+    def _freed(self, unit: UnitFlight) -> None:
+        if self.watch.enabled and not unit.pinned:
+            self.watch.freed(unit.unit.id)
 
     def _started(self, flight: Flight) -> None:
         if flight.state.work is not None:
@@ -447,10 +452,6 @@ def _is_lack_of_memory(error: Exception) -> bool:
     # torch has a class of its own for an accelerator's memory, and none for the host's
     lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return lacks or "allocate memory" in str(error)
-
-
-def _silent(subject: Any) -> None:
-    """Nothing is reported."""
 
 
 def _contents(bucket: HeldBucket) -> str:

@@ -163,6 +163,14 @@ class ContainedWatch:
         """As `inner`'s."""
         self._call(self._inner.retired, bucket, otherwise=None)
 
+    def gathered(self, unit: int, size: int) -> None:
+        """As `inner`'s."""
+        self._call(self._inner.gathered, unit, size, otherwise=None)
+
+    def freed(self, unit: int) -> None:
+        """As `inner`'s."""
+        self._call(self._inner.freed, unit, otherwise=None)
+
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """As `inner`'s."""
         self._call(self._inner.passed, lives, otherwise=None)

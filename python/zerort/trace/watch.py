@@ -45,6 +45,12 @@ class Watch(Protocol):
     def retired(self, bucket: _core.Bucket) -> None:
         """The bucket's sum was taken."""
 
+    def gathered(self, unit: int, size: int) -> None:
+        """A unit's `size` bytes of values have memory from now on."""
+
+    def freed(self, unit: int) -> None:
+        """That memory was given back, if there was any."""
+
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """A pass is over; `lives` is the core's `Reducer.life()`."""
 
@@ -68,6 +74,12 @@ class Unwatched:
         """Ignored."""
 
     def retired(self, bucket: _core.Bucket) -> None:
+        """Ignored."""
+
+    def gathered(self, unit: int, size: int) -> None:
+        """Ignored."""
+
+    def freed(self, unit: int) -> None:
         """Ignored."""
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
@@ -101,6 +113,7 @@ class BucketWatch:
         self._names = names
         self._launched: dict[int, _Launch] = {}
         self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
+        self._units: dict[int, tuple[Mark, int]] = {}
         self._lanes: list[bool] = []
         self._bytes = 0
         self._counting = threading.Lock()
@@ -139,6 +152,16 @@ class BucketWatch:
     def retired(self, bucket: _core.Bucket) -> None:
         """Ends the bucket's life."""
         self._retired[bucket.id] = (bucket, self._sink.mark())
+
+    def gathered(self, unit: int, size: int) -> None:
+        """Keeps since when a unit is whole or on its way."""
+        self._units.setdefault(unit, (self._sink.mark(), size))
+
+    def freed(self, unit: int) -> None:
+        """A span of the unit's track: how long it had memory."""
+        if unit in self._units:
+            start, size = self._units.pop(unit)
+            self._sink.span(f"unit {unit}", "whole", start, self._sink.mark(), bytes=size)
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """Reports the lives of the pass, now that all four moments are known."""

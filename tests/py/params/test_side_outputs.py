@@ -112,7 +112,13 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize("name", [each.__name__ for each in SCENARIOS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each.__name__, marks=[needs_guards] if each is with_frozen_parameters else [])
+        for each in SCENARIOS
+    ],
+)
 def test_it_trains_as_a_plain_module_does(name: str) -> None:
     ranks.run(2, act, name)
 

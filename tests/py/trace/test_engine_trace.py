@@ -128,6 +128,24 @@ def test_each_collective_of_a_bucket_is_a_span_with_its_bytes(runs: Any, stage: 
         assert seen == expected
 
 
+def test_a_unit_is_whole_from_its_gather_to_its_free(runs: Any) -> None:
+    """Each of its all-gathers lies within a span of its own track, and none is left whole."""
+    for events in runs(3).events:
+        whole: dict[str, list[Event]] = {}
+        for event in spans(events, "unit"):
+            whole.setdefault(track_names(events)[event["tid"]], []).append(event)
+        gathers = [e for e in spans(events, "collectives") if e["name"].startswith("all_gather")]
+        assert len(whole) > 1 and gathers
+        stretches = [(e["ts"], e["ts"] + e["dur"]) for each in whole.values() for e in each]
+        for gather in gathers:
+            since, until = gather["ts"], gather["ts"] + gather["dur"]
+            assert any(start <= since and until <= end + 1 for start, end in stretches), gather
+        for each in whole.values():
+            ordered = sorted((e["ts"], e["dur"], e["args"]["bytes"]) for e in each)
+            assert len({size for _, _, size in ordered}) == 1
+            assert all(a[0] + a[1] <= b[0] + 1 for a, b in pairwise(ordered))
+
+
 @every_stage
 def test_spans_of_one_lane_do_not_overlap(runs: Any, stage: int) -> None:
     for events in runs(stage).events:
