@@ -7,7 +7,7 @@ for batch in loader:
     engine.step()
 """
 
-from zerort import profiling, utils, zero
+from zerort import checkpointing, profiling, utils, zero
 from zerort._core import __version__
 from zerort.engine import Engine
 from zerort.errors import (
@@ -38,6 +38,7 @@ __all__ = [
     "ZerortError",
     "__version__",
     "add_config_arguments",
+    "checkpointing",
     "init_distributed",
     "initialize",
     "profiling",

@@ -8,7 +8,11 @@ from pydantic import BeforeValidator, Field
 
 from zerort.config.section import Count, Section, whole
 
-__all__ = ["FlopsProfiler", "ProgressiveLayerDrop"]
+__all__ = ["ActivationCheckpointing", "FlopsProfiler", "ProgressiveLayerDrop"]
+
+
+class ActivationCheckpointing(Section):
+    """`activation_checkpointing`: nothing of it is asked for, see the table of keys."""
 
 
 class ProgressiveLayerDrop(Section):

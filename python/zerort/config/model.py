@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from zerort.config.amp import Amp
 from zerort.config.batch import Batch
-from zerort.config.features import FlopsProfiler, ProgressiveLayerDrop
+from zerort.config.features import ActivationCheckpointing, FlopsProfiler, ProgressiveLayerDrop
 from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
 from zerort.config.section import (
@@ -172,6 +172,10 @@ class DataTypes(Section):
 
     grad_accum_dtype: Dtype | None = None
     """What passes are added in; None means fp32."""
+    param_dtype: Dtype | None = None
+    """What parameters are cast to anyway; it decides nothing."""
+    buffer_dtype: Dtype | None = None
+    """What floating-point buffers are cast to; None leaves those of the model's own as they are."""
 
 
 class Optimizer(Section):
@@ -298,6 +302,9 @@ class Config(Section):
     scheduler: Scheduler | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
+    activation_checkpointing: ActivationCheckpointing = Field(
+        default_factory=ActivationCheckpointing
+    )
     progressive_layer_drop: ProgressiveLayerDrop = Field(default_factory=ProgressiveLayerDrop)
     eigenvalue: Eigenvalue = Field(default_factory=Eigenvalue)
     quantize_training: QuantizeTraining = Field(default_factory=QuantizeTraining)
@@ -394,6 +401,16 @@ class Config(Section):
         )
         if found:
             raise ValueError("; ".join(found))
+        return self
+
+    @model_validator(mode="after")
+    def _one_parameter_type(self) -> Config:
+        wanted = self.data_types.param_dtype
+        if wanted not in (None, self.compute_dtype):
+            raise ValueError(
+                f"data_types.param_dtype is {wanted}, and parameters are {self.compute_dtype}: "
+                "fp16.enabled and bf16.enabled decide it; enable one of them, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

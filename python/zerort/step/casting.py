@@ -25,7 +25,7 @@ from zerort.step.mode import Mode
 from zerort.zero.init import cast_born
 from zerort.zero.norms import is_affine_batch_norm
 
-__all__ = ["cast", "explained"]
+__all__ = ["cast", "cast_buffers", "explained"]
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Their buffers are the author's."""
@@ -53,6 +53,13 @@ def cast(module: nn.Module, dtype: torch.dtype, *, keeps_norms: bool = False) ->
             for buffer in part._buffers.values():
                 if buffer is not None and buffer.dtype in DTYPES and id(buffer) not in kept:
                     buffer.data = buffer.data.to(dtype)
+
+
+def cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts every floating-point buffer in place."""
+    for buffer in module.buffers():
+        if buffer.dtype in DTYPES:
+            buffer.data = buffer.data.to(dtype)
 
 
 def _of_norms(module: nn.Module) -> set[int]:

@@ -17,7 +17,7 @@ from zerort.config import Config
 from zerort.config.amp import Amp
 from zerort.config.section import SMALLEST
 from zerort.errors import ConfigError
-from zerort.step.casting import cast, explained
+from zerort.step.casting import cast, cast_buffers, explained
 from zerort.step.mode import DTYPES, Mode
 from zerort.wire import FORMATS, number_of
 
@@ -66,6 +66,8 @@ class Precision:
     sums: torch.dtype
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
+    buffers: torch.dtype | None = None
+    """What floating-point buffers are cast to, whoever's they are."""
 
     @classmethod
     def of(cls, config: Config) -> Precision:
@@ -85,12 +87,15 @@ class Precision:
             wire=wire,
             sums=DTYPES[config.data_types.grad_accum_dtype or "fp32"],
             predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
+            buffers=DTYPES[wanted] if (wanted := config.data_types.buffer_dtype) else None,
         )
 
     def cast(self, module: nn.Module) -> None:
         """Casts the module in place where it computes in a low precision; see `casting`."""
         if self.mode.compute is not None:
             cast(module, self.mode.compute, keeps_norms=self.mode.keeps_norms)
+        if self.buffers is not None:
+            cast_buffers(module, self.buffers)
 
     def wires(self, module: nn.Module) -> Callable[[nn.Parameter], int]:
         """Tells the number of the wire format that the gradient of each of `module`'s parameters

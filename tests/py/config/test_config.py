@@ -534,3 +534,10 @@ def test_describe_shows_mistakes_in_their_rows() -> None:
         ),
         ("optimizer.type", "", "error: required, but left out"),
     ]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_type_of_parameters_that_is_not_theirs_is_an_error(dtype: str) -> None:
+    config = {"train_batch_size": 1, "data_types": {"param_dtype": dtype}}
+    assert f"data_types.param_dtype is {dtype}, and parameters are fp32" in refusal(config)
+    load({**config, dtype: {"enabled": True}})

@@ -234,3 +234,12 @@ def test_another_error_is_left_alone() -> None:
     ):
         raise RuntimeError("too wide")
     assert not hasattr(raised.value, "__notes__")
+
+
+def test_buffers_are_cast_where_data_types_asks_whoevers_they_are() -> None:
+    model = Positions()
+    model.register_buffer("count", torch.tensor(3))
+    config = {"data_types": {"buffer_dtype": "bf16", "param_dtype": "fp32"}}
+    engine_over_terms(config, model=model)
+    assert model.table.dtype == torch.bfloat16 and model.count.dtype == torch.int64
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

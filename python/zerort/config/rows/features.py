@@ -74,9 +74,31 @@ ROWS: Sequence[Key] = (
     same("trackio.enabled", "turns it on; needs the package trackio"),
     same("trackio.project", "project of the run"),
     # what else DeepSpeed does
+    same("activation_checkpointing", "of zerort.checkpointing, which is torch.utils.checkpoint"),
+    refused(
+        "activation_checkpointing.partition_activations",
+        "activations are not cut over ranks, as there is no model parallelism; leave it out",
+    ),
+    refused(
+        "activation_checkpointing.contiguous_memory_optimization",
+        "there is no buffer for partitioned activations; leave it out",
+    ),
+    refused(
+        "activation_checkpointing.cpu_checkpointing",
+        "activations stay where they are computed; call checkpoint() within "
+        "torch.autograd.graph.save_on_cpu()",
+    ),
     ignored(
-        "activation_checkpointing",
-        "of DeepSpeed's own checkpointing; torch.utils.checkpoint works without it",
+        "activation_checkpointing.number_checkpoints",
+        "it sizes the buffer of contiguous activations, of which there is none",
+    ),
+    ignored(
+        "activation_checkpointing.synchronize_checkpoint_boundary",
+        "it makes DeepSpeed's times exact; no result depends on it",
+    ),
+    ignored(
+        "activation_checkpointing.profile",
+        "it prints times of each checkpoint; torch.profiler and the trace have them",
     ),
     ignored("aio", "of offloading to disk, which is refused where it is asked for"),
     ignored("vocabulary_size", "DeepSpeed only warns when it is not a multiple of 8"),

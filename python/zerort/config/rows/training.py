@@ -46,8 +46,13 @@ ROWS: Sequence[Key] = (
     same(
         "data_types.grad_accum_dtype", "what reduced gradients are added up in; fp32 when left out"
     ),
-    refused("data_types.param_dtype", "parameters take their dtype from fp16, bf16 or the model"),
-    refused("data_types.buffer_dtype", "buffers keep the dtype they have in the model"),
+    same(
+        "data_types.param_dtype", "has to agree with fp16.enabled and bf16.enabled, which decide it"
+    ),
+    same(
+        "data_types.buffer_dtype",
+        "floating-point buffers are cast to it; those of the model's own stay when left out",
+    ),
     same("fp16", "half precision with a loss scale, at every stage"),
     same(
         "fp16.enabled",
