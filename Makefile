@@ -7,7 +7,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 ZIG   := $(VENV)/.zig
-MONITORS := $(VENV)/.monitors
+SERVICES := $(VENV)/.services
 WHEEL := $(VENV)/.wheel
 
 # What a wheel is made of; a change in any of it makes the next target rebuild and reinstall the wheel.
@@ -29,15 +29,15 @@ endif
 ANONYMOUS = $$(printf -- '--remap-path-prefix=%s=cargo\037--remap-path-prefix=%s=zerort' \
                 '$(or $(CARGO_HOME),$(HOME)/.cargo)' '$(CURDIR)')
 
-demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run, STAGE=3 shards
+demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESUME=1 goes on with an interrupted run, STAGE=3 shards, MONITORS=1 writes curves
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py \
-	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE))
+	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE)) $(if $(MONITORS),--monitors)
 
 test: lint  ## lint, the Rust tests, then pytest against the installed wheel
 	cargo test --locked
 	$(BIN)/python -m pytest
 
-test-all: test wheel sdist $(MONITORS)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
+test-all: test wheel sdist $(SERVICES)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
 	$(BIN)/python -m pytest -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on
@@ -88,7 +88,7 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 	touch $@
 
 # What the slow tests read back; `make test` does with what is in dev.
-$(MONITORS): $(WHEEL)
+$(SERVICES): $(WHEEL)
 	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[monitors]"
 	touch $@
 

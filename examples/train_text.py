@@ -34,6 +34,7 @@ from progress import Progress
 VALIDATION_WINDOWS = 48
 PROMPT = b"def "
 SAMPLE_BYTES = 300
+MONITORED = Path("runs/train_text/monitor")
 
 
 def arguments() -> argparse.Namespace:
@@ -66,6 +67,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
     )
+    parser.add_argument(
+        "--monitors",
+        action="store_true",
+        help=f"write loss and learning rate into {MONITORED}, for TensorBoard and as CSV",
+    )
     return parser.parse_args()
 
 
@@ -74,6 +80,10 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(args.config.read_text())
     if args.stage is not None:
         config.setdefault("zero_optimization", {})["stage"] = args.stage
+    if args.monitors:
+        place = {"output_path": str(MONITORED.parent), "job_name": MONITORED.name}
+        for kind in ("tensorboard", "csv_monitor"):
+            config[kind] = {"enabled": True, **place}
     schedule = config.get("scheduler", {}).get("params", {})
     if args.steps is None:
         args.steps = schedule.get("total_num_steps", 800)
@@ -118,8 +128,8 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(engine: zerort.Engine, corpus: Corpus) -> float:
-    """Mean over the same held-out windows on every call. All ranks compute it: a forward may be
-    collective.
+    """Mean over the same held-out windows on every call, which the monitors are told. All ranks
+    compute it: a forward may be collective.
     """
     engine.eval()
     inputs, targets = corpus.held_out(VALIDATION_WINDOWS, engine.module.shape.context)
@@ -128,7 +138,9 @@ def bits_per_byte(engine: zerort.Engine, corpus: Corpus) -> float:
         for some, wanted in zip(inputs.split(8), targets.split(8), strict=True)
     ]
     engine.train()
-    return float(torch.stack(losses).mean()) / math.log(2)
+    found = float(torch.stack(losses).mean()) / math.log(2)
+    engine.monitor.write_events([("Validation/bits_per_byte", found, engine.global_samples)])
+    return found
 
 
 def sample(engine: zerort.Engine) -> str:
@@ -171,6 +183,8 @@ def main() -> None:
     text = sample(engine)
     engine.destroy()
     progress.report(before, after, text, trace)
+    if args.monitors:
+        progress.console.print(f"monitors: {MONITORED} (tensorboard --logdir {MONITORED})")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import gc
 import os
+import subprocess
 import sys
 import warnings
 import weakref
@@ -738,3 +739,38 @@ def test_monitors_change_no_weight(tmp_path: Path, monkeypatch: Any) -> None:
         return engine.module.weight.detach().clone()
 
     assert torch.equal(weights(BOTH), weights({}))
+
+
+# ---- The example and its picture.
+
+
+@pytest.mark.slow
+def test_the_examples_curve_is_drawn_from_what_it_wrote(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    (tmp_path / "text").write_text("def spam(): return 1\n" * 5000)
+    options = ["--monitors", "--steps=4", "--save_every=2", "--text=text", "--resume"]
+    alone = (
+        "import small_example as s; s.Standing.advance = s.train_text.Progress.advance; s.main()"
+    )
+    for program in (
+        ["-c", alone, *options],
+        [str(root / "docs/draw_monitor.py"), "runs/train_text/monitor", "--out=curve.svg"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *program],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(root / "tests" / "py"), *sys.path]),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "runs" / "train_text" / "monitor"
+    assert len(values(folder, LOSS)) == 4
+    assert [step for step, _ in values(folder, "Validation/bits_per_byte")] == [0, 32]
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert drawn.count("<polyline") == 3 and "train_loss" in drawn
