@@ -14,10 +14,9 @@ it is without all this.
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,7 +67,9 @@ class Recording:
                 held.callback(module.register_forward_pre_hook(self._enter).remove)
                 hook = module.register_forward_hook(self._leave, always_call=True)
                 held.callback(hook.remove)
-            held.enter_context(_uncompiled())
+            # This imports the compiler, whether anything is compiled or not: the first import runs
+            # operations of its own, and the forward may be what imports it.
+            held.enter_context(torch.compiler.set_stance("force_eager"))
             self._counter = held.enter_context(_counter())
             self._held = held.pop_all()
 
@@ -179,11 +180,3 @@ def _prime() -> None:
     """
     with _counter():
         torch.zeros(1).relu()
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    # Nothing is compiled where the compiler was never imported, which takes a second.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
