@@ -6,14 +6,17 @@ bucket.
 A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has
 not come), and is in flight (launched, not yet retired). The strong bars within are its collectives,
 from start to completion: below the upper row's backward they cost no time.
+
+At stage 3 there is a row for each unit instead, in the order of the forward: a pale bar is how long
+it has memory, from its gather to its free, and its buckets' collectives lie in the same row.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -29,6 +32,7 @@ COLOURS = {
     "wait": "#e45756",
     "optimizer": "#54a24b",
     "publish": "#b279a2",
+    "whole": "#cfe3c9",
     "filling": "#d5dbe3",
     "queued": "#f2cf5b",
     "in flight": "#fde3c8",
@@ -68,14 +72,32 @@ def bars(events: list[Event], number: int) -> list[Bar]:
     spans = [
         Bar("loop", event["name"], event["ts"], event["ts"] + event["dur"])
         for event in events
-        if event["ph"] == "X" and event["name"] in COLOURS
+        if event["ph"] == "X" and event["name"] in COLOURS and event["name"] != "whole"
     ]
-    drawn = [
-        bar
-        for bar in (*spans, *phases(events), *collectives(events))
-        if since <= bar.start and bar.end <= until
+    whole, unit_of = units(events)
+    found = (
+        *spans,
+        *whole,
+        *(bar for bar in phases(events) if bar.row not in unit_of),
+        *(replace(bar, row=unit_of.get(bar.row, bar.row)) for bar in collectives(events)),
+    )
+    return [bar for bar in found if since <= bar.start and bar.end <= until]
+
+
+def units(events: list[Event]) -> tuple[list[Bar], dict[str, str]]:
+    """How long each unit has memory, and the row of the unit for that of each of its buckets."""
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X" and event["name"] == "whole"]
+    bars = [
+        Bar(tracks[event["tid"]], "whole", event["ts"], event["ts"] + event["dur"])
+        for event in spans
     ]
-    return sorted(drawn, key=lambda bar: bar.row != "loop")
+    rows = {
+        f"bucket {bucket[1:]}": tracks[event["tid"]]
+        for event in spans
+        for bucket in event["args"]["buckets"].split()
+    }
+    return bars, rows
 
 
 def phases(events: Iterable[Event]) -> list[Bar]:
@@ -114,7 +136,7 @@ def svg(drawn: list[Bar]) -> str:
     scale = (WIDTH - LEFT - 10) / (end - start)
     tops: dict[str, int] = defaultdict(lambda: len(tops) * ROW + 10)
     shapes = []
-    for bar in sorted(drawn, key=lambda bar: (bar.row != "loop", bar.start, bar.name in ON_TOP)):
+    for bar in sorted(drawn, key=lambda bar: (bar.row != "loop", bar.name in ON_TOP, bar.start)):
         x, width = LEFT + (bar.start - start) * scale, (bar.end - bar.start) * scale
         if width < THINNEST:
             continue
@@ -125,9 +147,10 @@ def svg(drawn: list[Bar]) -> str:
         )
     labels = [text(LEFT - 8, top + 13, row, "end") for row, top in tops.items()]
     foot = len(tops) * ROW + 24
-    body = "\n".join([*axis((end - start) / 1000, foot), *shapes, *labels, *legend(foot + 14)])
+    key = legend(foot + 14, {bar.name for bar in drawn})
+    body = "\n".join([*axis((end - start) / 1000, foot), *shapes, *labels, *key])
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {foot + 40}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {foot + 52}" '
         f'font-family="sans-serif" font-size="12">\n'
         f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
@@ -144,11 +167,15 @@ def axis(milliseconds: float, foot: int) -> list[str]:
     return lines
 
 
-def legend(top: int) -> list[str]:
+def legend(top: int, drawn: Set[str]) -> list[str]:
     """What each colour means."""
     parts = []
     x = LEFT
     for name, colour in COLOURS.items():
+        if name not in drawn:
+            continue
+        if x > WIDTH - 40 - 6 * len(name):
+            x, top = LEFT, top + 18
         parts += [
             f'<rect x="{x}" y="{top}" width="12" height="12" fill="{colour}"/>',
             text(x + 17, top + 11, name),

@@ -420,7 +420,7 @@ class Executor:
 
     def _gathering(self, unit: UnitFlight) -> None:
         if self.watch.enabled:
-            self.watch.gathered(unit.unit.id, unit.nbytes)
+            self.watch.gathered(unit.unit, unit.nbytes)
             for flight in unit.flights:
                 self._started(flight)
 

@@ -163,7 +163,7 @@ class ContainedWatch:
         """As `inner`'s."""
         self._call(self._inner.retired, bucket, otherwise=None)
 
-    def gathered(self, unit: int, size: int) -> None:
+    def gathered(self, unit: _core.Unit, size: int) -> None:
         """As `inner`'s."""
         self._call(self._inner.gathered, unit, size, otherwise=None)
 

@@ -45,8 +45,8 @@ class Watch(Protocol):
     def retired(self, bucket: _core.Bucket) -> None:
         """The bucket's sum was taken."""
 
-    def gathered(self, unit: int, size: int) -> None:
-        """A unit's `size` bytes of values have memory from now on."""
+    def gathered(self, unit: _core.Unit, size: int) -> None:
+        """The unit's `size` bytes of values have memory from now on."""
 
     def freed(self, unit: int) -> None:
         """That memory was given back, if there was any."""
@@ -76,7 +76,7 @@ class Unwatched:
     def retired(self, bucket: _core.Bucket) -> None:
         """Ignored."""
 
-    def gathered(self, unit: int, size: int) -> None:
+    def gathered(self, unit: _core.Unit, size: int) -> None:
         """Ignored."""
 
     def freed(self, unit: int) -> None:
@@ -113,7 +113,7 @@ class BucketWatch:
         self._names = names
         self._launched: dict[int, _Launch] = {}
         self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
-        self._units: dict[int, tuple[Mark, int]] = {}
+        self._units: dict[int, tuple[Mark, int, str]] = {}
         self._lanes: list[bool] = []
         self._bytes = 0
         self._counting = threading.Lock()
@@ -153,15 +153,18 @@ class BucketWatch:
         """Ends the bucket's life."""
         self._retired[bucket.id] = (bucket, self._sink.mark())
 
-    def gathered(self, unit: int, size: int) -> None:
-        """Keeps since when a unit is whole or on its way."""
-        self._units.setdefault(unit, (self._sink.mark(), size))
+    def gathered(self, unit: _core.Unit, size: int) -> None:
+        """Keeps since when the unit is whole or on its way."""
+        if unit.id not in self._units:
+            buckets = " ".join(f"b{bucket}" for bucket in unit.buckets)
+            self._units[unit.id] = (self._sink.mark(), size, buckets)
 
     def freed(self, unit: int) -> None:
         """A span of the unit's track: how long it had memory."""
         if unit in self._units:
-            start, size = self._units.pop(unit)
-            self._sink.span(f"unit {unit}", "whole", start, self._sink.mark(), bytes=size)
+            start, size, buckets = self._units.pop(unit)
+            track, now = f"unit {unit}", self._sink.mark()
+            self._sink.span(track, "whole", start, now, bytes=size, buckets=buckets)
 
     def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
         """Reports the lives of the pass, now that all four moments are known."""

@@ -32,11 +32,11 @@ class Leaky(Block):
     def __init__(self, joined: bool) -> None:
         super().__init__()
         self.joined = joined
-        self.turn = nn.Parameter(torch.randn(routes.WIDTH, routes.WIDTH) / 4)
+        self.turn = nn.Parameter(torch.randn(routes.WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         inside = torch.tanh(x) * self.scale
-        alone = torch.tanh(x.detach()) * self.scale @ self.turn
+        alone = torch.tanh(x.detach()) * self.scale * self.turn
         self.side = inside.square().mean() if self.joined else alone.square().mean()
         return self.down(torch.relu(self.up(self.norm(inside)))) * self.scale
 

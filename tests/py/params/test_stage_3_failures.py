@@ -22,6 +22,7 @@ from catching import assert_told, caught
 from logged import log_lines
 from routes import Net, engine_over, loss_of
 from zerort.memory import FlatBucket
+from zerort.memory.values import guards
 
 Step = Callable[[Any, nn.Module, int, int], None]
 
@@ -199,6 +200,19 @@ def touch_outside(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
     assert all(value.is_meta for value in engine.module.state_dict().values())
 
 
+def read_an_alias_when_it_is_freed(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
+    """An elementwise read of memory that has been given back would end the process."""
+    kept: list[Tensor] = []
+    scale = engine.module.blocks[1].scale
+    handle = at_block(engine, 1, lambda out: kept.append(scale.detach()[:2]) or out)
+    with torch.no_grad():
+        engine(routes.data(step, rank))
+    handle.remove()
+    if guards():
+        told = "the values of blocks.1", "are sharded, and something reads the memory"
+        assert_told(caught(lambda: kept[0] + 1), RuntimeError, *told)
+
+
 def export_its_memory(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
     weight = engine.module.out.weight
     with zerort.zero.GatheredParameters([weight]):
@@ -278,6 +292,7 @@ BAD: list[Step] = [
     differentiate_a_backward,
     write_in_a_forward,
     touch_outside,
+    read_an_alias_when_it_is_freed,
     export_its_memory,
     call_together_what_is_not,
     write_without_a_rank,
