@@ -390,6 +390,36 @@ def test_readings_of_other_features_are_written_and_one_that_raises_is_said_once
     assert [event.step for event in noted.events if event.name == LR] == [2, 8]
 
 
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_eigenvalues_are_written_where_they_were_computed(monkeypatch: Any) -> None:
+    noted = Noted()
+    section = {
+        "enabled": True,
+        "layer_name": "layers",
+        "layer_num": 2,
+        "gas_boundary_resolution": 2,
+        "max_iter": 3,
+    }
+    config = {"eigenvalue": section, "gradient_accumulation_steps": 3}
+    engine = monitored(monkeypatch, noted, config=config, model=Layers())
+    losses = [window(engine) for _ in range(4)]
+    keep(engine)
+    for block in range(2):
+        name = f"Train/Eigenvalues/ModelBlockParam_{block}"
+        assert [event.step for event in noted.events if event.name == name] == [12, 24]
+    assert noted.of(LOSS) == pytest.approx([sum(each) / 3 for each in losses])
+
+
 # ---- Members that fail.
 
 
