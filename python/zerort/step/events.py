@@ -165,14 +165,21 @@ class Events:
         return retains
 
     def before_vote(self, failure: str | None) -> str | None:
-        """All ranks are at a boundary; returns why this one fails, if it does."""
+        """All ranks are at a boundary; returns why this one fails, if it does. What is no
+        `Exception` is raised once all have heard.
+        """
+        interrupt: BaseException | None = None
         for hears in self._hear["before_vote"]:
             try:
                 hears(failed=failure is not None)
             except CommError:
                 raise
-            except Exception as error:
+            except BaseException as error:
                 failure = failure or f"{type(error).__name__}: {error}"
+                if not isinstance(error, Exception):
+                    interrupt = interrupt or error
+        if interrupt is not None:
+            raise interrupt
         return failure
 
     def published(self) -> None:
@@ -219,14 +226,15 @@ class Events:
                 each.load(saved[each.name])
 
     def _call(self, event: str, *arguments: Any) -> None:
-        first: Exception | None = None
+        raised: list[BaseException] = []
         for hears in self._hear[event]:
             try:
                 hears(*arguments)
-            except Exception as error:
-                first = first or error
-        if first is not None:
-            raise first
+            except BaseException as error:
+                raised.append(error)
+        if raised:
+            # an interrupt is nobody's reason, and goes through whoever raised before it
+            raise next((each for each in raised if not isinstance(each, Exception)), raised[0])
 
 
 _NOTHING = nullcontext()

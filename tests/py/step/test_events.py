@@ -156,6 +156,32 @@ def test_one_that_raises_takes_nothing_from_the_others() -> None:
     step_with(engine, 1.0, 2.0)
 
 
+class Interrupted(Heard):
+    """Ctrl-C comes in one of its events."""
+
+    def _note(self, event: str, *what: Any) -> None:
+        super()._note(event, *what)
+        if event == self.breaks.removesuffix("?"):
+            raise KeyboardInterrupt
+
+
+CALLS: dict[str, Any] = {
+    "before_vote": lambda events: events.before_vote(None),
+    "published": Events.published,
+    "crossed": lambda events: events.crossed(Crossing(1, 1, True)),
+    "dropped": Events.dropped,
+    "close": Events.close,
+}
+
+
+@pytest.mark.parametrize("event", CALLS)
+def test_an_interrupt_goes_through_once_all_have_heard(event: str) -> None:
+    broken, last = Heard(event), Heard()
+    with pytest.raises(KeyboardInterrupt):
+        CALLS[event](Events([broken, Interrupted(f"{event}?"), last]))
+    assert event in str(last.notes)
+
+
 def _break(rank: int, world: int, event: str) -> Any:
     heard = Heard(event if rank == 1 else "")
     engine = hearing(heard, **at_stage(2))
