@@ -64,6 +64,27 @@ fn gat_3_what_is_in_use_stays_when_its_free_comes_by_and_goes_later() {
 }
 
 #[test]
+fn a_use_is_a_further_one_only_in_a_forward_that_has_seen_the_first() {
+    let mut alone = Alone::new(2, 2);
+    let set = alone.set(&[0]);
+    assert!(!alone.gatherer.reuse(set), "no pass");
+    alone.open(FORWARD, 100);
+    assert!(!alone.gatherer.reuse(set), "not current");
+    alone.need(&[0]);
+    assert!(!alone.gatherer.reuse(set), "its first use tells where it stands");
+    assert_eq!(alone.gatherer.acquire(set, Some(100)), Ok(true));
+    assert!(alone.gatherer.reuse(set));
+    assert_eq!(alone.gatherer.residence(UnitId(0)), Some(Residence::Whole { users: 2 }));
+    alone.need(&[1]);
+    assert!(!alone.gatherer.reuse(set), "not current any more");
+    alone.close();
+    alone.open(LOCAL, 200);
+    alone.need(&[0]);
+    assert!(!alone.gatherer.reuse(set), "a backward's thread may count anew");
+    assert_eq!(alone.gatherer.acquire(set, Some(7)), Ok(true));
+}
+
+#[test]
 fn gat_3_a_backward_holds_a_unit_until_a_node_older_than_its_first_use() {
     let mut alone = Alone::new(3, 1);
     alone.open(FORWARD, 100);

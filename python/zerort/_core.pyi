@@ -355,11 +355,20 @@ class Gatherer:
         None: they are whole, go on. Else what is to be run, and the unit to be asked for in a roll
         before the need is repeated; without one, wait for the gathers of the set and say `arrived`.
         """
+    def is_current(self, set: int) -> bool:
+        """Whether the units of a set are whole and nothing else has been needed since: a need of
+        them has nothing to do.
+        """
     def arrived(self, set: int) -> None:
         """The gathers of its units have been waited for: it is the current set."""
     def acquire(self, set: int, seq: int = -1) -> bool:
         """A use begins, at torch's sequence number `seq` where it enters a graph: until `release`
         its units are held. False, and nothing, where the set is not current: `need` it first.
+        """
+    def reuse(self, set: int) -> bool:
+        """`acquire` without a sequence number, where a forward uses its current set once more and
+        the first use of its units is known: a later one tells nothing. False, and nothing, anywhere
+        else: `acquire` it.
         """
     def release(self, set: int) -> None:
         """That use is over."""

@@ -346,7 +346,7 @@ impl Rank {
         if !self.executor.is_whole(&units, shared) {
             return Err(format!("GAT-2: {units:?} are read and are not here"));
         }
-        if !self.gatherer.acquire(set, seq).map_err(text)? {
+        if !self.gatherer.reuse(set) && !self.gatherer.acquire(set, seq).map_err(text)? {
             return Err(format!("{units:?} have arrived, and are not current"));
         }
         self.gatherer.release(set).map_err(text)?;

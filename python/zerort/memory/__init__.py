@@ -3,7 +3,7 @@
 from zerort.memory.buckets import FlatBucket, FlatModel, HeldBucket, Layout
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
-from zerort.memory.unintercepted import undisturbed, unintercepted
+from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
 from zerort.memory.values import Alone, Form, Freeable, Memory, Resident
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "plannable",
     "undisturbed",
     "unintercepted",
+    "version_of",
 ]

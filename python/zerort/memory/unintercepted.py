@@ -17,10 +17,14 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["undisturbed", "unintercepted"]
+__all__ = ["undisturbed", "unintercepted", "version_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+version_of = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+"""A tensor's version: it moves with each write that torch sees."""
 
 
 def unintercepted(call: Callable[P, T]) -> Callable[P, T]:

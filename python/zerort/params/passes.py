@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from zerort import _core
 from zerort.errors import StepError
@@ -28,6 +29,7 @@ from zerort.grads.course import Routed
 from zerort.memory import undisturbed
 from zerort.params.net import Net
 from zerort.params.roll import RollCall, code_of
+from zerort.params.sharded import lost, name_of
 from zerort.run.executor import Executor
 
 __all__ = ["Passes", "Resident", "Room"]
@@ -109,6 +111,7 @@ class Passes:
         self._unhooked: list[int] = []
         self._net = Net(self, executor, len(course.plan.units))
         self._broken = False
+        self._written: str | None = None
         self.detach: Callable[[], None] = _nothing
         """Takes the hooks off the model."""
         self.settle: Callable[[], None] = _nothing
@@ -130,13 +133,11 @@ class Passes:
         return number
 
     @undisturbed
-    def need(self, number: int, answer: tuple[list[int], int | None] | None = None) -> None:
-        """Returns when the units of the set are whole. `answer` is the gatherer's, if it has been
-        asked: what is to be run is handed out once.
-        """
+    def need(self, number: int) -> None:
+        """Returns when the units of the set are whole."""
         running = torch._C._current_autograd_node()
         node = -1 if running is None else running._sequence_nr()
-        answer = answer or self.gatherer.need(number, node)
+        answer = self.gatherer.need(number, node)
         while answer is not None:
             actions, unit = answer
             self._executor.enqueue(actions)
@@ -158,6 +159,10 @@ class Passes:
         """No hook will tell when the backward needs the set: it is brought at its beginning."""
         if number not in self._unhooked:
             self._unhooked.append(number)
+
+    def lose(self, parameter: nn.Parameter) -> None:
+        """The parameter was written while it was whole for the pass: the change goes with it."""
+        self._written = self._written or name_of(parameter)
 
     # A pass.
 
@@ -223,13 +228,9 @@ class Passes:
         self.settle()
         self._course.close(complete=complete)
         self._say_strays()
-        written, self._executor.written = self._executor.written, None
+        written, self._written = self._written, None
         if written is not None:
-            raise StepError(
-                f"parameter {written} was written in a forward or a backward while it was whole, "
-                "and the change is lost, because only shards are kept: write between steps, inside "
-                "zerort.zero.GatheredParameters(parameters, modifier_rank=0)"
-            )
+            raise StepError(lost(written))
 
     # Where all ranks meet.
 
@@ -309,6 +310,7 @@ class Passes:
     def abandon(self) -> None:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met, self._news = False, None, False, False
+        self._written = None
         self._thread = 0
         self.settle()
         self._course.abandon()

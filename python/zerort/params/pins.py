@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from zerort.errors import StepError
-from zerort.memory import undisturbed
+from zerort.memory import undisturbed, unintercepted, version_of
 from zerort.mesh import Comm
 from zerort.params import sharded
 from zerort.params.passes import Passes
@@ -35,11 +35,8 @@ class Pins:
         self._executor = executor
         self._comm = comm
         self._units = units
-        self._exposed: dict[int, int] = {}
-
-    def exposes(self, parameter: nn.Parameter) -> bool:
-        """Whether the parameter is kept whole."""
-        return id(parameter) in self._exposed
+        self.exposed: dict[int, int] = {}
+        """How often each parameter that is kept whole is, by its id."""
 
     @contextmanager
     def hold(
@@ -86,11 +83,15 @@ class Pins:
         if not gatherer.acquire(number, sequence):
             self._passes.need(number)
             gatherer.acquire(number, sequence)
+        before = _versions(params)
         self._expose(params)
         try:
             yield
         finally:
             self._conceal(params)
+            for parameter, old, new in zip(params, before, _versions(params), strict=True):
+                if new != old:
+                    self._passes.lose(parameter)
             gatherer.release(number)
 
     @undisturbed
@@ -151,12 +152,17 @@ class Pins:
 
     def _expose(self, params: Sequence[nn.Parameter]) -> None:
         for parameter in params:
-            self._exposed[id(parameter)] = self._exposed.get(id(parameter), 0) + 1
+            self.exposed[id(parameter)] = self.exposed.get(id(parameter), 0) + 1
             sharded.expose(parameter)
 
     def _conceal(self, params: Sequence[nn.Parameter]) -> None:
         for parameter in params:
-            self._exposed[id(parameter)] -= 1
-            if not self._exposed[id(parameter)]:
-                del self._exposed[id(parameter)]
+            self.exposed[id(parameter)] -= 1
+            if not self.exposed[id(parameter)]:
+                del self.exposed[id(parameter)]
                 sharded.conceal(parameter)
+
+
+@unintercepted
+def _versions(params: Sequence[nn.Parameter]) -> list[int]:
+    return [version_of(parameter) for parameter in params]

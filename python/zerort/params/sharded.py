@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zerort.errors import StepError
+from zerort.memory import version_of
 
 __all__ = [
     "Gone",
@@ -42,6 +43,7 @@ __all__ = [
     "kind_of",
     "leave",
     "lose",
+    "lost",
     "meta_like",
     "name_of",
 ]
@@ -275,11 +277,16 @@ def _through(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
     kinds = [type(parameter) for parameter in params]
     for parameter in params:
         expose(parameter)
+    versions = list(map(version_of, params))
     try:
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        written = [p for p, old in zip(params, versions, strict=True) if version_of(p) != old]
     finally:
         for parameter, kind in zip(params, kinds, strict=True):
             parameter.__class__ = kind
+    if written:
+        raise StepError(lost(name_of(written[0])))
+    return result
 
 
 def _use(
@@ -339,6 +346,15 @@ def _escape(what: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     return (
         f"parameter {name} is sharded, and {what} would hand out memory that is given back: copy "
         "the values inside zerort.zero.GatheredParameters(parameters)"
+    )
+
+
+def lost(name: str) -> str:
+    """What is said of a parameter that was written where only shards are kept."""
+    return (
+        f"parameter {name} was written in a forward or a backward while it was whole, and the "
+        "change is lost, because only shards are kept: write between steps, inside "
+        "zerort.zero.GatheredParameters(parameters, modifier_rank=0)"
     )
 
 

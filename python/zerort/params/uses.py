@@ -23,7 +23,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from zerort.errors import StepError
 from zerort.grads.hooks import tensors_in
-from zerort.memory import FlatModel, unintercepted
+from zerort.memory import FlatModel, unintercepted, version_of
 from zerort.params import sharded
 from zerort.params.leaves import get_z3_leaf_modules, z3_leaf_module
 from zerort.params.passes import Passes
@@ -42,6 +42,8 @@ __all__ = ["Uses"]
 _log = logging.getLogger("zerort")
 
 _sequence_number = torch._C._autograd._get_sequence_nr
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -54,19 +56,26 @@ class Call:
     units: int
     """Number of the set of its units."""
     params: Sequence[nn.Parameter] = ()
-    classes: Sequence[tuple[type[nn.Parameter], type[sharded.Sharded]]] = ()
     depth: int = field(default=0, init=False)
     """How many of its calls are open."""
+    versions: Sequence[int] = field(default=(), init=False)
+    """Of its parameters, when the first of them began."""
 
-    def expose(self) -> None:
-        """Its parameters are themselves."""
-        for parameter, (plain, _) in zip(self.params, self.classes, strict=True):
-            parameter.__class__ = plain
+    def __post_init__(self) -> None:
+        kinds = [type(parameter) for parameter in self.params]
+        self.exposed = list(zip(self.params, kinds, strict=True))
+        self.concealed = list(zip(self.params, map(sharded.guarded, kinds), strict=True))
+        self.version = version_of if set(kinds) <= {nn.Parameter} else unintercepted(version_of)
 
-    def conceal(self, pins: Pins) -> None:
-        """Its parameters' values are not to be read, unless they are kept whole."""
-        for parameter, (_, guarded) in zip(self.params, self.classes, strict=True):
-            if not pins.exposes(parameter):
+    def conceal(self, passes: Passes, pins: Pins) -> None:
+        """The last of its calls is over: its parameters' values are not to be read, unless they are
+        kept whole.
+        """
+        now = [self.version(parameter) for parameter in self.params]
+        for (parameter, guarded), old, new in zip(self.concealed, self.versions, now, strict=True):
+            if id(parameter) not in pins.exposed:
+                if new != old:
+                    passes.lose(parameter)
                 parameter.__class__ = guarded
 
 
@@ -88,9 +97,9 @@ class Uses:
         self._said_meta = False
         self._handles: list[Any] = []
         self._calls: list[Call] = []
+        self._behind: dict[int, Tensor] = {}
         self._params = [p for bucket in flat.buckets if bucket.spec.sharded for p in bucket.params]
         names = {id(p): name for name, p in module.named_parameters()}
-        self._pins: dict[int, int] = {}
         self._whole = [p for p in module.parameters() if id(p) not in units]
         for parameter in (*self._params, *self._whole):
             sharded.enter(parameter, self, names[id(parameter)])
@@ -105,21 +114,19 @@ class Uses:
 
     def _attach(self, entry: int, name: str, part: nn.Module) -> None:
         own = [p for p in part.parameters(z3_leaf_module(part)) if id(p) in self._units]
-        if not own:
-            if any(id(p) in self._units for p in part.parameters()):
-                call = Call(name, entry, -1)
-                self._handles += [
-                    part.register_forward_pre_hook(self._opening(id(part), call), prepend=True),
-                    part.register_forward_hook(self._closing(id(part), call), always_call=True),
-                ]
+        if own:
+            units = self._passes.set_of([self._units[id(p)] for p in own])
+            call = Call(name, entry, units, own)
+            self._calls.append(call)
+            before, after = self._before(id(part), call), self._after(id(part), call)
+        elif any(id(p) in self._units for p in part.parameters()):
+            call = Call(name, entry, -1)
+            before, after = self._opening(id(part), call), self._closing(id(part), call)
+        else:
             return
-        units = self._passes.set_of([self._units[id(p)] for p in own])
-        classes = [(type(p), sharded.guarded(type(p))) for p in own]
-        call = Call(name, entry, units, own, classes)
-        self._calls.append(call)
         self._handles += [
-            part.register_forward_pre_hook(self._before(id(part), call), prepend=True),
-            part.register_forward_hook(self._after(id(part), call), always_call=True),
+            part.register_forward_pre_hook(before, prepend=True),
+            part.register_forward_hook(after, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -134,10 +141,11 @@ class Uses:
         """Behind a pass: no call is open, however it ended."""
         for call in self._calls:
             if call.depth:
+                call.conceal(self._passes, self.pins)
                 call.depth = 0
-                call.conceal(self.pins)
 
-    # The hooks. Defaults instead of a closure's cells, as in grads.hooks.
+    # The hooks. What they need nearly always lies in their defaults, as in grads.hooks, and calls
+    # nothing of Python's.
 
     def _opening(self, own: int, call: Call) -> Callable[..., None]:
         passes = self._passes
@@ -158,62 +166,107 @@ class Uses:
         return _eager(hook)
 
     def _before(self, own: int, call: Call) -> Callable[..., None]:
-        passes, units = self._passes, call.units
-        acquire, graded = passes.gatherer.acquire, torch.is_grad_enabled
+        begin = _eager(self._begin)
 
-        def hook(module: nn.Module, args: Any) -> None:
-            if id(module) != own:
+        def hook(
+            module: nn.Module,
+            args: Any,
+            own: int = own,
+            call: Call = call,
+            units: int = call.units,
+            reuse: Callable[[int], bool] = self._passes.gatherer.reuse,
+        ) -> None:
+            if id(module) != own or not (reuse(units) or begin(call)):
                 return
-            if not passes.is_open and not self._open(call):
-                return
-            number = _sequence_number() if graded() else -1
-            if not acquire(units, number):
-                passes.need(units)
-                acquire(units, number)
-            if not call.depth:
-                call.expose()
             call.depth += 1
+            if call.depth == 1:
+                for parameter, plain in call.exposed:
+                    parameter.__class__ = plain
+                call.versions = list(map(call.version, call.params))
 
-        return _eager(hook)
+        return _unseen(hook)
+
+    def _begin(self, call: Call) -> bool:
+        """A use that is not just one more of what is here; False where there is no pass."""
+        if not self._passes.is_open and not self._open(call):
+            return False
+        self._acquire(call.units)
+        return True
+
+    def _acquire(self, units: int) -> None:
+        """Brings units; a use of them begins."""
+        acquire = self._passes.gatherer.acquire
+        number = _sequence_number() if torch.is_grad_enabled() else -1
+        if not acquire(units, number):
+            self._passes.need(units)
+            acquire(units, number)
 
     def _after(self, own: int, call: Call) -> Callable[..., None]:
-        passes, units = self._passes, call.units
-        release, graded = passes.gatherer.release, torch.is_grad_enabled
-        behind, params = self._behind(units), call.params
+        passes, pins, behind = self._passes, self.pins, self._hooked(call.units)
+        conceal, end, close = _eager(call.conceal), _eager(self._end), _eager(passes.close)
 
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(
+            module: nn.Module,
+            args: Any,
+            out: Any,
+            own: int = own,
+            call: Call = call,
+            units: int = call.units,
+            release: Callable[[int], None] = passes.gatherer.release,
+            behind: Tensor = behind,
+        ) -> None:
             if id(module) != own or not call.depth:
                 return
+            if call.depth == 1:
+                if pins.exposed or list(map(call.version, call.params)) != call.versions:
+                    conceal(passes, pins)
+                else:
+                    for parameter, guarded in call.concealed:
+                        parameter.__class__ = guarded
             call.depth -= 1
-            if not call.depth:
-                call.conceal(self.pins)
-            if type(out) is Tensor and not (out._is_view() or torch.is_inference_mode_enabled()):
+            if type(out) is Tensor and (node := out.grad_fn) is not None and not out._is_view():
                 release(units)
-                node = out.grad_fn
-                if node is not None:
-                    node.register_prehook(behind)
-                elif graded() and _any_trains(params):
-                    passes.holds(units)
-            elif out is not None:
-                # What shares the parameters' memory may be read as long as the pass lasts: the use
-                # stays open.
-                if not _shares_memory(out, params):
-                    release(units)
-                if graded():
-                    self._hook_outputs(params, units, behind, out)
+                node._register_hook_dict(behind)
+            elif out is None:
+                release(units)
             else:
-                release(units)
+                end(call, out)
             if passes.opener is call:
-                passes.close(complete=out is not None)
+                close(complete=out is not None)
 
-        return _eager(hook)
+        return _unseen(hook)
 
-    def _behind(self, units: int) -> Callable[[Any], None]:
-        """What is called in a backward before a node of the module's output runs."""
-        passes, need = self._passes, self._passes.gatherer.need
-        running = torch._C._current_autograd_node
+    def _end(self, call: Call, out: Any) -> None:
+        """A use ends that has brought anything but a new tensor with a node."""
+        graded, release = torch.is_grad_enabled(), self._passes.gatherer.release
+        if type(out) is Tensor and not (out._is_view() or torch.is_inference_mode_enabled()):
+            release(call.units)
+            if graded and _any_trains(call.params):
+                self._passes.holds(call.units)
+            return
+        # What shares the parameters' memory may be read as long as the pass lasts: the use stays
+        # open.
+        if not _shares_memory(out, call.params):
+            release(call.units)
+        if graded:
+            self._hook_outputs(call.params, call.units, out)
 
-        def hook(_: Any) -> None:
+    def _hooked(self, units: int) -> Tensor:
+        """A tensor with the hook of a set of units, which a node takes over from it: what is called
+        in a backward before a node of the module's output runs. A handle for each node, which
+        `register_prehook` makes, would cost more than all else that is done behind a module.
+        """
+        hooked = self._behind.get(units)
+        if hooked is None:
+            hooked = torch.empty(0, device="cpu", requires_grad=True)
+            hooked._backward_hooks = {0: self._arriving(units)}
+            self._behind[units] = hooked
+        return hooked
+
+    def _arriving(self, units: int) -> Callable[[Any], None]:
+        passes = self._passes
+
+        def arrive() -> None:
             if torch.is_grad_enabled():
                 raise StepError(
                     "a backward with create_graph=True at stage 3: the second backward would need "
@@ -221,24 +274,25 @@ class Uses:
                 )
             if not passes.is_open:
                 passes.reached()
-            node = running()
-            answer = need(units, -1 if node is None else node._sequence_nr())
-            if answer is not None:
-                passes.need(units, answer)
+            passes.need(units)
+
+        def hook(
+            _: Any,
+            units: int = units,
+            is_current: Callable[[int], bool] = passes.gatherer.is_current,
+            graded: Callable[[], bool] = torch.is_grad_enabled,
+            arrive: Callable[[], None] = arrive,
+        ) -> None:
+            if graded() or not is_current(units):
+                arrive()
 
         return hook
 
-    def _hook_outputs(
-        self,
-        params: Sequence[nn.Parameter],
-        units: int,
-        behind: Callable[[Any], None],
-        out: Any,
-    ) -> None:
+    def _hook_outputs(self, params: Sequence[nn.Parameter], units: int, out: Any) -> None:
         found = False
         for tensor in (out,) if isinstance(out, Tensor) else _outputs(out):
             if tensor.requires_grad:
-                found |= _hook_node(tensor, behind)
+                found |= _hook_node(tensor, self._hooked(units))
         if not found and _any_trains(params):
             # The backward may come by another way, of which no hook tells.
             self._passes.holds(units)
@@ -263,16 +317,17 @@ class Uses:
                 "which all ranks enter together"
             )
         units = passes.set_of([self._units[id(p)] for p in params])
-        number = _sequence_number() if torch.is_grad_enabled() else -1
-        if not passes.gatherer.acquire(units, number):
-            passes.need(units)
-            passes.gatherer.acquire(units, number)
+        self._acquire(units)
+        before = list(map(version_of, params))
         out = call()
+        for parameter, old in zip(params, before, strict=True):
+            if version_of(parameter) != old:
+                passes.lose(parameter)
         if _shares_memory(out, params):
             return out  # an alias may be read as long as the pass lasts: the use stays open
         passes.gatherer.release(units)
         if torch.is_grad_enabled():
-            self._hook_outputs(params, units, self._behind(units), out)
+            self._hook_outputs(params, units, out)
         return out
 
     def write(self, access: sharded.Writing, call: Callable[[], Any]) -> Any:
@@ -312,10 +367,18 @@ class Uses:
         return self.pins.hold(params, modifier, writes=False)
 
 
-def _eager(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook, which breaks the graph of a compiled module: what it does is no computation."""
-    wrapped: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+def _eager(call: Callable[..., T]) -> Callable[..., T]:
+    """`call`, within which nothing is compiled."""
+    wrapped: Callable[..., T] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     return wrapped
+
+
+def _unseen(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook itself, which breaks the graph of a compiled module: what it does is no computation.
+    A wrapper would cost as much as the hook; what it calls of Python's has one.
+    """
+    unseen: Callable[..., None] = torch._dynamo.decorators.skip(hook)
+    return unseen
 
 
 def _outputs(out: Any) -> Iterator[Tensor]:
@@ -328,8 +391,10 @@ def _outputs(out: Any) -> Iterator[Tensor]:
 _KNOWN = (Tensor, str, bytes, int, float, complex, type(None))
 
 
-def _hook_node(tensor: Tensor, hook: Callable[[Any], None]) -> bool:
-    """A pre-hook on the node that made the tensor, or the memory that it is a view of."""
+def _hook_node(tensor: Tensor, hooked: Tensor) -> bool:
+    """The hook of `hooked` before the node that made the tensor, or the memory that it is a view
+    of.
+    """
     node = tensor.grad_fn
     if tensor._is_view():
         base = tensor._base
@@ -337,7 +402,7 @@ def _hook_node(tensor: Tensor, hook: Callable[[Any], None]) -> bool:
             node = base.grad_fn
     if node is None:
         return False
-    node.register_prehook(hook)
+    node._register_hook_dict(hooked)
     return True
 
 

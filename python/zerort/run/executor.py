@@ -85,8 +85,6 @@ class Executor:
         self._cursor = self._allowed = 0
         self._pass = Pass()
         self._actions = Actions(polls=self.device.blocks)
-        self.written: str | None = None
-        """A parameter that was written while it was whole for a pass: the change is lost."""
 
     # The plan.
 
@@ -328,7 +326,7 @@ class Executor:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
                 unit.land()
-        self.written = unit.free() or self.written
+        unit.free()
 
     def _launch(self, flight: Inflight) -> None:
         before = flight.before

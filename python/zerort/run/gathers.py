@@ -1,8 +1,7 @@
 """A unit under way: the parameters that are gathered and freed together, and their all-gathers.
 
-What it guarantees: a gather is started once, whatever raises between two of its lines; memory is
-not given back while a collective writes to it; and a parameter that was written while it was whole,
-whose change would be lost with the memory, is found. What it does not do: it does not know when its
+What it guarantees: a gather is started once, whatever raises between two of its lines, and memory
+is not given back while a collective writes to it. What it does not do: it does not know when its
 turn is, nor who needs it.
 """
 
@@ -10,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from zerort import _core
-from zerort.memory import HeldBucket, unintercepted
+from zerort.memory import HeldBucket, unintercepted, version_of
 from zerort.mesh import Comm
 from zerort.run.flight import OVER, Flight
 from zerort.run.hops import GatherValues
@@ -64,8 +61,6 @@ class UnitFlight:
         """
         if self._serial != serial:
             self.land()
-            if not all(bucket.values.is_whole for bucket in self.buckets):
-                self._versions = self._now()
             self.flights = [
                 Flight(bucket, [GatherValues(self._comm, bucket)]) for bucket in self.buckets
             ]
@@ -86,17 +81,11 @@ class UnitFlight:
         self.flights = []
 
     @unintercepted
-    def free(self) -> str | None:
-        """Gives the memory back, unless it is pinned. Returns the name of a parameter that was
-        written since the gather.
-        """
+    def free(self) -> None:
+        """Gives the memory back, unless it is pinned."""
         self.land()
-        if self.pinned:
-            return None
-        written = self.written()
-        for bucket in self.buckets:
+        for bucket in self.buckets if not self.pinned else ():
             bucket.free()
-        return written
 
     @unintercepted
     def note_writes(self) -> None:
@@ -104,17 +93,12 @@ class UnitFlight:
         self._versions = self._now()
 
     def _now(self) -> list[list[int]]:
-        version = torch.Tensor._version.__get__  # type: ignore[attr-defined]
-        return [list(map(version, bucket.params)) for bucket in self.buckets]
+        return [list(map(version_of, bucket.params)) for bucket in self.buckets]
 
     @unintercepted
     def written(self) -> str | None:
-        """The name of a parameter that was written since the gather."""
-        if not self._versions:
-            return None
+        """The name of a parameter that was written since `note_writes`."""
         now = self._now()
-        if now == self._versions:
-            return None
         for bucket, here, before in zip(self.buckets, now, self._versions, strict=True):
             for name, version, old in zip(bucket.names, here, before, strict=True):
                 if version != old:

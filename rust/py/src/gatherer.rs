@@ -127,6 +127,11 @@ impl Gatherer {
         Ok(answer.map(|answer| (codes(answer.actions), answer.ask.map(|unit| unit.0))))
     }
 
+    /// Whether a set is the current one, so that `need` has nothing to ask for.
+    fn is_current(&self, set: u32) -> bool {
+        locked(&self.inner).is_current(SetId(set))
+    }
+
     /// The gathers of a set have been waited for.
     fn arrived(&self, set: i64) -> PyResult<()> {
         locked(&self.inner).arrived(set_id(set)?).map_err(refused)
@@ -136,6 +141,11 @@ impl Gatherer {
     #[pyo3(signature = (set, seq=-1), text_signature = "(self, set, seq=-1)")]
     fn acquire(&self, set: i64, seq: i64) -> PyResult<bool> {
         locked(&self.inner).acquire(set_id(set)?, self::seq(seq)).map_err(refused)
+    }
+
+    /// A use begins that tells nothing new; False, and nothing, where it may.
+    fn reuse(&self, set: u32) -> bool {
+        locked(&self.inner).reuse(SetId(set))
     }
 
     /// A use ends.

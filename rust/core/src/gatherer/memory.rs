@@ -148,6 +148,11 @@ impl Memory {
         self.places[unit.index()].set_users(users.saturating_add(1));
     }
 
+    /// Whether it is known where its first use stands in the graphs that are still to be run.
+    pub(super) fn is_placed(&self, unit: UnitId) -> bool {
+        self.places[unit.index()].first.is_some()
+    }
+
     /// A use ends.
     pub(super) fn release(&mut self, unit: UnitId) {
         let place = &mut self.places[unit.index()];

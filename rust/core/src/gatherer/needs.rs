@@ -198,6 +198,33 @@ impl Gatherer {
         Ok(true)
     }
 
+    /// [`Gatherer::acquire`], where that has nothing to learn: in a forward, `set` is the current
+    /// one, and the first uses of its units are known, so that a later one tells nothing. False,
+    /// and nothing is done, everywhere else.
+    #[inline]
+    pub fn reuse(&mut self, set: SetId) -> bool {
+        if self.current != Some(set) || !self.moves_on() {
+            return false;
+        }
+        let Some(units) = self.sets.get(set.0 as usize) else { return false };
+        if !units.iter().all(|&unit| self.memory.is_placed(unit)) {
+            return false;
+        }
+        for &unit in units.iter() {
+            self.memory.acquire(unit, None);
+        }
+        true
+    }
+
+    /// Whether torch's sequence number only rises in the pass under way: a backward recomputes on a
+    /// thread that may have a number of its own.
+    const fn moves_on(&self) -> bool {
+        match self.pass {
+            Pass::Listed { kind, .. } | Pass::Free { kind, .. } => !is_backward(kind),
+            Pass::Idle | Pass::Rolling { .. } => false,
+        }
+    }
+
     /// A use of `set` ends.
     ///
     /// # Errors
