@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zerort import _core
+from zerort.grads.course import Commands
 from zerort.memory import FlatModel, HeldBucket
 
 __all__ = ["Arrivals"]
@@ -26,15 +26,11 @@ class Arrivals:
 
     def __init__(self, flat: FlatModel) -> None:
         self._flat = flat
-        self._schedule: list[tuple[str, int]] = []
+        self._commands: Commands = ()
         self._reached = 0
         self._before: list[Before] | None = None
         self._resting: list[Before] | None = None
         self._unannounced = False
-
-    def load(self, plan: _core.Plan) -> None:
-        """Takes the plan's schedule."""
-        self._schedule = list(plan.schedule)
 
     def rest(self) -> None:
         """What is in `.grad` now is no news in the next pass."""
@@ -59,17 +55,20 @@ class Arrivals:
         """Whether a gradient has come since `mark`, and has not been announced."""
         return self._unannounced and self._before is not None and self._any_since(self._before)
 
-    def begin(self) -> None:
-        """A pass begins: starts at the head of the list."""
-        self._reached = 0
+    def begin(self, commands: Commands) -> None:
+        """A pass begins, at the head of its list."""
+        self._commands, self._reached = commands, 0
         if self._before is None:
             self._before = self._resting
         self._resting = None
 
-    def reach(self, hi: int) -> int:
-        """How far below `hi` the list may run before a bucket lacks a gradient."""
+    def reach(self, hi: int, place: int) -> int:
+        """How far below `hi` the list may run before a bucket lacks a gradient; what is below
+        `place` has run.
+        """
+        self._reached = max(self._reached, place)
         while self._reached < hi:
-            kind, bucket = self._schedule[self._reached]
+            kind, bucket = self._commands[self._reached]
             if kind == "launch" and self._is_lacking(self._flat.buckets[bucket]):
                 break
             self._reached += 1

@@ -10,12 +10,17 @@ asks for a unit, because a rank that waited for sums before would not hear it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from zerort import _core
 from zerort.run.executor import Executor
 
-__all__ = ["Course", "Routed", "Straight"]
+__all__ = ["Commands", "Course", "Routed", "Straight"]
+
+
+Commands = Sequence[tuple[str, int]]
+"""Kind, and number of the bucket, unit or stop."""
 
 
 class Course(Protocol):
@@ -23,6 +28,17 @@ class Course(Protocol):
 
     waits: bool
     """Whether sums may be waited for at any time."""
+    observes: bool
+    """Whether a pass that the first gradient's hook begins only observes."""
+
+    def load(self, plan: _core.Plan) -> None:
+        """Takes the plan's lists."""
+
+    def commands(self) -> Commands:
+        """The list of the pass under way."""
+
+    def place(self) -> int:
+        """Everything below it in the list has been handed out, whether `run` has or not."""
 
     def begin(self) -> None:
         """A pass begins."""
@@ -40,10 +56,24 @@ class Straight:
     """Along the plan's schedule."""
 
     waits = True
+    observes = False
 
-    def __init__(self, reducer: _core.Reducer, executor: Executor) -> None:
+    def __init__(self, plan: _core.Plan, reducer: _core.Reducer, executor: Executor) -> None:
         self._reducer = reducer
         self._executor = executor
+        self.load(plan)
+
+    def load(self, plan: _core.Plan) -> None:
+        """Takes the plan's schedule."""
+        self._schedule = list(plan.schedule)
+
+    def commands(self) -> Commands:
+        """The schedule."""
+        return self._schedule
+
+    def place(self) -> int:
+        """Nothing is, but by `run`."""
+        return 0
 
     def begin(self) -> None:
         """At the head of the schedule."""
@@ -65,16 +95,31 @@ class Routed:
     """
 
     waits = False
+    observes = True
 
     def __init__(
         self, plan: _core.Plan, reducer: _core.Reducer, executor: Executor, gatherer: _core.Gatherer
     ) -> None:
-        self.plan = plan
         self.gatherer = gatherer
         self.index: int | None = None
         self.owed = False
         self._reducer = reducer
         self._executor = executor
+        self.load(plan)
+
+    def load(self, plan: _core.Plan) -> None:
+        """Takes the lists of the passes that are known."""
+        self.plan = plan
+        self._lists = [each.commands for each in plan.lists]
+
+    def commands(self) -> Commands:
+        """The list's; none where there is no list."""
+        return () if self.index is None else self._lists[self.index]
+
+    def place(self) -> int:
+        """As far as needs have gone, which wait for no gradient."""
+        following = self.gatherer.explain()
+        return len(self.commands()) if following is None else following[0]
 
     def begin(self) -> None:
         """Along the list, if there is one; else the core learns from this pass."""

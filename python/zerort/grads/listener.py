@@ -25,6 +25,11 @@ from zerort.run.executor import Executor
 
 __all__ = ["Listener"]
 
+_FEW = 8
+"""After so many passes in a row that observe, as where ranks always differ, hooks that stay on cost
+less than those of `observe`.
+"""
+
 
 class Listener:
     """Lets the executor run as far as the core allows for the gradients that have come."""
@@ -43,17 +48,13 @@ class Listener:
         self._hooks = ParameterHooks(flat.params, reducer, executor, self._dispatch)
         self._arrivals = Arrivals(flat)
         # Where the host runs ahead every hook notes the stream its gradient was made on, and a
-        # bucket waits for all of them: a sentinel would know of its own only. A trace tells when
-        # each bucket's first gradient came. And sharded parameters' needs move the list too.
-        watched = executor.watch.enabled or not course.waits
-        self._sentinels = executor.device.blocks and not watched
+        # bucket waits for all of them: a sentinel would know of its own only. And a trace tells
+        # when each bucket's first gradient came.
+        self._sentinels = executor.device.blocks and not executor.watch.enabled
         if self._sentinels:
             reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None
-
-    def load(self, plan: _core.Plan) -> None:
-        """Takes the plan's schedule."""
-        self._arrivals.load(plan)
+        self._observed = 0
 
     @unintercepted
     def follow(self, active: list[bool]) -> bool:
@@ -72,9 +73,10 @@ class Listener:
     @unintercepted
     def begin(self) -> None:
         """A pass begins, in the core too."""
-        self._arrivals.begin()
+        self._arrivals.begin(self._course.commands())
         watched = self._reducer.watched
-        if self._sentinels and self._reducer.observing:
+        self._observed = self._observed + 1 if self._reducer.observing else 0
+        if self._sentinels and 0 < self._observed <= _FEW:
             self._hooks.observe(watched)
         else:
             self._hooks.attach(watched)
@@ -91,7 +93,9 @@ class Listener:
             self._arrivals.announced()
             self._announce()
             hi = self._reducer.grad_ready(index) or 0
-        self._course.run(self._arrivals.reach(hi) if self._sentinels else hi)
+        if self._sentinels:
+            hi = self._arrivals.reach(hi, self._course.place())
+        self._course.run(hi)
 
     def dismiss_sentinels(self) -> None:
         """From the next pass on every parameter that requires grad has a hook, for good."""
@@ -112,7 +116,9 @@ class Listener:
         """
         active = self._flat.active()
         everything = [index for index, requires_grad in enumerate(active) if requires_grad]
-        watched = self._reducer.watched if active == self.active else everything
+        watched = everything
+        if active == self.active and not self._course.observes:
+            watched = self._reducer.watched
         self._hooks.attach(watched)
         if len(watched) < len(everything):
             self._arrivals.mark()

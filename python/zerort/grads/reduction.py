@@ -57,7 +57,6 @@ class Reduction:
         self._executor.load(plan)
         self.course = self._course(mesh.shard.rank, room)
         self.listener = Listener(flat, self._reducer, self._executor, self.course)
-        self.listener.load(plan)
         self._learnt = False
         self._late = False
         self._drop_stale()
@@ -65,7 +64,7 @@ class Reduction:
 
     def _course(self, rank: int, room: int | None) -> Straight | Routed:
         if room is None:
-            return Straight(self._reducer, self._executor)
+            return Straight(self.plan, self._reducer, self._executor)
         gatherer = _core.Gatherer(self._reducer, rank=rank, room=room)
         return Routed(self.plan, self._reducer, self._executor, gatherer)
 
@@ -246,7 +245,7 @@ class Reduction:
         self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)
-        self.listener.load(self.plan)
+        self.course.load(self.plan)
         return True
 
     @unintercepted
@@ -262,8 +261,7 @@ class Reduction:
         self.plan = self.plan.reordered(observed).routed(routes, room=room, depth=depth)
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)
-        self.listener.load(self.plan)
-        self.course.plan = self.plan
+        self.course.load(self.plan)
         if first:
             gatherer.told()
         gatherer.load(self.plan)

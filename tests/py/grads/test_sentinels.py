@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ranks
 import training
@@ -23,6 +24,7 @@ from catching import assert_told, caught
 from scene import ELEMENTS, FORWARD, SWAPPED, VECTORS, Scene, Vectors, both
 from training import at_stage, train_all
 from zerort.errors import StepError
+from zerort.grads.arrivals import Arrivals
 
 
 class Raising(torch.autograd.Function):
@@ -52,7 +54,7 @@ def look_at_the_hooks(rank: int, world: int, stage: int, gas: int) -> tuple[list
 
 
 @pytest.mark.parametrize("gas", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_after_two_steps_each_bucket_has_one_hook_and_the_users_are_left(
     stage: int, gas: int
 ) -> None:
@@ -122,6 +124,48 @@ def test_red_2_a_sentinel_that_comes_first_is_not_believed() -> None:
     assert lines == [OBSERVED, STEADY, "4532||10|", STEADY]
     assert uses == [4.0] * VECTORS
     assert hooked == [0, 2, 4]
+
+
+SHARDED = {
+    "stage": 3,
+    "reduce_bucket_size": 2 * ELEMENTS,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 4 * ELEMENTS,
+}
+"""A unit for each bucket, and room for two of three."""
+
+
+def run_sharded(
+    rank: int, world: int, orders: list[Sequence[int]], direct: bool = False
+) -> tuple[list[str], list[float], list[int]]:
+    scene = Scene(zero_optimization=SHARDED)
+    lines = [scene.step(order, direct=direct) for order in orders]
+    with zerort.zero.GatheredParameters(list(scene.model.vectors)):
+        return lines, scene.uses(), scene.hooked()
+
+
+def test_red_2_neither_is_one_where_needs_move_the_list_too() -> None:
+    lines, uses, hooked = both(run_sharded, [FORWARD, FORWARD, FORWARD, SWAPPED, FORWARD])
+    assert lines == [OBSERVED, STEADY, STEADY, "4532||10|", STEADY]
+    assert uses == [5.0] * VECTORS
+    assert hooked == [0, 2, 4]
+
+
+def test_what_a_need_has_overtaken_holds_nothing_up() -> None:
+    came, missing = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    came.grad = torch.ones(1)
+    flat = SimpleNamespace(buckets=[SimpleNamespace(params=[p]) for p in (missing, came)])
+    arrivals = Arrivals(flat)  # type: ignore[arg-type]
+    arrivals.begin([("launch", 0), ("need", 1), ("gather", 1), ("launch", 1)])
+    assert arrivals.reach(4, place=0) == 0
+    assert arrivals.reach(4, place=2) == 4
+
+
+def test_a_direct_backward_at_stage_3_observes_with_all_hooks() -> None:
+    lines, uses, hooked = both(run_sharded, [FORWARD] * 3, True)
+    assert lines == [OBSERVED] * 3
+    assert uses == [3.0] * VECTORS
+    assert hooked == list(FORWARD)
 
 
 def test_every_rank_has_sentinels_of_its_own() -> None:
