@@ -120,8 +120,9 @@ class Accelerator:
         return Figures(module.memory_allocated(self.place), module.max_memory_allocated(self.place))
 
     def name(self) -> str:
-        """As its driver calls it."""
-        return str(self._module.get_device_name(self.place))
+        """As its driver calls it; its type where it has no name."""
+        named = getattr(self._module, "get_device_name", None)
+        return self.place.type if named is None else str(named(self.place))
 
     def peak(self, dtype: torch.dtype) -> float | None:
         """Of the table in `peaks`; fp32 as torch is set to multiply it now."""

@@ -22,6 +22,7 @@ import ranks
 import zerort
 from catching import assert_told, caught
 from models import VOCABULARY, TinyGPT
+from stand_in import Event, Machine, Simulated
 from training import at_stage, keep, weights
 from zerort.errors import ConfigError, PlanError, StepError
 from zerort.profiling import get_model_profile, laps
@@ -300,6 +301,64 @@ def test_a_run_that_is_resumed_reports_its_step(tmp_path: Path) -> None:
     resumed = engine_over(seeded(), section=section)
     resumed.load_checkpoint(tmp_path)
     assert [HEAD in train(resumed, 1) for _ in range(3)] == [False, True, False]
+
+
+def test_an_accelerators_times_are_its_own_and_nobody_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the simulated device every operation takes a millisecond, and the host far less."""
+    waits: list[str] = []
+    monkeypatch.setattr(Event, "synchronize", lambda event: waits.append("event"))
+    monkeypatch.setattr(Event, "query", lambda event: True)
+    machine = Machine()
+    with machine.running(Simulated()), contextlib.redirect_stdout(io.StringIO()) as printed:
+        model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+        engine = engine_over(model, section={**ON, "profile_step": 0})
+        loss = engine(torch.ones(2, 16)).square().mean()
+        engine.backward(loss)
+        assert waits == machine.syncs == []
+        engine.step()
+    assert waits, "the report reads the times"
+    text = printed.getvalue()
+    assert value(text, "fwd latency") == "3 ms"
+    assert "(1): Tanh(0 = 0% Params, 0 MACs = 0% MACs, 1 ms = 33.33% latency" in text
+
+
+def with_others(rank: int, world: int, folder: str) -> list[tuple[str, bool]]:
+    """fp16, layer drop and a monitor beside the profiler."""
+    others = {
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+        "progressive_layer_drop": {"enabled": True, "theta": 0.5, "gamma": 0.1},
+        "csv_monitor": {"enabled": True, "output_path": folder},
+    }
+    found = []
+    for stage in (1, 3):
+        engines = [
+            engine_over(Keeping(), stage, 2, section=section, **others) for section in (ON, None)
+        ]
+        text = "".join(train(engine, 6, rank) for engine in engines)
+        found.append((text, all(map(torch.equal, *map(values, engines)))))
+    return found
+
+
+class Keeping(nn.Module):
+    """Takes what layer drop gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = seeded()
+
+    def forward(self, x: Tensor, progressive_layer_drop: bool, pld_theta: float) -> Tensor:
+        loss: Tensor = self.inner(x) * pld_theta
+        return loss
+
+
+def test_beside_other_features_it_changes_nothing_either(tmp_path: Path) -> None:
+    for (text, same), (_, same_there) in zip(
+        *ranks.run(2, with_others, str(tmp_path)), strict=True
+    ):
+        assert text.count(HEAD) == 1 and value(text, "fwd flops per GPU") == EXPECTED[0]
+        assert same and same_there
 
 
 # ---- where it goes

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -520,6 +521,39 @@ def test_the_report_has_a_summary_the_largest_modules_and_the_tree(
         r".*FLOPS, in_features=8, out_features=24, bias=True\)$",
     ):
         assert re.search(line, tree, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_beside_an_engine_the_report_has_what_its_timers_say(
+    timed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"fwd": 400.0, "bwd": 1000.0, "step": 200.0, "fwd_microstep": 9.0}
+    engine = SimpleNamespace(
+        world_size=2,
+        train_micro_batch_size_per_gpu=lambda: 3,
+        gradient_accumulation_steps=lambda: 4,
+        get_wall_clock_timers=lambda: times if timed else {},
+    )
+    module, inputs = built("mlp")
+    profiler = FlopsProfiler(module, engine, recompute_fwd_factor=0.5)
+    profiler.start_profile()
+    module(*inputs)
+    profiler.stop_profile()
+    profiler.print_model_profile(profile_step=7)
+    text = capsys.readouterr().out
+    assert "Profile summary at step 7:" in text
+    assert re.search(r"^world size: +2 *$", text, re.M)
+    rows = {
+        "fwd latency": "100 ms",
+        "bwd latency": "250 ms",
+        "step latency": "50 ms",
+        "iter latency": "400 ms",
+        "FLOPS per GPU = 3.5 * fwd flops per GPU / iter latency": "10.08 KFLOPS",
+        "samples/second": "15.00",
+    }
+    for label, expected in rows.items():
+        found = re.search(rf"^{re.escape(label)}: +{expected} *$", text, re.M)
+        assert (found is not None) is timed, label
 
 
 def test_the_report_can_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
