@@ -121,7 +121,8 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
                 "step() inside no_sync() or coalesce_grad_reduction(): leave the context first, "
                 "gradients have not been reduced"
             )
-        self._transaction.step(lr_kwargs or {})
+        with self._parts.sink.range("step"):
+            self._transaction.step(lr_kwargs or {})
 
     # Control.
 

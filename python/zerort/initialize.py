@@ -45,7 +45,7 @@ from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
 from zerort.step.readings import Components
 from zerort.trace import TraceSink, open_sink
-from zerort.trace.breakdown import BreakdownSink
+from zerort.trace.breakdown import BreakdownSink, RangeTimes
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.watch import BucketWatch, Unwatched
 from zerort.zero.init import close_if_empty, origin_of
@@ -139,6 +139,7 @@ class Setup:
     scheduler: Any
     abilities: Abilities
     """What the optimizer can be given."""
+    times: RangeTimes | None
 
     @property
     def layout(self) -> Layout:
@@ -186,7 +187,8 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
     abilities = abilities_of(chosen, shards=plan.shards_optimizer)
-    sink = _open_sink(settings, mesh)
+    times = RangeTimes() if settings.breaks_down else None
+    sink = _open_sink(settings, mesh, times)
     undo.callback(sink.close)
     return Setup(
         settings,
@@ -202,6 +204,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         collate_fn=given.collate_fn,
         scheduler=_scheduler(settings, chosen, given.lr_scheduler),
         abilities=abilities,
+        times=times,
     )
 
 
@@ -280,11 +283,12 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         setup.loader,
         setup.collate_fn,
         passes,
+        setup.times,
     )
     return Engine(setup.model, parts)
 
 
-def _open_sink(settings: Config, mesh: Mesh) -> TraceSink:
+def _open_sink(settings: Config, mesh: Mesh, times: RangeTimes | None) -> TraceSink:
     wanted = settings.zerort.trace
     sink = open_sink(
         wanted.path if wanted.enabled else None,
@@ -295,8 +299,9 @@ def _open_sink(settings: Config, mesh: Mesh) -> TraceSink:
     device = device_for(mesh.device)
     if sink.enabled and not device.blocks:
         sink.on_device(device.moment)
-    breaks_down = settings.breaks_down and mesh.rank == 0
-    return ContainedSink(BreakdownSink(sink) if breaks_down else sink)
+    if times is not None:
+        sink = BreakdownSink(sink, times, logs=mesh.rank == 0)
+    return ContainedSink(sink)
 
 
 def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:

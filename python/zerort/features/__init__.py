@@ -17,6 +17,7 @@ from zerort.features.monitors.reporting import Monitored
 from zerort.features.progress_line import ProgressLine
 from zerort.features.quantize import QuantizedTraining
 from zerort.features.site import Site
+from zerort.features.timers import Timers
 from zerort.features.trace_mark import TraceMark
 from zerort.step.events import Events, Feature
 
@@ -26,6 +27,7 @@ FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     LayerDrop.open,
     BlockEigenvalue.open,
     QuantizedTraining.open,
+    Timers.open,
     ProgressLine.open,
     FlopsProfile.open,
     Monitored.open,

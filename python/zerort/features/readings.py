@@ -8,9 +8,14 @@ from zerort.features.eigenvalue import BlockEigenvalue
 from zerort.features.layer_drop import LayerDrop
 from zerort.features.monitors.monitor import Monitor
 from zerort.features.monitors.reporting import OFF, Monitored
+from zerort.features.stopwatch import Stopwatches
+from zerort.features.timers import Timers
 from zerort.step.events import Events
 
 __all__ = ["FeatureReadings"]
+
+
+_NO_TIMERS = Stopwatches(enabled=False)
 
 
 class FeatureReadings:
@@ -38,3 +43,19 @@ class FeatureReadings:
         """
         feature = self._events.find(BlockEigenvalue)
         return None if feature is None else feature.values
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds as of the last `step`: `fwd`, `bwd`, `bwd_inner`, `bwd_allreduce` and `step`
+        of the window, and with `_microstep` behind the name of the micro-batch. Empty without
+        `wall_clock_breakdown`, and before the first step.
+        """
+        timers = self._events.find(Timers)
+        return {} if timers is None else dict(timers.shown)
+
+    @property
+    def timers(self) -> Stopwatches:
+        """Timers by name, the engine's and any of the user's: `engine.timers("load").start()`.
+        Without `wall_clock_breakdown` they do nothing.
+        """
+        timers = self._events.find(Timers)
+        return _NO_TIMERS if timers is None else timers.stopwatches

@@ -142,7 +142,7 @@ class Boundary:
         unreduced = self.reduction.unreduced()
         self._explain(unreduced)
         ballot = Ballot(unreduced, failure is not None, self.reduction.fingerprint)
-        with self.reduction.waiting("vote"):
+        with self.sink.range("vote"), self.reduction.waiting("vote"):
             return vote(self.mesh, self.flat, ballot)
 
     def _explain(self, unreduced: int) -> None:

@@ -132,8 +132,9 @@ class Participation:
 
     def meet(self, *, failed: bool = False) -> None:
         """All ranks are at the end of the window: their sums come without this rank's help."""
-        self.passes.meet(serving=failed)
-        self.reduction.drain()
+        with self.boundary.sink.range("retire"):
+            self.passes.meet(serving=failed)
+            self.reduction.drain()
 
     def step(self, arguments: Mapping[str, Any]) -> None:
         """Ends the window with the vote and the update. Raises what `Boundary.cross` and

@@ -21,6 +21,7 @@ from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
 from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
+from zerort.trace.breakdown import RangeTimes
 
 __all__ = ["Components", "Readings", "momentum"]
 
@@ -43,6 +44,8 @@ class Components:
     """What `initialize` was given to make batches of samples."""
     passes: Passes | Resident = field(default_factory=Resident)
     """What gathers sharded parameters."""
+    times: RangeTimes | None = None
+    """Where the sink's ranges are timed."""
 
 
 class Readings:

@@ -88,10 +88,12 @@ def passes(stage: int) -> int:
 
 
 @every_stage
-def test_the_main_track_shows_forward_backward_optimizer_and_publish(runs: Any, stage: int) -> None:
+def test_the_main_track_shows_forward_backward_and_what_a_step_does(runs: Any, stage: int) -> None:
     for events in runs(stage).events:
-        names = [event["name"] for event in spans(events, "main") if event["name"] != "wait"]
-        assert names == (["forward", "backward"] * GAS + ["optimizer", "publish"]) * STEPS
+        spanned = [event for event in spans(events, "main") if event["name"] != "wait"]
+        names = [event["name"] for event in sorted(spanned, key=lambda event: event["ts"])]
+        micro = ["forward", "backward", "step"]
+        assert names == (micro * GAS + ["retire", "vote", "optimizer", "publish"]) * STEPS
 
 
 @every_stage
@@ -287,7 +289,7 @@ def test_calls_of_the_sink_grow_with_buckets_and_not_with_parameters(tmp_path: P
 
 def test_without_a_trace_the_sink_hears_of_ranges_and_steps_only() -> None:
     for counts in ranks.run(WORLD, count_calls, 16, None):
-        assert counts == {"range": 4, "step": 1}
+        assert counts == {"range": 7, "step": 1}
 
 
 def test_a_trace_from_the_environment_needs_no_configuration(
