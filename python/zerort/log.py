@@ -44,14 +44,14 @@ def show(rank: int) -> None:
 
 
 def is_read_here() -> bool:
-    """Whether somebody has given this rank's logger `zerort` a handler of its own: a log file for
+    """Whether this rank's logger `zerort` has been given a handler of its own: a log file for
     each rank, say, where what concerns the rank is missed if only rank 0 tells.
     """
     return any(handler is not _default for handler in _log.handlers)
 
 
 class _Default(logging.Handler):
-    """The handler while there is no other, and the level while nobody has chosen one."""
+    """The handler while there is no other, and the level while none has been chosen."""
 
     _level_given = logging.NOTSET
     """What `zerort`'s level was set to here."""

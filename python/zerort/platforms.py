@@ -174,7 +174,7 @@ class Linux(Posix):
                 raise OSError(code, os.strerror(code))
 
     def rename(self, source: Path, target: Path) -> None:
-        """See `Plain.rename`; nobody can take the name in between."""
+        """See `Plain.rename`; no process can take the name in between."""
         try:
             self._renameat2(source, target, self._NOREPLACE)
         except OSError as error:
@@ -205,7 +205,7 @@ class MacOS(Posix):
             os.fsync(file)
 
     def rename(self, source: Path, target: Path) -> None:
-        """See `Plain.rename`; nobody can take the name in between."""
+        """See `Plain.rename`; no process can take the name in between."""
         try:
             self._renamex(source, target, self._EXCL)
         except OSError as error:

@@ -44,7 +44,7 @@ class LoadOptions:
     module_only: bool = False
     """Parameters and buffers, and nothing else."""
     weights: bool = True
-    """False leaves parameters and buffers to somebody else."""
+    """False leaves parameters and buffers to the caller."""
 
     @property
     def optimizer(self) -> bool:

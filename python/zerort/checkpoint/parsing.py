@@ -1,4 +1,4 @@
-"""A manifest's bytes, from whoever wrote them, as a `Manifest` that can be relied on.
+"""A manifest's bytes, from any source, as a `Manifest` that can be relied on.
 
 What it guarantees: a `Manifest` that `parse` returned is consistent in itself. Every tensor lies
 inside its file, none overlaps another, the runs of a shard fit into it, names of files cannot leave

@@ -3,7 +3,7 @@
 A run is one life of the training processes. What it loads makes the run that saved that, and all
 that one went on from, its ancestors: a run that was restarted prunes what it saved before. Of the
 checkpoints that this run or its ancestors made, the newest stay. What other runs saved into the
-folder stays too, and so does one that holds files of somebody else's. Deletion begins with a
+folder stays too, and so does one that holds files of other programs. Deletion begins with a
 temporary name: under it a checkpoint is none any more, however far the deletion comes.
 """
 

@@ -2,8 +2,8 @@
 
 What it guarantees: nothing is ours by its name alone. A leftover of a save bears a nonce and is a
 folder of nothing but files of a checkpoint, or the beginning of a `latest`; a leftover of an export
-bears the nonce and the export's name, and no process holds it. Everything else stays, whoever made
-it. What it does not do: it deletes nothing.
+bears the nonce and the export's name, and no process holds it. Everything else stays.
+What it does not do: it deletes nothing.
 """
 
 from __future__ import annotations

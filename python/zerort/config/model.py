@@ -363,7 +363,7 @@ class Config(Section):
 
     def reduces_every_micro_batch(self, by_stage: bool) -> bool:
         """Whether gradients are reduced in every backward; `by_stage` is what the stage's rules say
-        where nobody asked.
+        where it was not asked for.
         """
         return by_stage if self.zerort.reduce_at is None else self.zerort.reduce_at == "micro_batch"
 

@@ -1,8 +1,7 @@
 """What is wrong with a configuration, in one line each: key path, what was expected, what was
 found.
 
-Problems are collected, not raised one by one: whoever wrote five mistakes into a file reads of all
-five.
+Problems are collected, not raised one by one: a file with five mistakes is answered with all five.
 """
 
 from __future__ import annotations

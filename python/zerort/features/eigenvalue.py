@@ -144,7 +144,7 @@ class BlockEigenvalue(Feature):
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Within, gradients are computed that nobody accumulates."""
+        """Within, gradients are computed that are not accumulated."""
         drawn = random_states(self._device)
         states = {key: drawn[key] for key in ("torch", self._device.type) if key in drawn}
         try:

@@ -1,7 +1,7 @@
 """All-reduces in which every rank also says whether it has failed.
 
 What it guarantees: a rank that has failed goes on to take part, on zeros, and all ranks stop behind
-the same all-reduce. What it does not do: it tells nobody why; that is the vote's.
+the same all-reduce. What it does not do: it gives no reason; the vote does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 autograd runs a backward as a *graph task* with a number of its own. From within one, this says
 whether an engine began it, and by how much that engine had divided the loss. From outside, a
-`GraphTask` says whether it still runs: a backward that raises tells nobody, but drops its
+`GraphTask` says whether it still runs: a backward that raises calls no hook, but drops its
 callbacks uncalled.
 
 A backward that is run inside another one (reentrant activation checkpointing) is a graph task of

@@ -151,7 +151,7 @@ class HeldBucket:
             self.values.free(self.params)
 
     def part_with_aliases(self) -> None:
-        """Before `free`: whoever has views of sharded parameters' values keeps that memory."""
+        """Before `free`: what has views of sharded parameters' values keeps that memory."""
         if isinstance(self.values, Freeable) and self.values.is_aliased:
             self.values.leave(self.params)
 

@@ -3,7 +3,7 @@
 A parameter's class may catch what is done with it: a subclass of the user's, or a parameter whose
 values are elsewhere. What the engine asks of parameters at every step (`.grad`, `requires_grad`,
 hooks, addresses) is bookkeeping that no such class should see, and each question would cost two
-microseconds. So whoever reads parameters at a step does it within `unintercepted`, once for all.
+microseconds. So what reads parameters at a step does it within `unintercepted`, once for all.
 
 What it must not surround is code of the user's: a forward, a backward's own functions and hooks, an
 optimizer's step. There the class is to be asked.
@@ -39,7 +39,7 @@ def unintercepted(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def undisturbed(call: Callable[P, T]) -> Callable[P, T]:
-    """`unintercepted`, and outside `torch.inference_mode`, whose tensors nobody can train with."""
+    """`unintercepted`, and outside `torch.inference_mode`, whose tensors cannot be trained with."""
 
     @wraps(call)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:

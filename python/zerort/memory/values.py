@@ -201,7 +201,7 @@ class Freeable:
 
     With `contents`, which an error may name, a kernel that reads the storage meanwhile raises
     `RuntimeError` where torch can be asked for that (`guards`): through an alias that was taken
-    before, or in a backward that nothing has told of.
+    before, or in a backward that no hook has announced.
     """
 
     __slots__ = ("_arriving", "_contents", "_forms", "_nbytes", "_spec", "_storage", "tensor")

@@ -37,7 +37,7 @@ class Work:
     one of them to the library. `count` is the library's own count of what it has been given, so
     that a `start` which an exception has cut off, Ctrl-C between two instructions included, can be
     called again: nothing is given twice and nothing is left out. A handle that was lost that way is
-    not waited for; by then the rank has failed, and nobody reads the result. `waited` is called
+    not waited for; by then the rank has failed, and the result is not read. `waited` is called
     when all have been waited for.
     """
 

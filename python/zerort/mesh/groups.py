@@ -165,7 +165,7 @@ _LINGER = 0.02
 _POLL = 0.005
 
 UnderWay = dict[int, Handles]
-"""Collectives that nobody has waited for yet, numbered."""
+"""Collectives that have not been waited for yet, numbered."""
 
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
@@ -210,7 +210,7 @@ def _wait_and_destroy(groups: dict[str, dist.ProcessGroup], under_way: UnderWay)
 
 
 def _linger(groups: dict[str, dist.ProcessGroup]) -> None:
-    """When the interpreter ends, and takes groups down that nobody has closed."""
+    """When the interpreter ends, and takes groups down that have not been closed."""
     if groups:
         time.sleep(_LINGER)
 

@@ -15,7 +15,7 @@ __all__ = ["LocalComm", "LocalControl"]
 
 
 class LocalControl:
-    """Nobody to tell."""
+    """There is no peer."""
 
     rank, world = 0, 1
 
@@ -34,7 +34,7 @@ class LocalControl:
         return CommError(f"{what} failed: {error}")
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Nobody is waited for."""
+        """There is no peer to wait for."""
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -9,7 +9,7 @@ waited for, however long it takes; one that dies is found as in any collective, 
 that stands still for longer than `Patience.limit`, or gives up, is named on all ranks. The thread
 is joined before the work is handed on, so that the communicator is never used by two at a time.
 
-What it does not do: it breaks nobody's work off, and work may not use the communicator.
+What it does not do: it breaks no work off, and work may not use the communicator.
 """
 
 from __future__ import annotations

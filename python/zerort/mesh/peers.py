@@ -175,7 +175,7 @@ class Peers:
     # Judging.
 
     def _judge(self, what: str, heard: Heard) -> str:
-        """Nobody is known to have ended."""
+        """No peer is known to have ended."""
         elsewhere = [
             f"{self._named(rank)} waited for {other}"
             for rank, other in sorted(heard.waits.items())

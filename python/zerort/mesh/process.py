@@ -5,7 +5,7 @@ namespace of ids (a container usually has its own). There it names one process a
 time at which it began belongs to it. Where there is no /proc the host's name stands for the place
 and the time is unknown: a process that is gone is still seen, one that is stopped is not.
 
-What this module does not do: it asks nobody. It looks.
+What this module does not do: it sends no message. It looks.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ agree on a name for each start, in the store itself:
     rank 0   answers each word that it finds with the name of this start, until all have confirmed
     rank r   confirms under that name
 
-A word that an earlier start has left is answered too, but nobody confirms it.
+A word that an earlier start has left is answered too, but never confirmed.
 
 What it does not do: it leaves a default group alone that the user has made. Where rank 0 holds the
 store itself, every start has a new one, and needs no name.

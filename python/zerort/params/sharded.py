@@ -5,7 +5,7 @@ that it was made with. It is the same object, with the same shape, strides, dtyp
 reads or writes its values comes here first, by torch's `__torch_function__`. What only asks for
 metadata is answered as ever.
 
-What this guarantees: nobody reads memory that has been given back, as far as torch's functions are
+What this guarantees: memory that has been given back is not read, as far as torch's functions are
 concerned. A C extension that takes the address, or an alias of the memory that was taken while the
 values were there, is not seen. What it does not do: it decides nothing about when values are
 gathered; it asks the parameter's `Keeper`.
@@ -419,7 +419,7 @@ def leave(parameter: nn.Parameter) -> None:
 
 
 def lose(parameter: nn.Parameter) -> None:
-    """Nobody answers for the parameter any more: it is itself if its values are there, else they
+    """No keeper has the parameter any more: it is itself if its values are there, else they
     are gone.
     """
     home = _homes.pop(id(parameter), None)

@@ -297,7 +297,7 @@ class Uses:
             # The backward may come by another way, of which no hook tells.
             self._passes.holds(units)
 
-    # A pass that nobody has opened.
+    # A pass that the engine has not opened.
 
     def _open(self, call: Call) -> bool:
         graded = torch.is_grad_enabled()
@@ -357,7 +357,7 @@ class Uses:
             )
 
     def copied(self, parameter: nn.Parameter) -> nn.Parameter | None:
-        """None: a copy would be nobody's."""
+        """None: a copy would be in no bucket."""
         return None
 
     def hold(

@@ -369,7 +369,7 @@ class Executor:
                 flight.pass_over()
 
     def _wait(self, work: Work, what: str) -> None:
-        # On a stream of its own a wait holds up nobody: who waits for that stream stands still.
+        # On a stream of its own a wait holds up only what waits for that stream.
         with self.waiting(what) if self.device.blocks else self._naming(what):
             work.wait()
 
@@ -440,7 +440,7 @@ def _to_the_end(run: Callable[[], None]) -> None:
     try:
         run()
     except CommError:
-        raise  # there is nobody left to do it for
+        raise  # there is no peer left to do it for
     except BaseException:
         run()
         raise

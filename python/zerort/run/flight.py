@@ -57,7 +57,7 @@ class Source(Protocol):
         """Forgets everything that has not been packed."""
 
     def reset(self) -> None:
-        """The window is over: nobody needs what has been reduced any more."""
+        """The window is over: what has been reduced is not needed any more."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Flight:
 class Inflight(Flight):
     """A bucket's gradient on its way, pass after pass, in the memory of a lane.
 
-    `before` is who used the same memory last, this pass or the one before; None where nobody else
+    `before` is who used the same memory last, this pass or the one before; None where nothing else
     does.
     """
 

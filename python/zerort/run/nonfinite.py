@@ -29,7 +29,7 @@ def in_arrival(
 
 
 def in_sum(bucket: FlatBucket, rank: int) -> tuple[int, int] | None:
-    """(unknown rank, parameter): after a sum on the wire nobody knows whose it was."""
+    """(unknown rank, parameter): after a sum on the wire its rank is not known."""
     found = torch.nonzero(~torch.isfinite(bucket.reduced_shard.tensor))
     if not found.numel():
         return None

@@ -1,7 +1,7 @@
 """Weights in safetensors files, read in slices.
 
 What it guarantees: no more of a tensor is read than the rows that an asked range touches. What it
-does not do: it trusts the files; they are somebody else's.
+does not do: it trusts the files; they come from outside.
 """
 
 from __future__ import annotations

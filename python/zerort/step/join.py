@@ -3,7 +3,7 @@ zeros until all are.
 
 Within `join` ranks meet in a *roll* before every pass and every vote: one small all-reduce in which
 each says what comes next on it. A rank that is out of data says so and does what the others are
-about to do. So no collective pairs with a wrong one, and whoever leaves by an exception is heard
+about to do. So no collective pairs with a wrong one, and one that leaves by an exception is heard
 at the next roll. Outside `join` there are no rolls.
 
 It decides nothing about gradients: what the ranks have given is counted here, and the boundary
@@ -40,7 +40,7 @@ class Next(IntEnum):
 
 
 class JoinEnded(StepError):
-    """Raised on all ranks alike, at one roll: nobody takes part in a further one."""
+    """Raised on all ranks alike, at one roll: no rank takes part in a further one."""
 
 
 @dataclass(frozen=True)

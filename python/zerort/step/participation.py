@@ -166,7 +166,7 @@ class Participation:
             self.passes.crossed()
 
     def abandon(self) -> None:
-        """Nobody goes on with this window."""
+        """No rank goes on with this window."""
         self.passes.abandon()
         self.reduction.abort()
         self.reduction.reset()

@@ -63,7 +63,7 @@ class Settled:
 
 @dataclass(frozen=True)
 class Lost:
-    """A collective has failed, so there is nobody left to keep in step with."""
+    """A collective has failed, so there is no peer left to keep in step with."""
 
     reason: str
 

@@ -67,7 +67,7 @@ class Precision:
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
     buffers: torch.dtype | None = None
-    """What floating-point buffers are cast to, whoever's they are."""
+    """What floating-point buffers are cast to, of whichever module."""
 
     @classmethod
     def of(cls, config: Config) -> Precision:

@@ -152,7 +152,7 @@ class Settling:
             self._rest(backwards=1)
 
     def _abandon(self) -> None:
-        """Nobody goes on with this window."""
+        """No rank goes on with this window."""
         with self._parting():
             self.part.abandon()
         self._rest()

@@ -1,7 +1,7 @@
 """The sink in front of every other: while torch's profiler runs, it shows the ranges there under
 the same names.
 
-It is always in place, with or without a trace, because nobody knows beforehand when a user will
+It is always in place, with or without a trace, because it is not known beforehand when a user will
 start the profiler. While it does not run, a range costs one question more.
 """
 

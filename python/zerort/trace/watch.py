@@ -56,7 +56,7 @@ class Watch(Protocol):
 
 
 class Unwatched:
-    """Nobody listens."""
+    """Without a trace: nothing is recorded."""
 
     enabled = False
 

@@ -44,7 +44,7 @@ class DenseEncoder:
 
     @property
     def slots(self) -> Sequence[Tensor]:
-        """The parameters' places in the send buffer, where nobody else writes there."""
+        """The parameters' places in the send buffer, where nothing else writes there."""
         return [] if self._buffers.shared else self._views
 
     def bind(self, buffers: Buffers) -> None:

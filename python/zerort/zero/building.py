@@ -1,8 +1,8 @@
 """Which modules are complete while a model is built.
 
 A module is complete when its constructor is on no frame of the stack any more; its parameters can
-be sharded then. torch tells of every parameter and every child that a module registers, so nobody's
-`__init__` is patched.
+be sharded then. torch calls a hook for every parameter and every child that a module registers, so
+no `__init__` is patched.
 
 What it does not do: it looks at no values. Another thread's modules are its own.
 """

@@ -134,58 +134,56 @@ def compiled_blocks(rank: int) -> None:
     train(rank, Net, prepare=compile_blocks)
 
 
-def retained_graph(rank: int) -> None:
+def beside_a_twin(rank: int, take: Callable[[Any, nn.Module, int], None], gas: int = 1) -> None:
+    """Three times `take(engine, twin, step)`, which trains both; they end alike."""
     torch.manual_seed(0)
-
     model = Net()
     twin = copy.deepcopy(model)
-    engine = engine_over(model)
+    engine = engine_over(model, routes.settings(gradient_accumulation_steps=gas))
     for step in range(3):
+        take(engine, twin, step)
+    assert routes.compare(engine, twin) < 1e-6
+
+
+def retained_graph(rank: int) -> None:
+    def take(engine: Any, twin: nn.Module, step: int) -> None:
         x = routes.data(step, rank)
         loss = routes.loss_of(engine(x))
         engine.backward(loss, retain_graph=True)
         engine.backward(loss)
         engine.step()
-
-        def twice(loss: torch.Tensor) -> None:
-            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            loss.backward()  # type: ignore[no-untyped-call]
-
         routes.twin_step(twin, x, twice)
-    assert routes.compare(engine, twin) < 1e-6
+
+    def twice(loss: torch.Tensor) -> None:
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    beside_a_twin(rank, take)
 
 
 def accumulation(rank: int) -> None:
-
-    torch.manual_seed(0)
-    model = Net()
-    twin = copy.deepcopy(model)
-    engine = engine_over(model, routes.settings(gradient_accumulation_steps=2))
-    for step in range(3):
+    def take(engine: Any, twin: nn.Module, step: int) -> None:
         xs = [routes.data(10 * step + micro, rank) for micro in range(2)]
         for x in xs:
             engine.backward(routes.loss_of(engine(x)))
             engine.step()
 
-        def both(loss: torch.Tensor, xs: list[torch.Tensor] = xs) -> None:
+        def both(loss: torch.Tensor) -> None:
             (sum(routes.loss_of(twin(x)) for x in xs) / 2).backward()  # type: ignore[union-attr]
 
         routes.twin_step(twin, xs[0], both)
-    assert routes.compare(engine, twin) < 1e-6
+
+    beside_a_twin(rank, take, gas=2)
 
 
 def direct_backward(rank: int) -> None:
-
-    torch.manual_seed(0)
-    model = Net()
-    twin = copy.deepcopy(model)
-    engine = engine_over(model)
-    for step in range(3):
+    def take(engine: Any, twin: nn.Module, step: int) -> None:
         x = routes.data(step, rank)
         routes.loss_of(engine(x)).backward()  # type: ignore[no-untyped-call]
         engine.step()
         routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
-    assert routes.compare(engine, twin) < 1e-6
+
+    beside_a_twin(rank, take)
 
 
 SCENARIOS = [
