@@ -1,88 +1,48 @@
-"""Monitors: what rank 0 writes at each boundary, read back by the packages that show it; members
-that fail, packages that are missing, losses that do not count.
-"""
+"""Monitors: what rank 0 writes at each boundary, and which losses count."""
 
 from __future__ import annotations
 
-import csv
 import gc
 import os
-import subprocess
-import sys
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
-import zerort
 from catching import assert_told, caught
 from logged import log_lines
+from monitored import (
+    BOTH,
+    CSV,
+    FROZEN,
+    LOSS,
+    LR,
+    SCALE,
+    Noted,
+    Scaled,
+    engine_over,
+    micro,
+    monitored,
+    scalars,
+    values,
+    window,
+)
 from training import at_stage, keep
-from zerort.config import load
-from zerort.errors import ConfigError, StepError
-from zerort.features import monitors
-from zerort.features.monitors import Event, Kind
-from zerort.features.monitors.csv import CsvFiles
+from zerort.errors import StepError
 from zerort.features.monitors.reporting import Monitored
 
-LR, LOSS, SCALE = "Train/Samples/lr", "Train/Samples/train_loss", "Train/Samples/loss_scale"
-CSV = {"csv_monitor": {"enabled": True, "job_name": "job"}}
-BOTH = {**CSV, "tensorboard": {"enabled": True, "job_name": "job"}}
 NAMED = {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
-
-
-def engine_over(config: Any, model: nn.Module | None = None, **more: Any) -> Any:
-    model = nn.Linear(4, 4) if model is None else model
-    config = {"train_micro_batch_size_per_gpu": 2, **config}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    return zerort.initialize(model=model, optimizer=optimizer, config=config, **more)[0]
-
-
-def window(engine: Any, draw: torch.Generator | None = None) -> list[float]:
-    """One window; returns its losses."""
-    losses = []
-    for _ in range(engine.gradient_accumulation_steps()):
-        loss = engine(torch.randn(2, 4, generator=draw)).square().mean()
-        losses.append(float(loss.detach()))
-        engine.backward(loss)
-        engine.step()
-    return losses
-
-
-def rows(folder: Path, name: str) -> list[list[str]]:
-    path = folder / f"{name.replace('/', '_')}.csv"
-    with path.open(newline="") as file:
-        return list(csv.reader(file))
-
-
-def values(folder: Path, name: str) -> list[tuple[int, float]]:
-    """What stands below the header."""
-    header, *rest = rows(folder, name)
-    assert header == ["step", name.rpartition("/")[2]]
-    return [(int(step), float(value)) for step, value in rest]
-
-
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """What TensorBoard reads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it imports is its own affair
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        shown = EventAccumulator(str(folder))
-        shown.Reload()
-    return [(event.step, event.value) for event in shown.Scalars(name)]
 
 
 # ---- What is written, on one rank and on two, with a checkpoint in the middle.
 
-VARIANTS = [(0, 1), (0, 3), (2, 1), (2, 3)]
+VARIANTS = [(0, 1), (0, 3), (2, 1), (2, 3), (3, 3)]
 
 
 def train_and_resume(
@@ -151,63 +111,6 @@ def test_other_ranks_write_nothing(trained: tuple[Path, int, Any]) -> None:
             assert list((folder / f"{stage}-{gas}" / str(rank)).iterdir()) == []
 
 
-def test_mlflow_reads_what_was_written_and_shows_the_run_as_ended(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    section = {"enabled": True, "experiment": "seen", "run_name": "first"}
-    engine = engine_over({"zerort": {"mlflow": section}})
-    losses = [window(engine) for _ in range(3)]
-    engine.destroy()
-    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
-    experiment = client.get_experiment_by_name("seen")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
-    history = client.get_metric_history(run.info.run_id, LOSS)
-    assert [metric.step for metric in history] == [2, 4, 6]
-    assert [metric.value for metric in history] == pytest.approx([each[0] for each in losses])
-    assert [metric.value for metric in client.get_metric_history(run.info.run_id, LR)] == [0.5] * 3
-
-
-def test_mlflow_goes_on_with_a_run_that_is_open_and_leaves_it_open(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    with mlflow.start_run() as run:
-        engine = engine_over({"zerort": {"mlflow": {"enabled": True}}})
-        window(engine)
-        engine.destroy()
-        assert mlflow.active_run() is not None
-        assert mlflow.get_run(run.info.run_id).info.status == "RUNNING"
-    assert mlflow.MlflowClient().get_metric_history(run.info.run_id, LR)[0].step == 2
-
-
-def test_a_store_of_mlflow_that_fails_is_dropped_without_waiting(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    lines = log_lines()
-    section = {"enabled": True, "tracking_uri": (tmp_path / "store").as_uri()}
-    engine = engine_over({"zerort": {"mlflow": section}})
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refuse)
-    for _ in range(50):  # another thread writes
-        window(engine)
-        if told := [line for line in lines if "zerort.mlflow raised OSError" in line]:
-            break
-    assert len(told) == 1
-    engine.destroy()
-
-
 # ---- The loss scale, and steps that are skipped.
 
 
@@ -230,56 +133,6 @@ def test_a_skipped_step_is_written_with_the_scale_after_it(tmp_path: Path) -> No
 
 
 # ---- Which losses count.
-
-
-class Noted:
-    """A member that remembers."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.closed = 0
-
-    def write(self, events: Sequence[Event]) -> None:
-        self.events += events
-
-    def close(self) -> None:
-        self.closed += 1
-
-    def of(self, name: str) -> list[float]:
-        return [event.value for event in self.events if event.name == name]
-
-
-def monitored(
-    monkeypatch: Any, *members: Any, config: Any = None, model: nn.Module | None = None
-) -> Any:
-    """An engine whose only monitors are these."""
-    on = SimpleNamespace(enabled=True)
-    table = {
-        f"member {i}": Kind(lambda _: on, lambda _, m=member: m, lambda _: None)
-        for i, member in enumerate(members)
-    }
-    monkeypatch.setattr(monitors, "MEMBERS", table)
-    return engine_over(config or {}, model)
-
-
-class Scaled(nn.Module):
-    """The loss is what it is given, times a weight of one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: float) -> Tensor:
-        return self.weight * x
-
-
-def micro(engine: Any, loss: float) -> None:
-    engine.backward(engine(loss))
-    engine.step()
-
-
-FROZEN = {"gradient_accumulation_steps": 2, "gradient_clipping": 1e-6}
-"""Weights hardly move, so that a loss is what the test says."""
 
 
 def test_the_losses_of_a_failed_window_are_in_no_mean(monkeypatch: Any) -> None:
@@ -333,6 +186,51 @@ def test_a_window_that_fails_on_another_rank_leaves_no_loss_behind(tmp_path: Pat
     told, _ = ranks.run(2, fail_on_the_other_rank, str(tmp_path))
     assert_told(told, StepError, "rank 1")
     assert values(tmp_path / "job", LOSS) == [(8, pytest.approx(1.5, rel=1e-3))]
+
+
+def run_out_first(rank: int, world: int, folder: str) -> None:
+    os.chdir(folder)
+    engine = engine_over(CSV, Scaled())
+    with engine.join():
+        for value in [1.0] if rank == 0 else [1.0, 2.0, 3.0]:
+            micro(engine, value)
+    keep(engine)
+
+
+def test_rank_0_reports_steps_for_which_it_has_no_data_left(tmp_path: Path) -> None:
+    ranks.run(2, run_out_first, str(tmp_path))
+    assert [step for step, _ in values(tmp_path / "job", LR)] == [4, 6, 8]
+    assert values(tmp_path / "job", LOSS) == [(4, 1.0)]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what is read from a device, for which the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += fn is torch.ops.aten._local_scalar_dense.default
+        return fn(*args, **(kwargs or {}))
+
+
+def test_a_step_is_read_from_the_device_once_more_and_none_where_monitors_are_off(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def reads(config: Any) -> int:
+        engine = engine_over({"gradient_accumulation_steps": 3, **config}, Scaled())
+        for _ in range(3):
+            micro(engine, 1.0)
+        with Reads() as reading:
+            for _ in range(3):
+                micro(engine, 1.0)
+        keep(engine)
+        return reading.count
+
+    assert reads(BOTH) == reads({}) + 1
 
 
 def test_a_loss_is_copied_and_its_graph_goes(monkeypatch: Any) -> None:
@@ -420,240 +318,6 @@ def test_eigenvalues_are_written_where_they_were_computed(monkeypatch: Any) -> N
     assert noted.of(LOSS) == pytest.approx([sum(each) / 3 for each in losses])
 
 
-# ---- Members that fail.
-
-
-class Broken(Noted):
-    """Raises where it is asked to."""
-
-    def __init__(self, at: str) -> None:
-        super().__init__()
-        self.at = at
-
-    def write(self, events: Sequence[Event]) -> None:
-        if self.at == "write":
-            raise OSError(28, "No space left on device")
-        super().write(events)
-
-    def close(self) -> None:
-        super().close()
-        if self.at == "close":
-            raise ConnectionError("gone")
-
-
-def test_a_member_that_fails_is_said_once_dropped_and_closed(monkeypatch: Any) -> None:
-    lines, broken, noted = log_lines(), Broken("write"), Noted()
-    engine = monitored(monkeypatch, broken, noted, model=Scaled())
-    for _ in range(3):
-        micro(engine, 1.0)
-    assert len([line for line in lines if "member 0 raised OSError" in line]) == 1
-    assert len(noted.of(LR)) == 3 and broken.closed == 1 and engine.monitor.enabled
-    engine.destroy()
-    assert (broken.closed, noted.closed) == (1, 1)
-
-
-def test_a_member_that_cannot_be_closed_takes_nothing_from_the_others(monkeypatch: Any) -> None:
-    lines, broken, noted = log_lines(), Broken("close"), Noted()
-    engine = monitored(monkeypatch, noted, broken, noted, model=Scaled())
-    micro(engine, 1.0)
-    engine.destroy()
-    engine.destroy()
-    assert noted.closed == 2
-    assert (
-        len([line for line in lines if "could not be closed, ConnectionError: gone" in line]) == 1
-    )
-    engine.monitor.write_events([("late", 1.0, 1)])
-    assert noted.of("late") == []
-
-
-def test_an_engine_that_is_dropped_closes_its_monitors(monkeypatch: Any) -> None:
-    noted = Noted()
-    engine = monitored(monkeypatch, noted, model=Scaled())
-    micro(engine, 1.0)
-    del engine
-    gc.collect()
-    assert noted.closed == 1
-
-
-def test_ctrl_c_in_a_member_goes_through_and_the_step_stands(monkeypatch: Any) -> None:
-    noted = Noted()
-    engine = monitored(monkeypatch, noted, config=FROZEN, model=Scaled())
-    micro(engine, 1.0)
-
-    def interrupt(self: Any, events: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as within, pytest.raises(KeyboardInterrupt):
-        within.setattr(Noted, "write", interrupt)
-        micro(engine, 2.0)
-    assert engine.global_steps == 1
-    micro(engine, 3.0)
-    micro(engine, 5.0)
-    keep(engine)
-    assert noted.of(LOSS) == pytest.approx([4.0], rel=1e-3)
-
-
-def test_what_was_opened_is_closed_again_where_a_later_one_cannot_be(monkeypatch: Any) -> None:
-    noted, on = Noted(), SimpleNamespace(enabled=True)
-
-    def refuse(settings: Any) -> Any:
-        raise TimeoutError("no answer")
-
-    table = {
-        "first": Kind(lambda _: on, lambda _: noted, lambda _: None),
-        "second": Kind(lambda _: on, refuse, lambda _: None),
-    }
-    monkeypatch.setattr(monitors, "MEMBERS", table)
-    with pytest.raises(ConfigError, match="second cannot be started, TimeoutError: no answer"):
-        engine_over({})
-    assert noted.closed == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_full_disk_is_one_warning(tmp_path: Path) -> None:
-    lines = log_lines()
-    (tmp_path / "Train_Samples_lr.csv").symlink_to("/dev/full")
-    engine = engine_over(
-        {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": ""}}
-    )
-    for _ in range(3):
-        window(engine)
-    engine.destroy()
-    assert engine.global_steps == 3
-    assert len([line for line in lines if "No space left on device" in line]) == 1
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_event_file_that_cannot_be_written_is_one_warning(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    lines = log_lines()
-    engine = engine_over({"tensorboard": {"enabled": True, "output_path": str(tmp_path)}})
-    window(engine)
-
-    def refuse(self: Any, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RecordWriter, "write", refuse)
-    for _ in range(3):
-        window(engine)
-    engine.destroy()
-    assert len([line for line in lines if "monitor tensorboard raised OSError" in line]) == 1
-
-
-# ---- Files.
-
-
-def csv_in(folder: Path) -> CsvFiles:
-    return CsvFiles(monitors_section({"output_path": str(folder), "job_name": ""}))
-
-
-def monitors_section(section: Any) -> Any:
-    return load({"train_batch_size": 1, "csv_monitor": {"enabled": True, **section}}).csv_monitor
-
-
-def test_a_row_that_a_crash_has_cut_off_stands_alone(tmp_path: Path) -> None:
-    (tmp_path / "loss.csv").write_text("step,loss\n2,0.5\n4,0.")
-    files = csv_in(tmp_path)
-    files.write([Event("loss", 0.25, 6)])
-    assert (tmp_path / "loss.csv").read_text() == "step,loss\n2,0.5\n4,0.\n6,0.25\n"
-    files.close()
-
-
-def test_rows_are_with_the_operating_system_at_each_boundary(tmp_path: Path) -> None:
-    done = ranks.attempt(1, die_after_two_boundaries, str(tmp_path))
-    assert done == [ranks.Died(9)]
-    assert [step for step, _ in values(tmp_path / "job", LR)] == [2, 4]
-    assert [step for step, _ in scalars(tmp_path / "job", LR)] == [2, 4]
-
-
-def die_after_two_boundaries(rank: int, world: int, folder: str) -> None:
-    os.chdir(folder)
-    engine = engine_over(BOTH)
-    window(engine)
-    window(engine)
-    os._exit(9)
-
-
-# ---- What cannot begin.
-
-
-def without(rank: int, world: int, lacking: int, module: str, section: str) -> Any:
-    if rank == lacking:
-        sys.modules[module] = None  # type: ignore[assignment]
-    config = {section: {"enabled": True}}
-    if "." in section:
-        head, _, last = section.partition(".")
-        config = {head: {last: {"enabled": True}}}
-    return caught(lambda: keep(engine_over(config)))
-
-
-@pytest.mark.parametrize(
-    ("section", "module", "package"),
-    [
-        ("tensorboard", "torch.utils.tensorboard", "tensorboard"),
-        ("wandb", "wandb", "wandb"),
-        ("comet", "comet_ml", "comet_ml"),
-        ("trackio", "trackio", "trackio"),
-        ("zerort.mlflow", "mlflow", "mlflow-skinny"),
-    ],
-)
-def test_a_missing_package_is_named_with_how_to_get_it(
-    section: str, module: str, package: str, monkeypatch: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    error = without(1, 1, 0, module, section)
-    assert_told(error, ConfigError, section, f"pip install {package}")
-
-
-def test_a_package_that_rank_0_lacks_is_missed_on_all_ranks_and_no_other_needs_it(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    told = ranks.run(2, without, 0, "torch.utils.tensorboard", "tensorboard")
-    for error in told:
-        assert_told(error, ConfigError, "tensorboard", "pip install tensorboard")
-    assert ranks.run(2, without, 1, "torch.utils.tensorboard", "tensorboard") == [None, None]
-
-
-def into_a_file(rank: int, world: int, path: str) -> Any:
-    section = {"enabled": True, "output_path": path}
-    return caught(lambda: engine_over({"csv_monitor": section}))
-
-
-def test_a_folder_that_cannot_be_written_is_named_on_all_ranks(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for error in ranks.run(2, into_a_file, str(tmp_path / "file")):
-        assert_told(error, ConfigError, "csv_monitor.output_path", str(tmp_path / "file"))
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("tensorboard", "path", "x"),
-        ("csv_monitor", "output_path", 3),
-        ("wandb", "porject", "x"),
-        ("comet", "samples_log_interval", -1),
-        ("comet", "mode", "append"),
-        ("trackio", "space_id", "x"),
-    ],
-)
-def test_what_a_section_cannot_have_is_named_by_its_path(
-    section: str, key: str, value: Any
-) -> None:
-    with pytest.raises(ConfigError, match=f"{section}.{key}"):
-        load({"train_batch_size": 1, section: {"enabled": True, key: value}})
-
-
-def test_a_key_of_comet_is_not_shown_where_the_configuration_is() -> None:
-    config = load({"train_batch_size": 1, "comet": {"api_key": "very secret"}})
-    assert "very secret" not in config.model_dump_json() + repr(config)
-    assert config.comet.api_key is not None
-    assert config.comet.api_key.get_secret_value() == "very secret"
-
-
 # ---- The door.
 
 
@@ -689,70 +353,6 @@ def test_numbers_and_tensors_are_written_and_what_is_none_is_named_once(monkeypa
     assert len(told) == 3
 
 
-# ---- Comet, by a stand-in for its package.
-
-
-class Experiment:
-    def __init__(self) -> None:
-        self.logged: list[tuple[str, float, int]] = []
-        self.name = ""
-        self.ended = 0
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        self.logged.append((name, value, step))
-
-    def set_name(self, name: str) -> None:
-        self.name = name
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def stand_in(running: Experiment | None, started: list[Any]) -> Any:
-    def start(**given: Any) -> Experiment:
-        started.append((Experiment(), given))
-        return started[-1][0]
-
-    return SimpleNamespace(get_running_experiment=lambda: running, start=start)
-
-
-@pytest.mark.parametrize(
-    ("interval", "steps"), [(100, [2]), (3, [2, 6, 10]), (0, [2, 4, 6, 8, 10])]
-)
-def test_comet_gets_each_name_once_in_so_many_samples(
-    interval: int, steps: list[int], monkeypatch: Any
-) -> None:
-    started: list[Any] = []
-    monkeypatch.setitem(sys.modules, "comet_ml", stand_in(None, started))
-    section = {
-        "enabled": True,
-        "samples_log_interval": interval,
-        "project": "p",
-        "api_key": "k",
-        "experiment_name": "n",
-        "online": False,
-    }
-    engine = engine_over({"comet": section})
-    for _ in range(5):
-        window(engine)
-    engine.monitor.write_events([("own", 1.0, 3)])
-    engine.destroy()
-    ((experiment, given),) = started
-    assert [step for name, _, step in experiment.logged if name == LR] == steps
-    assert ("own", 1.0, 3) in experiment.logged
-    assert (experiment.name, experiment.ended) == ("n", 1)
-    assert (given["api_key"], given["project_name"], given["online"]) == ("k", "p", False)
-
-
-def test_an_experiment_that_runs_already_is_gone_on_with_and_left_open(monkeypatch: Any) -> None:
-    running, started = Experiment(), []
-    monkeypatch.setitem(sys.modules, "comet_ml", stand_in(running, started))
-    engine = engine_over({"comet": {"enabled": True}})
-    window(engine)
-    engine.destroy()
-    assert started == [] and running.ended == 0 and len(running.logged) == 2
-
-
 # ---- Weights.
 
 
@@ -769,38 +369,3 @@ def test_monitors_change_no_weight(tmp_path: Path, monkeypatch: Any) -> None:
         return engine.module.weight.detach().clone()
 
     assert torch.equal(weights(BOTH), weights({}))
-
-
-# ---- The example and its picture.
-
-
-@pytest.mark.slow
-def test_the_examples_curve_is_drawn_from_what_it_wrote(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    (tmp_path / "text").write_text("def spam(): return 1\n" * 5000)
-    options = ["--monitors", "--steps=4", "--save_every=2", "--text=text", "--resume"]
-    alone = (
-        "import small_example as s; s.Standing.advance = s.train_text.Progress.advance; s.main()"
-    )
-    for program in (
-        ["-c", alone, *options],
-        [str(root / "docs/draw_monitor.py"), "runs/train_text/monitor", "--out=curve.svg"],
-    ):
-        done = subprocess.run(
-            [sys.executable, *program],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(root / "tests" / "py"), *sys.path]),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "runs" / "train_text" / "monitor"
-    assert len(values(folder, LOSS)) == 4
-    assert [step for step, _ in values(folder, "Validation/bits_per_byte")] == [0, 32]
-    drawn = (tmp_path / "curve.svg").read_text()
-    assert drawn.count("<polyline") == 3 and "train_loss" in drawn
