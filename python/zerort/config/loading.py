@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zerort.config.keys import ALIASES, KEYS, SIZES, Fate, Key
+from zerort.config.keys import ALIASES, KEYS, SECRETS, SIZES, Fate, Key
 from zerort.config.model import Config
 from zerort.config.problems import (
     Problem,
@@ -82,7 +82,11 @@ def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     for problem in problems:
         wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
     rows = [
-        (printable(path), shown(value), wrong.pop(path, "") or _effect(path, value))
+        (
+            printable(path),
+            "(not shown)" if path in SECRETS else shown(value),
+            wrong.pop(path, "") or _effect(path, value),
+        )
         for path, value in _leaves(source.data)
     ]
     return rows + [(printable(path), "", text) for path, text in wrong.items()]

@@ -28,7 +28,12 @@ _OF_ONE_RANK: Any = {
     "wall_clock_breakdown": True,
     "dump_state": True,
     "flops_profiler": {"output_file"},
-    "zerort": {"trace"},
+    "tensorboard": True,
+    "csv_monitor": True,
+    "wandb": True,
+    "comet": True,
+    "trackio": True,
+    "zerort": {"trace", "mlflow"},
 }
 """What is printed and recorded may differ."""
 

@@ -132,6 +132,22 @@ def test_a_skipped_step_is_written_with_the_scale_after_it(tmp_path: Path) -> No
     assert [step for step, _ in losses] == [2, 4, 6] and losses[1][1] not in (losses[0][1], 0.0)
 
 
+def with_a_folder_of_its_own(rank: int, world: int, folder: str) -> None:
+    """As scripts do that name a folder by the time, or turn monitors on where rank is 0."""
+    os.chdir(folder)
+    name = f"at {rank} seconds"
+    section = {"enabled": rank == 0, "output_path": name, "job_name": "job"}
+    engine = engine_over({"csv_monitor": section, "tensorboard": {**section, "enabled": True}})
+    window(engine)
+    keep(engine)
+
+
+def test_ranks_need_not_name_the_same_folder(tmp_path: Path) -> None:
+    ranks.run(2, with_a_folder_of_its_own, str(tmp_path))
+    assert [step for step, _ in values(tmp_path / "at 0 seconds" / "job", LR)] == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["at 0 seconds"]
+
+
 # ---- Which losses count.
 
 

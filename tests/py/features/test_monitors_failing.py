@@ -27,7 +27,7 @@ from monitored import (
     window,
 )
 from training import keep
-from zerort.config import load
+from zerort.config import describe, load
 from zerort.errors import ConfigError
 from zerort.features import monitors
 from zerort.features.monitors import Event, Kind
@@ -226,7 +226,8 @@ def test_what_a_section_cannot_have_is_named_by_its_path(
 
 
 def test_a_key_of_comet_is_not_shown_where_the_configuration_is() -> None:
-    config = load({"train_batch_size": 1, "comet": {"api_key": "very secret"}})
-    assert "very secret" not in config.model_dump_json() + repr(config)
+    given = {"train_batch_size": 1, "comet": {"api_key": "very secret"}}
+    config = load(given)
+    assert "very secret" not in config.model_dump_json() + repr(config) + str(describe(given))
     assert config.comet.api_key is not None
     assert config.comet.api_key.get_secret_value() == "very secret"
