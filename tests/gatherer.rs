@@ -75,6 +75,11 @@ fn a_use_is_a_further_one_only_in_a_forward_that_has_seen_the_first() {
     assert_eq!(alone.gatherer.acquire(set, Some(100)), Ok(true));
     assert!(alone.gatherer.reuse(set));
     assert_eq!(alone.gatherer.residence(UnitId(0)), Some(Residence::Whole { users: 2 }));
+    for _ in 0..2 {
+        assert!(alone.gatherer.in_use());
+        alone.gatherer.release(set).unwrap();
+    }
+    assert!(!alone.gatherer.in_use());
     alone.need(&[1]);
     assert!(!alone.gatherer.reuse(set), "not current any more");
     alone.close();

@@ -401,6 +401,9 @@ class Gatherer:
         """Whether a unit may still be read: a use of it is open, or this backward has needed it."""
     def state(self, unit: int) -> Literal["sharded", "gathering", "whole"]: ...
     @property
+    def in_use(self) -> bool:
+        """Whether some use has begun and not ended."""
+    @property
     def live(self) -> int:
         """Elements that are whole or gathering now."""
     @property

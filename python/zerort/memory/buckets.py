@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -299,15 +300,22 @@ class FlatModel:
             if not isinstance(bucket, FlatBucket)
             for name, parameter in zip(bucket.names, bucket.params, strict=True)
         ]
-        self._offsets = [
-            (bucket_id, param, offset * bucket.owned.tensor.itemsize)
-            for bucket_id, bucket in enumerate(self.buckets)
-            for param, offset in zip(bucket.spec.params, bucket.spec.offsets, strict=True)
-        ]
+        self._numels = [parameter.numel() for parameter in self.params]
+        self._homes, self._offsets = self._layout()
         self._bases: list[int] = []
         self._places: list[int] = []
-        self._numels = [parameter.numel() for parameter in self.params]
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
+
+    def _layout(self) -> tuple[list[int], list[int]]:
+        """By parameter, its bucket and how many bytes it lies behind that one's first. What has no
+        element is in none, whose address is 0.
+        """
+        homes, offsets = [len(self.buckets)] * len(self.params), [0] * len(self.params)
+        for home, bucket in enumerate(self.buckets):
+            for param, offset in zip(bucket.spec.params, bucket.spec.offsets, strict=True):
+                if self._numels[param]:
+                    homes[param], offsets[param] = home, offset * bucket.owned.tensor.itemsize
+        return homes, offsets
 
     @unintercepted
     def active(self) -> list[bool]:
@@ -345,12 +353,11 @@ class FlatModel:
         """Where parameters have to be. As long as a bucket holds its values, nothing else can have
         their addresses; while it does not, an address is an offset.
         """
-        bases = [bucket.values.address for bucket in self.buckets]
+        bases = [*(bucket.values.address for bucket in self.buckets), 0]
         if bases != self._bases:
+            # sharded values are elsewhere in every step, so the loop is in C
             self._bases = bases
-            self._places = [0] * len(self.params)
-            for bucket, param, offset in self._offsets:
-                self._places[param] = bases[bucket] + offset if self._numels[param] else 0
+            self._places = list(map(add, map(bases.__getitem__, self._homes), self._offsets))
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into parameters, in

@@ -225,7 +225,8 @@ class Passes:
             return
         self.is_open, self.opener, self._thread = False, None, 0
         self._broken |= not complete
-        self.settle()
+        if self.gatherer.in_use:
+            self.settle()
         self._course.close(complete=complete)
         self._say_strays()
         written, self._written = self._written, None

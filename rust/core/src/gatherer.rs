@@ -244,6 +244,11 @@ impl Gatherer {
         self.memory.held().contains(&unit)
     }
 
+    /// Whether some use has begun and not ended.
+    pub fn in_use(&self) -> bool {
+        self.memory.in_use()
+    }
+
     /// Elements that are whole or gathering now.
     pub fn live(&self) -> u64 {
         self.memory.live()

@@ -222,6 +222,12 @@ impl Gatherer {
         }
     }
 
+    /// Whether some use has begun and not ended.
+    #[getter]
+    fn in_use(&self) -> bool {
+        locked(&self.inner).in_use()
+    }
+
     /// Elements that are whole or gathering now.
     #[getter]
     fn live(&self) -> u64 {

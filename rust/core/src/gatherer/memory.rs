@@ -77,6 +77,11 @@ impl Memory {
         &self.held
     }
 
+    /// Whether any has users.
+    pub(super) fn in_use(&self) -> bool {
+        self.held.iter().any(|unit| self.places[unit.index()].users() > 0)
+    }
+
     /// Whether it is whole or on its way.
     pub(super) fn is_here(&self, unit: UnitId) -> bool {
         self.places[unit.index()].residence != Residence::Sharded
