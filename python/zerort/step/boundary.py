@@ -19,6 +19,7 @@ from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
 from zerort.mesh import Mesh
 from zerort.optim import ShardOptimizer
+from zerort.step.interrupts import held
 from zerort.step.precision import LossScale
 from zerort.step.vote import Ballot, Verdict, clip_factor, vote
 from zerort.trace import TraceSink
@@ -86,10 +87,21 @@ class Boundary:
 
         Raises `StepError` naming the ranks that failed or had no backward, `PlanMismatch` naming
         the first parameter that ranks treat differently, and `NonFiniteGradient` where the policy
-        says so. Whatever happens, the window is over: what was accumulated is dropped.
+        says so. Whatever happens, the window is over: what was accumulated is dropped. Ctrl-C waits
+        for `let_out` where the step is applied or skipped.
         """
+        self._held = None
+        with held() as interrupts:
+            outcome = self._cross(divide_factor, failure, correction)
+        try:
+            interrupts.run()
+        except BaseException as error:
+            self._held = self._held or error
+        return outcome
+
+    def _cross(self, divide_factor: float, failure: str | None, correction: float) -> Outcome:
         failure = failure or self.broken or self.reduction.failure
-        scale, applied, self._held = self.loss_scale.scale, False, None
+        scale, applied = self.loss_scale.scale, False
         try:
             verdict = self._agree(divide_factor, failure)
             # Before anything of the user's own runs: an exception there on one rank must not cost a
@@ -265,8 +277,8 @@ class Boundary:
             self._held = error  # by now all is published
 
     def let_out(self) -> None:
-        """Raises what came while updated shards were on their way: the step was not broken off for
-        it, and what follows a step has had its turn.
+        """Raises what came while ranks voted and updated shards were on their way: the step was not
+        broken off for it, and what follows a step has had its turn.
         """
         held, self._held = self._held, None
         if held is not None:

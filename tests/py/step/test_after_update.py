@@ -4,6 +4,8 @@ the step stands, the counters say so too, and ranks do not part.
 
 from __future__ import annotations
 
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -209,6 +211,55 @@ def test_an_interrupt_behind_the_vote_leaves_no_rank_with_weights_of_its_own(
         assert_told(save, CheckpointError, "rank 1", "KeyboardInterrupt at the boundary")
         assert_told(step, StepError, "rank 1", "KeyboardInterrupt at the boundary")
         assert after == (-2.0, -4.0)
+
+
+def _press_ctrl_c_behind_the_vote(rank: int, world: int, stage: int) -> tuple[Any, ...]:
+    engine = _engine(stage, zerort={"timeout": 5})
+    raised = False
+    behind = mock.patch("zerort.step.boundary.vote", side_effect=_vote_and_press_ctrl_c)
+    with behind if rank == 1 else nullcontext():
+        try:
+            engine.backward(engine(1.0, 2.0))
+            engine.step()
+        except KeyboardInterrupt:
+            raised = True
+    same = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    between = weights(engine), _counts(engine), engine.lr_scheduler.last_epoch
+    return raised, same, between, step_with(engine, 1.0, 2.0)
+
+
+def _vote_and_press_ctrl_c(*args: Any) -> Any:
+    verdict = vote(*args)
+    signal.raise_signal(signal.SIGINT)
+    return verdict
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ctrl_c_behind_the_vote_comes_out_behind_the_whole_step(stage: int) -> None:
+    """Broken off there, the step would leave the other rank waiting for shards."""
+    told = ranks.run(2, _press_ctrl_c_behind_the_vote, stage, timeout=LIMIT)
+    assert [raised for raised, *_ in told] == [False, True]
+    for _, same, between, after in told:
+        assert same and between == ((-1.0, -2.0), (1, 1, 0, 2), 1)
+        assert after == (-2.0, -4.0)
+
+
+def _press_ctrl_c_in_a_vote_that_fails(rank: int, world: int) -> tuple[Any, ...]:
+    engine = engine_over_terms({"zerort": {"timeout": 5}})
+    behind = mock.patch("zerort.step.boundary.vote", side_effect=_vote_and_press_ctrl_c)
+    raised: BaseException | None = None
+    with behind if rank == 1 else nullcontext():
+        try:
+            engine.backward(engine(1.0, 1.0).detach() if rank == 0 else engine(1.0, 1.0))
+            engine.step()
+        except BaseException as error:
+            raised = error
+    return type(raised).__name__, step_with(engine, 2.0, 4.0)
+
+
+def test_ctrl_c_in_a_vote_that_fails_comes_out_once_all_have_its_reason() -> None:
+    told = ranks.run(2, _press_ctrl_c_in_a_vote_that_fails, timeout=LIMIT)
+    assert told == [("StepError", (-2.0, -4.0)), ("KeyboardInterrupt", (-2.0, -4.0))]
 
 
 def _interrupt_the_publishing(rank: int, world: int, stage: int) -> tuple[Any, ...]:
