@@ -22,6 +22,7 @@ from zerort.checkpoint.state import EngineState
 from zerort.errors import ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
+from zerort.grads.compiled import around
 from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
@@ -203,24 +204,24 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         wins over theirs.
 
         Compiled whole, all gradients come at the end and nothing overlaps: compile the module's
-        blocks where that matters. Raises `ConfigError` for a `schedule` (DeepCompile's) and for
-        compiled autograd, which are not built.
+        blocks where that matters, or give `compiled_autograd_enabled`. With that `backward` is
+        captured and compiled too, with the same options, in a piece for each hook, and buckets
+        leave between the pieces; a module that is compiled already gets it by a second call.
+        Raises `ConfigError` for a `schedule` (DeepCompile's), and where this torch has no compiled
+        autograd.
         """
         if schedule is not None:
             raise ConfigError(
                 "compile(schedule=...) is refused: it orders DeepCompile's passes, which are not "
                 "built"
             )
+        options = {**(compile_kwargs or {}), "backend": backend}
         if compiled_autograd_enabled:
-            raise ConfigError(
-                "compile(compiled_autograd_enabled=True) is refused: it would trace the hook of "
-                "every single gradient; leave it out, a compiled module's backward is compiled "
-                "anyway"
-            )
+            self._transaction.compile_backwards(around(options))
         if self.is_compiled:
             return
-        self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
-        if self._parts.mesh.rank == 0:
+        self.module.compile(**options)
+        if self._parts.mesh.rank == 0 and not compiled_autograd_enabled:
             _log.warning(COMPILED_WHOLE)
 
     @property

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zerort import _core
+from zerort.grads.compiled import plain, shield
 from zerort.run.executor import Executor
 
 __all__ = ["ParameterHooks", "plain_hook", "tensors_in", "when_backward_reaches"]
@@ -55,6 +56,7 @@ class ParameterHooks:
         self._reducer = reducer
         self._executor = executor
         self._dispatch = dispatch
+        self._wrap = plain
         self._wanted: list[int] = []
         self._post: dict[int, Any] = {}
         self._pre: dict[int, Any] = {}
@@ -70,7 +72,7 @@ class ParameterHooks:
             self._post.pop(index).remove()
         for index in wanted:
             if index not in self._post:
-                hook = self._make(index, self._reducer, self._executor, self._dispatch)
+                hook = self._wrap(self._make(index, self._reducer, self._executor, self._dispatch))
                 self._post[index] = self._params[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._wanted = wanted
 
@@ -82,7 +84,7 @@ class ParameterHooks:
             return
         self.attach([])
         for index in wanted:
-            hook = _observing_hook(index, self._reducer)
+            hook = self._wrap(_observing_hook(index, self._reducer))
             self._pre[index] = self._params[index].register_hook(hook)  # type: ignore[no-untyped-call]
 
     def relieve(self) -> None:
@@ -95,6 +97,14 @@ class ParameterHooks:
                     None  # an empty dictionary of hooks is still crossed for
                 )
         self._pre.clear()
+
+    def shield(self) -> None:
+        """From now on no hook is traced by compiled autograd; those that are there are made
+        anew.
+        """
+        wanted, self._wrap = self._wanted, shield
+        self.attach([])
+        self.attach(wanted)
 
     def remove(self) -> None:
         """Takes all hooks off."""

@@ -158,6 +158,11 @@ class Listener:
         return self._arrivals.new()
 
     @unintercepted
+    def shield(self) -> None:
+        """From now on no hook is traced by compiled autograd."""
+        self._hooks.shield()
+
+    @unintercepted
     def close(self) -> None:
         """Takes the hooks off the model."""
         self.disarm()

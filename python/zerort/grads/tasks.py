@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zerort.errors import StepError
+from zerort.grads.compiled import refuse_foreign, shield
 
 __all__ = ["GraphTask", "LossScaling", "Running", "announce", "in_backward", "running_here"]
 
@@ -77,14 +78,19 @@ def _known() -> list[Running]:
         return list(_running)
 
 
-def announce(loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool) -> Any:
-    """In every backward of `loss`, `running_here` knows of `owner` and its `scaling`.
+def announce(
+    loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool, compiles: bool = False
+) -> Any:
+    """In every backward of `loss`, `running_here` knows of `owner` and its `scaling`; `compiles`
+    where it is a compiled one.
 
     Returns the handle that takes this back. The backward raises `StepError` where its loss has been
     scaled already.
     """
 
     def enter(_: Tensor) -> None:
+        if not compiles:
+            refuse_foreign()
         task = torch._C._current_graph_task_id()
         if any((known.by_call or by_call) and known.task == task for known in _known()):
             raise StepError(
@@ -94,7 +100,8 @@ def announce(loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool
             )
         _keep(Running(owner, scaling, by_call, task, threading.get_ident()))
 
-    return loss.register_hook(enter)  # type: ignore[no-untyped-call]
+    hook = shield(enter) if compiles else enter
+    return loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def running_here(owner: object) -> Running | None:

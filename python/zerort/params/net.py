@@ -28,6 +28,7 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.errors import StepError
+from zerort.grads.compiled import plain
 from zerort.memory import unintercepted
 from zerort.run.executor import Executor
 
@@ -63,6 +64,8 @@ class Net:
         self._passes = passes
         self._executor = executor
         self._units = units
+        self.wrap = plain
+        """Makes of a hook what is registered."""
 
     @contextmanager
     def under(self, root: Any, *, looks: bool) -> Iterator[None]:
@@ -71,7 +74,7 @@ class Net:
         """
         if looks:
             for node, unit in self._readers(root):
-                node.register_prehook(self._watching(unit))
+                node.register_prehook(self.wrap(self._watching(unit)))
         try:
             yield
         except RuntimeError as error:

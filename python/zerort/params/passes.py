@@ -25,6 +25,7 @@ from torch import nn
 
 from zerort import _core
 from zerort.errors import StepError
+from zerort.grads.compiled import shield
 from zerort.grads.course import Routed
 from zerort.memory import undisturbed
 from zerort.params.net import Net
@@ -87,6 +88,9 @@ class Resident:
     def detach(self) -> None:
         """Nothing."""
 
+    def shield(self) -> None:
+        """Nothing: no hook is here."""
+
 
 class Passes:
     """One rank's passes; `rolls` opens them."""
@@ -109,11 +113,17 @@ class Passes:
         self._strays: set[tuple[str, int]] = set()
         self._sets: dict[int, tuple[int, ...]] = {}
         self._unhooked: list[int] = []
+        self.at = -1
+        """Number of the node that a backward has come to, where torch does not tell; -1 where
+        nobody does.
+        """
         self._net = Net(self, executor, len(course.plan.units))
         self._broken = False
         self._written: str | None = None
         self.detach: Callable[[], None] = _nothing
         """Takes the hooks off the model."""
+        self.rehook: Callable[[], None] = _nothing
+        """Makes the hooks on modules anew, not to be traced by compiled autograd."""
         self.settle: Callable[[], None] = _nothing
         """Ends what a pass that was broken off has left open."""
         self.dropped: Callable[[], None] = _nothing
@@ -136,7 +146,7 @@ class Passes:
     def need(self, number: int) -> None:
         """Returns when the units of the set are whole."""
         running = torch._C._current_autograd_node()
-        node = -1 if running is None else running._sequence_nr()
+        node = self.at if running is None else running._sequence_nr()
         answer = self.gatherer.need(number, node)
         while answer is not None:
             actions, unit = answer
@@ -163,6 +173,11 @@ class Passes:
     def lose(self, parameter: nn.Parameter) -> None:
         """The parameter was written while it was whole for the pass: the change goes with it."""
         self._written = self._written or name_of(parameter)
+
+    def shield(self) -> None:
+        """From now on no hook is traced by compiled autograd."""
+        self._net.wrap = shield
+        self.rehook()
 
     # A pass.
 
@@ -223,7 +238,7 @@ class Passes:
         """The pass is over, `complete` or broken off; nothing where none is open."""
         if not self.is_open:
             return
-        self.is_open, self.opener, self._thread = False, None, 0
+        self.is_open, self.opener, self._thread, self.at = False, None, 0, -1
         self._broken |= not complete
         if self.gatherer.in_use:
             self.settle()
@@ -312,7 +327,7 @@ class Passes:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met, self._news = False, None, False, False
         self._written = None
-        self._thread = 0
+        self._thread, self.at = 0, -1
         self.settle()
         self._course.abandon()
         self._executor.enqueue(self.gatherer.abandon())

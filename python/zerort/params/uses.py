@@ -20,6 +20,7 @@ A copy of a module has its hooks, but not its parameters: they do nothing there.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zerort.errors import StepError
+from zerort.grads.compiled import plain, shield
 from zerort.grads.hooks import tensors_in
 from zerort.memory import FlatModel, unintercepted, version_of
 from zerort.params import sharded
@@ -93,6 +95,10 @@ class Uses:
         self.pins = pins
         self._passes = passes
         passes.settle, passes.detach = self.settle, self.detach
+        passes.rehook = self.rehook
+        self._users: list[nn.Module] = []
+        """Modules that use units of their own."""
+        self._wrap = plain
         self._units = units
         self._said_meta = False
         self._handles: list[Any] = []
@@ -118,6 +124,7 @@ class Uses:
             units = self._passes.set_of([self._units[id(p)] for p in own])
             call = Call(name, entry, units, own)
             self._calls.append(call)
+            self._users.append(part)
             before, after = self._before(id(part), call), self._after(id(part), call)
         elif any(id(p) in self._units for p in part.parameters()):
             call = Call(name, entry, -1)
@@ -128,6 +135,18 @@ class Uses:
             part.register_forward_pre_hook(before, prepend=True),
             part.register_forward_hook(after, always_call=True),
         ]
+
+    def rehook(self) -> None:
+        """From now on no hook is traced by compiled autograd."""
+        self._wrap = shield
+        for units, hooked in self._behind.items():
+            # in place, for graphs that are there already
+            hooked._backward_hooks[0] = shield(self._arriving(units))  # type: ignore[index]
+        self._handles += [
+            part.register_forward_hook(self._numbering(), prepend=True) for part in self._users
+        ]
+        # What it traces of `__torch_function__` is a table by function, which does not change.
+        warnings.filterwarnings("ignore", r"Dynamo detected a call to [^']*'sharded\.py")
 
     def detach(self) -> None:
         """Takes the hooks off; parameters whose values are not there have none any more."""
@@ -259,7 +278,7 @@ class Uses:
         hooked = self._behind.get(units)
         if hooked is None:
             hooked = torch.empty(0, device="cpu", requires_grad=True)
-            hooked._backward_hooks = {0: self._arriving(units)}
+            hooked._backward_hooks = {0: self._wrap(self._arriving(units))}
             self._behind[units] = hooked
         return hooked
 
@@ -287,6 +306,22 @@ class Uses:
                 arrive()
 
         return hook
+
+    def _numbering(self) -> Callable[..., None]:
+        """Compiled autograd does not tell a hook at which node it runs: each node of an output says
+        so, before what stands behind it is called.
+        """
+        passes = self._passes
+
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            for tensor in (out,) if isinstance(out, Tensor) else _outputs(out):
+                node = _node_of(tensor)
+                if node is not None:
+                    noting = torch.empty(0, device="cpu", requires_grad=True)
+                    noting._backward_hooks = {0: shield(_noting(passes, node._sequence_nr()))}
+                    node._register_hook_dict(noting)
+
+        return _eager(hook)
 
     def _hook_outputs(self, params: Sequence[nn.Parameter], units: int, out: Any) -> None:
         found = False
@@ -392,18 +427,28 @@ _KNOWN = (Tensor, str, bytes, int, float, complex, type(None))
 
 
 def _hook_node(tensor: Tensor, hooked: Tensor) -> bool:
-    """The hook of `hooked` before the node that made the tensor, or the memory that it is a view
-    of.
-    """
-    node = tensor.grad_fn
-    if tensor._is_view():
-        base = tensor._base
-        if base is not None and base.grad_fn is not None:
-            node = base.grad_fn
+    """The hook of `hooked` before the node of the tensor."""
+    node = _node_of(tensor)
     if node is None:
         return False
     node._register_hook_dict(hooked)
     return True
+
+
+def _node_of(tensor: Tensor) -> Any:
+    """What made the tensor, or the memory that it is a view of."""
+    if tensor._is_view():
+        base = tensor._base
+        if base is not None and base.grad_fn is not None:
+            return base.grad_fn
+    return tensor.grad_fn
+
+
+def _noting(passes: Passes, number: int) -> Callable[[Any], None]:
+    def hook(_: Any) -> None:
+        passes.at = number
+
+    return hook
 
 
 @unintercepted

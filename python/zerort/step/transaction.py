@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from zerort.config import Batch
 from zerort.errors import CommError, StepError
+from zerort.grads.compiled import Around, refuse_foreign, shield
 from zerort.grads.hooks import when_backward_reaches
 from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
 from zerort.params.roll import Diverged
@@ -51,6 +52,8 @@ class Transaction(Settling):
 
     def __init__(self, part: Participation) -> None:
         super().__init__(part)
+        self._around: Around = nullcontext
+        self._begins: Callable[[], None] = self._reached
         part.passes.reached = self._reached
 
     # The calls of a training loop.
@@ -64,7 +67,7 @@ class Transaction(Settling):
         if torch.is_grad_enabled() and self._raised():
             self._settle("a direct loss.backward() raised", owes=True)
         outputs = self._computed(run)
-        when_backward_reaches(outputs, self._reached)
+        when_backward_reaches(outputs, self._begins)
         return outputs
 
     def _computed(self, run: Callable[[], T]) -> T:
@@ -109,13 +112,25 @@ class Transaction(Settling):
             self.part.reach(announced=True)
             self._open(scaling)
             loss = scaled(loss, scaling)
-            handle = announce(loss, self, scaling, by_call=True)
+            handle = announce(loss, self, scaling, by_call=True, compiles=self._compiles)
             try:
-                with self.part.passes.watching(loss):
+                with self.part.passes.watching(loss), self._around():
                     loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
             finally:
                 handle.remove()
             self._close()
+
+    def compile_backwards(self, around: Around) -> None:
+        """From now on `backward` runs in `around`, and no hook is traced in it."""
+        self._demand("compile()")
+        if not self._compiles:
+            self._listener.shield()
+            self.part.passes.shield()
+            self._around, self._begins = around, shield(self._reached)
+
+    @property
+    def _compiles(self) -> bool:
+        return self._around is not nullcontext
 
     def step(self, arguments: Mapping[str, Any]) -> None:
         """Ends the micro-batch, at the boundary with the vote and the update."""
@@ -294,6 +309,7 @@ class Transaction(Settling):
     def _reached(self) -> None:
         if self._listener.is_deaf or not isinstance(self._phase, Idle | Settled):
             return
+        refuse_foreign()
         running = running_here(self)
         foreign = running is not None and running.owner is not self
         if foreign:

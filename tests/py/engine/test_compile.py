@@ -187,7 +187,7 @@ def _refused(rank: int, world: int, options: dict[str, Any]) -> tuple[Exception 
     return caught(lambda: engine.compile(**options)), engine.is_compiled
 
 
-@pytest.mark.parametrize("options", [{"compiled_autograd_enabled": True}, {"schedule": []}])
+@pytest.mark.parametrize("options", [{"schedule": []}])
 def test_what_compile_cannot_do_is_refused_by_name(options: dict[str, Any]) -> None:
     ((error, compiled),) = ranks.run(1, _refused, options)
     assert_told(error, ConfigError, next(iter(options)))
