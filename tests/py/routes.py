@@ -43,9 +43,13 @@ def settings(room: int | None = 4000, cap: int = 1200, **more: Any) -> dict[str,
     }
 
 
-def engine_over(model: nn.Module, config: dict[str, Any] | None = None) -> Any:
-    """Plain SGD over what requires grad and what does not."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+def engine_over(
+    model: nn.Module,
+    config: dict[str, Any] | None = None,
+    params: list[nn.Parameter] | None = None,
+) -> Any:
+    """Plain SGD over what requires grad and what does not, or over `params` alone."""
+    optimizer = torch.optim.SGD(params or model.parameters(), lr=RATE)
     engine, *_ = zerort.initialize(model=model, optimizer=optimizer, config=config or settings())
     return engine
 
