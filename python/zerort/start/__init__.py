@@ -32,7 +32,7 @@ def gathered(control: Control, attempt: Callable[[], T]) -> list[T]:
 
 
 def first(control: Control, attempt: Callable[[], T]) -> T:
-    """Runs `attempt` on rank 0 and returns its result on all; where it raised, all ranks raise
-    `ConfigError` with its reason.
+    """Runs `attempt` on rank 0 and returns its result on all. Where it raised, rank 0 raises its
+    own error and the others `ConfigError` with its reason.
     """
-    return Consensus(control, ConfigError, alike=True).first(_HEADLINE, attempt)
+    return Consensus(control, ConfigError).first(_HEADLINE, attempt)

@@ -17,17 +17,18 @@ class CometExperiment:
 
     def __init__(self, settings: Comet) -> None:
         module = required("comet_ml", "comet", "comet_ml")
-        running = module.get_running_experiment()
-        key = settings.api_key
-        self._owns = running is None
-        self._experiment = running or module.start(
-            api_key=None if key is None else key.get_secret_value(),
-            workspace=settings.workspace,
-            project_name=settings.project,
-            experiment_key=settings.experiment_key,
-            mode=settings.mode,
-            online=settings.online,
-        )
+        self._experiment = module.get_running_experiment()
+        self._owns = self._experiment is None
+        if self._owns:
+            key = settings.api_key
+            self._experiment = module.start(
+                api_key=None if key is None else key.get_secret_value(),
+                workspace=settings.workspace,
+                project_name=settings.project,
+                experiment_key=settings.experiment_key,
+                mode=settings.mode,
+                online=settings.online,
+            )
         if settings.experiment_name is not None:
             self._experiment.set_name(settings.experiment_name)
         self._interval = settings.samples_log_interval

@@ -17,9 +17,10 @@ class TrackioRun:
     def __init__(self, settings: Trackio) -> None:
         module = required("trackio", "trackio", "trackio")
         self._current = module.context_vars.current_run
-        running = self._current.get()  # another `init` would end it
-        self._owns = running is None
-        self._run = running or module.init(project=settings.project)
+        self._run = self._current.get()  # another `init` would end it
+        self._owns = self._run is None
+        if self._owns:
+            self._run = module.init(project=settings.project)
 
     @staticmethod
     def check(settings: Trackio) -> None:

@@ -16,10 +16,12 @@ class WandbRun:
 
     def __init__(self, settings: Wandb) -> None:
         module = required("wandb", "wandb", "wandb")
-        self._owns = module.run is None
-        self._run = module.run or module.init(
-            project=settings.project, group=settings.group, entity=settings.team
-        )
+        self._run = module.run
+        self._owns = self._run is None
+        if self._owns:
+            self._run = module.init(
+                project=settings.project, group=settings.group, entity=settings.team
+            )
 
     @staticmethod
     def check(settings: Wandb) -> None:
