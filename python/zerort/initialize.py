@@ -46,8 +46,9 @@ from zerort.step.precision import Precision
 from zerort.step.readings import Components
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink, RangeTimes
+from zerort.trace.communication import CommunicationWatch
 from zerort.trace.contained import ContainedSink, ContainedWatch
-from zerort.trace.watch import BucketWatch, Unwatched
+from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
 from zerort.zero.init import close_if_empty, origin_of
 
 __all__ = ["initialize"]
@@ -261,7 +262,8 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     transports = {
         bucket.spec.id: transport_of(bucket, precision.predivide) for bucket in flat.trained
     }
-    watch = ContainedWatch(BucketWatch(sink, flat.names)) if sink.enabled else Unwatched()
+    communication = _communication(config, mesh)
+    watch = _watch(sink, flat, communication)
     names = flat.names if mesh.rank == 0 else None
     room = room_for(config, setup.plan, names) if setup.plan.units else None
     elements = None if room is None else room.elements
@@ -284,8 +286,30 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
         setup.collate_fn,
         passes,
         setup.times,
+        communication,
     )
     return Engine(setup.model, parts)
+
+
+def _communication(config: Config, mesh: Mesh) -> CommunicationWatch | None:
+    wanted, device = config.comms_logger, device_for(mesh.device)
+    if not wanted.enabled:
+        return None
+    return CommunicationWatch(
+        mesh.shard.world,
+        None if wanted.prof_all else wanted.prof_ops,
+        None if device.blocks else device.moment,
+        verbose=wanted.verbose and mesh.rank == 0,
+    )
+
+
+def _watch(sink: TraceSink, flat: FlatModel, communication: CommunicationWatch | None) -> Watch:
+    watches: list[Watch] = [ContainedWatch(BucketWatch(sink, flat.names))] if sink.enabled else []
+    if communication is not None:
+        watches.append(ContainedWatch(communication))
+    if len(watches) > 1:
+        return Watches(watches)
+    return watches[0] if watches else Unwatched()
 
 
 def _open_sink(settings: Config, mesh: Mesh, times: RangeTimes | None) -> TraceSink:

@@ -6,9 +6,39 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from zerort.config.section import Count, Section, whole
+from zerort.config.section import Count, Names, Section, whole
 
-__all__ = ["ActivationCheckpointing", "FlopsProfiler", "ProgressiveLayerDrop"]
+__all__ = [
+    "ActivationCheckpointing",
+    "CommsLogger",
+    "FlopsProfiler",
+    "ProgressiveLayerDrop",
+    "ThroughputTimer",
+    "Timers",
+]
+
+
+class ThroughputTimer(Section):
+    """`timers.throughput`: samples a second."""
+
+    enabled: bool = True
+
+
+class Timers(Section):
+    """`timers`."""
+
+    throughput: ThroughputTimer = Field(default_factory=ThroughputTimer)
+
+
+class CommsLogger(Section):
+    """`comms_logger`: what collectives have taken."""
+
+    enabled: bool = False
+    verbose: bool = False
+    """A line of log for each."""
+    prof_all: bool = True
+    prof_ops: Names = Field(default_factory=list)
+    """Names of collectives to keep, without `prof_all`."""
 
 
 class ActivationCheckpointing(Section):

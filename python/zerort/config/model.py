@@ -14,7 +14,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_
 
 from zerort.config.amp import Amp
 from zerort.config.batch import Batch
-from zerort.config.features import ActivationCheckpointing, FlopsProfiler, ProgressiveLayerDrop
+from zerort.config.features import (
+    ActivationCheckpointing,
+    CommsLogger,
+    FlopsProfiler,
+    ProgressiveLayerDrop,
+    Timers,
+)
 from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
 from zerort.config.section import (
@@ -302,6 +308,8 @@ class Config(Section):
     scheduler: Scheduler | None = None
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     flops_profiler: FlopsProfiler = Field(default_factory=FlopsProfiler)
+    timers: Timers = Field(default_factory=Timers)
+    comms_logger: CommsLogger = Field(default_factory=CommsLogger)
     activation_checkpointing: ActivationCheckpointing = Field(
         default_factory=ActivationCheckpointing
     )

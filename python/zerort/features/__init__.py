@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from zerort.features.communication import Communication
 from zerort.features.eigenvalue import BlockEigenvalue
 from zerort.features.flops import FlopsProfile
 from zerort.features.layer_drop import LayerDrop
@@ -17,6 +18,7 @@ from zerort.features.monitors.reporting import Monitored
 from zerort.features.progress_line import ProgressLine
 from zerort.features.quantize import QuantizedTraining
 from zerort.features.site import Site
+from zerort.features.throughput import Throughput
 from zerort.features.timers import Timers
 from zerort.features.trace_mark import TraceMark
 from zerort.step.events import Events, Feature
@@ -27,7 +29,9 @@ FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     LayerDrop.open,
     BlockEigenvalue.open,
     QuantizedTraining.open,
+    Throughput.open,
     Timers.open,
+    Communication.open,
     ProgressLine.open,
     FlopsProfile.open,
     Monitored.open,

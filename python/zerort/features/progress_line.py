@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from zerort.features.site import Site
+from zerort.features.throughput import Throughput
 from zerort.step.boundary import Boundary
 from zerort.step.events import Crossing, Feature
 from zerort.step.readings import momentum
@@ -23,6 +24,7 @@ class ProgressLine(Feature):
         self._every = every
         self._counters = site.counters
         self._boundary: Boundary = site.parts.boundary
+        self._throughput = site.find(Throughput)
 
     @classmethod
     def open(cls, site: Site) -> ProgressLine | None:
@@ -36,10 +38,21 @@ class ProgressLine(Feature):
             return
         groups = self._boundary.optimizer.optimizer.param_groups
         _log.info(
-            "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s",
+            "step=%d, skipped=%d, lr=%s, mom=%s, norm=%s%s",
             crossing.steps,
             self._counters.skipped_steps,
             [group["lr"] for group in groups],
             [momentum(group) for group in groups],
             self._boundary.norm,
+            self._speed(),
         )
+
+    def _speed(self) -> str:
+        """Samples a second, once a step has been timed; tokens too where their number is known."""
+        timer = None if self._throughput is None else self._throughput.timer
+        if timer is None or timer.current is None:
+            return ""
+        speed = f", samples/s={timer.current:.1f} (average {timer.avg_samples_per_sec():.1f})"
+        if timer.tokens_per_sample is not None:
+            speed += f", tokens/s={timer.current * timer.tokens_per_sample:.1f}"
+        return speed

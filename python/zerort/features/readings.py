@@ -4,18 +4,24 @@ feature is off.
 
 from __future__ import annotations
 
+from typing import Any
+
+from zerort.features.communication import Communication
 from zerort.features.eigenvalue import BlockEigenvalue
 from zerort.features.layer_drop import LayerDrop
 from zerort.features.monitors.monitor import Monitor
 from zerort.features.monitors.reporting import OFF, Monitored
 from zerort.features.stopwatch import Stopwatches
+from zerort.features.throughput import Throughput, ThroughputTimer
 from zerort.features.timers import Timers
+from zerort.step.accumulation import Counters
 from zerort.step.events import Events
 
 __all__ = ["FeatureReadings"]
 
 
 _NO_TIMERS = Stopwatches(enabled=False)
+_NO_SPEED = ThroughputTimer(Counters(), 0, None, enabled=False)
 
 
 class FeatureReadings:
@@ -59,3 +65,23 @@ class FeatureReadings:
         """
         timers = self._events.find(Timers)
         return _NO_TIMERS if timers is None else timers.stopwatches
+
+    @property
+    def tput_timer(self) -> ThroughputTimer:
+        """Samples a second, from boundary to boundary; one that stands still where
+        `timers.throughput` is off.
+        """
+        found = self._events.find(Throughput)
+        return _NO_SPEED if found is None else found.timer
+
+    def communication_summary(self) -> dict[str, Any]:
+        """What this rank's planned collectives have taken since the start, by operation and bytes
+        of a rank's part: counts, latencies in ms and bandwidths in Gbit/s. Empty without
+        `comms_logger`.
+
+        `{"summary": {operation: {bytes: {"count", "total_latency_ms", "avg_latency_ms",
+        "tput_avg_gbps", "busbw_avg_gbps", "msg_size_bytes", "msg_size_str"}}},
+        "straggler_analysis": None, "metadata": {"world_size", "rank", "timestamp"}}`
+        """
+        found = self._events.find(Communication)
+        return {} if found is None else found.summary()

@@ -48,7 +48,7 @@ class ParameterHooks:
         self._params = params
         self._make = (
             _timed_hook
-            if executor.watch.enabled
+            if executor.watch.times_gradients
             else plain_hook
             if executor.device.blocks
             else _stream_hook

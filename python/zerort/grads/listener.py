@@ -50,7 +50,7 @@ class Listener:
         # Where the host runs ahead every hook notes the stream its gradient was made on, and a
         # bucket waits for all of them: a sentinel would know of its own only. And a trace tells
         # when each bucket's first gradient came.
-        self._sentinels = executor.device.blocks and not executor.watch.enabled
+        self._sentinels = executor.device.blocks and not executor.watch.times_gradients
         if self._sentinels:
             reducer.post_sentinels()
         self._announce: Callable[[], None] = lambda: None

@@ -155,7 +155,7 @@ class Reduction:
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
         self._executor.drain()
-        if self.passes and self._watch.enabled:
+        if self.passes and self._watch.times_gradients:
             self._watch.passed(self._reducer.life())
 
     @unintercepted

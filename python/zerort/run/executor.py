@@ -196,9 +196,9 @@ class Executor:
                 unit = self._program.units[number]
                 if unit.under_way or not self.device.blocks:
                     with self.waiting(f"all_gather of {unit.contents}"):
-                        unit.land()
+                        self._land(unit)
                 else:
-                    unit.land()
+                    self._land(unit)
 
     def unit(self, number: int) -> UnitFlight:
         """A unit's memory."""
@@ -309,7 +309,7 @@ class Executor:
     def _gather(self, unit: UnitFlight) -> None:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
-                unit.land()
+                self._land(unit)
         try:
             unit.gather(self._actions.serial)
         except (RuntimeError, MemoryError) as error:
@@ -325,7 +325,7 @@ class Executor:
     def _free(self, unit: UnitFlight) -> None:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
-                unit.land()
+                self._land(unit)
         unit.free()
 
     def _launch(self, flight: Inflight) -> None:
@@ -363,6 +363,7 @@ class Executor:
         with self.streams.summing(flight.lane):
             if work is not None:
                 self._wait(work, f"{flight.hop.name} of {_contents(flight.bucket)}")
+                self._landed(flight)
             if self._pass.failure is None:
                 flight.take()
             else:
@@ -384,6 +385,7 @@ class Executor:
                 work = self._send(flight)
                 with self.waiting(f"{flight.hop.name} of {_contents(flight.bucket)}"):
                     work.wait()
+                self._landed(flight)
                 flight.take()
 
     def _send(self, flight: Flight) -> Work:
@@ -428,8 +430,21 @@ class Executor:
 
     def _started(self, flight: Flight) -> None:
         if flight.state.work is not None:
-            name = f"{flight.hop.name} b{flight.bucket.spec.id}"
-            self.watch.started(name, flight.hop.buffer.nbytes, flight.state.work)
+            self.watch.started(_called(flight), flight.hop.buffer.nbytes, flight.state.work)
+
+    def _landed(self, flight: Flight) -> None:
+        if self.watch.enabled:
+            self.watch.landed(_called(flight))
+
+    def _land(self, unit: UnitFlight) -> None:
+        """Waits for what is under way of a unit."""
+        if not self.watch.enabled:
+            unit.land()
+            return
+        names = [_called(flight) for flight in unit.flights if flight.state is not OVER]
+        unit.land()
+        for name in names:
+            self.watch.landed(name)
 
 
 def _to_the_end(run: Callable[[], None]) -> None:
@@ -450,6 +465,11 @@ def _is_lack_of_memory(error: Exception) -> bool:
     # torch has a class of its own for an accelerator's memory, and none for the host's
     lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return lacks or "allocate memory" in str(error)
+
+
+def _called(flight: Flight) -> str:
+    """The collective that a flight is at, for the watch."""
+    return f"{flight.hop.name} b{flight.bucket.spec.id}"
 
 
 def _contents(bucket: HeldBucket) -> str:

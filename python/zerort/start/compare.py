@@ -27,6 +27,8 @@ _OF_ONE_RANK: Any = {
     "steps_per_print": True,
     "wall_clock_breakdown": True,
     "dump_state": True,
+    "timers": True,
+    "comms_logger": True,
     "flops_profiler": {"output_file"},
     "tensorboard": True,
     "csv_monitor": True,

@@ -22,6 +22,7 @@ from zerort.step.precision import Precision
 from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
 from zerort.trace.breakdown import RangeTimes
+from zerort.trace.communication import CommunicationWatch
 
 __all__ = ["Components", "Readings", "momentum"]
 
@@ -46,6 +47,8 @@ class Components:
     """What gathers sharded parameters."""
     times: RangeTimes | None = None
     """Where the sink's ranges are timed."""
+    communication: CommunicationWatch | None = None
+    """What is told of each collective, where a summary is wanted."""
 
 
 class Readings:

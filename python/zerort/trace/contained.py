@@ -139,6 +139,7 @@ class ContainedWatch:
 
     def __init__(self, inner: Watch) -> None:
         self.enabled = inner.enabled
+        self.times_gradients = inner.times_gradients
         self._inner = inner
         self._call = _Guard(inner).call
 
@@ -154,6 +155,10 @@ class ContainedWatch:
     def started(self, name: str, size: int, work: Collective) -> None:
         """As `inner`'s."""
         self._call(self._inner.started, name, size, work, otherwise=None)
+
+    def landed(self, name: str) -> None:
+        """As `inner`'s."""
+        self._call(self._inner.landed, name, otherwise=None)
 
     def waited(self, start: Mark, what: str) -> None:
         """As `inner`'s."""

@@ -14,7 +14,7 @@ import torch
 from zerort import _core
 from zerort.trace.sink import BucketLife, Mark, TraceSink
 
-__all__ = ["BucketWatch", "Collective", "Unwatched", "Watch"]
+__all__ = ["BucketWatch", "Collective", "Unwatched", "Watch", "Watches"]
 
 
 class Collective(Protocol):
@@ -28,7 +28,9 @@ class Watch(Protocol):
     """A listener to the executor."""
 
     enabled: bool
-    """Whether the times at which gradients come are wanted."""
+    """Whether anybody listens."""
+    times_gradients: bool
+    """Whether the times at which gradients come are wanted, so that each has a hook."""
 
     def mark(self) -> Mark:
         """This moment."""
@@ -38,6 +40,9 @@ class Watch(Protocol):
 
     def started(self, name: str, size: int, work: Collective) -> None:
         """A collective over `size` bytes has started; `work` may say when it is complete."""
+
+    def landed(self, name: str) -> None:
+        """The wait for the collective of that name is over; on the stream that takes its result."""
 
     def waited(self, start: Mark, what: str) -> None:
         """Since `start` the caller stood still for the collective `what`."""
@@ -59,6 +64,7 @@ class Unwatched:
     """Without a trace: nothing is recorded."""
 
     enabled = False
+    times_gradients = False
 
     def mark(self) -> Mark:
         """No clock is read."""
@@ -68,6 +74,9 @@ class Unwatched:
         """Ignored."""
 
     def started(self, name: str, size: int, work: Collective) -> None:
+        """Ignored."""
+
+    def landed(self, name: str) -> None:
         """Ignored."""
 
     def waited(self, start: Mark, what: str) -> None:
@@ -107,6 +116,7 @@ class BucketWatch:
     """Reports to a sink each bucket's life, each collective's span and each wait."""
 
     enabled = True
+    times_gradients = True
 
     def __init__(self, sink: TraceSink, names: Sequence[str]) -> None:
         self._sink = sink
@@ -144,6 +154,9 @@ class BucketWatch:
             self._count(-size)
 
         work.when_complete(complete)
+
+    def landed(self, name: str) -> None:
+        """The worker that completes it has told."""
 
     def waited(self, start: Mark, what: str) -> None:
         """Exposed communication."""
@@ -192,3 +205,57 @@ class BucketWatch:
         with self._counting:
             self._bytes += difference
             self._sink.counter("bytes in flight", self._sink.now(), self._bytes)
+
+
+class Watches:
+    """Several that listen; moments are the first one's."""
+
+    enabled = True
+
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        self._watches = watches
+        self.times_gradients = any(watch.times_gradients for watch in watches)
+
+    def mark(self) -> Mark:
+        """The first one's."""
+        return self._watches[0].mark()
+
+    def launched(self, bucket: _core.Bucket, size: int, dtype: torch.dtype) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.launched(bucket, size, dtype)
+
+    def started(self, name: str, size: int, work: Collective) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.started(name, size, work)
+
+    def landed(self, name: str) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.landed(name)
+
+    def waited(self, start: Mark, what: str) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.waited(start, what)
+
+    def retired(self, bucket: _core.Bucket) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.retired(bucket)
+
+    def gathered(self, unit: _core.Unit, size: int) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.gathered(unit, size)
+
+    def freed(self, unit: int) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.freed(unit)
+
+    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+        """To each."""
+        for watch in self._watches:
+            watch.passed(lives)

@@ -199,7 +199,6 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
     ("path", "harmless", "asking"),
     [
         ("elasticity", {"enabled": False, "version": "auto"}, {"enabled": True}),
-        ("comms_logger", {}, {"enabled": True, "verbose": True}),
         ("amp.num_losses", 1, 2),
         ("zero_optimization.offload_optimizer", {"device": "none"}, {"device": "cpu"}),
         ("zero_optimization.offload_param", {"device": None}, {"device": "nvme"}),

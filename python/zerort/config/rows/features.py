@@ -27,7 +27,8 @@ def _eigenvalue(section: str) -> Sequence[Key]:
 ROWS: Sequence[Key] = (
     # what is printed and recorded
     same(
-        "steps_per_print", "a line in the log every so many steps; none when left out or Infinity"
+        "steps_per_print",
+        "a line in the log every so many steps, with samples/s; none when left out or Infinity",
     ),
     same(
         "wall_clock_breakdown",
@@ -36,7 +37,10 @@ ROWS: Sequence[Key] = (
     same("dump_state", "the configuration, with all defaults, in the log at the start"),
     ignored("memory_breakdown", "memory use is not printed"),
     ignored("log_level", "the level of Python's logger named zerort decides"),
-    ignored("timers", "times come from the trace"),
+    same("timers", "what is timed"),
+    same("timers.throughput", "engine.tput_timer, and samples/s in the lines of progress"),
+    same("timers.throughput.enabled", "false turns it off"),
+    ignored("timers.throughput.synchronized", "no device is synchronised for a time"),
     same("flops_profiler", "a report of what each module's forward costs, at one step"),
     same("flops_profiler.enabled", "turns it on, and wall_clock_breakdown with it"),
     same("flops_profiler.profile_step", "steps before the one that is profiled; 1 when left out"),
@@ -45,7 +49,12 @@ ROWS: Sequence[Key] = (
     same("flops_profiler.top_modules", "classes of modules at each depth; 1 when left out"),
     same("flops_profiler.detailed", "false: without the tree of modules"),
     same("flops_profiler.output_file", "a file instead of standard output; it is overwritten"),
-    refused("comms_logger", "not built yet; the trace shows every collective", disabled),
+    same("comms_logger", "engine.communication_summary()"),
+    same("comms_logger.enabled", "turns it on"),
+    same("comms_logger.verbose", "a line in the log for each collective"),
+    same("comms_logger.prof_all", "false: only those of prof_ops"),
+    same("comms_logger.prof_ops", "reduce_scatter, all_gather, with or without torch's endings"),
+    ignored("comms_logger.debug", "DeepSpeed puts the caller's name before each collective's"),
     # monitors
     same("tensorboard", "rank 0 writes loss, learning rate and more for TensorBoard"),
     same("tensorboard.enabled", "turns it on; needs the package tensorboard"),
