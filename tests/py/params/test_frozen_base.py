@@ -100,18 +100,33 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-USES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]]] = {
-    "checkpointed": (partial(Model, reentrant=False), lambda model: model),
-    "checkpointed_reentrant": (partial(Model, reentrant=True), lambda model: model),
-    "compiled": (Model, compiled),
+def half_base(model: nn.Module) -> nn.Module:
+    """As a base is loaded in bf16 under adapters in fp32: one unit has both dtypes."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+USES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module], Any]] = {
+    "checkpointed": (partial(Model, reentrant=False), as_it_is, {}),
+    "checkpointed_reentrant": (partial(Model, reentrant=True), as_it_is, {}),
+    "compiled": (Model, compiled, {}),
+    "bf16": (Model, as_it_is, {"bf16": {"enabled": True}}),
+    "fp16": (Model, as_it_is, {"fp16": {"enabled": True, "initial_scale_power": 4}}),
+    "autocast": (Model, half_base, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
 }
 
 
 def used(rank: int, world: int) -> dict[str, list[Any]]:
     found = {}
-    for name, (make, change) in USES.items():
+    for name, (make, change, more) in USES.items():
         for stage in (2, 3):
-            engine = engine_over(change(made(make)), settings(stage))
+            engine = engine_over(change(made(make)), settings(stage, **more))
             keep(engine)
             found[f"{name} {stage}"] = adapters.train(engine, rank)
     return found
