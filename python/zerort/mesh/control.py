@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh.board import board_of
+from zerort.mesh.board import Board, board_of
 from zerort.mesh.comm import Control
 from zerort.mesh.groups import Groups, Members
 from zerort.mesh.last_words import leave_at_exit
@@ -22,6 +22,7 @@ from zerort.mesh.local import LocalControl
 from zerort.mesh.peers import Peer, Peers
 from zerort.mesh.process import this_process
 from zerort.mesh.rendezvous import init_distributed
+from zerort.mesh.roster import Roster
 
 __all__ = ["GlooControl", "meet", "open_control"]
 
@@ -75,10 +76,23 @@ def meet(timeout: timedelta) -> Control:
     """
     if not init_distributed(timeout=timeout) or dist.get_world_size() == 1:
         return LocalControl()
-    members = Members.everyone(dist.get_rank(), dist.get_world_size())
-    control = open_control(members, Peers({}, members.job_rank, "", None), timeout)
+    members, board = Members.everyone(dist.get_rank(), dist.get_world_size()), _board()
+    roster = Roster(board, dist.get_world_size())
+    roster.sign(members.job_rank)
     try:
-        control.groups.peers = _introduced(control)
+        control = open_control(members, Peers({}, members.job_rank, "", None), timeout)
+    except CommError as error:
+        missing = ", ".join(map(str, roster.missing()))
+        if not missing:
+            raise
+        raise CommError(
+            f"rank {members.job_rank}: of {dist.get_world_size()} ranks these did not come to the "
+            f"start within {timeout.total_seconds():g} s: {missing}. Every rank calls "
+            "zerort.initialize and zerort.zero.Init as often as the others, in the same order; "
+            "what a missing one does or waits for before that is to be looked at"
+        ) from error
+    try:
+        control.groups.peers = _introduced(control, board)
     except BaseException:
         control.close()
         raise
@@ -103,13 +117,18 @@ def open_control(members: Members, known: Peers, timeout: timedelta) -> GlooCont
     return GlooControl(groups)
 
 
-def _introduced(control: GlooControl) -> Peers:
+def _board() -> Board | None:
+    """In the job's store, whose name in torch is private. Without it, ranks that time out cannot be
+    asked.
+    """
+    store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
+    return None if store is None else board_of(store)
+
+
+def _introduced(control: GlooControl, board: Board | None) -> Peers:
     """Learns who the others are; rank 0 names the engine, so that several leave messages side by
     side.
     """
-    # A private name of torch's. Without the job's store, ranks that time out cannot be asked.
-    store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
-    board = None if store is None else board_of(store)
     me = Peer(this_process(), "" if board is None else leave_at_exit(board))
     met = control.gather_objects((me, uuid.uuid4().hex))
     everyone = {rank: peer for rank, (peer, _) in enumerate(met)}

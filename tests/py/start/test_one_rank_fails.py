@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from torch import nn
 
 import ranks
 import zerort
-from catching import caught
+from catching import assert_told, caught
 from zerort.errors import CommError, ConfigError, PlanError
+from zerort.start import connect
 
 SOON = 15.0  # seconds for one start that fails; the time-out is four times as long
 
@@ -231,6 +233,30 @@ def test_the_time_out_of_steps_is_not_that_of_the_start() -> None:
     assert waiting
     assert slow
     assert isinstance(error, CommError)
+
+
+def absent_on_rank_1(rank: int, world: int, how: str) -> Exception | None:
+    def start() -> None:
+        zerort.initialize(
+            model=nn.Linear(4, 4),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            config={"train_micro_batch_size_per_gpu": 1},
+        )
+
+    connect._STARTING = timedelta(seconds=3)
+    if how == "the second time":
+        start()
+    if rank == 1:
+        time.sleep(6)
+        return None
+    return caught(start)
+
+
+@pytest.mark.parametrize("how", ["the first time", "the second time"])
+def test_a_rank_that_does_not_come_to_a_start_is_named(how: str) -> None:
+    first, _, third = ranks.run(3, absent_on_rank_1, how, timeout=60)
+    for error in (first, third):
+        assert_told(error, CommError, "did not come to the start within 3 s: 1.", "initialize")
 
 
 # ---- what one rank is given and its peers are not
