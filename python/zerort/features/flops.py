@@ -1,9 +1,10 @@
 """`flops_profiler`: what one forward costs, by module, reported at the boundary of one step.
 
 The first forward of the step's window that trains is counted, on all ranks alike, so that nothing
-depends on the rank; rank 0 reports. What torch.compile has compiled runs uncompiled in it. The
-times of forward, backward and step are the window's, a micro-batch's share: they begin and end
-with the events of a step, so that a pause between `backward` and `step` is the backward's.
+depends on the rank; rank 0 reports. What torch.compile has compiled runs uncompiled in it, and in
+its backward, where activations that are computed anew have to be the same. The times of forward,
+backward and step are the window's, a micro-batch's share: they begin and end with the events of a
+step, so that a pause between `backward` and `step` is the backward's.
 
 Nothing here makes the host wait before the report. A checkpoint holds nothing of it.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class _Window:
         self.samples = samples
         """Of the boundaries before it."""
         self.micro_batches = 1
+        self.uncompiled = ExitStack()
+        """Until the end of the micro-batch that was counted."""
         self._running: dict[str, Any] = {}
 
     def begin(self, part: str) -> None:
@@ -111,20 +114,18 @@ class FlopsProfile(Feature):
     @contextmanager
     def _counted(self, window: _Window) -> Iterator[None]:
         recording = Recording(self._site.module, self._device)
-        recording.start()
-        try:
-            with recording.within(self._site.module):
-                yield
-            window.recording = recording
-        except NotImplementedError as error:
-            if "no rule registered for HOP" in str(error):
-                raise StepError(
-                    f"flops_profiler: this torch cannot count what the forward calls: {error}. "
-                    "Leave flops_profiler out, or take a newer torch"
-                ) from error
-            raise
-        finally:
-            recording.stop()
+        with ExitStack() as held:
+            held.enter_context(torch.compiler.set_stance("force_eager"))
+            recording.start()
+            try:
+                with recording.within(self._site.module):
+                    yield
+            except NotImplementedError as error:
+                _explain(error)
+                raise
+            finally:
+                recording.stop()
+            window.recording, window.uncompiled = recording, held.pop_all()
 
     def backward(self, loss: Tensor, steps: int) -> bool:
         """A backward begins."""
@@ -135,6 +136,7 @@ class FlopsProfile(Feature):
     def before_vote(self, *, failed: bool) -> None:
         """The backward is over and the step begins."""
         if self._window is not None:
+            self._window.uncompiled.close()
             self._window.end("backward")
             self._window.begin("step")
             if failed:
@@ -144,6 +146,7 @@ class FlopsProfile(Feature):
         """The micro-batch is over."""
         if self._window is None:
             return
+        self._window.uncompiled.close()
         self._window.end("backward")
         self._window.micro_batches += 1
         if self._window.runs("step"):  # another rank has failed: the window begins anew
@@ -155,6 +158,11 @@ class FlopsProfile(Feature):
         if window is not None and window.recording is not None and self._site.is_first:
             window.end("step")
             self._report(window, window.recording, crossing.samples)
+
+    def close(self) -> None:
+        """Nothing stays uncompiled."""
+        if self._window is not None:
+            self._window.uncompiled.close()
 
     def _report(self, window: _Window, recording: Recording, samples: int) -> None:
         # Imported where it is used: it brings rich along.
@@ -181,6 +189,15 @@ class FlopsProfile(Feature):
         """What most is computed in."""
         mode, first = self._site.parts.precision.mode, next(self._site.module.parameters())
         return mode.autocast or mode.compute or first.dtype
+
+
+def _explain(error: NotImplementedError) -> None:
+    """Raises `StepError` where it is torch that has no formula."""
+    if "no rule registered for HOP" in str(error):
+        raise StepError(
+            f"flops_profiler: this torch cannot count what the forward calls: {error}. Leave "
+            "flops_profiler out, or take a newer torch"
+        ) from error
 
 
 def _claim(path: Path) -> None:

@@ -63,7 +63,11 @@ class FlopsProfiler:
         self.started = True
 
     def stop_profile(self) -> None:
-        """Takes everything off the model; the numbers stay."""
+        """Takes everything off the model; the numbers stay.
+
+        Behind the backward, which is not counted, where compiled modules compute activations anew:
+        until here they run uncompiled.
+        """
         self._recording.stop()
 
     def reset_profile(self) -> None:

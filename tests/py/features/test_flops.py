@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ranks
 import zerort
@@ -291,6 +292,55 @@ def test_a_compiled_module_is_counted_uncompiled_on_all_ranks() -> None:
     for (text, same), (_, same_there) in zip(*ranks.run(2, compiled, timeout=100), strict=True):
         assert value(text, "fwd flops per GPU") == EXPECTED[0]
         assert same and same_there
+
+
+class Recomputed(nn.Module):
+    """A compiled layer whose activations are computed anew in the backward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        layer.compile(backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+@pytest.mark.parametrize("gas", [1, 2])
+def test_what_a_backward_computes_anew_is_not_compiled_either_and_is_again(gas: int) -> None:
+    def stance() -> str:
+        return str(torch._dynamo.eval_frame._stance.stance)
+
+    torch._dynamo.reset()
+    model, plain = seeded(), seeded()
+    model.layers = nn.ModuleList(Recomputed(layer) for layer in model.layers)
+    engine = engine_over(model, gas=gas)
+    other = engine_over(plain, gas=gas, section=None)
+    stances = []
+    text = ""
+    for index in range(3 * gas):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            loss = engine(tokens(index))
+            stances.append(stance())
+            engine.backward(loss)
+            engine.step()
+        text += printed.getvalue()
+        assert stance() == "default"
+        other.backward(other(tokens(index)))
+        other.step()
+    assert [name == "force_eager" for name in stances] == [i == gas for i in range(3 * gas)]
+    assert value(text, "fwd flops per GPU") == EXPECTED[0]
+    assert all(map(torch.equal, values(engine), values(other)))
+
+
+def test_an_engine_that_is_given_back_in_between_leaves_nothing_uncompiled() -> None:
+    engine = engine_over(seeded(), section={"enabled": True, "profile_step": 0})
+    engine(tokens(0))
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    engine.destroy()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_a_run_that_is_resumed_reports_its_step(tmp_path: Path) -> None:
