@@ -304,6 +304,25 @@ def test_readings_of_other_features_are_written_and_one_that_raises_is_said_once
     assert [event.step for event in noted.events if event.name == LR] == [2, 8]
 
 
+def test_elapsed_times_are_written_with_wall_clock_breakdown(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = engine_over({**CSV, "wall_clock_breakdown": True, "gradient_accumulation_steps": 3})
+    for _ in range(2):
+        window(engine)
+    keep(engine)
+    elapsed = "Train/Samples/elapsed_time_ms_"
+    took = {
+        name: values(tmp_path / "job", elapsed + name)
+        for name in ("forward", "backward", "backward_inner", "backward_allreduce", "step")
+    }
+    for found in took.values():
+        assert [step for step, _ in found] == [6, 12] and all(each >= 0 for _, each in found)
+    assert all(each > 0 for _, each in took["forward"] + took["backward"] + took["step"])
+    assert len(list((tmp_path / "job").iterdir())) == 2 + len(took)
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
