@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
+from zerort.device.markers import markers_of
 from zerort.engine import COMPILED_WHOLE, Engine
 from zerort.errors import PlanError
 from zerort.features import monitors
@@ -48,6 +49,7 @@ from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink, RangeTimes
 from zerort.trace.communication import CommunicationWatch
 from zerort.trace.contained import ContainedSink, ContainedWatch
+from zerort.trace.nvtx import NvtxSink
 from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
 from zerort.zero.init import close_if_empty, origin_of
 
@@ -323,6 +325,9 @@ def _open_sink(settings: Config, mesh: Mesh, times: RangeTimes | None) -> TraceS
     device = device_for(mesh.device)
     if sink.enabled and not device.blocks:
         sink.on_device(device.moment)
+    markers = markers_of(mesh.device)
+    if markers is not None:
+        sink = NvtxSink(sink, markers.push, markers.pop)
     if times is not None:
         sink = BreakdownSink(sink, times, logs=mesh.rank == 0)
     return ContainedSink(sink)

@@ -28,11 +28,13 @@ from zerort.utils.local import (
     safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
+from zerort.utils.nvtx import instrument_w_nvtx
 from zerort.utils.repeating import RepeatingLoader
 
 __all__ = [
     "RepeatingLoader",
     "get_z3_leaf_modules",
+    "instrument_w_nvtx",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
