@@ -85,6 +85,13 @@ def settings(stage: int, room: int | None = None, cap: int = 300, **more: Any) -
     }
 
 
+def persistent(threshold: int) -> dict[str, Any]:
+    """Stage 3, where what is no longer than `threshold` stays whole."""
+    config = settings(3)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    return config
+
+
 def adapters_of(model: nn.Module) -> list[nn.Parameter]:
     """What Trainers give to their optimizer."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
