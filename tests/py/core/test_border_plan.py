@@ -36,6 +36,18 @@ def plan(**changes: Any) -> _core.Plan:
 
 
 class TestPlan:
+    def test_what_no_optimizer_has_lies_in_buckets_of_no_group_and_is_not_reduced(self) -> None:
+        params = [
+            (numel, dtype, None if n else 0, 0) for n, (numel, dtype, *_) in enumerate(PARAMS)
+        ]
+        made = plan(params=params, stage=3, units=[0, 0, 0, 1, 1, 1])
+        held = [bucket for bucket in made.buckets if bucket.group is None]
+        assert sorted(param for bucket in held for param in bucket.params) == [1, 2, 3, 4, 5]
+        assert [(b.reduce_hops, b.publish_hops) for b in held] == [([], [])] * len(held)
+        own = next(bucket for bucket in made.buckets if bucket.group == 0)
+        assert made.schedule == [("launch", own.id), ("retire", own.id)]
+        assert {unit: bucket.unit for bucket in held for unit in bucket.params}[1] == own.unit
+
     def test_every_parameter_lies_in_one_bucket_of_its_kind(self) -> None:
         seen = []
         for position, bucket in enumerate(plan().buckets):
