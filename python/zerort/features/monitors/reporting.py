@@ -66,9 +66,7 @@ class Reporting(Monitored):
 
     def backward(self, loss: Tensor, steps: int) -> bool:
         """Keeps a copy of the loss, which the user may change, and a graph's replay overwrite."""
-        self._losses.append(
-            loss.detach().reshape(()).to(self._device, torch.float32, non_blocking=True, copy=True)
-        )
+        self._losses.append(loss.detach().reshape(()).to(self._device, torch.float32, copy=True))
         return False
 
     def before_vote(self, *, failed: bool) -> None:
