@@ -17,8 +17,10 @@ left out on all. Mirrors DeepSpeed 0.3.15 to 0.6, where each rank saw its own ba
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,9 +96,11 @@ class BlockEigenvalue(Feature):
     # A window that is due.
 
     def forward(self) -> AbstractContextManager[None]:
-        """Fused attention has no second derivative, so it is computed by its definition."""
+        """Fused attention and compiled graphs have no second derivative: attention is computed by
+        its definition, and what is compiled as it was written.
+        """
         if torch.is_grad_enabled() and self.is_due:
-            return sdpa_kernel(SDPBackend.MATH)
+            return _twice_differentiable()
         return nullcontext()
 
     def backward(self, loss: Tensor, steps: int) -> bool:
@@ -213,9 +217,9 @@ class BlockEigenvalue(Feature):
     def _explained(self, error: BaseException) -> StepError:
         return StepError(
             f"{self._path}: the gradients of {self._settings.layer_name} cannot be differentiated "
-            f"once more ({type(error).__name__}: {error}): fused kernels, compiled blocks and "
-            "reentrant checkpointing have no second derivative; compute attention under "
-            "sdpa_kernel(SDPBackend.MATH) and checkpoint with use_reentrant=False, or turn the "
+            f"once more ({type(error).__name__}: {error}): fused kernels and reentrant "
+            "checkpointing have no second derivative; compute attention under "
+            "sdpa_kernel(SDPBackend.MATH), checkpoint with use_reentrant=False, or turn the "
             "section off"
         )
 
@@ -223,3 +227,17 @@ class BlockEigenvalue(Feature):
         if message not in self._warned and self._control.rank == 0:
             _log.warning(message)
         self._warned.add(message)
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), _uncompiled():
+        yield
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Nothing is compiled where the compiler was never imported, which takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager

@@ -33,6 +33,7 @@ from hessians import (
 from zerort.errors import ConfigError, StepError
 from zerort.features import hessian, power_iteration
 from zerort.features.power_iteration import relative
+from zerort.grads.listener import Listener
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -263,20 +264,20 @@ def test_a_rank_that_cannot_differentiate_twice_stops_all_with_its_reason() -> N
         assert innocent[2] == culprit[2] is not None
 
 
-def test_what_breaks_off_an_own_gradient_leaves_nothing_armed() -> None:
-    """The next micro-batch is not reduced, and its gradients are awaited by nobody."""
+def test_an_own_gradient_is_no_backward_of_the_users() -> None:
+    """Although it comes to the module's outputs, nothing is armed for it, nor left behind by one
+    that breaks off.
+    """
     engine, twin = breaking(0, 2), engine_over(fill(Net(MlpBlock, 3)), 0, 2)
-    window(engine, 2)  # sentinels are known from here on
-    window(twin, 2)
-    Breaks.broken = True
-    with pytest.raises(StepError):
+    with mock.patch.object(Listener, "arm") as arm:
         window(engine, 2)
-    Breaks.broken = False
-    engine.backward(engine(*batch(0)))
-    assert engine._parts.reduction.in_pass is False
-    engine.step()
-    engine.backward(engine(*batch(1)))
-    engine.step()
+        Breaks.broken = True
+        with pytest.raises(StepError):
+            window(engine, 2)
+        Breaks.broken = False
+        window(engine, 2)
+    assert not arm.called and engine.block_eigenvalue is not None
+    window(twin, 2)
     window(twin, 2)
     assert bits_of(engine) == bits_of(twin)
 
@@ -471,6 +472,18 @@ def test_every_resolution_th_boundary_is_due_and_its_values_are_read(tmp_path: P
     assert names == [f"Train/Eigenvalues/ModelBlockParam_{i}" for i in range(3)]
 
 
+def test_monitors_write_what_is_computed(tmp_path: Path) -> None:
+    keys = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    engine = engine_over(
+        model_of("mlp"), csv_monitor=keys, eigenvalue=section(gas_boundary_resolution=2)
+    )
+    for _ in range(4):
+        window(engine)
+    engine.destroy()
+    rows = (tmp_path / "job" / "Train_Eigenvalues_ModelBlockParam_2.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["step", "4", "8"]
+
+
 def test_it_is_off_without_its_section() -> None:
     engine = engine_over(model_of("mlp"))
     window(engine)
@@ -513,6 +526,21 @@ def test_fused_attention_is_computed_by_its_definition_in_a_window_that_is_due()
     window(engine)
     assert len(engine.block_eigenvalue) == 4
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_run_as_they_were_written_in_a_window_that_is_due() -> None:
+    """A compiled graph refuses to be kept, and has no second derivative."""
+    values = []
+    for compiles in (False, True):
+        engine = engine_over(model_of("mlp"), eigenvalue=section(gas_boundary_resolution=2))
+        if compiles:
+            for block in engine.module.body.layer:
+                block.compile(backend="aot_eager")
+        window(engine)
+        window(engine)
+        values.append([value for value, _ in engine.block_eigenvalue.values()])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_checkpointed_blocks_are_computed_as_others() -> None:
