@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from zerort.config import Config
+from zerort.config.quantize import Eigenvalue
 
 __all__ = ["Getters"]
 
@@ -23,6 +24,12 @@ def _key(text: str, read: Callable[[Config], T]) -> Callable[[Any], T]:
 
     get.__doc__ = text
     return get
+
+
+def _eigenvalue(config: Config) -> Eigenvalue:
+    """The section, wherever it stands."""
+    inner = config.quantize_training.eigenvalue
+    return inner if config.quantize_training.enabled and inner.enabled else config.eigenvalue
 
 
 class Getters:
@@ -125,6 +132,51 @@ class Getters:
             c.progressive_layer_drop.enabled
             and {"theta": c.progressive_layer_drop.theta, "gamma": c.progressive_layer_drop.gamma}
         ),
+    )
+    flops_profiler_enabled = _key(
+        "Whether a step's forward is profiled.", lambda c: c.flops_profiler.enabled
+    )
+    flops_profiler_profile_step = _key(
+        "Steps before the one that is profiled.", lambda c: c.flops_profiler.profile_step
+    )
+    flops_profiler_recompute_fwd_factor = _key(
+        "Part of the forward that the backward computes anew.",
+        lambda c: c.flops_profiler.recompute_fwd_factor,
+    )
+    flops_profiler_module_depth = _key(
+        "Depths of modules in the report; -1 for all but the deepest.",
+        lambda c: c.flops_profiler.module_depth,
+    )
+    flops_profiler_top_modules = _key(
+        "Classes of modules at each depth.", lambda c: c.flops_profiler.top_modules
+    )
+    flops_profiler_detailed = _key(
+        "Whether the report has the tree of modules.", lambda c: c.flops_profiler.detailed
+    )
+    flops_profiler_output_file = _key(
+        "The report's file; None for standard output.", lambda c: c.flops_profiler.output_file
+    )
+    eigenvalue_enabled = _key(
+        "Whether block eigenvalues are computed.", lambda c: _eigenvalue(c).enabled
+    )
+    eigenvalue_verbose = _key("Whether each is logged.", lambda c: _eigenvalue(c).verbose)
+    eigenvalue_max_iter = _key("Iterations, at most.", lambda c: _eigenvalue(c).max_iter)
+    eigenvalue_tol = _key(
+        "Relative change at which the iteration ends.", lambda c: _eigenvalue(c).tol
+    )
+    eigenvalue_stability = _key(
+        "What is added to the norm that vectors are divided by.", lambda c: _eigenvalue(c).stability
+    )
+    eigenvalue_gas_boundary_resolution = _key(
+        "Boundaries from one computation to the next.",
+        lambda c: _eigenvalue(c).gas_boundary_resolution,
+    )
+    eigenvalue_layer_name = _key("Path to the blocks.", lambda c: _eigenvalue(c).layer_name)
+    eigenvalue_layer_num = _key("How many there are.", lambda c: _eigenvalue(c).layer_num)
+    amp_enabled = _key("Whether `amp` is on.", lambda c: c.amp.enabled)
+    amp_params = _key(
+        "What stands in `amp` beside `enabled`; False where it is off.",
+        lambda c: c.amp.enabled and c.amp.model_dump(exclude={"enabled"}, exclude_unset=True),
     )
 
 

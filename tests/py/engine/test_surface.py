@@ -16,6 +16,8 @@ import zerort
 from catching import caught
 from training import at_stage, keep
 from zerort.config import load
+from zerort.config.features import FlopsProfiler
+from zerort.config.quantize import Eigenvalue
 from zerort.errors import ConfigError
 from zerort.step.getters import Getters
 from zerort.utils import RepeatingLoader
@@ -57,6 +59,8 @@ CONFIG = {
     "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
 }
 DEFAULTS = {
+    *(f"flops_profiler_{name}" for name in FlopsProfiler.model_fields),
+    *(f"eigenvalue_{name}" for name in Eigenvalue.model_fields),
     "fp16_auto_cast",
     "pld_gamma",
     "pld_theta",
@@ -101,6 +105,13 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
         {"theta": 0.25, "gamma": 0.5},
         {"progressive_layer_drop": {"enabled": True, "theta": 0.25, "gamma": 0.5}},
     ),
+    ("flops_profiler_enabled", True, {"flops_profiler": {"enabled": True}}),
+    ("flops_profiler_profile_step", 3, {"flops_profiler": {"profile_step": 3}}),
+    ("eigenvalue_enabled", False, {}),
+    ("eigenvalue_max_iter", 7, {"eigenvalue": {"max_iter": 7}}),
+    ("amp_enabled", True, {"amp": {"enabled": True}}),
+    ("amp_params", {"opt_level": "O2"}, {"amp": {"enabled": True, "opt_level": "O2"}}),
+    ("amp_params", False, {}),
     ("torch_autocast_enabled", True, {"torch_autocast": {"enabled": True}}),
 ]
 
