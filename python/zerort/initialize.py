@@ -360,8 +360,16 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     if engine.is_compiled:
         _log.warning(COMPILED_WHOLE)
     planned = {id(parameter) for parameter in flat.params}
-    left = [
-        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in planned
-    ]
-    if left:
-        _log.warning("not in the optimizer, so never updated: %s", ", ".join(left))
+    left = [(name, p) for name, p in model.named_parameters() if id(p) not in planned]
+    if never := [name for name, p in left if p.requires_grad]:
+        _log.warning("not in the optimizer, so never updated: %s", ", ".join(never))
+    zero = settings.zero_optimization
+    large = [(name, p) for name, p in left if p.numel() > zero.stage3_param_persistence_threshold]
+    if large and zero.shards_parameters:
+        _log.warning(
+            "whole on every rank, %d bytes, because they require grad and are not in the "
+            "optimizer, or are no floating-point array of their own: %s%s",
+            sum(p.numel() * p.itemsize for _, p in large),
+            ", ".join(name for name, _ in large[:8]),
+            f" and {len(large) - 8} more" if len(large) > 8 else "",
+        )
