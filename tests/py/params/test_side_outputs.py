@@ -163,3 +163,26 @@ def test_a_program_that_changes_is_refused_once_and_then_right() -> None:
         assert errors[4:] == [None] * 3
         assert_told(errors[3], zerort.StepError, "this backward reads unit", "blocks.3", "sharded")
         assert_told(errors[3], zerort.StepError, "Return it from the module's forward")
+
+
+def go_back_directly_from_the_side(rank: int, world: int) -> Exception | None:
+    """Nothing announces such a backward, so nothing is brought for it."""
+    torch.manual_seed(0)
+    model = Hidden(since=100, joined=False)
+    twin = copy.deepcopy(model)
+    engine = engine_over(model, routes.settings(room=1300))
+    errors = [step(engine, twin, rank, at) for at in range(2)]
+    engine(routes.data(2, rank))
+    error = caught(engine.module.blocks[1].side.backward)
+    caught(engine.step)
+    errors += [step(engine, twin, rank, at) for at in range(3, 5)]
+    assert errors == [None] * 4, errors
+    worst = routes.compare(engine, twin)
+    assert worst < 1e-6, worst
+    return error
+
+
+@needs_guards
+def test_a_direct_backward_from_the_side_is_refused() -> None:
+    for error in ranks.run(2, go_back_directly_from_the_side):
+        assert_told(error, RuntimeError, "are sharded", "engine.backward(loss)")
