@@ -61,24 +61,27 @@ class Call:
     depth: int = field(default=0, init=False)
     """How many of its calls are open."""
     versions: Sequence[int] = field(default=(), init=False)
-    """Of its parameters, when the first of them began."""
+    """Of its parameters, since the first of them began."""
 
     def __post_init__(self) -> None:
         kinds = [type(parameter) for parameter in self.params]
         self.exposed = list(zip(self.params, kinds, strict=True))
         self.concealed = list(zip(self.params, map(sharded.guarded, kinds), strict=True))
-        self.version = version_of if set(kinds) <= {nn.Parameter} else unintercepted(version_of)
+        plain = set(kinds) <= {nn.Parameter}
+        self.version = version_of if plain else _eager(unintercepted(version_of))
 
     def conceal(self, passes: Passes, pins: Pins) -> None:
         """The last of its calls is over: its parameters' values are not to be read, unless they are
         kept whole.
         """
-        now = [self.version(parameter) for parameter in self.params]
-        for (parameter, guarded), old, new in zip(self.concealed, self.versions, now, strict=True):
+        now = list(map(self.version, self.params))
+        before = self.versions or now  # an interrupt may come before they are read
+        for (parameter, guarded), old, new in zip(self.concealed, before, now, strict=True):
             if id(parameter) not in pins.exposed:
                 if new != old:
                     passes.lose(parameter)
                 parameter.__class__ = guarded
+        self.versions = ()
 
 
 class Uses:
@@ -242,6 +245,7 @@ class Uses:
                 else:
                     for parameter, guarded in call.concealed:
                         parameter.__class__ = guarded
+                    call.versions = ()
             call.depth -= 1
             if type(out) is Tensor and (node := out.grad_fn) is not None and not out._is_view():
                 release(units)

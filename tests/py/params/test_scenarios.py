@@ -186,7 +186,24 @@ def direct_backward(rank: int) -> None:
     beside_a_twin(rank, take)
 
 
+def slopes_of_hidden_tensors(rank: int) -> None:
+    def slopes(engine: Any, step: int) -> None:
+        seen: list[torch.Tensor] = []
+
+        def see(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+            seen.append(out)
+
+        handles = [block.register_forward_hook(see) for block in engine.module.blocks]
+        loss = routes.loss_of(engine(routes.data(step, rank)))
+        for handle in handles:
+            handle.remove()
+        assert all(float(g.abs().sum()) > 0 for g in torch.autograd.grad(loss, seen))
+
+    train(rank, Net, between=slopes)
+
+
 SCENARIOS = [
+    slopes_of_hidden_tensors,
     plain,
     tied,
     outside_its_module,

@@ -150,14 +150,37 @@ def differentiate_a_backward(engine: Any, twin: nn.Module, rank: int, step: int)
 
 
 def write_in_a_forward(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
-    def scribble(module: nn.Module, args: Any) -> None:
-        with torch.no_grad():
-            module.scale.add_(1.0)  # type: ignore[operator, union-attr]
+    written = engine.module.blocks[1]
 
-    handle = engine.module.blocks[1].register_forward_pre_hook(scribble)
-    with torch.no_grad(), pytest.raises(zerort.StepError, match=r"blocks\.1\.scale was written"):
-        engine(routes.data(step, rank))
-    handle.remove()
+    def in_its_call(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            written.scale.add_(1.0)
+
+    def while_it_is_held(module: nn.Module, args: Any) -> None:
+        with zerort.zero.GatheredParameters([written.scale]):
+            in_its_call(module, args)
+
+    def by_what_torch_does_not_know(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            scribble(written.scale)
+
+    for where, how in (
+        (written, in_its_call),
+        (engine.module.out, while_it_is_held),
+        (engine.module.out, by_what_torch_does_not_know),
+    ):
+        handle = where.register_forward_pre_hook(how)
+        with (
+            torch.no_grad(),
+            pytest.raises(zerort.StepError, match=r"blocks\.1\.scale was written"),
+        ):
+            engine(routes.data(step, rank))
+        handle.remove()
+
+
+@torch.library.custom_op("zerort_tests::scribble", mutates_args=("x",))
+def scribble(x: Tensor) -> None:
+    x.add_(1.0)
 
 
 def touch_outside(engine: Any, twin: nn.Module, rank: int, step: int) -> None:
