@@ -115,7 +115,7 @@ class Getters:
         "Steps between lines of progress; None for never.", lambda c: c.steps_per_print
     )
     wall_clock_breakdown = _key(
-        "Whether times are taken and logged.", lambda c: c.wall_clock_breakdown
+        "Whether times are taken and logged: of `flops_profiler` too.", lambda c: c.breaks_down
     )
     dump_state = _key("Whether the configuration is logged at the start.", lambda c: c.dump_state)
     memory_breakdown = _key("False: memory use is not printed.", lambda c: False)

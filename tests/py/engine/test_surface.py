@@ -113,6 +113,19 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
     ("amp_params", {"opt_level": "O2"}, {"amp": {"enabled": True, "opt_level": "O2"}}),
     ("amp_params", False, {}),
     ("torch_autocast_enabled", True, {"torch_autocast": {"enabled": True}}),
+    ("wall_clock_breakdown", True, {"flops_profiler": {"enabled": True}}),
+    *(
+        (f"flops_profiler_{key}", value, {"flops_profiler": {key: value}})
+        for key, value in {
+            "enabled": True,
+            "profile_step": 3,
+            "recompute_fwd_factor": 0.5,
+            "module_depth": 2,
+            "top_modules": 4,
+            "detailed": False,
+            "output_file": "flops.txt",
+        }.items()
+    ),
 ]
 
 

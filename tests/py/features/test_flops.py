@@ -26,7 +26,8 @@ from models import VOCABULARY, TinyGPT
 from stand_in import Event, Machine, Simulated
 from training import at_stage, keep, weights
 from zerort.errors import ConfigError, PlanError, StepError
-from zerort.profiling import get_model_profile, laps
+from zerort.profiling import FlopsProfiler, get_model_profile, laps
+from zerort.profiling.strings import duration_to_string
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -351,6 +352,21 @@ def test_a_run_that_is_resumed_reports_its_step(tmp_path: Path) -> None:
     resumed = engine_over(seeded(), section=section)
     resumed.load_checkpoint(tmp_path)
     assert [HEAD in train(resumed, 1) for _ in range(3)] == [False, True, False]
+
+
+def test_a_profiler_of_ones_own_reads_the_engines_timers() -> None:
+    engine = engine_over(seeded(), gas=2, section=None, wall_clock_breakdown=True)
+    train(engine, 2)
+    profiler = FlopsProfiler(engine.module, engine)
+    profiler.start_profile()
+    engine(tokens(0))
+    profiler.stop_profile()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        profiler.print_model_profile()
+    text, times = printed.getvalue(), engine.get_wall_clock_timers()
+    assert value(text, "fwd flops per GPU") == EXPECTED[0]
+    for label, name in (("fwd latency", "fwd"), ("bwd latency", "bwd"), ("step latency", "step")):
+        assert value(text, label) == duration_to_string(times[name] / 2 / 1e3)
 
 
 def test_an_accelerators_times_are_its_own_and_nobody_waits_for_it(
