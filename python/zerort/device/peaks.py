@@ -33,22 +33,22 @@ class Peak:
 
 PEAKS = (
     Peak("NVIDIA B200", 2250, 1125, 75, "NVIDIA, DGX B200 datasheet, an eighth of it"),
-    Peak("NVIDIA (H200|GH200.*)", 989.4, 494.7, 66.9, "NVIDIA, H200 and GH200 datasheets"),
+    Peak(r"NVIDIA (H200|GH200 \d+GB)", 989.4, 494.7, 66.9, "NVIDIA, H200 and GH200 datasheets"),
     Peak("NVIDIA H100 80GB HBM3", 989.4, 494.7, 66.9, "NVIDIA, H100 architecture, SXM5"),
     Peak("NVIDIA H100 PCIe", 756, 378, 51, "NVIDIA, H100 datasheet, PCIe"),
     Peak("NVIDIA H(100|200) NVL", 835.5, 417.5, 60, "NVIDIA, H100 NVL and H200 NVL datasheets"),
-    Peak(r"NVIDIA A100[- ].*GB( PCIe)?", 312, 156, 19.5, "NVIDIA, A100 datasheet"),
+    Peak(r"NVIDIA A100[- ](SXM4-|PCIE-)?\d+GB( PCIe)?", 312, 156, 19.5, "NVIDIA, A100 datasheet"),
     Peak("NVIDIA A40", 149.7, 74.8, 37.4, "NVIDIA, A40 datasheet"),
     Peak("NVIDIA A10", 125, 62.5, 31.2, "NVIDIA, A10 datasheet"),
     Peak("NVIDIA L40S", 362.05, 183, 91.6, "NVIDIA, L40S datasheet"),
     Peak("NVIDIA L4", 121, 60, 30.3, "NVIDIA, L4 datasheet"),
     Peak("NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6, "NVIDIA, Ada architecture"),
     Peak("NVIDIA GeForce RTX 3090", 71, 35.6, 35.6, "NVIDIA, GA102 architecture"),
-    Peak("Tesla V100-SXM2-.*", 125, None, 15.7, "NVIDIA, V100 datasheet, NVLink", bf16=False),
-    Peak("Tesla V100-PCIE-.*", 112, None, 14, "NVIDIA, V100 datasheet, PCIe", bf16=False),
+    Peak(r"Tesla V100-SXM2-\d+GB", 125, None, 15.7, "NVIDIA, V100 datasheet, NVLink", bf16=False),
+    Peak(r"Tesla V100-PCIE-\d+GB", 112, None, 14, "NVIDIA, V100 datasheet, PCIe", bf16=False),
     Peak("Tesla T4", 65, None, 8.1, "NVIDIA, T4 datasheet", bf16=False),
     Peak("AMD Instinct MI300X", 1307.4, 653.7, 163.4, "AMD, Instinct MI300X datasheet"),
-    Peak("AMD Instinct MI250X?.*", 191.5, None, 23.9, "AMD, MI250X datasheet, one of its two dies"),
+    Peak("AMD Instinct MI250X", 191.5, None, 23.9, "AMD, MI250X datasheet, one of its two dies"),
 )
 
 
