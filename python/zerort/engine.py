@@ -308,7 +308,10 @@ def _transaction(parts: Components, counters: Counters, events: Events) -> Trans
     progress = Progress(counters, parts.boundary, parts.scheduler, events)
     averaging = Averaging(
         Accumulation(
-            parts.batch.accumulation, every, counters, config.managed_gradient_accumulation
+            parts.batch.accumulation,
+            every,
+            counters,
+            managed=config.managed_gradient_accumulation,
         ),
         parts.precision.loss_scale,
         parts.batch,

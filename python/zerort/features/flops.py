@@ -81,6 +81,10 @@ class FlopsProfile(Feature):
         self._site = site
         self._device = device_for(site.parts.mesh.device)
         self._window: _Window | None = None
+        self.utilisation: float | None = None
+        """Of all devices, by one sample a second, as the profiled step had it; on rank 0, where the
+        device's peak is known.
+        """
 
     @classmethod
     def open(cls, site: Site) -> FlopsProfile | None:
@@ -178,6 +182,10 @@ class FlopsProfile(Feature):
         form = Form(settings.module_depth, settings.top_modules, settings.detailed)
         root, step = tree(self._site.module, recording), settings.profile_step
         peak = Peak.of(self._device, self._dtype(), self._site.config.zerort.peak_flops)
+        if peak is not None and iteration.micro_batch:
+            passes = 3.0 + settings.recompute_fwd_factor
+            needed = passes * root.cost.flops / iteration.micro_batch
+            self.utilisation = needed / (peak.flops * world)
         try:
             report.write(root, form, step, iteration, peak, settings.output_file)
         except OSError as error:

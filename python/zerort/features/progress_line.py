@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from zerort.features.flops import FlopsProfile
 from zerort.features.site import Site
 from zerort.features.throughput import Throughput
 from zerort.step.boundary import Boundary
@@ -25,6 +26,7 @@ class ProgressLine(Feature):
         self._counters = site.counters
         self._boundary: Boundary = site.parts.boundary
         self._throughput = site.find(Throughput)
+        self._site = site
 
     @classmethod
     def open(cls, site: Site) -> ProgressLine | None:
@@ -48,11 +50,16 @@ class ProgressLine(Feature):
         )
 
     def _speed(self) -> str:
-        """Samples a second, once a step has been timed; tokens too where their number is known."""
+        """Samples a second, once a step has been timed; tokens too where their number is known, and
+        the share of the devices' peak behind a step that was profiled.
+        """
         timer = None if self._throughput is None else self._throughput.timer
         if timer is None or timer.current is None:
             return ""
         speed = f", samples/s={timer.current:.1f} (average {timer.avg_samples_per_sec():.1f})"
         if timer.tokens_per_sample is not None:
             speed += f", tokens/s={timer.current * timer.tokens_per_sample:.1f}"
+        flops = self._site.find(FlopsProfile)
+        if flops is not None and flops.utilisation is not None:
+            speed += f", MFU={timer.current * flops.utilisation:.1%}"
         return speed

@@ -54,19 +54,17 @@ class Window:
 
 @dataclass
 class Accumulation:
-    """The current micro-batch's place. `every` says that gradients are reduced in every one.
-
-    Where it is not `managed`, windows end where the user steps, and only there.
-    """
+    """The current micro-batch's place. `every` says that gradients are reduced in every one."""
 
     steps: int
     every: bool
     counters: Counters
-    managed: bool = True
     window: Window = field(default_factory=Window)
     override: bool | None = None
     held: int = 0
     """Depth of `no_sync`."""
+    managed: bool = True
+    """Windows end by count; else where the user steps."""
     coalesced: bool = False
     """It is held until one reduction behind the last backward, which the peers expect."""
     stepping: bool = False

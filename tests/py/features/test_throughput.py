@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_timers import calls_in
+from torch import nn
 
 from logged import log_lines
 from terms import engine_over_terms, step_with
@@ -121,3 +123,34 @@ def test_off_no_line_of_it_runs_and_on_it_is_one_call_a_boundary() -> None:
     off.tput_timer.update_epoch_count()
     assert off.tput_timer.avg_samples_per_sec() == float("-inf")
     assert Crossing(1, 1, True).applied
+
+
+def test_behind_a_profiled_step_lines_have_the_share_of_the_peak() -> None:
+    profiler = {"enabled": True, "profile_step": 0, "output_file": None}
+    engine = engine_over_terms(
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "steps_per_print": 1,
+            "flops_profiler": profiler,
+            "zerort": {"peak_flops": 1e6},
+        },
+        model=Products(),
+    )
+    keep(engine)
+    lines = log_lines()
+    for _ in range(4):
+        engine.backward(engine(torch.ones(4, 8)))
+        engine.step()
+    line = [line for line in lines if line.startswith("step=")][3]
+    samples, share = re.search(r"samples/s=([\d.]+) .*MFU=([\d.]+)%", line).groups()  # type: ignore[union-attr]
+    # forward 2 x 8 x 8 flops a sample, and twice that in the backward
+    assert float(share) == pytest.approx(float(samples) * 3 * 128 / 1e6 * 100, rel=1e-2, abs=0.06)
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.line(x).square().mean()
