@@ -48,7 +48,7 @@ _sequence_number = torch._C._autograd._get_sequence_nr
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """A module as something that needs units while it is called."""
 
@@ -62,13 +62,19 @@ class Call:
     """How many of its calls are open."""
     versions: Sequence[int] = field(default=(), init=False)
     """Of its parameters, since the first of them began."""
+    version: Callable[[Tensor], int] = field(init=False)
+    """Reads a parameter's."""
+    kinds: Sequence[tuple[type, type, Sequence[nn.Parameter]]] = field(init=False)
+    """Its parameters by their class while they are themselves, with the class that guards them."""
 
     def __post_init__(self) -> None:
-        kinds = [type(parameter) for parameter in self.params]
-        self.exposed = list(zip(self.params, kinds, strict=True))
-        self.concealed = list(zip(self.params, map(sharded.guarded, kinds), strict=True))
-        plain = set(kinds) <= {nn.Parameter}
+        kinds = list(dict.fromkeys(map(type, self.params)))
+        plain = kinds in ([], [nn.Parameter])
         self.version = version_of if plain else _eager(unintercepted(version_of))
+        self.kinds = [
+            (kind, sharded.guarded(kind), [p for p in self.params if type(p) is kind])
+            for kind in kinds
+        ]
 
     def conceal(self, passes: Passes, pins: Pins) -> None:
         """The last of its calls is over: its parameters' values are not to be read, unless they are
@@ -76,11 +82,11 @@ class Call:
         """
         now = list(map(self.version, self.params))
         before = self.versions or now  # an interrupt may come before they are read
-        for (parameter, guarded), old, new in zip(self.concealed, before, now, strict=True):
+        for parameter, old, new in zip(self.params, before, now, strict=True):
             if id(parameter) not in pins.exposed:
                 if new != old:
                     passes.lose(parameter)
-                parameter.__class__ = guarded
+                sharded.conceal(parameter)
         self.versions = ()
 
 
@@ -202,8 +208,9 @@ class Uses:
                 return
             call.depth += 1
             if call.depth == 1:
-                for parameter, plain in call.exposed:
-                    parameter.__class__ = plain
+                for plain, _, params in call.kinds:
+                    for parameter in params:
+                        parameter.__class__ = plain
                 call.versions = list(map(call.version, call.params))
 
         return _unseen(hook)
@@ -243,8 +250,9 @@ class Uses:
                 if pins.exposed or list(map(call.version, call.params)) != call.versions:
                     conceal(passes, pins)
                 else:
-                    for parameter, guarded in call.concealed:
-                        parameter.__class__ = guarded
+                    for _, guarded, params in call.kinds:
+                        for parameter in params:
+                            parameter.__class__ = guarded
                     call.versions = ()
             call.depth -= 1
             if type(out) is Tensor and (node := out.grad_fn) is not None and not out._is_view():
