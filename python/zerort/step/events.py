@@ -12,6 +12,7 @@ function of configuration and counters, and takes part in it where this rank has
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class Events:
         self._forward = self._hear["forward"]
         self._backward = self._hear["backward"]
         self._ended = self._hear["ended"]
+        self._initial = copy.deepcopy(self.state())
 
     def find(self, kind: type[F]) -> F | None:
         """The feature of this kind, if it is on."""
@@ -220,10 +222,13 @@ class Events:
         return {name: state for name, state in found.items() if state is not None}
 
     def load(self, saved: Mapping[str, dict[str, Any]]) -> None:
-        """Goes on from what was saved, where the feature is on. Raises `ValueError`."""
+        """Goes on from what was saved, where the feature is on; one of which nothing was saved
+        starts anew. Raises `ValueError`.
+        """
         for each in self.features:
-            if each.name in saved:
-                each.load(saved[each.name])
+            state = saved.get(each.name, self._initial.get(each.name))
+            if state is not None:
+                each.load(copy.deepcopy(state))
 
     def _call(self, event: str, *arguments: Any) -> None:
         raised: list[BaseException] = []

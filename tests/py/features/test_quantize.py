@@ -409,6 +409,15 @@ def test_a_checkpoint_of_other_layers_or_fewer_bits_is_refused(tmp_path: Path) -
         higher.load_checkpoint(tmp_path)
 
 
+def test_from_a_checkpoint_without_it_it_starts_anew(tmp_path: Path) -> None:
+    engine_over(Linear(), **BF16).save_checkpoint(tmp_path)
+    engine = engine_over(Linear(), quantize_training=moq(1), **BF16)
+    state = engine._events.state()
+    step(engine, 0)
+    engine.load_checkpoint(tmp_path)
+    assert engine._events.state() == state
+
+
 # ---- Eigenvalues steer it.
 
 

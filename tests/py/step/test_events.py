@@ -229,6 +229,7 @@ def test_what_a_feature_keeps_is_in_the_checkpoint(tmp_path: Path, caplog: Any) 
     without.save_checkpoint(tmp_path / "none")
     engine.load_checkpoint(tmp_path / "none")
     assert "heard starts anew: it was off when this was saved" in engine.last_load.not_restored
+    assert heard.kept == {"count": 0}
 
 
 def test_a_state_that_a_feature_refuses_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
