@@ -5,8 +5,9 @@ The first pass observes. From the second one on a bucket has one hook, on its se
 parameter of it whose gradient came last on this rank. The schedule is the same on all ranks; who is
 a sentinel need not be, and a wrong one costs time, never a gradient. When it has fired and some
 gradient of the bucket has not come, the bucket waits, and is looked at again when the next sentinel
-fires and when the pass ends. An unused sentinel needs no such care: its bucket leaves when the pass
-ends, as it would if everything had a hook. A gradient that comes in several parts, one of them
+fires and when the pass ends; where needs move the list too, the next one takes it along, as it does
+what is not full. An unused sentinel needs no such care: its bucket leaves when the pass ends, as it
+would if everything had a hook. A gradient that comes in several parts, one of them
 after the sentinel, is late: the vote asks for one more pass, and with that all ranks go back to one
 hook per parameter, for good.
 """
