@@ -15,13 +15,11 @@ which stands still for nothing; the device's are in the trace. Nothing here sync
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from zerort.features.site import Site
 from zerort.features.stopwatch import Stopwatches
-from zerort.grads.reduction import Reduction
 from zerort.step.events import Feature
 from zerort.trace.breakdown import RangeTimes
 
@@ -42,12 +40,12 @@ _SHOWN = {
 class _Marks(NamedTuple):
     """Seconds since the beginning."""
 
-    forward: float = 0.0
-    backward: float = 0.0
-    retire: float = 0.0
-    step: float = 0.0
-    waited: float = 0.0
-    """For collectives of backwards."""
+    forward: float
+    backward: float
+    retire: float
+    step: float
+    waited: float
+    """For collectives, in backwards and for their sums."""
 
 
 class Timers(Feature):
@@ -55,43 +53,28 @@ class Timers(Feature):
 
     name = "wall_clock_breakdown"
 
-    def __init__(self, times: RangeTimes, reduction: Reduction, *, blocks: bool) -> None:
+    def __init__(self, times: RangeTimes) -> None:
         self.shown: dict[str, float] = {}
         """All ten, in ms, as of the last `step`."""
         self.stopwatches = Stopwatches(enabled=True)
         self._times = times
-        self._reduction = reduction
-        self._blocks = blocks
-        self._elsewhere = 0.0
-        """Seconds waited outside backwards."""
-        self._voting: float | None = None
-        """Seconds waited when the vote began."""
         self._before = self._marks()
         self._window = dict.fromkeys(TIMERS, 0.0)
+        self._is_over = False
 
     @classmethod
     def open(cls, site: Site) -> Timers | None:
         """Where the configuration asks for it."""
-        times, parts = site.parts.times, site.parts
+        times, reduction = site.parts.times, site.parts.reduction
         if times is None:
             return None
-        return cls(times, parts.reduction, blocks=parts.reduction.executor.device.blocks)
-
-    def forward(self) -> AbstractContextManager[None]:
-        """What a forward waits for is its own."""
-        return self._waiting_elsewhere()
-
-    @contextmanager
-    def _waiting_elsewhere(self) -> Iterator[None]:
-        before = self._waited
-        try:
-            yield
-        finally:
-            self._elsewhere += self._waited - before
+        if reduction.executor.device.blocks:
+            times.clock = lambda: reduction.waited
+        return cls(times)
 
     def before_vote(self, *, failed: bool) -> None:
-        """Sums have come; what is waited for from here on is the step's."""
-        self._voting = self._waited
+        """The window ends with this micro-batch."""
+        self._is_over = True
 
     def readings(self) -> Sequence[tuple[str, float]]:
         """The window's, for monitors."""
@@ -105,16 +88,12 @@ class Timers(Feature):
         window = self._added(micro)
         self.shown = {f"{name}_microstep": took for name, took in micro.items()} | window
         self.stopwatches.show(self.shown)
-        is_boundary = self._voting is not None
-        self._window = dict.fromkeys(TIMERS, 0.0) if is_boundary else window
-        if self._voting is not None:
-            self._elsewhere += self._waited - self._voting
-            self._voting = None
-        self._before = now
+        self._window = dict.fromkeys(TIMERS, 0.0) if self._is_over else window
+        self._before, self._is_over = now, False
 
     def dropped(self) -> None:
         """Where ranks have parted at a boundary, it is over without an end."""
-        if self._voting is not None:
+        if self._is_over:
             self.ended()
 
     def _added(self, micro: dict[str, float]) -> dict[str, float]:
@@ -127,15 +106,10 @@ class Timers(Feature):
             1000 * (b - a) for a, b in zip(self._before, now, strict=True)
         )
         whole = backward + retire
-        waited = min(waited, whole)
         times = (forward, whole, whole - waited, waited, step - retire)
         return dict(zip(TIMERS, times, strict=True))
 
     def _marks(self) -> _Marks:
-        read = self._times.seconds
-        waited = (self._waited if self._voting is None else self._voting) - self._elsewhere
+        read, clocked = self._times.seconds, self._times.clocked
+        waited = clocked("backward") + clocked("retire")
         return _Marks(read("forward"), read("backward"), read("retire"), read("step"), waited)
-
-    @property
-    def _waited(self) -> float:
-        return self._reduction.waited if self._blocks else 0.0

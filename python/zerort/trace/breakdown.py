@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 from zerort.trace.sink import SinkAround, TraceSink
 
@@ -18,33 +19,59 @@ __all__ = ["BreakdownSink", "RangeTimes"]
 _log = logging.getLogger("zerort")
 
 
+class _Sums(NamedTuple):
+    seconds: float = 0.0
+    clocked: float = 0.0
+
+
 class RangeTimes:
-    """Seconds in each range since the beginning, the one that is under way included."""
+    """Seconds in each range since the beginning, the one that is under way included; and how much
+    of them `clock`, a sum of seconds that something took, went on by.
+    """
 
     def __init__(self) -> None:
-        self._ended: dict[str, float] = {}
-        self._begun: dict[str, float] = {}
+        self.clock: Callable[[], float] = _stands
+        self._ended: dict[str, _Sums] = {}
+        self._begun: dict[str, _Sums] = {}
 
     def seconds(self, name: str) -> float:
         """In ranges of this name so far."""
-        begun = self._begun.get(name)
-        ended = self._ended.get(name, 0.0)
-        return ended if begun is None else ended + time.perf_counter() - begun
+        return self._sums(name).seconds
+
+    def clocked(self, name: str) -> float:
+        """By how much `clock` went on in them."""
+        return self._sums(name).clocked
+
+    def _sums(self, name: str) -> _Sums:
+        ended, begun = self._ended.get(name, _Sums()), self._begun.get(name)
+        if begun is None:
+            return ended
+        now = self._now()
+        return _Sums(
+            ended.seconds + now.seconds - begun.seconds, ended.clocked + now.clocked - begun.clocked
+        )
 
     def ended(self) -> dict[str, float]:
-        """By name, without those that are under way."""
-        return {name: took for name, took in self._ended.items() if name not in self._begun}
+        """Seconds by name, without the ranges that are under way."""
+        return {name: sums.seconds for name, sums in self._ended.items() if name not in self._begun}
+
+    def _now(self) -> _Sums:
+        return _Sums(time.perf_counter(), self.clock())
 
     @contextmanager
     def timed(self, name: str, shown: AbstractContextManager[None]) -> Iterator[None]:
         """`shown`, timed."""
-        start = self._begun[name] = time.perf_counter()
+        self._begun[name] = self._now()
         try:
             with shown:
                 yield
         finally:
+            self._ended[name] = self._sums(name)
             self._begun.pop(name, None)
-            self._ended[name] = self._ended.get(name, 0.0) + time.perf_counter() - start
+
+
+def _stands() -> float:
+    return 0.0
 
 
 class BreakdownSink(SinkAround):
