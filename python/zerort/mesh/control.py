@@ -6,6 +6,7 @@ GPU's own library does not offer, and no stream of a GPU is involved.
 
 from __future__ import annotations
 
+import time
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -79,15 +80,18 @@ def meet(timeout: timedelta) -> Control:
     members, board = Members.everyone(dist.get_rank(), dist.get_world_size()), _board()
     roster = Roster(board, dist.get_world_size())
     roster.sign(members.job_rank)
+    patience, since = timeout.total_seconds(), time.monotonic()
     try:
         control = open_control(members, Peers({}, members.job_rank, "", None), timeout)
     except CommError as error:
-        missing = ", ".join(map(str, roster.missing()))
+        # one that fails at once has waited for no rank
+        waited = time.monotonic() - since >= 0.9 * patience
+        missing = ", ".join(map(str, roster.missing())) if waited else ""
         if not missing:
             raise
         raise CommError(
             f"rank {members.job_rank}: of {dist.get_world_size()} ranks these did not come to the "
-            f"start within {timeout.total_seconds():g} s: {missing}. Every rank calls "
+            f"start within {patience:g} s: {missing}. Every rank calls "
             "zerort.initialize and zerort.zero.Init as often as the others, in the same order; "
             "what a missing one does or waits for before that is to be looked at"
         ) from error
