@@ -21,7 +21,7 @@ from zerort.features.timers import TIMERS
 
 pytestmark = pytest.mark.timeout(120)
 
-PAUSE = 0.06
+PAUSE = 0.25  # seconds; far more than a step takes on a loaded machine
 MS = 1000 * PAUSE
 ON = {"wall_clock_breakdown": True}
 
@@ -136,7 +136,7 @@ def test_timers_of_the_users_own_count_laps_and_do_nothing_when_off() -> None:
         load.start()
         time.sleep(0.01)
         load.stop()
-    assert 20 <= load.elapsed(reset=False) < 200 and load.mean() == pytest.approx(
+    assert load.elapsed(reset=False) >= 20 and load.mean() == pytest.approx(
         load.elapsed(reset=False) / 2
     )
     assert timers("load") is load and timers.get_timers()["load"] is load
