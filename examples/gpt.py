@@ -79,11 +79,19 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotations(shape), persistent=False)
         self._initialise()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, progressive_layer_drop: bool = False, pld_theta: float = 1.0
+    ) -> Tensor:
+        """With `progressive_layer_drop` (arXiv 2010.13369) block i of L, from 1, is kept with
+        probability 1 - i/L (1 - pld_theta), drawn from torch's generator on the CPU: alike on ranks
+        that are seeded alike, as stage 3 needs it.
+        """
         x = self.token(tokens)
         rotation = self.rotation[:, : tokens.shape[1]].to(x.dtype)
-        for block in self.blocks:
-            x = block(x, rotation)
+        for number, block in enumerate(self.blocks, 1):
+            kept = 1 - number / self.shape.depth * (1 - pld_theta)
+            if not progressive_layer_drop or torch.rand(()).item() < kept:
+                x = block(x, rotation)
         return self.head(self.norm(x))
 
     @torch.no_grad()
