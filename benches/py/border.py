@@ -88,7 +88,7 @@ class Watching:
         self.reducer = _core.Reducer(self._plan)
         self.reducer.post_sentinels()
         untraced: Any = SimpleNamespace(
-            watch=SimpleNamespace(enabled=False), device=SimpleNamespace(blocks=True)
+            watch=SimpleNamespace(times_gradients=False), device=SimpleNamespace(blocks=True)
         )
         self._hooks = ParameterHooks(self.params, self.reducer, untraced, IDLE.dispatch)
 

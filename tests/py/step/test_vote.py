@@ -20,7 +20,7 @@ NOBODY: tuple[int, ...] = ()
 def _vote(rank: int, world: int, groups: dict[str, Any] | None) -> Verdict:
     mesh = connect(timedelta(seconds=30), torch.device("cpu"), groups)
     buckets = [SimpleNamespace(squares=9.0), SimpleNamespace(squares=torch.tensor(16.0))]
-    flat: Any = SimpleNamespace(buckets=buckets)
+    flat: Any = SimpleNamespace(trained=buckets)
     verdict = vote(mesh, flat, Ballot(unreduced=rank, poisoned=rank == 1, fingerprint=2**63 + 1))
     mesh.close()
     return verdict
