@@ -31,13 +31,15 @@ Around = Callable[[], AbstractContextManager[None]]
 Hook = Callable[..., None]
 
 _PRIVATE = "torch._dynamo.compiled_autograd"
+_SOUND = (2, 15)
+"""From here on torch runs an engine's hooks in a compiled backward; earlier ones are tried."""
 
 
 def around(options: Mapping[str, Any]) -> Around:
     """A context for backwards, compiled with torch.compile's `options`; `fullgraph` does not hold,
     for every hook ends a graph.
 
-    Raises `ConfigError` where this torch has no such context.
+    Raises `ConfigError` where this torch has no such context, or one that an engine's hooks break.
     """
     try:
         enable = importlib.import_module(_PRIVATE)._enable
@@ -47,8 +49,29 @@ def around(options: Mapping[str, Any]) -> Around:
             f"{torch.__version__} has no {_PRIVATE}._enable ({error}); leave it out, or install "
             "another torch"
         ) from error
+    try:
+        release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if release < _SOUND:  # elsewhere it would only fill the compiler's caches
+            _try(enable)
+    except Exception as error:
+        raise ConfigError(
+            f"compile(compiled_autograd_enabled=True) is refused: torch {torch.__version__} cannot "
+            f"run the hook of a module's outputs in a compiled backward ({type(error).__name__}: "
+            f"{error}); leave it out, or install another torch"
+        ) from error
     compiler = torch.compile(**{**options, "fullgraph": False})
     return lambda: enable(compiler)
+
+
+def _try(enable: Callable[..., AbstractContextManager[None]]) -> None:
+    """Runs a small backward as an engine does. torch 2.6 knows no graph task in the hook of several
+    tensors.
+    """
+    output = torch.ones(1, requires_grad=True) * 2
+    hook = shield(lambda _: None)
+    torch.autograd.graph.register_multi_grad_hook([output], hook, mode="any")
+    with torch.enable_grad(), enable(torch.compile(backend="eager")):
+        output.backward()  # type: ignore[no-untyped-call]
 
 
 def shield(hook: Hook) -> Hook:

@@ -26,6 +26,7 @@ from terms import engine_over_terms, step_with
 from terms import weights as terms
 from training import Config, at_stage, config_of, digest, engine_for, keep, take_step, weights
 from zerort.errors import ConfigError, StepError
+from zerort.grads import compiled
 
 STAGES = (0, 1, 2, 3)
 
@@ -302,6 +303,27 @@ def _without_it(rank: int, world: int) -> tuple[Exception | None, bool]:
 def test_a_torch_that_has_it_not_is_named_and_nothing_is_compiled() -> None:
     ((error, compiled),) = ranks.run(1, _without_it)
     assert_told(error, ConfigError, "compiled_autograd_enabled", torch.__version__)
+    assert not compiled
+
+
+def _with_one_that_breaks_hooks(rank: int, world: int) -> tuple[Exception | None, bool]:
+    """As in torch 2.6, which knows no graph task in such a hook."""
+
+    def hook_outside_a_task(tensors: Any, hook: Any, *, mode: str) -> Any:
+        def fails(gradient: Tensor) -> None:
+            raise AssertionError("expected this hook to be called inside a backward call")
+
+        return tensors[0].register_hook(fails)
+
+    engine = engine_over_terms()
+    compiled._SOUND = (99, 0)
+    torch.autograd.graph.register_multi_grad_hook = hook_outside_a_task
+    return caught(lambda: compile_with(engine)), engine.is_compiled
+
+
+def test_a_torch_whose_context_breaks_hooks_is_named_and_nothing_is_compiled() -> None:
+    ((error, compiled),) = ranks.run(1, _with_one_that_breaks_hooks)
+    assert_told(error, ConfigError, torch.__version__, "expected this hook")
     assert not compiled
 
 
