@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def around(options: Mapping[str, Any]) -> Around:
             f"run the hook of a module's outputs in a compiled backward ({type(error).__name__}: "
             f"{error}); leave it out, or install another torch"
         ) from error
+    _pass_over_calls_of_hooks()
     compiler = torch.compile(**{**options, "fullgraph": False})
     return lambda: enable(compiler)
 
@@ -72,6 +73,16 @@ def _try(enable: Callable[..., AbstractContextManager[None]]) -> None:
     torch.autograd.graph.register_multi_grad_hook([output], hook, mode="any")
     with torch.enable_grad(), enable(torch.compile(backend="eager")):
         output.backward()  # type: ignore[no-untyped-call]
+
+
+def _pass_over_calls_of_hooks() -> None:
+    """torch's own frame around a hook is compiled anew for each kind of gradient, and the hook ends
+    its graph: of nine kinds the ninth hits the compiler's limit. So that frame is run as it is.
+    """
+    with suppress(ImportError, AttributeError):  # another torch, which warns then
+        frames = importlib.import_module("torch._dynamo.eval_frame")
+        around_hooks = importlib.import_module("torch._dynamo.external_utils").call_hook
+        frames.skip_code(around_hooks.__code__)
 
 
 def shield(hook: Hook) -> Hook:

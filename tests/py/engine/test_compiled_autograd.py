@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd as private
 
 import ranks
+import zerort
 from cases import CASES
 from catching import assert_told, caught
 from logged import log_lines
@@ -304,6 +305,41 @@ def test_a_torch_that_has_it_not_is_named_and_nothing_is_compiled() -> None:
     ((error, compiled),) = ranks.run(1, _without_it)
     assert_told(error, ConfigError, "compiled_autograd_enabled", torch.__version__)
     assert not compiled
+
+
+class ManyKinds(nn.Module):
+    """Parameters of more kinds than the compiler's limit of recompilations, by rank and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.ParameterList(
+            nn.Parameter(torch.ones((2,) * rank, dtype=dtype))
+            for rank in range(6)
+            for dtype in (torch.float32, torch.float64)
+        )
+
+    def forward(self) -> Tensor:
+        return sum((p.double().sum() for p in self.kinds), torch.zeros((), dtype=torch.float64))
+
+
+def _of_many_kinds(rank: int, world: int) -> list[float]:
+    model = ManyKinds()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1},
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    engine = compile_with(zerort.initialize(model=model, optimizer=optimizer, config=config)[0])
+    for _ in range(3):
+        engine.backward(engine())
+        engine.step()
+    keep(engine)
+    return [float(p.detach().double().mean()) for p in model.kinds]
+
+
+def test_gradients_of_many_kinds_do_not_reach_the_compilers_limit() -> None:
+    assert ranks.run(1, _of_many_kinds, timeout=170.0) == [[0.25] * 12]
 
 
 def _with_one_that_breaks_hooks(rank: int, world: int) -> tuple[Exception | None, bool]:
