@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,10 @@ from zerort.features.monitors import Event, Kind
 LR, LOSS, SCALE = "Train/Samples/lr", "Train/Samples/train_loss", "Train/Samples/loss_scale"
 CSV = {"csv_monitor": {"enabled": True, "job_name": "job"}}
 BOTH = {**CSV, "tensorboard": {"enabled": True, "job_name": "job"}}
+
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="needs zerort[tensorboard]"
+)
 
 
 def engine_over(config: Any, model: nn.Module | None = None, **more: Any) -> Any:

@@ -29,6 +29,7 @@ from monitored import (
     engine_over,
     micro,
     monitored,
+    needs_tensorboard,
     scalars,
     values,
     window,
@@ -36,6 +37,8 @@ from monitored import (
 from training import at_stage, keep
 from zerort.errors import StepError
 from zerort.features.monitors.reporting import Monitored
+
+pytestmark = needs_tensorboard
 
 NAMED = {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
 

@@ -24,6 +24,7 @@ from monitored import (
     engine_over,
     micro,
     monitored,
+    needs_tensorboard,
     window,
 )
 from training import keep
@@ -136,6 +137,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@needs_tensorboard
 def test_an_event_file_that_cannot_be_written_is_one_warning(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_missing_package_is_named_with_how_to_get_it(
     assert_told(error, ConfigError, section, f"pip install {package}")
 
 
+@needs_tensorboard
 def test_a_package_that_rank_0_lacks_is_missed_on_all_ranks_and_no_other_needs_it(
     tmp_path: Path, monkeypatch: Any
 ) -> None:

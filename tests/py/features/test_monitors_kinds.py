@@ -19,6 +19,7 @@ from monitored import (
     LOSS,
     LR,
     engine_over,
+    needs_tensorboard,
     scalars,
     values,
     window,
@@ -46,6 +47,7 @@ def test_a_row_that_a_crash_has_cut_off_stands_alone(tmp_path: Path) -> None:
     files.close()
 
 
+@needs_tensorboard
 def test_rows_are_with_the_operating_system_at_each_boundary(tmp_path: Path) -> None:
     done = ranks.attempt(1, die_after_two_boundaries, str(tmp_path))
     assert done == [ranks.Died(9)]
