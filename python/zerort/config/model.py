@@ -404,7 +404,7 @@ class Config(Section):
         found = conflicts(
             self.eigenvalue,
             self.quantize_training,
-            stage=self.zero_optimization.stage,
+            shards_parameters=self.zero_optimization.shards_parameters,
             masters=self.compute_dtype != "fp32",
         )
         if found:

@@ -138,7 +138,7 @@ class QuantizeTraining(Section):
 
 
 def conflicts(
-    eigenvalue: Eigenvalue, moq: QuantizeTraining, *, stage: int, masters: bool
+    eigenvalue: Eigenvalue, moq: QuantizeTraining, *, shards_parameters: bool, masters: bool
 ) -> Sequence[str]:
     """What these sections ask for together, and of the rest of the file, that cannot be.
     `masters`: parameters are of fewer bits than the optimizer's.
@@ -153,7 +153,7 @@ def conflicts(
         f"{path} is not there at stage 3, where no rank has whole parameters between their uses: "
         "use stage 2"
         for path, enabled in asked.items()
-        if enabled and stage == 3
+        if enabled and shards_parameters
     ]
     if eigenvalue.enabled and inner:
         found.append(

@@ -8,7 +8,7 @@ piece: one a bucket, or one a parameter where every parameter has a hook (a trac
 
 This is the one importer of what torch keeps private of it. What it does not do: a `backward()` of
 the user's own inside a context of the user's own is refused, because torch (as of 2.15) calls no
-callback at the end of such a backward, so nobody would hear that it is over.
+callback at the end of such a backward, so nothing would tell the engine that it is over.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Passes:
         self._unhooked: list[int] = []
         self.at = -1
         """Number of the node that a backward has come to, where torch does not tell; -1 where
-        nobody does.
+        no hook does.
         """
         self._net = Net(self, executor, len(course.plan.units))
         self._broken = False

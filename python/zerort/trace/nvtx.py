@@ -1,7 +1,7 @@
 """The sink that marks ranges on a device's own timeline, as `zerort.<name>`.
 
-Like torch's profiler's ranges (`ProfilerSink`) they are always there, because nobody knows
-beforehand when somebody will look. A range ends when its block does, also by an exception.
+Like torch's profiler's ranges (`ProfilerSink`) they are always there, because a profiler may be
+attached at any time. A range ends when its block does, also by an exception.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from zerort.config.monitors import MonitorFolder
 from zerort.errors import ConfigError
 
-__all__ = ["Event", "Member", "folder_of", "required"]
+__all__ = ["Event", "Member", "by_step", "folder_of", "required"]
 
 
 class Event(NamedTuple):
@@ -38,6 +39,14 @@ class Member(Protocol):
 
     def close(self) -> None:
         """Nothing is written any more."""
+
+
+def by_step(events: Sequence[Event]) -> Mapping[int, Mapping[str, float]]:
+    """Values by name, of each step together, as services take them that have one row a step."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for name, value, step in events:
+        found[step][name] = value
+    return found
 
 
 def required(module: str, key: str, install: str) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from zerort.config.monitors import Wandb
-from zerort.features.monitors.member import Event, required
+from zerort.features.monitors.member import Event, by_step, required
 
 __all__ = ["WandbRun"]
 
@@ -30,10 +29,7 @@ class WandbRun:
 
     def write(self, events: Sequence[Event]) -> None:
         """All of one step together."""
-        of_step: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, value, step in events:
-            of_step[step][name] = value
-        for step, values in of_step.items():
+        for step, values in by_step(events).items():
             self._run.log(values, step=step)
 
     def close(self) -> None:
