@@ -7,6 +7,7 @@ is lost. What it does not do: no communication, no knowledge of steps.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -118,6 +119,16 @@ class HeldBucket:
             self.values.bring()
             with torch.no_grad():
                 self._slice().copy_(self.owned.tensor)
+
+    def changed(self) -> str | None:
+        """The name of a parameter whose values, whole as they are, are not those of which this rank
+        has its part. Reads both; a part of them is all that a rank can tell of.
+        """
+        slice_, own = self._slice().view(torch.uint8), self.owned.tensor.view(torch.uint8)
+        if torch.equal(slice_, own):
+            return None
+        first = int((slice_ != own).nonzero()[0]) // self.owned.tensor.itemsize + self.start
+        return self.names[bisect_right(self.spec.offsets, first) - 1]
 
     def keep(self) -> None:
         """The values are what counts: this rank's slice goes into `owned` where that is memory of

@@ -106,6 +106,7 @@ class Passes:
         self._executor = executor
         self._rolls = rolls
         rolls.abandon = self.abandon
+        executor.lose = self._lose
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
         self.names: Sequence[str] = ()
@@ -172,7 +173,10 @@ class Passes:
 
     def lose(self, parameter: nn.Parameter) -> None:
         """The parameter was written while it was whole for the pass: the change goes with it."""
-        self._written = self._written or name_of(parameter)
+        self._lose(name_of(parameter))
+
+    def _lose(self, name: str) -> None:
+        self._written = self._written or name
 
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""
@@ -194,7 +198,10 @@ class Passes:
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
         self._thread = threading.get_ident()
         reading = self._rolls.decided([int(owes)])
-        self._executor.enqueue(self.gatherer.begin())
+        actions = self.gatherer.begin()
+        # What is written in every forward is found in the first; passes along a list pay nothing.
+        self._executor.compares = not self.gatherer.listed
+        self._executor.enqueue(actions)
         # What is not reduced in its backward waits in `.grad`, or for sums that are owed.
         self._course.index = reading.list if kind == "backward" else None
         self.is_open, self.opener = True, opener

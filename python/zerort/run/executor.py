@@ -85,6 +85,10 @@ class Executor:
         self._cursor = self._allowed = 0
         self._pass = Pass()
         self._actions = Actions(polls=self.device.blocks)
+        self.compares = False
+        """Whether what is gathered now is looked at again before it is freed."""
+        self.lose: Callable[[str], None] = _nothing
+        """Hears of a parameter that was changed while it was whole."""
 
     # The plan.
 
@@ -310,6 +314,7 @@ class Executor:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
+        unit.compares |= self.compares
         try:
             unit.gather(self._actions.serial)
         except (RuntimeError, MemoryError) as error:
@@ -326,7 +331,9 @@ class Executor:
         if unit.under_way:
             with self.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
-        unit.free()
+        changed = unit.free()
+        if changed is not None:
+            self.lose(changed)
 
     def _launch(self, flight: Inflight) -> None:
         before = flight.before
@@ -475,3 +482,7 @@ def _called(flight: Flight) -> str:
 def _contents(bucket: HeldBucket) -> str:
     first, last = bucket.names[0], bucket.names[-1]
     return f"bucket {bucket.spec.id} ({first if first == last else f'{first} .. {last}'})"
+
+
+def _nothing(_: str) -> None:
+    """Nothing is sharded."""

@@ -26,6 +26,7 @@ class UnitFlight:
         "_serial",
         "_versions",
         "buckets",
+        "compares",
         "contents",
         "flights",
         "pinned",
@@ -38,6 +39,8 @@ class UnitFlight:
         first, last = buckets[0].names[0], buckets[-1].names[-1]
         self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
         self.pinned = 0
+        self.compares = False
+        """Whether `free` looks for changes that no version tells of, as through `.data`."""
         self._comm = comm
         self.flights: list[Flight] = []
         self._serial = -1
@@ -81,11 +84,19 @@ class UnitFlight:
         self.flights = []
 
     @unintercepted
-    def free(self) -> None:
-        """Gives the memory back, unless it is pinned."""
+    def free(self) -> str | None:
+        """Gives the memory back, unless it is pinned. Returns the name of a parameter that has been
+        changed meanwhile, where it `compares`.
+        """
         self.land()
-        for bucket in self.buckets if not self.pinned else ():
+        if self.pinned:
+            return None
+        whole = [bucket for bucket in self.buckets if self.compares and bucket.values.is_whole]
+        changed = [name for bucket in whole if (name := bucket.changed()) is not None]
+        self.compares = False
+        for bucket in self.buckets:
             bucket.free()
+        return changed[0] if changed else None
 
     @unintercepted
     def note_writes(self) -> None:
