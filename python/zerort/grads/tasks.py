@@ -25,7 +25,15 @@ from torch import Tensor
 from zerort.errors import StepError
 from zerort.grads.compiled import refuse_foreign, shield
 
-__all__ = ["GraphTask", "LossScaling", "Running", "announce", "in_backward", "running_here"]
+__all__ = [
+    "GraphTask",
+    "LossScaling",
+    "Running",
+    "announce",
+    "in_backward",
+    "losses_here",
+    "running_here",
+]
 
 
 class GraphTask:
@@ -65,6 +73,8 @@ class Running:
     by_call: bool
     task: int
     thread: int
+    given: Tensor | None = None
+    """The loss as the caller had it, until it is asked for."""
 
 
 _running: weakref.WeakSet[Running] = weakref.WeakSet()
@@ -79,10 +89,16 @@ def _known() -> list[Running]:
 
 
 def announce(
-    loss: Tensor, owner: object, scaling: LossScaling, *, by_call: bool, compiles: bool = False
+    loss: Tensor,
+    owner: object,
+    scaling: LossScaling,
+    *,
+    by_call: bool,
+    compiles: bool = False,
+    given: Tensor | None = None,
 ) -> Any:
     """In every backward of `loss`, `running_here` knows of `owner` and its `scaling`; `compiles`
-    where it is a compiled one.
+    where it is a compiled one, `given` is for `losses_here`.
 
     Returns the handle that takes this back. The backward raises `StepError` where its loss has been
     scaled already.
@@ -98,7 +114,7 @@ def announce(
                 "scaled twice: call backward() on what scale returned, or give engine.backward "
                 "the loss as it is"
             )
-        _keep(Running(owner, scaling, by_call, task, threading.get_ident()))
+        _keep(Running(owner, scaling, by_call, task, threading.get_ident(), given))
 
     hook = shield(enter) if compiles else enter
     return loss.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -108,11 +124,26 @@ def running_here(owner: object) -> Running | None:
     """The backward that the calling hook runs in, if an engine knows of it; `owner`'s view of it
     first.
     """
+    return max(_around(), key=lambda each: (each.task, each.owner is owner), default=None)
+
+
+def losses_here(owner: object) -> list[Tensor]:
+    """The losses that the backward the caller runs in is of, where `owner` has scaled them; each is
+    returned once.
+    """
+    mine = [each for each in _around() if each.owner is owner and each.given is not None]
+    losses = [each.given for each in mine if each.given is not None]
+    for each in mine:
+        each.given = None
+    return losses
+
+
+def _around() -> list[Running]:
+    """What engines know of the calling hook's backward, else of those that it runs within."""
     task, thread = torch._C._current_graph_task_id(), threading.get_ident()
     known = _known()
     same = [each for each in known if each.task == task]
-    around = same or [each for each in known if each.thread == thread and each.task < task]
-    return max(around, key=lambda each: (each.task, each.owner is owner), default=None)
+    return same or [each for each in known if each.thread == thread and each.task < task]
 
 
 def in_backward() -> bool:

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from zerort.errors import CommError
@@ -60,6 +61,11 @@ class Feature:
         What it raises fails the micro-batch.
         """
         return False
+
+    def scaled(self, loss: Tensor) -> None:
+        """A backward of the user's own is over, of a loss () that `engine.scale` was given: neither
+        divided nor scaled, and the sum where one backward was of several.
+        """
 
     def before_vote(self, *, failed: bool) -> None:
         """All ranks are at a boundary, on this one something has `failed`. Every rank calls it, so
@@ -107,6 +113,7 @@ _EVENTS = (
     "keywords",
     "forward",
     "backward",
+    "scaled",
     "before_vote",
     "published",
     "crossed",
@@ -135,6 +142,7 @@ class Events:
         self._keywords = self._hear["keywords"]
         self._forward = self._hear["forward"]
         self._backward = self._hear["backward"]
+        self._scaled = self._hear["scaled"]
         self._ended = self._hear["ended"]
         self._initial = copy.deepcopy(self.state())
 
@@ -165,6 +173,13 @@ class Events:
         for hears in self._backward:
             retains |= hears(loss, steps)
         return retains
+
+    def scaled(self, losses: Sequence[Tensor]) -> None:
+        """A backward of the user's own is over, of these losses that `engine.scale` was given."""
+        if losses and self._scaled:
+            loss = torch.stack([each.reshape(()).float() for each in losses]).sum()
+            for hears in self._scaled:
+                hears(loss)
 
     def before_vote(self, failure: str | None) -> str | None:
         """All ranks are at a boundary; returns why this one fails, if it does. What is no

@@ -32,7 +32,14 @@ from zerort.config import Batch
 from zerort.errors import CommError, StepError
 from zerort.grads.compiled import Around, refuse_foreign, shield
 from zerort.grads.hooks import when_backward_reaches
-from zerort.grads.tasks import GraphTask, LossScaling, announce, in_backward, running_here
+from zerort.grads.tasks import (
+    GraphTask,
+    LossScaling,
+    announce,
+    in_backward,
+    losses_here,
+    running_here,
+)
 from zerort.params.roll import Diverged
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
@@ -94,8 +101,10 @@ class Transaction(Settling):
         """
         refuse_unfit(loss)
         scaling = self.part.averaging.scaling(divides=divides)
-        loss = scaled(loss, scaling)
-        announce(loss, self, scaling, by_call=False)
+        given, loss = loss.detach(), scaled(loss, scaling)
+        announce(loss, self, scaling, by_call=False, given=given)
+        # it need not come from a forward of the engine's
+        when_backward_reaches(loss, self._begins)
         return loss
 
     def backward(self, loss: Tensor, *, divides: bool, retain_graph: bool) -> None:
@@ -335,14 +344,18 @@ class Transaction(Settling):
                 came = self._listener.disarm()
                 if came and not foreign:
                     self._announced()  # it has touched no parameter with a hook
-                    self._close()
+                    self._close_direct()
                 else:
                     self.part.passes.close()
                     self._phase = replace(before, resting=scaling) if came else before
             case Backward(task=GraphTask()):
-                self._close()
+                self._close_direct()
             case _:
                 pass
+
+    def _close_direct(self) -> None:
+        self.part.events.scaled(losses_here(self))
+        self._close()
 
     def _take(self, scaling: LossScaling | None) -> None:
         """Takes what a backward that this engine has not begun has left in `.grad`."""

@@ -270,13 +270,105 @@ def test_a_loss_is_copied_and_its_graph_goes(monkeypatch: Any) -> None:
     assert noted.of(LOSS) == pytest.approx([4.0], rel=1e-3)
 
 
-def test_a_backward_of_the_users_own_has_no_loss_but_a_rate(monkeypatch: Any) -> None:
+def test_a_loss_that_the_engine_is_never_handed_is_not_seen_but_the_rate_is(
+    monkeypatch: Any,
+) -> None:
     noted = Noted()
     engine = monitored(monkeypatch, noted, model=Scaled())
     engine(1.0).backward()
     engine.step()
     keep(engine)
     assert [event[0] for event in noted.events] == [LR] and noted.of(LR) == [0.5]
+
+
+def directly(engine: Any, loss: float) -> None:
+    engine.scale(engine(loss)).backward()
+
+
+def two_in_a_row(engine: Any, loss: float) -> None:
+    for each in (loss - 1.0, loss + 1.0):
+        engine.scale(engine(each), scale_wrt_gas=False).backward()
+
+
+def two_in_one(engine: Any, loss: float) -> None:
+    first = engine.scale(engine(loss / 4))
+    (first + engine.scale(engine(loss * 3 / 4))).backward()
+
+
+def one_of_two(engine: Any, loss: float) -> None:
+    given = engine(loss)
+    for _ in range(2):
+        scaled = engine.scale(given)
+    scaled.backward()
+
+
+def beside_one_that_has_no_backward(engine: Any, loss: float) -> None:
+    engine.scale(engine(1000.0))
+    directly(engine, loss)
+
+
+def of_the_module_itself(engine: Any, loss: float) -> None:
+    engine.scale(engine.module(loss)).backward()
+
+
+def twice_over_one_graph(engine: Any, loss: float) -> None:
+    scaled = engine.scale(engine(loss))
+    scaled.backward(retain_graph=True)
+    scaled.backward()
+
+
+def within_no_sync_first(engine: Any, loss: float) -> None:
+    with engine.no_sync():
+        directly(engine, loss)
+    directly(engine, loss)
+
+
+WAYS = [
+    directly,
+    two_in_a_row,
+    two_in_one,
+    one_of_two,
+    beside_one_that_has_no_backward,
+    of_the_module_itself,
+    twice_over_one_graph,
+    within_no_sync_first,
+]
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_loss_that_was_scaled_counts_where_its_backward_ran(
+    monkeypatch: Any, way: Any, gas: int
+) -> None:
+    noted, half = Noted(), {"fp16": {"enabled": True, "loss_scale": 4.0}}
+    config = {**FROZEN, **half, "gradient_accumulation_steps": gas}
+    engine = monitored(monkeypatch, noted, config=config, model=Scaled())
+    for base in (8.0, 16.0):
+        for index in range(gas):
+            way(engine, base + 4 * index)
+            engine.step()
+    keep(engine)
+    assert noted.of(LOSS) == [8.0 + 2 * (gas - 1), 16.0 + 2 * (gas - 1)]
+
+
+def test_scaled_losses_of_a_failed_or_a_dropped_window_are_in_no_mean(monkeypatch: Any) -> None:
+    noted = Noted()
+    engine = monitored(monkeypatch, noted, config=FROZEN, model=Scaled())
+    directly(engine, 100.0)
+    engine.step()
+    loss = engine(50.0)
+    loss.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.scale(loss).backward()
+    with pytest.raises(StepError, match="backward"):
+        engine.step()
+    directly(engine, 100.0)
+    engine.zero_grad()
+    for value in (5.0, 7.0):
+        directly(engine, value)
+        engine.step()
+    keep(engine)
+    assert noted.of(LOSS) == pytest.approx([6.0], rel=1e-3)
 
 
 # ---- What other features read.

@@ -232,6 +232,25 @@ def test_a_direct_backward_that_no_hook_told_of_is_not_taken_unscaled() -> None:
         assert after == CLEAN
 
 
+def _scale_what_is_not_of_the_engine(rank: int, world: int) -> dict[str, Weights]:
+    """The module is called itself, so that its outputs tell nothing of a backward."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        for name, section in PRECISIONS.items():
+            engine = engine_over_terms({**at_stage(stage), **section}, 2)
+            for _ in range(4):
+                engine.scale(engine.module(2.0, 4.0)).backward()
+                engine.step()
+            found[f"{stage}, {name}"] = weights(engine)
+            keep(engine)
+    return found
+
+
+def test_a_scaled_loss_is_divided_once_wherever_it_was_computed() -> None:
+    for found in ranks.run(2, _scale_what_is_not_of_the_engine, timeout=LIMIT):
+        assert set(found.values()) == {(-4.0, -8.0)}, found
+
+
 # ---- one loss through two engines
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -4,8 +4,8 @@ What it guarantees: losses belong to the window that is voted on. Those of a win
 was dropped are in no mean, no graph is kept, and nothing is read from the device before the
 boundary, where the host has waited for the vote already.
 
-What it does not do: a loss whose backward is the user's own (`loss.backward()`,
-`engine.scale(loss).backward()`) is not seen; a window with no other has no `train_loss`.
+What it does not do: a loss that the engine is never handed (`loss.backward()`) is not seen; a
+window with no other has no `train_loss`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,12 @@ class Reporting(Monitored):
 
     def backward(self, loss: Tensor, steps: int) -> bool:
         """Keeps a copy of the loss, which the user may change, and a graph's replay overwrite."""
-        self._losses.append(loss.detach().reshape(()).to(self._device, torch.float32, copy=True))
+        self.scaled(loss.detach())
         return False
+
+    def scaled(self, loss: Tensor) -> None:
+        """The same of one whose backward was the user's own."""
+        self._losses.append(loss.reshape(()).to(self._device, torch.float32, copy=True))
 
     def before_vote(self, *, failed: bool) -> None:
         """The window ends here, whatever becomes of it."""
