@@ -14,6 +14,8 @@ __all__ = ["LRRangeTest", "OneCycle"]
 
 _log = logging.getLogger("zerort")
 
+_SECOND_BETA = 0.99
+
 
 class LRRangeTest(Schedule):
     """A learning rate that grows without end, to find the largest that trains (Smith,
@@ -27,7 +29,6 @@ class LRRangeTest(Schedule):
     def __init__(
         self,
         optimizer: HasGroups,
-        *,
         lr_range_test_min_lr: float | Sequence[float] = 1e-3,
         lr_range_test_step_size: int = 2000,
         lr_range_test_step_rate: float = 1.0,
@@ -57,8 +58,8 @@ class OneCycle(Schedule):
     stair count holds it flat for each of that many stairs. Afterwards the learning rate is divided,
     and the beta multiplied, by one plus its rate for every `decay_step_size` steps.
 
-    Where momentum is cycled the second beta is 0.99, as in DeepSpeed. An optimizer without betas
-    keeps its momentum.
+    Momenta too are one, or one a group. Where they are cycled the second beta is 0.99, as in
+    DeepSpeed. An optimizer without betas keeps its momentum.
     """
 
     def __init__(
@@ -66,7 +67,6 @@ class OneCycle(Schedule):
         optimizer: HasGroups,
         cycle_min_lr: float | Sequence[float],
         cycle_max_lr: float | Sequence[float],
-        *,
         decay_lr_rate: float = 0.0,
         cycle_first_step_size: int = 2000,
         cycle_second_step_size: int | None = None,
@@ -74,17 +74,15 @@ class OneCycle(Schedule):
         cycle_second_stair_count: int | None = None,
         decay_step_size: int = 0,
         cycle_momentum: bool = True,
-        cycle_min_mom: float = 0.8,
-        cycle_max_mom: float = 0.9,
+        cycle_min_mom: float | Sequence[float] = 0.8,
+        cycle_max_mom: float | Sequence[float] = 0.9,
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
         self.min_lrs = per_group(optimizer, "cycle_min_lr", cycle_min_lr)
         self.max_lrs = per_group(optimizer, "cycle_max_lr", cycle_max_lr)
-        self.moms = (
-            at_least_0("cycle_min_mom", cycle_min_mom),
-            at_least_0("cycle_max_mom", cycle_max_mom),
-        )
+        self.min_moms = per_group(optimizer, "cycle_min_mom", cycle_min_mom)
+        self.max_moms = per_group(optimizer, "cycle_max_mom", cycle_max_mom)
         first = count("cycle_first_step_size", cycle_first_step_size)
         second = first if cycle_second_step_size is None else cycle_second_step_size
         self.steps = (first, count("cycle_second_step_size", second, least=0))
@@ -114,18 +112,26 @@ class OneCycle(Schedule):
         divisor = 1 + self.decay_rates[0] * self._decay_intervals(iteration)
         return [low / divisor for low in self.min_lrs]
 
-    def momentum(self, iteration: int) -> tuple[float, float] | None:
+    def momentum(self, iteration: int) -> list[tuple[float, float]] | None:
         """From the upper to the lower beta and back, then above the upper one."""
         if not self.cycle_momentum:
             return None
-        low, high = self.moms
-        if iteration < 0:
-            beta = low  # DeepSpeed starts at the wrong end for the one value before the first step
-        elif iteration < sum(self.steps):
-            beta = high - (high - low) * self._height(iteration + 1)
-        else:
-            beta = high * (1 + self.decay_rates[1] * self._decay_intervals(iteration))
-        return beta, 0.99
+        if iteration < sum(self.steps):
+            height = self._height(iteration + 1)
+            pairs = zip(self.min_moms, self.max_moms, strict=True)
+            return [(high - (high - low) * height, _SECOND_BETA) for low, high in pairs]
+        factor = 1 + self.decay_rates[1] * self._decay_intervals(iteration)
+        return [(high * factor, _SECOND_BETA) for high in self.max_moms]
+
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """Betas of the current iteration; None where momentum is not cycled."""
+        return self.momentum(self.last_batch_iteration)
+
+    def _written_momentum(self) -> list[tuple[float, float]] | None:
+        if self.cycle_momentum and self.last_batch_iteration < 0:
+            # DeepSpeed starts at the wrong end for the one value before the first step.
+            return [(low, _SECOND_BETA) for low in self.min_moms]
+        return super()._written_momentum()
 
     def _height(self, iteration: int) -> float:
         # 0 at the foot of the cycle, 1 at its top. Stairs are counted from the integer position: a

@@ -48,8 +48,8 @@ class Schedule:
         """Learning rate of each group at `iteration`."""
         raise NotImplementedError
 
-    def momentum(self, iteration: int) -> tuple[float, float] | None:
-        """Betas of every group at `iteration`; None leaves them alone."""
+    def momentum(self, iteration: int) -> list[tuple[float, float]] | None:
+        """Betas of each group at `iteration`; None leaves them alone."""
         return None
 
     def step(self, batch_iteration: int | None = None) -> None:
@@ -78,14 +78,19 @@ class Schedule:
         self.step(state["last_batch_iteration"])
 
     def _apply(self) -> None:
-        betas = self.momentum(self.last_batch_iteration)
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+        groups = self.optimizer.param_groups
+        for group, lr in zip(groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)  # a captured or compiled step reads this very tensor
             else:
                 group["lr"] = lr
-            if betas is not None:
-                group["betas"] = betas
+        betas = self._written_momentum()
+        if betas is not None:
+            for group, pair in zip(groups, betas, strict=True):
+                group["betas"] = pair
+
+    def _written_momentum(self) -> list[tuple[float, float]] | None:
+        return self.momentum(self.last_batch_iteration)
 
 
 def rates_of(optimizer: HasGroups) -> list[float]:

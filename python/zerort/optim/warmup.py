@@ -50,7 +50,6 @@ class WarmupLR(_Warmup):
     def __init__(
         self,
         optimizer: HasGroups,
-        *,
         warmup_min_lr: float | Sequence[float] = 0.0,
         warmup_max_lr: float | Sequence[float] | None = None,
         warmup_num_steps: int = 1000,
@@ -82,7 +81,6 @@ class WarmupDecayLR(WarmupLR):
         self,
         optimizer: HasGroups,
         total_num_steps: int,
-        *,
         warmup_min_lr: float | Sequence[float] = 0.0,
         warmup_max_lr: float | Sequence[float] | None = 0.001,
         warmup_num_steps: int = 1000,
@@ -118,7 +116,6 @@ class WarmupCosineLR(_Warmup):
         self,
         optimizer: HasGroups,
         total_num_steps: int,
-        *,
         warmup_min_ratio: float = 0.0,
         warmup_num_steps: int = 1000,
         cos_min_ratio: float = 0.0001,
@@ -135,6 +132,10 @@ class WarmupCosineLR(_Warmup):
         """The groups' own rates, times the ratio."""
         ratio = self._ratio(iteration)
         return [lr * ratio for lr in self.base_lrs]
+
+    def get_lr_ratio(self) -> float:
+        """What the groups' own rates are multiplied by at the current iteration."""
+        return self._ratio(self.last_batch_iteration)
 
     def _ratio(self, iteration: int) -> float:
         if iteration < 0:
