@@ -337,13 +337,11 @@ def _state(engine: Engine) -> EngineState:
         parts.reduction,
         boundary.optimizer,
         boundary.loss_scale,
-        parts.scheduler,
-        engine.counters,
+        engine._transaction.part.progress,
         parts.config.zero_optimization.stage,
         parts.loader,
         lambda reason: setattr(boundary, "half_updated", reason),
         lambda: boundary.half_updated,
-        engine._events,
     )
 
 

@@ -10,7 +10,7 @@ random numbers; values rather than tensors, encoded into the manifest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from zerort.optim.segments import Segment
 from zerort.step.accumulation import Counters
 from zerort.step.events import Events
 from zerort.step.precision import LossScale
+from zerort.step.progress import Progress
 
 __all__ = [
     "EngineState",
@@ -56,8 +57,7 @@ class EngineState:
     reduction: Reduced
     optimizer: ShardOptimizer
     loss_scale: LossScale
-    scheduler: Any
-    counters: Counters
+    progress: Progress
     stage: int
     loader: Any = None
     broke_off: Callable[[str], None] = lambda reason: None
@@ -66,8 +66,21 @@ class EngineState:
     """
     half_changed: Callable[[], str | None] = lambda: None
     """How an update or a load broke off on this rank, if the last one did."""
-    events: Events = field(default_factory=Events)
-    """Features, some of which have state."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning rate scheduler that is stepped now, or None."""
+        return self.progress.scheduler
+
+    @property
+    def counters(self) -> Counters:
+        """The engine's counters."""
+        return self.progress.counters
+
+    @property
+    def events(self) -> Events:
+        """Features, some of which have state."""
+        return self.progress.events
 
     @property
     def plan(self) -> _core.Plan:

@@ -110,8 +110,11 @@ def _check(source: Source) -> tuple[Config | None, list[Problem]]:
         known = {problem.path for problem in problems}
         found = from_validation(error, screened.kept)
         return None, problems + [problem for problem in found if problem.path not in known]
+    if problems:
+        return None, problems
     config._ignored = tuple(screened.ignored)
-    return (None if problems else config), problems
+    config.keep(source.data)
+    return config, problems
 
 
 @dataclass

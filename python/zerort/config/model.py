@@ -21,6 +21,7 @@ from zerort.config.features import (
     ProgressiveLayerDrop,
     Timers,
 )
+from zerort.config.given import Given
 from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
 from zerort.config.section import (
@@ -277,9 +278,9 @@ class Runtime(Section):
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
 
-class Config(Section):
+class Config(Given):
     """A whole configuration. Made by `zerort.config.load`; the properties are what the keys mean
-    together.
+    together. As a mapping it is what was given.
     """
 
     train_batch_size: Count | None = None

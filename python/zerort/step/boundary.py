@@ -49,10 +49,10 @@ class Policy:
 class Boundary:
     """Crosses from gradients to parameters.
 
-    `norm` is the last gradient's, averaged and unscaled, before clipping; `exposed` the seconds
-    that the host stood still for collectives since the boundary before. `half_updated` says how an
-    update broke off on this rank, `ranks_differ` how what belongs to one did: either fails every
-    vote until a checkpoint is loaded.
+    `norm` is the last gradient's, averaged and unscaled, before clipping, and `overflow` says that
+    it was not finite; `exposed` is the seconds that the host stood still for collectives since the
+    boundary before. `half_updated` says how an update broke off on this rank, `ranks_differ` how
+    what belongs to one did: either fails every vote until a checkpoint is loaded.
     """
 
     mesh: Mesh
@@ -63,6 +63,7 @@ class Boundary:
     policy: Policy
     sink: TraceSink
     norm: float | None = field(default=None, init=False)
+    overflow: bool = field(default=False, init=False)
     exposed: float = field(default=0.0, init=False)
     half_updated: str | None = field(default=None, init=False)
     ranks_differ: str | None = field(default=None, init=False)
@@ -101,14 +102,15 @@ class Boundary:
 
     def _cross(self, divide_factor: float, failure: str | None, correction: float) -> Outcome:
         failure = failure or self.broken or self.reduction.failure
-        scale, applied = self.loss_scale.scale, False
+        scale, applied, self.overflow = self.loss_scale.scale, False, False
         try:
             verdict = self._agree(divide_factor, failure)
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()
             self.norm = verdict.norm / scale * correction
-            if not verdict.finite:
+            self.overflow = not verdict.finite
+            if self.overflow:
                 return self._overflow(scale)
             self._apply(correction / (clip_factor(self.norm, self.policy.clip) * scale))
             self.loss_scale.update(False)

@@ -90,6 +90,11 @@ class Precision:
             buffers=DTYPES[wanted] if (wanted := config.data_types.buffer_dtype) else None,
         )
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss is, or may come to be, multiplied by something before its backward."""
+        return self.loss_scale != FixedScale()
+
     def cast(self, module: nn.Module) -> None:
         """Casts the module in place where it computes in a low precision; see `casting`."""
         if self.mode.compute is not None:

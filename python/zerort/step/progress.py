@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zerort.errors import StepError
+from zerort.errors import ConfigError, StepError
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary, Outcome
 from zerort.step.events import Crossing, Events
@@ -33,6 +33,16 @@ class Progress:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What the scheduler's step was given last."""
     _accepted: frozenset[str] | None = field(default=None, init=False)
+
+    def follow(self, scheduler: Any) -> None:
+        """From now on steps `scheduler`, or none. Raises `ConfigError` for what has no `step`."""
+        steps = callable(getattr(scheduler, "step", None)) and not isinstance(scheduler, type)
+        if scheduler is not None and not steps:
+            raise ConfigError(
+                "engine.lr_scheduler: expected a learning rate scheduler, with a step(), or None, "
+                f"got {scheduler!r}"
+            )
+        self.scheduler, self._accepted = scheduler, None
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raises `StepError` where the scheduler's `step` does not take `arguments`."""

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from zerort.config import Batch, Config
+from zerort.errors import StepError
 from zerort.grads.reduction import Reduction
 from zerort.mesh import Mesh
 from zerort.params.passes import Passes, Resident
@@ -60,13 +61,27 @@ class Readings:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The torch optimizer, over this rank's shards."""
+        """The torch optimizer, over this rank's shards. It cannot be assigned: `StepError`."""
         return self._parts.boundary.optimizer.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: object) -> None:
+        raise StepError(
+            "engine.optimizer cannot be assigned: its tensors are this engine's shards. Change "
+            "the numbers of its param_groups, or make a new engine by "
+            "zerort.initialize(optimizer=...) over a model built anew"
+        )
 
     @property
     def lr_scheduler(self) -> Any:
-        """The learning rate scheduler, or None."""
-        return self._parts.scheduler
+        """The learning rate scheduler, or None. What is assigned is stepped, saved and loaded from
+        then on; None takes it away. Raises `ConfigError` for what has no `step`.
+        """
+        return self._transaction.part.progress.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self._transaction.part.progress.follow(scheduler)
 
     @property
     def training_dataloader(self) -> Any:
@@ -75,7 +90,9 @@ class Readings:
 
     @property
     def config(self) -> Config:
-        """The configuration, typed."""
+        """The configuration: by attributes what holds, typed; by keys, as a mapping, what was
+        given.
+        """
         return self._parts.config
 
     @property
@@ -122,6 +139,18 @@ class Readings:
     def loss_scale(self) -> float:
         """What the loss is multiplied by; 1 where there is no loss scale."""
         return self._parts.precision.loss_scale.scale
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss has to come through `backward` or `scale`: it is multiplied by the loss
+        scale there.
+        """
+        return self._parts.precision.scales_loss
+
+    @property
+    def overflow(self) -> bool:
+        """Whether a gradient was not finite at the last boundary, so that its step was skipped."""
+        return self._parts.boundary.overflow
 
     @property
     def global_steps(self) -> int:

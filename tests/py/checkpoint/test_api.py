@@ -361,6 +361,21 @@ def test_schedule_loss_scale_counters_and_random_numbers_go_on(tmp_path: Path) -
     assert other.micro_steps == 4 and one.micro_steps == 5
 
 
+def test_a_checkpoint_holds_the_schedule_that_is_assigned_now(tmp_path: Path) -> None:
+    constant = torch.optim.lr_scheduler.ConstantLR
+    one, other = (engine_of(config_of(1), lr_scheduler=constant) for _ in range(2))
+    for engine in (one, other):
+        engine.lr_scheduler = torch.optim.lr_scheduler.StepLR(engine.optimizer, 2, gamma=0.1)
+    train(one, 0, 1, range(3))
+    one.save_checkpoint(tmp_path, "with")
+    one.lr_scheduler = None
+    one.save_checkpoint(tmp_path, "without")
+    other.load_checkpoint(tmp_path, "with")
+    assert other.lr_scheduler.last_epoch == 3 and other.get_lr() == one.get_lr()
+    other.load_checkpoint(tmp_path, "without")
+    assert any("StepLR stays as it is" in line for line in other.last_load.not_restored)
+
+
 # Parts of a load.
 
 

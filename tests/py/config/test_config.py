@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -540,3 +541,47 @@ def test_a_type_of_parameters_that_is_not_theirs_is_an_error(dtype: str) -> None
     config = {"train_batch_size": 1, "data_types": {"param_dtype": dtype}}
     assert f"data_types.param_dtype is {dtype}, and parameters are fp32" in refusal(config)
     load({**config, dtype: {"enabled": True}})
+
+
+# As a mapping
+
+
+def test_by_keys_a_configuration_is_what_was_given_and_by_attributes_what_holds() -> None:
+    given = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e8},
+        "bfloat16": {"enabled": True},
+        "steps_per_print": float("inf"),
+    }
+    config = load(given)
+    assert dict(config) == given and json.loads(json.dumps(dict(config))) == given
+    assert config["zero_optimization"]["stage"] == config.zero_optimization.stage == 2
+    assert config.get("zero_optimization", {}).get("stage") == 2
+    assert "bfloat16" in config and "bf16" not in config and config.bf16.enabled
+    assert config.get("fp16") is None and config.get("fp16", {}) == {}
+    assert len(config) == len(given) and list(config) == list(given)
+    with pytest.raises(KeyError):
+        config["fp16"]
+
+
+def test_a_configuration_given_again_is_the_same() -> None:
+    config = load({"train_batch_size": 8, "zero_optimization": {"stage": 1}})
+    assert load(config) == config and dict(load(config)) == dict(config)
+    assert copy.deepcopy(config) == config and dict(copy.deepcopy(config)) == dict(config)
+
+
+def test_a_file_and_base64_are_mappings_too(tmp_path: Path) -> None:
+    given = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(given))
+    encoded = base64.urlsafe_b64encode(json.dumps(given).encode()).decode()
+    for config in (str(path), encoded):
+        assert json.loads(json.dumps(dict(load(config)))) == given
+
+
+def test_what_becomes_of_the_callers_dict_afterwards_is_not_what_was_given() -> None:
+    given: dict[str, Any] = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
+    config = load(given)
+    given["zero_optimization"]["stage"] = 3
+    given["fp16"] = {"enabled": True}
+    assert config["zero_optimization"] == {"stage": 2} and "fp16" not in config

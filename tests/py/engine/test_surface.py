@@ -145,6 +145,28 @@ def test_every_getter_is_the_engines_and_says_what_it_reads() -> None:
         assert method.__doc__ and not name.startswith("get")
 
 
+@pytest.mark.parametrize(
+    ("changes", "scales"),
+    [
+        ({}, False),
+        ({"bf16": {"enabled": True}}, False),
+        ({"fp16": {"enabled": True, "initial_scale_power": 0}}, True),
+        ({"fp16": {"enabled": True, "loss_scale": 4}}, True),
+        ({"fp16": {"enabled": True, "loss_scale": 1}}, False),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, True),
+    ],
+)
+def test_whether_a_loss_is_scaled_can_be_asked(changes: dict[str, Any], scales: bool) -> None:
+    engine = engine_with(**changes)
+    assert engine.scales_loss is scales and isinstance(engine.loss_scale, float)
+
+
+def test_the_engines_configuration_is_a_mapping_too() -> None:
+    engine = engine_with(**at_stage(1))
+    assert engine.config.get("zero_optimization", {}).get("stage") == 1
+    assert dict(engine.config) == {**CONFIG, **at_stage(1)}
+
+
 # Places, state dicts and what is saved
 
 

@@ -15,7 +15,7 @@ import ranks
 from models import Terms
 from terms import Weights, at_each_stage, engine_over_terms, step_with, weights
 from training import at_stage
-from zerort.errors import StepError
+from zerort.errors import ConfigError, StepError
 
 NAN = float("nan")
 
@@ -239,6 +239,61 @@ def a_rate_changed_by_hand_is_used(rank: int, world: int) -> None:
     assert step_with(engine, 4.0, 8.0) == (-2.0, -3.0)
 
 
+def overflow_speaks_of_the_last_boundary(rank: int, world: int) -> None:
+    engine = engine_over_terms(accumulation=2)
+    seen = [engine.overflow]
+    for coefficient in (NAN if rank == world - 1 else 1.0, 1.0, 1.0, 1.0):
+        step_with(engine, coefficient, 1.0)
+        seen.append(engine.overflow)
+    assert seen == [False, False, True, True, False]
+
+
+def a_step_that_fails_is_no_overflow(rank: int, world: int) -> None:
+    engine = engine_over_terms()
+    step_with(engine, NAN, 1.0)
+    engine.backward(engine(1.0, 1.0))
+    with pytest.raises(StepError, match="inference_mode"), torch.inference_mode():
+        engine.step()
+    assert not engine.overflow
+
+
+def another_scheduler_is_stepped_instead(rank: int, world: int) -> None:
+    engine = engine_over_terms(lr_scheduler=torch.optim.lr_scheduler.ConstantLR)
+    step_with(engine, 1.0, 1.0)
+    engine.lr_scheduler = noted = _Noted(engine.optimizer)
+    engine.backward(engine(1.0, 1.0))
+    engine.step({"note": "a second"})
+    assert engine.lr_scheduler is noted and noted.notes == [None, "a second"]
+    engine.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
+    engine.backward(engine(1.0, 1.0))
+    with pytest.raises(StepError, match="cannot be stepped with lr_kwargs"):
+        engine.step({"note": "its step takes none"})
+
+
+def without_a_scheduler_rates_stay(rank: int, world: int) -> None:
+    engine = engine_over_terms({"scheduler": {"type": "WarmupLR", "params": {}}})
+    before = engine.get_lr()
+    engine.lr_scheduler = None
+    step_with(engine, 1.0, 1.0)
+    assert engine.lr_scheduler is None and engine.get_lr() == before
+
+
+def what_cannot_be_stepped_is_no_scheduler(rank: int, world: int) -> None:
+    engine = engine_over_terms()
+    for value in (3, lambda optimizer: None, torch.optim.lr_scheduler.ConstantLR):
+        with pytest.raises(ConfigError, match="expected a learning rate scheduler"):
+            engine.lr_scheduler = value
+    assert engine.lr_scheduler is None
+
+
+def an_optimizer_is_not_assigned(rank: int, world: int) -> None:
+    engine = engine_over_terms()
+    before = engine.optimizer
+    with pytest.raises(StepError, match="optimizer cannot be assigned"):
+        engine.optimizer = torch.optim.SGD([torch.zeros(1)])
+    assert engine.optimizer is before
+
+
 def unknown_attributes_are_the_modules(rank: int, world: int) -> None:
     engine = engine_over_terms()
     assert engine.a is engine.module.a
@@ -269,6 +324,12 @@ SCENARIOS = [
     train_and_eval_return_the_engine,
     momenta_and_rates_are_listed_by_group,
     a_rate_changed_by_hand_is_used,
+    overflow_speaks_of_the_last_boundary,
+    a_step_that_fails_is_no_overflow,
+    another_scheduler_is_stepped_instead,
+    without_a_scheduler_rates_stay,
+    what_cannot_be_stepped_is_no_scheduler,
+    an_optimizer_is_not_assigned,
     unknown_attributes_are_the_modules,
 ]
 
