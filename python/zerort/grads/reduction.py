@@ -179,7 +179,7 @@ class Reduction:
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""
-        return self._executor.waiting(what)
+        return self._executor.waits.waiting(what)
 
     @property
     def failure(self) -> str | None:
@@ -189,7 +189,7 @@ class Reduction:
     @property
     def waited(self) -> float:
         """Seconds that the host has stood still for collectives, since the beginning."""
-        return self._executor.waited
+        return self._executor.waits.seconds
 
     def nonfinite(self) -> tuple[int, int] | None:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1

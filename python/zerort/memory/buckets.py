@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.device import device_for
 from zerort.errors import StepError
+from zerort.memory.masters import master_of
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
@@ -189,8 +189,7 @@ class FlatBucket(HeldBucket):
     """
 
     __slots__ = (
-        "_master",
-        "_noted",
+        "_masters",
         "accum",
         "group",
         "local",
@@ -210,8 +209,8 @@ class FlatBucket(HeldBucket):
         dtype, device = members[0].tensor.dtype, members[0].tensor.device
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         whole = not plan.shards_optimizer
-        if dtype != precise:
-            self.master = self.owned.tensor.to(precise)
+        self._masters = master_of(self.owned, precise)
+        self.master = self._masters.tensor
         sums = layout.sums if precise == torch.float32 else precise
         self.widens = self.has_master and sums != dtype
         local = layout.local_sums and self.widens
@@ -222,60 +221,38 @@ class FlatBucket(HeldBucket):
         )
         self.accum = everything if everything and whole else self.reduced_shard
         self.squares: float | Tensor = 0.0
-        self._master = Memory.of(self.master) if self.has_master else None
-        self._noted: Tensor | None = None
 
     @property
     def has_master(self) -> bool:
         """Whether the optimizer's copy is memory of its own."""
-        return self.master is not self.owned.tensor
+        return self._masters.is_own
 
     def keep(self) -> None:
         """And the masters follow."""
         super().keep()
-        if self.has_master:
-            with torch.no_grad():
-                self.master.copy_(self.owned.tensor)
-            self._noted = None
+        self._masters.follow()
 
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""
-        if self.has_master:
-            self.owned.tensor.copy_(self.master)
-            self._noted = None
+        self._masters.lead()
 
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces masters, (n,) from `start` of the owned part on, and the parameters with them,
         as far as this rank owns them.
         """
-        at, length = min(start, self.master.numel()), values.numel()
-        self.master.narrow(0, at, length).copy_(values)
-        if self.has_master:
-            owned = self.owned.tensor.narrow(0, at, length)
-            owned.copy_(self.master.narrow(0, at, length))
-            if self._noted is not None:
-                self._noted.narrow(0, at, length).copy_(owned)
+        self._masters.assign(min(start, self.master.numel()), values)
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into the parameters this
         rank owns, such as load_state_dict or a clamp through `.data`.
-
-        Written is an element that has other bits than its master's cast: of the others the master
-        knows more, and keeps it.
         """
-        if self._noted is not None:
-            values = self.owned.tensor
-            written = values.view(torch.int16) != self._noted.view(torch.int16)
-            torch.where(written, values, self.master, out=self.master)
-        elif self._master is not None:
-            device_for(self.master.device).take_writes(self.owned, self._master)
+        self._masters.take_writes()
 
     def note_writes(self) -> None:
         """What stands in the parameters is not for the masters, although it is not their cast: a
         feature has written it. It is what later writes are found by, until the next step.
         """
-        if self.has_master:
-            self._noted = self.owned.tensor.clone()
+        self._masters.note_writes()
 
     def slots(self, send: Tensor) -> list[Tensor]:
         """Views of a send buffer (numel,), one per parameter, in the layout of its gradient.

@@ -82,7 +82,7 @@ class RollCall:
         while True:
             rows = torch.zeros(control.world, gatherer.WIDTH, dtype=torch.int64)
             rows[control.rank] = torch.tensor(gatherer.row(own), dtype=torch.int64)
-            with self._executor.waiting("roll call"):
+            with self._executor.waits.waiting("roll call"):
                 control.all_reduce(rows)
             reading = gatherer.read(rows.flatten().tolist())
             match reading.what:

@@ -20,11 +20,8 @@ What it does not do: it decides nothing about the order, and it does not know wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,13 +29,15 @@ import torch
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
-from zerort.memory import FlatBucket, FlatModel, HeldBucket
-from zerort.mesh import Mesh, Work
+from zerort.memory import FlatBucket, FlatModel
+from zerort.mesh import Mesh
 from zerort.run.actions import Action, Actions
 from zerort.run.actions import Verb as Kind
-from zerort.run.flight import FIRST, OVER, Flight, Hop, Inflight, LaneMemory, Transport, lane_for
+from zerort.run.flight import FIRST, OVER, Hop, Inflight, LaneMemory, Transport, lane_for
 from zerort.run.gathers import UnitFlight
 from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
+from zerort.run.publication import Publication
+from zerort.run.waits import Waits, called, contents
 from zerort.trace.watch import Watch
 
 __all__ = ["Executor", "Fold"]
@@ -56,8 +55,6 @@ class Program:
     """In the order of their launches."""
     launches_end: int = 0
     """One past the last Launch."""
-    publish: Sequence[tuple[FlatBucket, Sequence[Hop]]] = ()
-    """How updated shards are brought to all ranks after a step."""
     units: Mapping[int, UnitFlight] = field(default_factory=dict)
     """What is gathered and freed together, where parameters are sharded."""
 
@@ -71,10 +68,7 @@ class Executor:
         self.device = device_for(mesh.device)
         self.streams = self.device.streams()
         self.watch = watch
-        self.waited = 0.0
-        """Seconds that the host has stood still for collectives, since the beginning; nan where
-        waiting does not block it.
-        """
+        self.waits = Waits(mesh.shard, watch, blocks=self.device.blocks)
         self._flat = flat
         self._trained = {bucket.spec.id: bucket for bucket in flat.trained}
         self._mesh = mesh
@@ -82,6 +76,7 @@ class Executor:
         self._transports = transports
         self._lock = threading.Lock()
         self._program = Program()
+        self._publication = Publication((), self.waits)
         self._cursor = self._allowed = 0
         self._pass = Pass()
         self._actions = Actions(polls=self.device.blocks)
@@ -107,13 +102,9 @@ class Executor:
             [flights[bucket] for kind, bucket in plan.schedule if kind == "launch"],
             launches_end=1
             + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
-            publish=[
-                (bucket, self._publish_hops(bucket))
-                for bucket in self._flat.trained
-                if bucket.spec.publish_hops
-            ],
             units=units or self._units(plan),
         )
+        self._publication = Publication(self._published(), self.waits)
         self._actions.load(self._table())
         self._cursor = self._allowed = 0
 
@@ -141,8 +132,12 @@ class Executor:
         ]
         return Inflight(bucket, hops, lane.lane)
 
-    def _publish_hops(self, bucket: FlatBucket) -> Sequence[Hop]:
-        return [PUBLISH[hop.op](self._mesh[hop.group], bucket) for hop in bucket.spec.publish_hops]
+    def _published(self) -> list[tuple[FlatBucket, Sequence[Hop]]]:
+        return [
+            (bucket, [PUBLISH[hop.op](self._mesh[hop.group], bucket) for hop in hops])
+            for bucket in self._flat.trained
+            if (hops := bucket.spec.publish_hops)
+        ]
 
     def _units(self, plan: _core.Plan) -> dict[int, UnitFlight]:
         return {
@@ -199,7 +194,7 @@ class Executor:
             for number in units:
                 unit = self._program.units[number]
                 if unit.under_way or not self.device.blocks:
-                    with self.waiting(f"all_gather of {unit.contents}"):
+                    with self.waits.waiting(f"all_gather of {unit.contents}"):
                         self._land(unit)
                 else:
                     self._land(unit)
@@ -222,7 +217,7 @@ class Executor:
             _to_the_end(self._drain)
         if self.device.blocks:
             return
-        with self.waiting("reduced gradients"):
+        with self.waits.waiting("reduced gradients"):
             self.streams.join()
 
     def collect(self) -> None:
@@ -258,26 +253,10 @@ class Executor:
 
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
-        flights: list[Flight] = []
         try:
-            _to_the_end(lambda: self._publish(flights))
+            _to_the_end(self._publication.finish)
         finally:
             self._flat.published()
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Within, the caller stands still for the collective `what`, which the watch hears of.
-
-        A collective that fails or times out raises `CommError` naming it.
-        """
-        mark, start = self.watch.mark(), perf_counter()
-        try:
-            with self._naming(what):
-                yield
-        finally:
-            # where waiting does not block the host, only the device knows how long it stood still
-            self.waited += perf_counter() - start if self.device.blocks else nan
-            self.watch.waited(mark, what)
 
     # The cursor.
 
@@ -312,7 +291,7 @@ class Executor:
 
     def _gather(self, unit: UnitFlight) -> None:
         if unit.under_way:
-            with self.waiting(f"all_gather of {unit.contents}"):
+            with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
         unit.compares |= self.compares
         try:
@@ -329,7 +308,7 @@ class Executor:
 
     def _free(self, unit: UnitFlight) -> None:
         if unit.under_way:
-            with self.waiting(f"all_gather of {unit.contents}"):
+            with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
         changed = unit.free()
         if changed is not None:
@@ -342,7 +321,7 @@ class Executor:
         if flight.state is OVER:
             flight.state = FIRST
         if not self.device.blocks:
-            with self.waiting(f"room for {_contents(flight.bucket)}"):
+            with self.waits.waiting(f"room for {contents(flight.bucket)}"):
                 self.streams.make_room(flight.lane)
         with self.streams.packing(flight.lane):
             flight.start()
@@ -369,48 +348,12 @@ class Executor:
         work = flight.state.work
         with self.streams.summing(flight.lane):
             if work is not None:
-                self._wait(work, f"{flight.hop.name} of {_contents(flight.bucket)}")
-                self._landed(flight)
+                self.waits.complete(work, f"{flight.hop.name} of {contents(flight.bucket)}")
+                self.waits.landed(flight)
             if self._pass.failure is None:
                 flight.take()
             else:
                 flight.pass_over()
-
-    def _wait(self, work: Work, what: str) -> None:
-        # On a stream of its own a wait holds up only what waits for that stream.
-        with self.waiting(what) if self.device.blocks else self._naming(what):
-            work.wait()
-
-    def _publish(self, flights: list[Flight]) -> None:
-        if not flights:
-            flights.extend([Flight(bucket, hops) for bucket, hops in self._program.publish])
-        for flight in flights:
-            if flight.state is not OVER:
-                self._send(flight)
-        for flight in flights:
-            while flight.state is not OVER:
-                work = self._send(flight)
-                with self.waiting(f"{flight.hop.name} of {_contents(flight.bucket)}"):
-                    work.wait()
-                self._landed(flight)
-                flight.take()
-
-    def _send(self, flight: Flight) -> Work:
-        """Starts the hop that a bucket being published is at, unless that has been done."""
-        fresh = flight.state.work is None
-        work = flight.start()
-        if fresh and self.watch.enabled:
-            self._started(flight)
-        return work
-
-    @contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except CommError:
-            raise  # it names its operation already
-        except RuntimeError as error:
-            raise self._comm.failure(what, error) from error
 
     # What the watch hears.
 
@@ -418,37 +361,29 @@ class Executor:
         if self.watch.enabled:
             sent = flight.hop.buffer
             self.watch.launched(flight.bucket.spec, sent.nbytes, sent.dtype)
-            self._started(flight)
+            self.waits.started(flight)
 
     def _retired(self, flight: Inflight) -> None:
         if self.watch.enabled:
             self.watch.retired(flight.bucket.spec)
-            self._started(flight)
+            self.waits.started(flight)
 
     def _gathering(self, unit: UnitFlight) -> None:
         if self.watch.enabled:
             self.watch.gathered(unit.unit, unit.nbytes)
             for flight in unit.flights:
-                self._started(flight)
+                self.waits.started(flight)
 
     def _freed(self, unit: UnitFlight) -> None:
         if self.watch.enabled and not unit.pinned:
             self.watch.freed(unit.unit.id)
-
-    def _started(self, flight: Flight) -> None:
-        if flight.state.work is not None:
-            self.watch.started(_called(flight), flight.hop.buffer.nbytes, flight.state.work)
-
-    def _landed(self, flight: Flight) -> None:
-        if self.watch.enabled:
-            self.watch.landed(_called(flight))
 
     def _land(self, unit: UnitFlight) -> None:
         """Waits for what is under way of a unit."""
         if not self.watch.enabled:
             unit.land()
             return
-        names = [_called(flight) for flight in unit.flights if flight.state is not OVER]
+        names = [called(flight) for flight in unit.flights if flight.state is not OVER]
         unit.land()
         for name in names:
             self.watch.landed(name)
@@ -472,16 +407,6 @@ def _is_lack_of_memory(error: Exception) -> bool:
     # torch has a class of its own for an accelerator's memory, and none for the host's
     lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return lacks or "allocate memory" in str(error)
-
-
-def _called(flight: Flight) -> str:
-    """The collective that a flight is at, for the watch."""
-    return f"{flight.hop.name} b{flight.bucket.spec.id}"
-
-
-def _contents(bucket: HeldBucket) -> str:
-    first, last = bucket.names[0], bucket.names[-1]
-    return f"bucket {bucket.spec.id} ({first if first == last else f'{first} .. {last}'})"
 
 
 def _nothing(_: str) -> None:
