@@ -22,10 +22,11 @@ from zerort.config.features import (
     Timers,
 )
 from zerort.config.given import Given
-from zerort.config.monitors import Comet, Mlflow, MonitorFolder, Trackio, Wandb
+from zerort.config.monitors import Comet, MonitorFolder, Trackio, Wandb
+from zerort.config.precision import Autocast, Bf16, DataTypes, Fp16
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
+from zerort.config.runtime import Runtime
 from zerort.config.section import (
-    LARGEST,
     Count,
     Dtype,
     DtypeName,
@@ -34,30 +35,14 @@ from zerort.config.section import (
     Names,
     Section,
     Size,
-    dtype_name,
     lower,
     never,
     number,
     upper,
-    whole,
     zero_or_normal,
 )
 
-__all__ = [
-    "Autocast",
-    "Bf16",
-    "Checkpoint",
-    "CheckpointPolicy",
-    "Config",
-    "DataTypes",
-    "Fp16",
-    "Loader",
-    "Optimizer",
-    "Runtime",
-    "Scheduler",
-    "Trace",
-    "Zero",
-]
+__all__ = ["Checkpoint", "Config", "Optimizer", "Scheduler", "Zero"]
 
 DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
 
@@ -116,75 +101,6 @@ class Zero(Section):
         )
 
 
-class Fp16(Section):
-    """`fp16`: half precision with a loss scale."""
-
-    enabled: bool = False
-    auto_cast: bool = False
-    """Floating-point inputs of the module are cast to fp16."""
-    loss_scale: Annotated[
-        float,
-        BeforeValidator(number),
-        Field(ge=0, le=LARGEST),
-        AfterValidator(zero_or_normal),
-    ] = 0.0
-    """0 means dynamic."""
-    initial_scale_power: Annotated[int, BeforeValidator(number), Field(ge=0, le=127)] = 16
-    loss_scale_window: Annotated[Count, BeforeValidator(number)] = 1000
-    hysteresis: Annotated[Count, BeforeValidator(number)] = 2
-    consecutive_hysteresis: bool = False
-    min_loss_scale: Annotated[Factor, BeforeValidator(number)] = 1.0
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the scale moves with overflows."""
-        return self.loss_scale == 0
-
-    @property
-    def initial_scale(self) -> float:
-        """The scale of the first step."""
-        return 2.0**self.initial_scale_power if self.dynamic else self.loss_scale
-
-    @model_validator(mode="after")
-    def _minimum_below(self) -> Fp16:
-        if self.dynamic and self.min_loss_scale > self.initial_scale:
-            raise ValueError(
-                f"min_loss_scale is {self.min_loss_scale:g}, above the scale that the first step "
-                f"begins with, 2 to the power of initial_scale_power: {self.initial_scale:g}"
-            )
-        return self
-
-
-class Bf16(Section):
-    """`bf16`: bfloat16 parameters with fp32 masters."""
-
-    enabled: bool = False
-
-
-class Autocast(Section):
-    """`torch_autocast`: fp32 parameters; torch chooses what is computed in low precision."""
-
-    enabled: bool = False
-    dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(dtype_name)] = "bf16"
-    lower_precision_safe_modules: list[str] | None = None
-    """Classes of modules whose gradients are sent in `dtype`, by their dotted names; None means
-    linear and convolution.
-
-    Their operations are computed in `dtype`, so that is all their gradients hold.
-    """
-
-
-class DataTypes(Section):
-    """`data_types`."""
-
-    grad_accum_dtype: Dtype | None = None
-    """What passes are added in; None means fp32."""
-    param_dtype: Dtype | None = None
-    """What parameters are cast to anyway; it decides nothing."""
-    buffer_dtype: Dtype | None = None
-    """What floating-point buffers are cast to; None leaves those of the model's own as they are."""
-
-
 class Optimizer(Section):
     """`optimizer`: a name and the keyword arguments of its constructor."""
 
@@ -206,76 +122,6 @@ class Checkpoint(Section):
 
     tag_validation: Annotated[Literal["WARN", "IGNORE", "FAIL"], BeforeValidator(upper)] = "WARN"
     """What happens when ranks name different tags."""
-
-
-class Trace(Section):
-    """`zerort.trace`: where runtime events go."""
-
-    enabled: bool = True
-    path: str | None = None
-    """File per run; the rank is put into its name. None writes nothing."""
-    capacity: Count = 1 << 18
-    """Events kept in the ring."""
-
-    @property
-    def active(self) -> bool:
-        """Whether events are recorded."""
-        return self.enabled and self.path is not None
-
-
-class Loader(Section):
-    """`zerort.loader`: the loader that `initialize` makes from training_data."""
-
-    workers: Annotated[int, BeforeValidator(whole), Field(ge=0, le=1024)] = 0
-    """Processes of each rank that fetch samples; 0 fetches them in the rank's own."""
-    persistent_workers: bool = False
-    """Workers stay from one epoch to the next."""
-    pin_memory: bool = True
-    """Batches go through page-locked memory; without effect on a CPU."""
-
-
-class CheckpointPolicy(Section):
-    """`zerort.checkpoint`: saving and loading; the first two are defaults of `save_checkpoint`'s
-    keywords.
-    """
-
-    overwrite: bool = False
-    keep_last: Count | None = None
-    timeout: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds that a rank may write or read nothing while the others wait for it."""
-
-
-class Runtime(Section):
-    """`zerort`: what DeepSpeed has no key for."""
-
-    window: Count | Literal["all"] | None = None
-    """Launched and unretired buckets; None lets the back end choose."""
-    bucket_bytes: Size | None = None
-    """Upper bound of a bucket in bytes, instead of `reduce_bucket_size`."""
-    wire: str | None = None
-    """Name of a wire format; None follows `communication_data_type`."""
-    reduce_at: Literal["micro_batch", "boundary"] | None = None
-    """When gradients are reduced; None means at the boundary below stage 2, from there on in every
-    micro-batch.
-    """
-    reshard_after_forward: bool | None = None
-    """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
-    follows `stage3_max_live_parameters`.
-    """
-    load_from: str | None = None
-    """Stage 3: a safetensors file, its index or their folder, for parameters on the meta device."""
-    on_nonfinite: Literal["skip", "raise"] = "skip"
-    unused_parameters: Literal["zero", "raise"] | None = None
-    """A parameter without a gradient: None follows `ignore_unused_parameters`."""
-    sparse_gradients: Literal["refuse", "densify"] = "refuse"
-    timeout: Annotated[float, Field(ge=1, le=2_000_000)] = 300.0
-    """Seconds a rank waits for its peers; the largest is what 31 bits of milliseconds hold."""
-    peak_flops: Annotated[float, Field(gt=0)] | None = None
-    """Floating-point operations that one device does a second at most; None looks it up."""
-    trace: Trace = Field(default_factory=Trace)
-    mlflow: Mlflow = Field(default_factory=Mlflow)
-    loader: Loader = Field(default_factory=Loader)
-    checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
 
 
 class Config(Given):

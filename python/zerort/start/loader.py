@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from zerort.config import Batch, Config
-from zerort.config.model import Loader
+from zerort.config.runtime import Loader
 from zerort.errors import CheckpointError, ConfigError, StepError
 from zerort.mesh import Comm
 

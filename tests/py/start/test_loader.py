@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker
 import ranks
 import zerort
 from logged import log_lines
-from zerort.config.model import Loader
+from zerort.config.runtime import Loader
 from zerort.errors import CheckpointError, ConfigError, StepError
 from zerort.start.loader import TrainingLoader
 
