@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "LayoutError",
     "NonFiniteGradient",
+    "NotBuiltError",
     "PlanError",
     "PlanMismatch",
     "StepError",
@@ -65,6 +66,10 @@ class CommError(ZerortError, RuntimeError):
 
 class CheckpointError(ZerortError, OSError):
     """A checkpoint that cannot be written or trusted; names the file and the tensor."""
+
+
+class NotBuiltError(ZerortError, NotImplementedError):
+    """A name of DeepSpeed's that was used, and that zerort has nothing for."""
 
 
 def did_you_mean(guess: str | None) -> str:

@@ -1,0 +1,79 @@
+"""The engine as DeepSpeed's callers know it: `DeepSpeedEngine`, a class without state of its own
+that an engine of `zerort.initialize` is given afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from zerort.compat.deepspeed.failures import as_deepspeed_fails
+from zerort.compat.deepspeed.optimizer import follow
+from zerort.engine import Engine
+
+__all__ = ["DeepSpeedEngine"]
+
+
+class DeepSpeedEngine(Engine):
+    """zerort's engine. Where DeepSpeed's does another thing with the same arguments, so does this
+    one; its errors are also the `AssertionError` that DeepSpeed's callers catch.
+    """
+
+    @as_deepspeed_fails
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the engine's own."""
+        return super().backward(loss, *args, **kwargs)
+
+    @as_deepspeed_fails
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """As the engine's own; the optimizer then says whether its step was skipped."""
+        super().step(lr_kwargs)
+        follow(self)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        overwrite: bool | None = None,
+        **own: Any,
+    ) -> bool:
+        """As the engine's own, but an existing tag is replaced unless `overwrite` is False."""
+        return super().save_checkpoint(
+            save_dir,
+            None if tag is None else str(tag),
+            client_state,
+            save_latest,
+            exclude_frozen_parameters,
+            overwrite=overwrite is not False,
+            **own,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+        **own: Any,
+    ) -> tuple[str | None, Any]:
+        """As the engine's own, but (None, None) where there is nothing to load."""
+        path, client_state = super().load_checkpoint(
+            load_dir,
+            None if tag is None else str(tag),
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+            **own,
+        )
+        follow(self)
+        return path, None if path is None else client_state

@@ -1,0 +1,83 @@
+"""Ranks that come through another library's door: the environment that its launcher would make, on
+gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import zerort.compat.deepspeed as shim
+
+__all__ = ["BATCH", "enter", "micro_batch", "needs", "net", "rows", "settings"]
+
+BATCH = 4
+"""Samples of a micro-batch on one rank."""
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skips where one of them is not installed. Nothing is imported: a rank has to be told first
+    who answers for DeepSpeed.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    reason = f"needs {', '.join(missing)}: pip install zerort[compat-test]"
+    return pytest.mark.skipif(bool(missing), reason=reason)
+
+
+def enter(rank: int, world: int) -> None:
+    """Before anything of Hugging Face's is imported."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",  # the group is there
+        HF_HUB_OFFLINE="1",
+        ACCELERATE_USE_DEEPSPEED="true",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    shim.install()
+    from accelerate import PartialState
+
+    # Accelerate gives DeepSpeed several processes only where there is an accelerator
+    PartialState(backend="gloo")
+
+
+def settings(stage: int, precision: str, **more: Any) -> dict[str, Any]:
+    """A file as people have it for these integrations."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 4},
+        **more,
+    }
+
+
+def net() -> nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of 8 and targets of 4, the same on every rank."""
+    draw = torch.Generator().manual_seed(3)
+    inputs = torch.randn(count, 8, generator=draw)
+    return inputs, torch.tanh(inputs @ torch.randn(8, 4, generator=draw))
+
+
+def micro_batch(data: tuple[torch.Tensor, torch.Tensor], step: int) -> list[torch.Tensor]:
+    """What Accelerate's loader hands this rank as its `step`-th batch: ranks take turns."""
+    at = (step * dist.get_world_size() + dist.get_rank()) * BATCH
+    return [part[at : at + BATCH] for part in data]
