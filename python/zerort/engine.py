@@ -8,6 +8,7 @@ update), `step.progress` (what follows it) and `checkpoint.calls` (what is saved
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -23,6 +24,7 @@ from zerort.errors import ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
 from zerort.grads.compiled import around
+from zerort.mesh import leave_last_words
 from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
@@ -236,9 +238,12 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         """Writes the trace, takes the hooks off the model and gives the process groups back.
 
         All ranks call it: what a backward without a `step` has begun is ended together. The module
-        can be used on, also by `forward`; nothing else can. A second call does nothing.
+        can be used on, also by `forward`; nothing else can. While an exception is handled, ranks
+        that still wait for this one hear of it. A second call does nothing.
         """
         if not self._transaction.closed:
+            if (error := sys.exc_info()[1]) is not None:
+                leave_last_words(error)
             self._transaction.finish()
             self._give_back()
             self._parts.mesh.close()

@@ -5,7 +5,16 @@ number of ranks.
 promises and the format.
 """
 
-from zerort.checkpoint.export import get_fp32_state_dict, load_state_dict_from_zero_checkpoint
+from zerort.checkpoint.export import (
+    get_client_state,
+    get_fp32_state_dict,
+    load_state_dict_from_zero_checkpoint,
+)
 from zerort.checkpoint.verify import problems
 
-__all__ = ["get_fp32_state_dict", "load_state_dict_from_zero_checkpoint", "problems"]
+__all__ = [
+    "get_client_state",
+    "get_fp32_state_dict",
+    "load_state_dict_from_zero_checkpoint",
+    "problems",
+]

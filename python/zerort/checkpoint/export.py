@@ -23,6 +23,7 @@ from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
 
 __all__ = [
+    "get_client_state",
     "get_fp32_state_dict",
     "load_state_dict_from_zero_checkpoint",
     "state_dict_of",
@@ -44,15 +45,29 @@ def get_fp32_state_dict(
     floating point, and has its own dtype otherwise.
     Raises `CheckpointError` for a checkpoint that is missing or damaged.
     """
+    reader = _opened(checkpoint_dir, tag)
+    return state_dict_of(reader, exclude_frozen=exclude_frozen_parameters)
+
+
+def get_client_state(checkpoint_dir: str | os.PathLike[str], tag: str | None = None) -> Any:
+    """The client state that a checkpoint was saved with, its tensors on CPU. Arguments and errors
+    are those of `get_fp32_state_dict`.
+    """
+    reader = _opened(checkpoint_dir, tag)
+    found = reader.value(reader.manifest.client_state)
+    reader.fill()
+    return found
+
+
+def _opened(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Reader:
     disk, folder = Disk(), Path(checkpoint_dir)
     found = tag if tag is not None else latest(disk, folder)
     if found is None:
         raise CheckpointError(f"{folder} has no file `{LATEST}`: name a tag")
-    manifest = parse(read_manifest(disk, folder, found))
-    reader = Reader(disk, folder / found, manifest)
+    reader = Reader(disk, folder / found, parse(read_manifest(disk, folder, found)))
     reader.check_names()
     reader.check_sizes()
-    return state_dict_of(reader, exclude_frozen=exclude_frozen_parameters)
+    return reader
 
 
 def load_state_dict_from_zero_checkpoint(

@@ -19,11 +19,14 @@ from multiprocessing.util import Finalize
 
 from zerort.mesh.board import Board, Unanswered
 
-__all__ = ["FINISHED", "leave_at_exit"]
+__all__ = ["FINISHED", "PARTED", "leave", "leave_at_exit"]
 
 FINISHED = (
     "has finished its program, or left it by sys.exit (engine.join() lets ranks end unevenly)"
 )
+
+PARTED = "gave its engine back after"
+"""What the words of a rank begin with that has failed, and whose process goes on."""
 
 _LONGEST = 600  # characters of an exception's message
 _PATIENCE = 0.5  # seconds
@@ -38,7 +41,7 @@ def leave_at_exit(board: Board) -> str:
     pid = os.getpid()
     if pid not in _left:
         _left.clear()
-        _left[pid] = (f"zerort/last words/{uuid.uuid4().hex}", [])
+        _left[pid] = (_new_key(), [])
         # It runs at the end of the main program, and at the end of a process of multiprocessing,
         # where atexit's functions do not; there the exception is still being handled.
         Finalize(None, _leave, exitpriority=_FIRST)
@@ -47,9 +50,27 @@ def leave_at_exit(board: Board) -> str:
     return key
 
 
+def leave(error: BaseException) -> None:
+    """Leaves now why this rank takes part in nothing any more, because of `error`; its process may
+    go on, and what it begins anew has a key of its own.
+    """
+    pid = os.getpid()
+    if pid in _left:
+        key, boards = _left[pid]
+        _write(key, f"{PARTED} {_described(error)}", boards)
+        _left[pid] = (_new_key(), boards)
+
+
+def _new_key() -> str:
+    return f"zerort/last words/{uuid.uuid4().hex}"
+
+
 def _leave() -> None:
     key, boards = _left[os.getpid()]
-    words = _words(sys.exc_info()[1] or _uncaught())
+    _write(key, _words(sys.exc_info()[1] or _uncaught()), boards)
+
+
+def _write(key: str, words: str, boards: list[Board]) -> None:
     for board in boards:
         try:
             board.leave(key, words, _PATIENCE)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from zerort.mesh.board import Board, Unanswered
-from zerort.mesh.last_words import FINISHED
+from zerort.mesh.last_words import FINISHED, PARTED
 from zerort.mesh.process import Process
 
 __all__ = ["Peer", "Peers"]
@@ -35,7 +35,7 @@ _LATE = (
     "makes fewer steps (which engine.join() allows), waits for something else, or needs longer "
     "than zerort.timeout"
 )
-_CONSEQUENCE = "ended with CommError"
+_CONSEQUENCES = ("ended with CommError", f"{PARTED} CommError")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Peers:
         first = {
             rank: how
             for rank, how in ended.items()
-            if rank not in heard.waits and not how.startswith(_CONSEQUENCE)
+            if rank not in heard.waits and not how.startswith(_CONSEQUENCES)
         }
         if ended:
             found = sorted((first or ended).items())

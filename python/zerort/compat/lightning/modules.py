@@ -1,0 +1,45 @@
+"""A module before and behind its engine: moved, synchronised, and its weights given back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zerort.params.sharded import Gone, keeper_of
+from zerort.zero import GatheredParameters
+
+__all__ = ["Whole", "is_gone", "is_sharded"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether any parameter's values are spread over the ranks."""
+    return any(keeper_of(parameter) is not None for parameter in module.parameters())
+
+
+def is_gone(module: nn.Module) -> bool:
+    """Whether any parameter's values went with an engine."""
+    return any(isinstance(parameter, Gone) for parameter in module.parameters())
+
+
+class Whole:
+    """Copies of a module's sharded parameters in this rank's host memory, taken while its engine
+    lives. All ranks take them together, one parameter at a time.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._values: dict[int, Tensor] = {}
+        for parameter in module.parameters():
+            if keeper_of(parameter) is not None:
+                with GatheredParameters(parameter), torch.no_grad():
+                    self._values[id(parameter)] = parameter.detach().to("cpu", copy=True)
+
+    def give_back(self, module: nn.Module) -> None:
+        """Behind the engine: the module has whole parameters again, new ones with these values."""
+        made: dict[int, nn.Parameter] = {}
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                value = None if parameter is None else self._values.get(id(parameter))
+                if parameter is not None and value is not None:
+                    part._parameters[name] = made.setdefault(
+                        id(parameter), nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    )
