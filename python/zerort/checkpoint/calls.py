@@ -46,12 +46,14 @@ class Saving:
         *,
         overwrite: bool | None = None,
         keep_last: int | None = None,
+        allow_pickle: bool = False,
     ) -> bool:
         """Writes all state to `save_dir`/`tag` (default `global_step{N}`). All ranks call it;
         returns True.
 
         When it returns, the checkpoint is complete on every rank and survives a power loss.
-        `client_state` (rank 0's is kept) holds JSON values, tuples, integer keys and tensors. An
+        `client_state` (rank 0's is kept) holds what `torch.load(weights_only=True)` reads back, and
+        with `allow_pickle` any object that can be pickled, which loading then must allow too. An
         existing tag is replaced with `overwrite`, and only the newest `keep_last` stay; both
         default to the configuration. Gradients are not part of it: save after a step. Raises the
         same `CheckpointError` on all ranks, and then what was there before is untouched.
@@ -62,6 +64,7 @@ class Saving:
             save_latest,
             policy.overwrite if overwrite is None else overwrite,
             policy.keep_last if keep_last is None else keep_last,
+            allow_pickle=allow_pickle,
         )
         return self._checkpoints.save(
             save_dir, tag, client_state or {}, options, exclude_frozen=exclude_frozen_parameters
@@ -78,6 +81,7 @@ class Saving:
         custom_load_fn: Callable[..., Any] | None = None,
         *,
         fallback: bool = False,
+        allow_pickle: bool = False,
     ) -> tuple[str | None, Any]:
         """Continues from `load_dir`/`tag`, by default what `latest` names there. All ranks call it.
 
@@ -85,9 +89,10 @@ class Saving:
         the engine changes; with `fallback` a damaged checkpoint is replaced by the newest that
         verifies. Names are matched wherever they are held, in the optimizer or not. What is not
         taken is logged, and stands in `last_load`: random number generators fit the same number of
-        ranks alone. Returns the path and the client state, or (None, {}) with a warning when there
-        is no `latest`. Raises the same `CheckpointError` on all ranks, and then the engine is as it
-        was, whichever object raised.
+        ranks alone. Objects in the client state are unpickled, which runs what they say, only with
+        `allow_pickle`. Returns the path and the client state, or (None, {}) with a warning when
+        there is no `latest`. Raises the same `CheckpointError` on all ranks, and then the engine is
+        as it was, whichever object raised.
         """
         self._transaction.pause("load_checkpoint()")
         options = LoadOptions(
@@ -96,6 +101,7 @@ class Saving:
             load_lr_scheduler_states,
             load_module_only,
             weights=custom_load_fn is None,
+            allow_pickle=allow_pickle,
         )
         loaded = self._checkpoints.load(load_dir, tag, options, custom_load_fn, fallback=fallback)
         if loaded[0] is not None:

@@ -20,8 +20,9 @@ from zerort.checkpoint.match import LoadOptions
 from zerort.checkpoint.prune import Pruned, Run
 from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
-from zerort.checkpoint.snapshot import Snapshot, collect
+from zerort.checkpoint.snapshot import KeepOptions, Snapshot, collect
 from zerort.checkpoint.state import EngineState, aliases
+from zerort.checkpoint.tags import folder_of
 from zerort.checkpoint.weights import save_weights
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus, Patience
@@ -69,7 +70,7 @@ class Checkpoints:
     ) -> bool:
         """All ranks. See `Engine.save_checkpoint`."""
         comm = self.state.comm
-        folder = Path(save_dir)
+        folder = self._agreement.agree("cannot save", lambda: folder_of(save_dir, "save_dir"))
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
         name = agreed_tag(comm, wanted, self._policy.tag_validation)
         loaded = frozenset(
@@ -79,7 +80,8 @@ class Checkpoints:
 
         def snap() -> Snapshot:
             self._refuse_half_changed()
-            return collect(self.state, client_state, exclude_frozen=exclude_frozen)
+            kept = KeepOptions(exclude_frozen, options.allow_pickle)
+            return collect(self.state, client_state, kept)
 
         snapshot = self._agreement.agree(what, snap)
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
@@ -124,7 +126,7 @@ class Checkpoints:
         fallback: bool,
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
-        folder = Path(load_dir)
+        folder = self._agreement.agree("cannot load", lambda: folder_of(load_dir, "load_dir"))
         loading = Load(self.state, self.disk, folder, options, custom, self._policy.timeout)
         loaded = loading.run(tag, fallback=fallback)
         self.bytes_read = loading.bytes_read
@@ -147,7 +149,7 @@ class Checkpoints:
         self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool
     ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
-        folder = Path(save_dir)
+        folder = self._agreement.agree("cannot save", lambda: folder_of(save_dir, "save_dir"))
         patience = Patience(
             f"save {folder / name}", self._policy.timeout, "zerort.checkpoint.timeout"
         )

@@ -7,30 +7,48 @@ that saved. `weights` has what a running engine exports.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zerort import _core
+from zerort.checkpoint.client import SavedClientState, check_permission
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.manifest import Manifest, ParamEntry, rank_file
 from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader, Shard
-from zerort.checkpoint.tags import LATEST, latest, read_manifest
+from zerort.checkpoint.tags import LATEST, folder_of, latest, read_manifest
 from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
 
 __all__ = [
+    "SavedTensor",
     "get_client_state",
     "get_fp32_state_dict",
     "load_state_dict_from_zero_checkpoint",
+    "open_checkpoint",
+    "saved_tensors",
     "state_dict_of",
 ]
 
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def open_checkpoint(checkpoint_dir: str | os.PathLike[str], tag: str | None = None) -> Reader:
+    """A reader of one checkpoint, by default of the one that `latest` names. Raises
+    `CheckpointError` for one that is missing or not complete.
+    """
+    disk, folder = Disk(), folder_of(checkpoint_dir, "checkpoint_dir")
+    found = tag if tag is not None else latest(disk, folder)
+    if found is None:
+        raise CheckpointError(f"{folder} has no file `{LATEST}`: name a tag")
+    reader = Reader(disk, folder / found, parse(read_manifest(disk, folder, found)))
+    reader.check_names()
+    reader.check_sizes()
+    return reader
 
 
 def get_fp32_state_dict(
@@ -45,29 +63,71 @@ def get_fp32_state_dict(
     floating point, and has its own dtype otherwise.
     Raises `CheckpointError` for a checkpoint that is missing or damaged.
     """
-    reader = _opened(checkpoint_dir, tag)
+    reader = open_checkpoint(checkpoint_dir, tag)
     return state_dict_of(reader, exclude_frozen=exclude_frozen_parameters)
 
 
-def get_client_state(checkpoint_dir: str | os.PathLike[str], tag: str | None = None) -> Any:
-    """The client state that a checkpoint was saved with, its tensors on CPU. Arguments and errors
-    are those of `get_fp32_state_dict`.
+def get_client_state(
+    checkpoint_dir: str | os.PathLike[str], tag: str | None = None, *, allow_pickle: bool = False
+) -> Any:
+    """The client state that a checkpoint was saved with, its tensors on CPU. Objects in it are
+    unpickled only with `allow_pickle`. Arguments and errors are those of `get_fp32_state_dict`.
     """
-    reader = _opened(checkpoint_dir, tag)
-    found = reader.value(reader.manifest.client_state)
+    reader = open_checkpoint(checkpoint_dir, tag)
+    encoded = reader.manifest.client_state
+    check_permission(encoded, allow_pickle=allow_pickle)
+    found = SavedClientState(encoded, lambda name: reader.whole(rank_file(0), name))
     reader.fill()
-    return found
+    return found.open()
 
 
-def _opened(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Reader:
-    disk, folder = Disk(), Path(checkpoint_dir)
-    found = tag if tag is not None else latest(disk, folder)
-    if found is None:
-        raise CheckpointError(f"{folder} has no file `{LATEST}`: name a tag")
-    reader = Reader(disk, folder / found, parse(read_manifest(disk, folder, found)))
-    reader.check_names()
-    reader.check_sizes()
-    return reader
+@dataclass(frozen=True)
+class SavedTensor:
+    """A weight of a checkpoint that has not been read: a master in fp32, or what has none."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    _reader: Reader
+    _source: int | str
+    """The id of a planned parameter, or the name of a tensor in rank 0's file."""
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    def contiguous(self) -> Tensor:
+        """Reads and verifies it. Raises `CheckpointError` where it is damaged."""
+        source, reader = self._source, self._reader
+        if isinstance(source, int):
+            found = reader.planned(source)
+        else:
+            found = reader.whole(rank_file(0), source)
+        reader.fill()
+        return found.to(self.dtype)
+
+
+def saved_tensors(
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    exclude_frozen: bool = False,
+) -> dict[str, SavedTensor]:
+    """What `get_fp32_state_dict` returns, read when it is asked for. Raises as it does."""
+    reader = open_checkpoint(checkpoint_dir, tag)
+    manifest = reader.manifest
+    found: dict[str, SavedTensor] = {}
+    for entry in manifest.tensors:
+        kind, _, name = entry.name.partition(".")
+        if kind in ("param", "buffer") and not (exclude_frozen and name in manifest.frozen):
+            dtype = _as_fp32(DTYPES[entry.dtype])
+            found[name] = SavedTensor(name, torch.Size(entry.shape), dtype, reader, entry.name)
+    for param, saved in enumerate(manifest.params):
+        if saved.stored and not (exclude_frozen and saved.frozen):
+            dtype = _as_fp32(DTYPES[saved.dtype])
+            shape = torch.Size(saved.shape)
+            found[saved.name] = SavedTensor(saved.name, shape, dtype, reader, param)
+    return found | {alias: found[name] for alias, name in manifest.aliases.items() if name in found}
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -128,4 +188,9 @@ def _shaped(flat: Tensor, offset: int, saved: ParamEntry) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype | None, as_saved: bool) -> Tensor:
     if as_saved:
         return tensor if dtype is None else tensor.to(dtype)
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.to(_as_fp32(tensor.dtype))
+
+
+def _as_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What a weight has in an export to fp32."""
+    return torch.float32 if dtype in _HALF else dtype

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zerort.checkpoint.client import check_permission
 from zerort.checkpoint.export import state_dict_of
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.fit import Fit, fit
@@ -127,6 +128,7 @@ class Load:
         staged, weights = reading.agree(
             what, lambda: self._read(tag, manifest, found, fits), Damaged
         )
+        client_state = ranks.agree(what, lambda: _opened(staged))
         self.record = record_of(str(self.folder / tag), manifest, self.state.module, found, fits)
         undo = Undo()
         try:
@@ -139,7 +141,7 @@ class Load:
             raise
         self._apply(found, staged, what)
         self.manifest = manifest
-        return staged.client_state
+        return client_state
 
     def _parsed(self, data: bytes) -> Manifest:
         manifest = parse(data)
@@ -148,6 +150,7 @@ class Load:
 
     def _decided(self, manifest: Manifest) -> tuple[Match, Fit]:
         options = self.options
+        check_permission(manifest.client_state, allow_pickle=options.allow_pickle)
         return match(manifest, self.state, options), fit(manifest, self.state, options)
 
     def _read(
@@ -193,3 +196,7 @@ class Load:
                 "checkpoint before going on"
             )
             raise
+
+
+def _opened(staged: Staged) -> Any:
+    return None if staged.client_state is None else staged.client_state.open()

@@ -45,6 +45,8 @@ class LoadOptions:
     """Parameters and buffers, and nothing else."""
     weights: bool = True
     """False leaves parameters and buffers to the caller."""
+    allow_pickle: bool = False
+    """Whether objects in `client_state` may be unpickled."""
 
     @property
     def optimizer(self) -> bool:

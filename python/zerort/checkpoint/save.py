@@ -4,9 +4,10 @@ listed.
     `open`     rank 0   lock DIR, delete what dead saves left, refuse an occupied tag,
                         create DIR/.tmp-TAG-NONCE/
     `write`    all      write rank_R.safetensors there, hash on the way, sync; vote
-    `seal`     rank 0   write the script, manifest.json and the next `latest`, sync all
+    `seal`     rank 0   write the script, manifest.json, the next `latest` and the script that will
+                        stand beside it, unless it is there; sync all
     `commit`   rank 0   rename the folder to DIR/TAG, or exchange the two; vote
-    `point`    rank 0   sync DIR, rename the next `latest` over the old one, sync DIR
+    `point`    rank 0   sync DIR, rename the script and the next `latest` to their names, sync DIR
     `prune`    rank 0   delete what `keep_last` lets go; vote; unlock
 
 What needs space happens before the rename, so a full disk leaves nothing half done behind it.
@@ -21,7 +22,6 @@ import errno
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ from zerort.checkpoint.manifest import (
     rank_file,
 )
 from zerort.checkpoint.prune import Pruned, Run, delete, prune, visible
+from zerort.checkpoint.script import script, script_is_due
 from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
 from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path
@@ -63,6 +64,8 @@ class SaveOptions:
     """Whose checkpoint it will be; rank 0's counts."""
     timeout: float = 3600.0
     """Seconds that a rank may write nothing."""
+    allow_pickle: bool = False
+    """Whether objects in `client_state` may be pickled."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Save:
     options: SaveOptions
     temporary: Path = field(init=False)
     next_latest: Path = field(init=False)
+    next_script: Path = field(init=False)
     pruned: Pruned = field(default=Pruned(), init=False)
     """On rank 0."""
     _lock: int | None = field(default=None, init=False)
@@ -181,9 +185,7 @@ class Save:
 
     def seal(self, written: list[Written], snapshot: Snapshot) -> None:
         """Writes what describes the checkpoint, and all that will be renamed later."""
-        script = self._write(
-            self.temporary / SCRIPT, files(__package__).joinpath(SCRIPT).read_bytes()
-        )
+        script_entry = self._write(self.temporary / SCRIPT, script())
         params = snapshot.shared["params"]
         states = merged_states(
             (rank.states for rank in written), [entry["name"] for entry in params]
@@ -197,13 +199,15 @@ class Save:
                     {**entry, "state": states.get(param)} for param, entry in enumerate(params)
                 ),
                 "ranks": tuple(rank.own for rank in written),
-                "files": (*(rank.file for rank in written), script),
+                "files": (*(rank.file for rank in written), script_entry),
                 "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
             }
         )
         self._write(self.temporary / MANIFEST, dump(manifest))
         self.disk.sync_folder(self.temporary)
         if self.options.save_latest:
+            if script_is_due(self.disk, self.folder):
+                self._write(self.next_script, script())
             self._write(self.next_latest, latest_content(self.tag))
 
     def commit(self, written: list[Written], snapshot: Snapshot) -> None:
@@ -223,6 +227,8 @@ class Save:
         """
         self.disk.sync_folder(self.folder)
         if self.options.save_latest:
+            if self.disk.exists(self.next_script):
+                self.disk.replace(self.next_script, self.folder / SCRIPT)
             self.disk.replace(self.next_latest, self.folder / LATEST)
             self.disk.sync_folder(self.folder)
         self.prune()
@@ -245,6 +251,7 @@ class Save:
     def _name(self, nonce: str) -> None:
         self.temporary = temporary_path(self.folder, self.tag, nonce)
         self.next_latest = temporary_path(self.folder, LATEST, nonce)
+        self.next_script = temporary_path(self.folder, SCRIPT, nonce)
 
     def _check_target(self) -> None:
         """Raises `CheckpointError` unless what has the tag's name may be replaced."""
@@ -298,8 +305,8 @@ class Save:
         """Removes what is temporary, as far as that can be done, and lets go of the lock."""
         if hasattr(self, "temporary"):
             with suppress(OSError):
-                left = [p for p in (self.temporary, self.next_latest) if self.disk.exists(p)]
-                delete(self.disk, self.folder, left)
+                made = (self.temporary, self.next_latest, self.next_script)
+                delete(self.disk, self.folder, [path for path in made if self.disk.exists(path)])
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with suppress(OSError):

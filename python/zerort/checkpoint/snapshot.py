@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zerort import _core
+from zerort.checkpoint.client import encode_client_state
 from zerort.checkpoint.encoding import Json, encode
 from zerort.checkpoint.manifest import ParamState
 from zerort.checkpoint.state import (
@@ -36,7 +37,7 @@ from zerort.errors import CheckpointError
 from zerort.memory import HeldBucket
 from zerort.optim.segments import Region, Segment, regions
 
-__all__ = ["Snapshot", "collect", "merged_states"]
+__all__ = ["KeepOptions", "Snapshot", "collect", "merged_states"]
 
 Spans = list[tuple[int, int]]
 """Half-open ranges of a bucket's owned part, ascending and apart."""
@@ -55,11 +56,21 @@ class Snapshot:
     """Fields of the manifest; empty but on rank 0."""
 
 
-def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen: bool) -> Snapshot:
+@dataclass(frozen=True)
+class KeepOptions:
+    """What a call of `save_checkpoint` wants in it."""
+
+    exclude_frozen: bool = False
+    allow_pickle: bool = False
+    """Whether objects in `client_state` may be pickled."""
+
+
+def collect(state: EngineState, client_state: dict[str, Any], options: KeepOptions) -> Snapshot:
     """This rank's snapshot. Raises `CheckpointError` for a value that a checkpoint cannot hold,
     with its path.
     """
     snapshot, beside = Snapshot(), dict[str, Tensor]()
+    exclude_frozen = options.exclude_frozen
     state.flat.take_writes()
     segments = by_bucket(state.optimizer)
     for bucket in state.flat.buckets:
@@ -67,7 +78,7 @@ def collect(state: EngineState, client_state: dict[str, Any], *, exclude_frozen:
         _collect_bucket(state, bucket, of_bucket, snapshot, exclude_frozen=exclude_frozen)
     snapshot.own.update(_own(state, beside))
     if state.comm.rank == 0:
-        snapshot.shared.update(_shared(state, client_state, beside, exclude_frozen=exclude_frozen))
+        snapshot.shared.update(_shared(state, client_state, beside, options))
         left_out = (
             {f"param.{name}" for name in snapshot.shared["frozen"]} if exclude_frozen else set()
         )
@@ -216,12 +227,21 @@ def _shared(
     state: EngineState,
     client_state: dict[str, Any],
     beside: dict[str, Tensor],
-    *,
-    exclude_frozen: bool,
+    options: KeepOptions,
 ) -> dict[str, Any]:
+    return {
+        **_origin(state),
+        **_layout(state, exclude_frozen=options.exclude_frozen),
+        **_values(state, beside),
+        "client_state": encode_client_state(
+            client_state, beside, allow_pickle=options.allow_pickle
+        ),
+    }
+
+
+def _origin(state: EngineState) -> dict[str, Any]:
+    """What wrote it, when, on what."""
     now = time_ns()
-    optimizer = state.optimizer.optimizer
-    scale = state.loss_scale
     return {
         "zerort": _core.__version__,
         "torch": str(torch.__version__),
@@ -231,6 +251,12 @@ def _shared(
         "stage": state.stage,
         "plan_digest": f"{state.plan.digest:016x}",
         "counters": vars(state.counters).copy(),
+    }
+
+
+def _layout(state: EngineState, *, exclude_frozen: bool) -> dict[str, Any]:
+    """Which tensors there are, and where they lie."""
+    return {
         "params": _params(state, exclude_frozen=exclude_frozen),
         "aliases": aliases(state.module),
         "frozen": tuple(
@@ -247,6 +273,13 @@ def _shared(
             }
             for spec in state.plan.buckets
         ),
+    }
+
+
+def _values(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Any]:
+    """What is no tensor of a parameter's, encoded."""
+    optimizer, scale = state.optimizer.optimizer, state.loss_scale
+    return {
         "optimizer": {
             "name": type(optimizer).__qualname__,
             "groups": tuple(
@@ -259,7 +292,6 @@ def _shared(
             name: encode(kept, f"features.{name}", beside)
             for name, kept in state.events.state().items()
         },
-        "client_state": encode(client_state, "client_state", beside),
         "extra_state": {
             name: encode(module.get_extra_state(), f"extra_state.{name}", beside)
             for name, module in extra_states(state.module)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerort.checkpoint.client import SavedClientState
 from zerort.checkpoint.encoding import decode
 from zerort.checkpoint.fit import Fit
 from zerort.checkpoint.manifest import Manifest, ParamState, rank_file
@@ -41,7 +42,7 @@ class Staged:
     random: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
-    client_state: Any = None
+    client_state: SavedClientState | None = None
 
 
 def stage(
@@ -60,7 +61,9 @@ def stage(
         staged.features = {name: reader.value(kept) for name, kept in manifest.features.items()}
     staged.random = reader.value(fit.random, fit.writer)
     staged.loader = reader.value(fit.loader, fit.writer)
-    staged.client_state = reader.value(manifest.client_state)
+    staged.client_state = SavedClientState(
+        manifest.client_state, lambda name: reader.whole(rank_file(0), name)
+    )
     reader.fill()
     return staged
 

@@ -6,6 +6,7 @@ tag and the hash of its name, so that a flipped bit cannot name another checkpoi
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,6 +23,7 @@ __all__ = [
     "TAG",
     "Listed",
     "check_tag",
+    "folder_of",
     "latest",
     "latest_content",
     "listed",
@@ -45,6 +47,17 @@ class Listed:
     tag: str
     manifest: Manifest | None
     reason: str = ""
+
+
+def folder_of(given: str | os.PathLike[str], parameter: str) -> Path:
+    """The folder that a call was given. Raises `CheckpointError` for an empty name, which would be
+    the working directory.
+    """
+    if not os.fspath(given):
+        raise CheckpointError(
+            f"{parameter} is empty: name a folder, or '.' for the working directory"
+        )
+    return Path(given)
 
 
 def reserved(name: str) -> bool:

@@ -1,9 +1,9 @@
 """Temporary names: what a save or an export has under way, and which leftovers are ours to delete.
 
 What it guarantees: nothing is ours by its name alone. A leftover of a save bears a nonce and is a
-folder of nothing but files of a checkpoint, or the beginning of a `latest`; a leftover of an export
-bears the nonce and the export's name, and no process holds it. Everything else stays.
-What it does not do: it deletes nothing.
+folder of nothing but files of a checkpoint, or the beginning of a `latest` or of the script; a
+leftover of an export bears the nonce and the export's name, and no process holds it. Everything
+else stays. What it does not do: it deletes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import secrets
 from pathlib import Path
 
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import is_file_of_checkpoint
+from zerort.checkpoint.manifest import SCRIPT, is_file_of_checkpoint
+from zerort.checkpoint.script import LIMIT, script
 from zerort.checkpoint.tags import LATEST, TAG
 from zerort.errors import CheckpointError
 
@@ -50,7 +51,9 @@ def left_by_saves(disk: Disk, folder: Path) -> list[Path]:
     return [
         folder / name
         for name in disk.names(folder)
-        if _is_unfinished_latest(disk, folder, name) or _is_unfinished_save(disk, folder, name)
+        if _is_unfinished_latest(disk, folder, name)
+        or _is_unfinished_script(disk, folder, name)
+        or _is_unfinished_save(disk, folder, name)
     ]
 
 
@@ -72,10 +75,20 @@ def _is_unfinished_save(disk: Disk, folder: Path, name: str) -> bool:
 
 
 def _is_unfinished_latest(disk: Disk, folder: Path, name: str) -> bool:
-    if not named_for(LATEST, name) or not disk.is_plain(folder / name):
-        return False
+    data = _small(disk, folder, LATEST, name, _LATEST_LIMIT)
+    return data is not None and _UNFINISHED_LATEST.fullmatch(data) is not None
+
+
+def _is_unfinished_script(disk: Disk, folder: Path, name: str) -> bool:
+    data = _small(disk, folder, SCRIPT, name, LIMIT)
+    return data is not None and script().startswith(data.rstrip(b"\0"))
+
+
+def _small(disk: Disk, folder: Path, what: str, name: str, limit: int) -> bytes | None:
+    """The content of a file that `name` says is temporary for `what`; None where it is none."""
+    if not named_for(what, name) or not disk.is_plain(folder / name):
+        return None
     try:
-        data = disk.read_whole(folder / name, _LATEST_LIMIT)
+        return disk.read_whole(folder / name, limit)
     except (CheckpointError, OSError):
-        return False
-    return _UNFINISHED_LATEST.fullmatch(data) is not None
+        return None

@@ -1,5 +1,5 @@
-"""DeepSpeed's helpers: parameters, gradients and optimizer state by parameter, leaf modules, and a
-loader that repeats.
+"""DeepSpeed's helpers: parameters, gradients and optimizer state by parameter, leaf modules, a
+loader that repeats, and plain weights out of checkpoints.
 """
 
 from zerort.params.leaves import (
@@ -30,11 +30,19 @@ from zerort.utils.local import (
 )
 from zerort.utils.nvtx import instrument_w_nvtx
 from zerort.utils.repeating import RepeatingLoader
+from zerort.utils.zero_to_fp32 import (
+    convert_zero_checkpoint_to_fp32_state_dict,
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_state_dict_from_zero_checkpoint,
+)
 
 __all__ = [
     "RepeatingLoader",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "get_fp32_state_dict_from_zero_checkpoint",
     "get_z3_leaf_modules",
     "instrument_w_nvtx",
+    "load_state_dict_from_zero_checkpoint",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",

@@ -51,7 +51,7 @@ def named(folder: Path) -> str:
 
 def test_the_default_tag_counts_steps_and_latest_names_it(engine: Any, tmp_path: Path) -> None:
     assert engine.save_checkpoint(tmp_path / "a" / "b") is True
-    assert names(tmp_path / "a" / "b") == {"global_step2", "latest"}
+    assert names(tmp_path / "a" / "b") == {"global_step2", "latest", "zero_to_fp32.py"}
     assert named(tmp_path / "a" / "b") == "global_step2"
     path, client_state = fresh().load_checkpoint(str(tmp_path / "a" / "b"))
     assert (path, client_state) == (str(tmp_path / "a" / "b" / "global_step2"), {})
@@ -102,7 +102,7 @@ def test_a_tag_that_exists_is_refused_and_exchanged_with_overwrite(
     assert manifest_of(tmp_path / "best") == old
     engine.save_checkpoint(tmp_path, "best", overwrite=True)
     assert manifest_of(tmp_path / "best")["counters"]["global_steps"] == 3
-    assert names(tmp_path) == {"best", "latest"}
+    assert names(tmp_path) == {"best", "latest", "zero_to_fp32.py"}
     by_config = fresh(zerort={"checkpoint": {"overwrite": True}})
     by_config.save_checkpoint(tmp_path, "best")
     assert manifest_of(tmp_path / "best")["counters"]["global_steps"] == 0
@@ -130,7 +130,7 @@ def test_ranks_that_name_different_tags_take_rank_0s_or_fail(tmp_path: Path) -> 
     told = ranks.run(2, save_with_tags_apart, str(tmp_path), "FAIL")
     assert told[0] == told[1] and "0: t0, 1: t1" in told[0]
     assert ranks.run(2, save_with_tags_apart, str(tmp_path), "WARN") == ["saved"] * 2
-    assert names(tmp_path) == {"t0", "latest"}
+    assert names(tmp_path) == {"t0", "latest", "zero_to_fp32.py"}
 
 
 def fail_everywhere(rank: int, world: int, folder: str) -> list[str]:
@@ -165,7 +165,7 @@ def test_every_failure_is_the_same_error_on_all_ranks(tmp_path: Path) -> None:
         one, ["object", "'../bad'", "exists", "", "does not exist", "rank_1"], strict=True
     ):
         assert message != "no error" and part in message
-    assert names(tmp_path) == {"good", "latest"}
+    assert names(tmp_path) == {"good", "latest", "zero_to_fp32.py"}
 
 
 # What is kept.
@@ -201,10 +201,6 @@ def test_client_state_comes_back_type_for_type(engine: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("value", "path"),
     [
-        ({"a": [1, {2}]}, r"client_state\['a'\]\[1\] is a builtins.set"),
-        ({"a": {1.5: 2}}, r"client_state\['a'\] has the key 1.5"),
-        ({"a": b"bytes"}, r"client_state\['a'\] is a builtins.bytes"),
-        ({"a": torch.ones(2).to_sparse()}, r"client_state\['a'\] is a torch.sparse_coo tensor"),
         ({"a": print}, r"client_state\['a'\]"),
         ({"a": [10**4300]}, r"client_state\['a'\]\[0\] is an integer of more than 4300 digits"),
         ({"a": {-(10**4300): 1}}, r"a key of client_state\['a'\] is an integer of more than 4300"),

@@ -162,6 +162,12 @@ def test_a_save_behind_one_that_died_unsynced_loses_nothing_either(tmp_path: Pat
     assert len(seen) >= 600, f"only {len(seen)} states"
 
 
+def without_script(rank: int, folder: str) -> None:
+    """So that the next save puts it there, which is a part of a save that may fail too."""
+    if rank == 0:
+        (Path(folder) / "zero_to_fp32.py").unlink(missing_ok=True)
+
+
 def count_operations(rank: int, world: int, folder: str) -> list[str]:
     engine = tiny_engine()
     engine._checkpoints.disk = disk = Failing(None)
@@ -177,6 +183,7 @@ def fail_at_each(
     step(engine)
     step(engine)
     for at in range(count):
+        without_script(rank, folder)
         engine._checkpoints.disk = Failing(at if rank == failing_rank else None, how)
         try:
             engine.save_checkpoint(folder, f"new{at}")
@@ -218,6 +225,7 @@ def save_and_die(rank: int, world: int, folder: str, failing_rank: int, at: int)
     engine = tiny_engine()
     engine.load_checkpoint(folder)
     step(engine)
+    without_script(rank, folder)
     engine._checkpoints.disk = Failing(at if rank == failing_rank else None, "kill")
     engine.save_checkpoint(folder, "new")
 

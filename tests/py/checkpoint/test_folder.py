@@ -152,7 +152,7 @@ def test_a_save_deletes_what_dead_saves_left_and_nothing_of_others(
         (tmp_path / f".tmp-latest-{number:016x}").write_bytes(data)
     engine.save_checkpoint(tmp_path, "a")
     after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
-    new = {Path(name) for name in ("a", "latest", ".lock")}
+    new = {Path(name) for name in ("a", "latest", ".lock", "zero_to_fp32.py")}
     assert {path for path in after - before if path.parts[0] != "a"} == new - {Path("a")}
     assert before <= after
 
@@ -193,7 +193,13 @@ def test_an_export_under_way_is_left_alone_by_other_exports_and_saves(
     assert list(tmp_path.glob(".tmp-*")) == under_way and len(under_way) == 1
     disk.go.set()
     exporting.join()
-    assert sorted(os.listdir(tmp_path)) == [".lock", "latest", "pytorch_model.bin", "t"]
+    assert sorted(os.listdir(tmp_path)) == [
+        ".lock",
+        "latest",
+        "pytorch_model.bin",
+        "t",
+        "zero_to_fp32.py",
+    ]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "LATEST", "zero_to_fp32.py"])

@@ -242,7 +242,7 @@ def test_a_folder_that_is_read_only_is_a_named_error_and_loads() -> None:
             )
         assert one[3] == "None"
         folder.chmod(0o755)
-        assert sorted(os.listdir(folder)) == [".lock", "latest", "old"]
+        assert sorted(os.listdir(folder)) == [".lock", "latest", "old", "zero_to_fp32.py"]
         assert problems(folder, "old") == []
     finally:
         shutil.rmtree(base)
