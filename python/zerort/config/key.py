@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "Fate",
     "Key",
+    "absent",
     "disabled",
     "ignored",
     "off",
@@ -40,6 +41,11 @@ class Key:
     """What the key does, why nothing is lost without it, or why it is refused."""
     harmless: Callable[[Any], bool] = lambda value: False
     """For a refused key: whether a value asks for nothing and may stand."""
+
+
+def absent(value: Any) -> bool:
+    """Whether a section is left out: null or false. Of some, even an empty one turns it on."""
+    return value is None or value is False
 
 
 def off(value: Any) -> bool:

@@ -7,7 +7,7 @@ the problems of both are reported together.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -32,8 +32,11 @@ _AUTO = (
     'is "auto", which an integration (the Trainer of transformers, Accelerate) replaces by a '
     "value before it comes here; give a value, or start from that integration"
 )
+_TO_BE_FILLED = "auto: an integration (the Trainer, Accelerate) gives it a value; else an error"
 _ARGUMENTS = ("optimizer.params", "scheduler.params")
 """What no model knows the keys of."""
+_DEEPEST = 4
+"""Objects within each other in which an "auto" may stand alone."""
 _GUESSED = 20
 """Problems with a guess at the name that was meant: each compares with all names."""
 _SECTIONS = frozenset(path.rpartition(".")[0] for path in KEYS if "." in path)
@@ -43,7 +46,7 @@ def load(
     config: ConfigLike | None = None, args: Any = None, config_params: ConfigLike | None = None
 ) -> Config:
     """The configuration given in exactly one of `config`, `config_params` and
-    `args.deepspeed_config`.
+    `args.deepspeed_config`, or `args.deepscale_config` as it was called once.
 
     Raises `ConfigError` when none or several are given, when the file cannot be read, and for
     everything that is wrong in it, one line a key: unknown keys, refused features, wrong types and
@@ -64,23 +67,36 @@ def load_part(config: ConfigLike, sections: Collection[str]) -> Config:
     return load({k: _known(v) for k, v in data.items() if _canonical(k) in sections})
 
 
-def _known(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+def _known(value: Any, depth: int = _DEEPEST) -> Any:
+    if not isinstance(value, Mapping) or not depth:
         return value
-    return {key: _known(item) for key, item in value.items() if item != "auto"}
+    return {key: _known(item, depth - 1) for key, item in value.items() if item != "auto"}
+
+
+def _without(section: Mapping[str, Any], paths: Collection[str], prefix: str = "") -> Any:
+    kept: dict[str, Any] = {}
+    for name, value in section.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping) and any(left.startswith(f"{path}.") for left in paths):
+            kept[name] = _without(value, paths, f"{path}.")
+        elif path not in paths:
+            kept[name] = value
+    return kept
 
 
 def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
     """What each key of a configuration does here: rows of key path, value as JSON, and effect.
 
-    Mistakes are rows too ("error: ..."), so that one reading shows all. Raises `ConfigError` when
-    there is nothing to read.
+    Mistakes are rows too ("error: ..."), so that one reading shows all; an "auto" that is for an
+    integration to fill in is none. Raises `ConfigError` when there is nothing to read.
     """
     source = read(config)
-    _, problems = _check(source)
-    wrong: dict[str, str] = {}
+    left = [problem.path for problem in _screen(source.data).problems if problem.text == _AUTO]
+    wrong = dict.fromkeys(left, _TO_BE_FILLED)
+    _, problems = _check(replace(source, data=_without(source.data, left)))
     for problem in problems:
-        wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
+        if problem.path not in left:
+            wrong[problem.path] = f"{wrong.get(problem.path, 'error:')} {problem.text}"
     rows = [
         (
             printable(path),
@@ -89,7 +105,9 @@ def describe(config: ConfigLike) -> list[tuple[str, str, str]]:
         )
         for path, value in _leaves(source.data)
     ]
-    return rows + [(printable(path), "", text) for path, text in wrong.items()]
+    return rows + [
+        (printable(path), '"auto"' if path in left else "", text) for path, text in wrong.items()
+    ]
 
 
 def _effect(path: str, value: Any) -> str:
@@ -162,15 +180,14 @@ def _screen_value(
     path: str, value: Any, key: Key, screened: _Screened, kept: dict[str, Any]
 ) -> None:
     """Keeps a value for the models, or says what becomes of it."""
-    if key.fate is not Fate.SAME and key.harmless(value):
+    bad = list(unreadable(path, value))
+    if not bad and key.fate is not Fate.SAME and key.harmless(value):
         return
     if value == "auto" and key.path in SIZES:
         if key.fate is Fate.IGNORED:
             screened.ignored.append(path)
         return
-    bad = list(unreadable(path, value)) or [
-        Problem(where, _AUTO) for where, leaf in walk(path, value) if leaf == "auto"
-    ]
+    bad = bad or [Problem(where, _AUTO) for where, leaf in walk(path, value) if leaf == "auto"]
     if key.path in _ARGUMENTS:
         bad += bad_numbers(path, value)
     screened.problems += bad

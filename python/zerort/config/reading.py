@@ -1,8 +1,9 @@
 """From what the caller gave to plain data: a dict as it is, a file, or JSON in base64.
 
-Files are JSON; what is no JSON is read once more without comments and trailing commas, which
-DeepSpeed's files may have. Whatever text is given, the outcome is data or a `ConfigError`: numbers
-that Python cannot hold become infinite, and are refused where their key is known.
+Files are JSON; what is no JSON is read once more without comments and trailing commas, and then as
+HJSON, which DeepSpeed's files may be. Whatever text is given, the outcome is data or a
+`ConfigError`: numbers that Python cannot hold become infinite, and are refused where their key is
+known.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zerort.config import hjson
 from zerort.config.comments import blanked
 from zerort.config.problems import Problem, shown
 from zerort.errors import ConfigError
@@ -24,7 +27,7 @@ from zerort.errors import ConfigError
 __all__ = ["ConfigLike", "Source", "choose", "read"]
 
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str]
-"""A dict, the path of a JSON file, or a JSON object in base64."""
+"""A dict, the path of a JSON or HJSON file, or such text in base64."""
 
 _LARGEST = 16 * 2**20
 """Characters of a file; a configuration has some thousands."""
@@ -51,6 +54,7 @@ def choose(config: ConfigLike | None, args: Any, config_params: ConfigLike | Non
         "config": config,
         "config_params": config_params,
         "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+        "args.deepscale_config": getattr(args, "deepscale_config", None),
     }
     named = {name: value for name, value in given.items() if value is not None}
     if not named:
@@ -137,16 +141,29 @@ def _load(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
 
 
-def _parse(origin: str, text: str) -> Source:
+def _load_any(origin: str, text: str) -> Any:
+    """The value of `text`, in the first notation that it is written in."""
+    with suppress(json.JSONDecodeError):
+        return _load(text)
     try:
-        try:
-            data = _load(text)
-        except json.JSONDecodeError:
-            data = _load(blanked(text))
+        return _load(blanked(text))
+    except json.JSONDecodeError as error:
+        strict = error
+    try:
+        return hjson.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{origin}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f"{origin}: not JSON: {_placed(strict)}; nor HJSON: {_placed(error)}"
         ) from error
+
+
+def _placed(error: json.JSONDecodeError) -> str:
+    return f"{error.msg} at line {error.lineno}, column {error.colno}"
+
+
+def _parse(origin: str, text: str) -> Source:
+    try:
+        data = _load_any(origin, text)
     except RecursionError:
         raise ConfigError(f"{origin}: nested too deeply for a configuration") from None
     if not isinstance(data, dict):

@@ -77,6 +77,7 @@ def test_a_dict_a_path_base64_and_args_read_the_same(tmp_path: Path) -> None:
     assert load(path) == load(str(path)) == load(encoded) == from_dict
     assert (
         load(args=Namespace(deepspeed_config=str(path)))
+        == load(args=Namespace(deepscale_config=str(path), deepspeed_config=None))
         == load(config_params=FILLED_IN)
         == from_dict
     )
@@ -96,6 +97,10 @@ def test_two_configurations_are_an_error_that_names_both() -> None:
     assert (
         refusal({}, config_params={})
         == "config and config_params are both given; give one configuration"
+    )
+    old = Namespace(deepspeed_config="x.json", deepscale_config="y.json")
+    assert "args.deepspeed_config and args.deepscale_config are both given" in refusal(
+        None, args=old
     )
     assert "config and args.deepspeed_config" in refusal(
         {}, args=Namespace(deepspeed_config="x.json")
@@ -220,6 +225,17 @@ def test_a_refused_key_may_stand_at_the_value_that_turns_it_off(
     assert "refused" in refusal(nested(path, asking))
 
 
+@pytest.mark.parametrize(
+    "path", ["zero_optimization.zenflow", "sparse_attention", "datastates_ckpt"]
+)
+def test_an_empty_section_is_refused_where_it_turns_a_feature_on(path: str) -> None:
+    assert load(nested(path, None)).ignored == load(nested(path, False)).ignored == ()
+    message = refusal(nested(path, {}))
+    assert f"configuration: {path}: refused: " in message
+    assert "an empty section asks for" in message
+    assert describe(nested(path, {}))[0][2].startswith("error: refused: ")
+
+
 def test_auto_is_refused_wherever_it_is_left_and_says_who_fills_it_in() -> None:
     message = refusal(
         {
@@ -241,6 +257,54 @@ def test_a_size_left_at_auto_is_as_if_it_were_left_out(path: str) -> None:
     assert config.cap_bytes == DEFAULT_BUCKET_BYTES
     assert config.ignored == (() if KEYS[path].fate is Fate.SAME else (path,))
     assert describe(nested(path, "auto")) == [(path, '"auto"', "auto: as if it were left out")]
+
+
+# A file of a tutorial, in which the Trainer fills in what is "auto".
+TUTORIAL = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2, "min_loss_scale": 1},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": float("inf"),
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def test_a_file_full_of_auto_is_explained_and_its_mistakes_are_found() -> None:
+    rows = {path: (value, effect) for path, value, effect in describe(TUTORIAL)}
+    filled = {path for path, (_, effect) in rows.items() if effect.startswith("auto: an integr")}
+    assert filled == {
+        "fp16.enabled",
+        "bf16.enabled",
+        "optimizer.params.lr",
+        "optimizer.params.betas",
+        "scheduler.params.warmup_num_steps",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    }
+    assert all(rows[path][0] == '"auto"' for path in filled)
+    assert not any(effect.startswith("error") for _, effect in rows.values())
+    wrong = {**TUTORIAL, "gradient_cliping": "auto", "fp16": {"enabled": "auto", "hysteresis": 0}}
+    errors = {path for path, _, effect in describe(wrong) if effect.startswith("error")}
+    assert errors == {"gradient_cliping", "fp16.hysteresis"}
+
+
+def test_what_is_left_at_auto_is_named_and_sizes_are_not() -> None:
+    message = refusal(TUTORIAL)
+    for path, _, effect in describe(TUTORIAL):
+        assert (f"  {path}: is " in message) == effect.startswith("auto: an integration")
 
 
 # Values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 import zerort
@@ -30,12 +28,9 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """`zerort.initialize`, whose engine is then a `DeepSpeedEngine`.
-
-    `args.deepscale_config` counts as `args.deepspeed_config`.
-    """
+    """`zerort.initialize`, whose engine is then a `DeepSpeedEngine`."""
     engine, chosen, loader, scheduler = zerort.initialize(
-        args=_renamed(args),
+        args=args,
         model=model,
         optimizer=optimizer,
         model_parameters=model_parameters,
@@ -53,15 +48,3 @@ def initialize(
     mark(engine)
     assert isinstance(engine, DeepSpeedEngine)
     return engine, chosen, loader, scheduler
-
-
-def _renamed(args: Any) -> Any:
-    """With the path under the name that is read."""
-    old = getattr(args, "deepscale_config", None)
-    if old is None or getattr(args, "deepspeed_config", None) is not None:
-        return args
-    if isinstance(args, Mapping):
-        return args
-    renamed = copy.copy(args)
-    renamed.deepspeed_config = old
-    return renamed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerort.config.key import Key, disabled, ignored, refused, same, without
+from zerort.config.key import Key, absent, disabled, ignored, refused, same, without
 
 __all__ = ["ROWS"]
 
@@ -156,7 +156,11 @@ ROWS: Sequence[Key] = (
     refused("use_data_before_expert_parallelism", "expert parallelism is not built"),
     refused("moe", "mixture of experts is not built", disabled),
     refused("pipeline", "pipeline parallelism is not built"),
-    refused("sparse_attention", "attention is the model's own"),
+    refused(
+        "sparse_attention",
+        "attention is the model's own, and an empty section asks for DeepSpeed's; leave it out",
+        absent,
+    ),
     refused("compression_training", "compression is not built"),
     refused("weight_quantization", "compression is not built"),
     refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerort.config.key import Key, disabled, ignored, off, refused, same
+from zerort.config.key import Key, absent, disabled, ignored, refused, same
 
 __all__ = ["ROWS"]
 
@@ -22,7 +22,12 @@ ROWS: Sequence[Key] = (
     ignored("checkpoint.parallel_write", "every rank writes its own file at the same time"),
     ignored("checkpoint.writer", "files are written by one protocol, with hashes and fsync"),
     refused("nebula", "the Nebula checkpoint service is not supported", disabled),
-    refused("datastates_ckpt", "the DataStates checkpoint engine is not supported", off),
+    refused(
+        "datastates_ckpt",
+        "the DataStates checkpoint engine is not supported, and an empty section asks for it; "
+        "leave it out",
+        absent,
+    ),
     # zerort's own
     same("zerort", "what DeepSpeed has no key for"),
     same(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerort.config.key import Key, ignored, one_of, refused, same, without_device
+from zerort.config.key import Key, absent, ignored, one_of, refused, same, without_device
 
 __all__ = ["ROWS"]
 
@@ -115,7 +115,11 @@ ROWS: Sequence[Key] = (
     refused("zero_optimization.offload_param", "offloading is not built yet", without_device),
     refused("zero_optimization.cpu_offload", "offloading is not built yet"),
     refused("zero_optimization.cpu_offload_param", "offloading is not built yet"),
-    refused("zero_optimization.zenflow", "ZenFlow is not built"),
+    refused(
+        "zero_optimization.zenflow",
+        "ZenFlow is not built, and an empty section asks for it; leave it out",
+        absent,
+    ),
     refused(
         "zero_optimization.zero_hpz_partition_size",
         "hierarchical partitions are not built",
