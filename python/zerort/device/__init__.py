@@ -18,11 +18,12 @@ from torch import Tensor
 
 from zerort.device import accelerator
 from zerort.device.accelerator import Accelerator
-from zerort.device.contract import Device, Figures, Flat, Lane, Streams
+from zerort.device.contract import LINE, Device, Figures, Flat, Lane, Streams
 from zerort.device.cpu import Cpu
 from zerort.errors import ConfigError
 
 __all__ = [
+    "LINE",
     "Device",
     "Figures",
     "Flat",

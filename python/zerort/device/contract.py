@@ -16,7 +16,10 @@ from torch import Tensor
 
 from zerort import _core
 
-__all__ = ["Device", "Figures", "Flat", "Lane", "Streams"]
+__all__ = ["LINE", "Device", "Figures", "Flat", "Lane", "Streams"]
+
+LINE = 64
+"""Bytes. In a bucket no two parameters share as many."""
 
 
 class Flat(Protocol):
@@ -103,6 +106,12 @@ class Device(Protocol):
 
     def squared_norm(self, memory: Flat) -> float | Tensor:
         """In fp64; a float where that costs no wait, else a scalar tensor."""
+
+    def first_difference(self, one: Tensor, other: Tensor) -> int | Tensor:
+        """The first `LINE` bytes of two pieces of memory, equally long and a multiple of it, whose
+        bits are not the same; behind the last where all are: an int where that costs no wait, else
+        a scalar tensor.
+        """
 
     def take_writes(self, values: Flat, master: Flat) -> None:
         """Where `values` is not, bit for bit, what `master` is cast to, `master` becomes it."""

@@ -186,6 +186,12 @@ class Reduction:
         """What broke a pass of this window off on this rank, if something did."""
         return self._executor.failure
 
+    def lost(self) -> str | None:
+        """A parameter that was written on this rank while it was whole for a pass, if one was.
+        Waits for the device, and tells once.
+        """
+        return self._executor.changes.read()
+
     @property
     def waited(self) -> float:
         """Seconds that the host has stood still for collectives, since the beginning."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
+from zerort.device import LINE, device_for
 from zerort.errors import StepError
 from zerort.memory.masters import master_of
 from zerort.memory.origins import Origin
@@ -120,15 +121,20 @@ class HeldBucket:
             with torch.no_grad():
                 self._slice().copy_(self.owned.tensor)
 
-    def changed(self) -> str | None:
-        """The name of a parameter whose values, whole as they are, are not those of which this rank
-        has its part. Reads both; a part of them is all that a rank can tell of.
+    def first_change(self) -> int | Tensor:
+        """The first `LINE` of this rank's part in which sharded values, whole as they are, are not
+        what it keeps of them; `owner_of` names the parameter.
         """
-        slice_, own = self._slice().view(torch.uint8), self.owned.tensor.view(torch.uint8)
-        if torch.equal(slice_, own):
+        own = self.owned.tensor
+        return device_for(own.device).first_difference(self._slice(), own)
+
+    def owner_of(self, line: int) -> str | None:
+        """The parameter that has a line of this rank's part; None behind the last."""
+        own = self.owned.tensor
+        if line >= own.nbytes // LINE:
             return None
-        first = int((slice_ != own).nonzero()[0]) // self.owned.tensor.itemsize + self.start
-        return self.names[bisect_right(self.spec.offsets, first) - 1]
+        element = self.start + line * LINE // own.itemsize
+        return self.names[bisect_right(self.spec.offsets, element) - 1]
 
     def keep(self) -> None:
         """The values are what counts: this rank's slice goes into `owned` where that is memory of

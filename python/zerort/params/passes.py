@@ -30,7 +30,8 @@ from zerort.grads.course import Routed
 from zerort.memory import undisturbed
 from zerort.params.net import Net
 from zerort.params.roll import RollCall, code_of
-from zerort.params.sharded import lost, name_of
+from zerort.params.sharded import name_of
+from zerort.run.changes import lost
 from zerort.run.executor import Executor
 
 __all__ = ["Passes", "Resident", "Room"]
@@ -106,7 +107,6 @@ class Passes:
         self._executor = executor
         self._rolls = rolls
         rolls.abandon = self.abandon
-        executor.lose = self._lose
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
         self.names: Sequence[str] = ()
@@ -120,7 +120,6 @@ class Passes:
         """
         self._net = Net(self, executor, len(course.plan.units))
         self._broken = False
-        self._written: str | None = None
         self.detach: Callable[[], None] = _nothing
         """Takes the hooks off the model."""
         self.rehook: Callable[[], None] = _nothing
@@ -173,10 +172,7 @@ class Passes:
 
     def lose(self, parameter: nn.Parameter) -> None:
         """The parameter was written while it was whole for the pass: the change goes with it."""
-        self._lose(name_of(parameter))
-
-    def _lose(self, name: str) -> None:
-        self._written = self._written or name
+        self._executor.changes.note(name_of(parameter))
 
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""
@@ -198,10 +194,7 @@ class Passes:
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
         self._thread = threading.get_ident()
         reading = self._rolls.decided([int(owes)])
-        actions = self.gatherer.begin()
-        # What is written in every forward is found in the first; passes along a list pay nothing.
-        self._executor.compares = not self.gatherer.listed
-        self._executor.enqueue(actions)
+        self._executor.enqueue(self.gatherer.begin())
         # What is not reduced in its backward waits in `.grad`, or for sums that are owed.
         self._course.index = reading.list if kind == "backward" else None
         self.is_open, self.opener = True, opener
@@ -251,7 +244,8 @@ class Passes:
             self.settle()
         self._course.close(complete=complete)
         self._say_strays()
-        written, self._written = self._written, None
+        # where something else is raised, the vote tells of writes, or the next pass does
+        written = self._executor.changes.take() if complete else None
         if written is not None:
             raise StepError(lost(written))
 
@@ -333,7 +327,7 @@ class Passes:
     def abandon(self) -> None:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met, self._news = False, None, False, False
-        self._written = None
+        self._executor.changes.forget()
         self._thread, self.at = 0, -1
         self.settle()
         self._course.abandon()

@@ -133,12 +133,22 @@ class Pins:
                 bucket.part_with_aliases()
         self._executor.enqueue([Verb.FREE.of(number) for number in units])
         self._executor.reach()
+        if modifier is None and not writes:
+            written = self._told(units, written)
         if written is not None:
             raise StepError(
                 f"parameter {written} was written inside GatheredParameters without a "
                 "modifier_rank, and the change is lost: say whose values count, with "
                 "GatheredParameters(parameters, modifier_rank=0)"
             )
+
+    def _told(self, units: Sequence[int], written: str | None) -> str | None:
+        """What has been written is told of here alone; `written` is what versions say."""
+        changes = self._executor.changes
+        found = changes.take()
+        if written is not None:
+            changes.forget([b for number in units for b in self._executor.unit(number).buckets])
+        return written or found
 
     @undisturbed
     def _spread(self, whole: Sequence[nn.Parameter], source: int) -> None:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from zerort.errors import StepError
 from zerort.memory import version_of
+from zerort.run.changes import lost
 
 __all__ = [
     "Gone",
@@ -43,7 +44,6 @@ __all__ = [
     "kind_of",
     "leave",
     "lose",
-    "lost",
     "meta_like",
     "name_of",
 ]
@@ -346,15 +346,6 @@ def _escape(what: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     return (
         f"parameter {name} is sharded, and {what} would hand out memory that is given back: copy "
         "the values inside zerort.zero.GatheredParameters(parameters)"
-    )
-
-
-def lost(name: str) -> str:
-    """What is said of a parameter that was written where only shards are kept."""
-    return (
-        f"parameter {name} was written in a forward or a backward while it was whole, and the "
-        "change is lost, because only shards are kept: write between steps, inside "
-        "zerort.zero.GatheredParameters(parameters, modifier_rank=0)"
     )
 
 

@@ -33,6 +33,7 @@ from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh
 from zerort.run.actions import Action, Actions
 from zerort.run.actions import Verb as Kind
+from zerort.run.changes import Changes
 from zerort.run.flight import FIRST, OVER, Hop, Inflight, LaneMemory, Transport, lane_for
 from zerort.run.gathers import UnitFlight
 from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
@@ -80,10 +81,8 @@ class Executor:
         self._cursor = self._allowed = 0
         self._pass = Pass()
         self._actions = Actions(polls=self.device.blocks)
-        self.compares = False
-        """Whether what is gathered now is looked at again before it is freed."""
-        self.lose: Callable[[str], None] = _nothing
-        """Hears of a parameter that was changed while it was whole."""
+        self.changes = Changes()
+        """What was written into parameters while they were whole."""
 
     # The plan.
 
@@ -293,7 +292,6 @@ class Executor:
         if unit.under_way:
             with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
-        unit.compares |= self.compares
         try:
             unit.gather(self._actions.serial)
         except (RuntimeError, MemoryError) as error:
@@ -310,9 +308,7 @@ class Executor:
         if unit.under_way:
             with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
-        changed = unit.free()
-        if changed is not None:
-            self.lose(changed)
+        unit.free(self.changes)
 
     def _launch(self, flight: Inflight) -> None:
         before = flight.before
@@ -407,7 +403,3 @@ def _is_lack_of_memory(error: Exception) -> bool:
     # torch has a class of its own for an accelerator's memory, and none for the host's
     lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return lacks or "allocate memory" in str(error)
-
-
-def _nothing(_: str) -> None:
-    """Nothing is sharded."""

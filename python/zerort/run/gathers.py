@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from zerort import _core
 from zerort.memory import HeldBucket, unintercepted, version_of
 from zerort.mesh import Comm
+from zerort.run.changes import Changes
 from zerort.run.flight import OVER, Flight
 from zerort.run.hops import GatherValues
 
@@ -26,7 +27,6 @@ class UnitFlight:
         "_serial",
         "_versions",
         "buckets",
-        "compares",
         "contents",
         "flights",
         "pinned",
@@ -39,8 +39,6 @@ class UnitFlight:
         first, last = buckets[0].names[0], buckets[-1].names[-1]
         self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
         self.pinned = 0
-        self.compares = False
-        """Whether `free` looks for changes that no version tells of, as through `.data`."""
         self._comm = comm
         self.flights: list[Flight] = []
         self._serial = -1
@@ -84,19 +82,13 @@ class UnitFlight:
         self.flights = []
 
     @unintercepted
-    def free(self) -> str | None:
-        """Gives the memory back, unless it is pinned. Returns the name of a parameter that has been
-        changed meanwhile, where it `compares`.
-        """
+    def free(self, changes: Changes) -> None:
+        """Gives the memory back, unless it is pinned; `changes` hear of what has been written."""
         self.land()
-        if self.pinned:
-            return None
-        whole = [bucket for bucket in self.buckets if self.compares and bucket.values.is_whole]
-        changed = [name for bucket in whole if (name := bucket.changed()) is not None]
-        self.compares = False
-        for bucket in self.buckets:
+        for bucket in self.buckets if not self.pinned else ():
+            if bucket.values.is_whole:
+                changes.look(bucket)
             bucket.free()
-        return changed[0] if changed else None
 
     @unintercepted
     def note_writes(self) -> None:

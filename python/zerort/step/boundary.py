@@ -19,6 +19,7 @@ from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
 from zerort.mesh import Mesh
 from zerort.optim import ShardOptimizer
+from zerort.run.changes import lost
 from zerort.step.interrupts import held
 from zerort.step.precision import LossScale
 from zerort.step.vote import Ballot, Verdict, clip_factor, vote
@@ -104,7 +105,8 @@ class Boundary:
         failure = failure or self.broken or self.reduction.failure
         scale, applied, self.overflow = self.loss_scale.scale, False, False
         try:
-            verdict = self._agree(divide_factor, failure)
+            written = self.reduction.lost()  # is told once, also where there is another failure
+            verdict = self._agree(divide_factor, failure or (written and lost(written)))
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()

@@ -58,7 +58,9 @@ class Backward:
 
 @dataclass(frozen=True)
 class Settled:
-    """A backward has raised and its peers have been told: the `step` that belongs to it is void."""
+    """A backward, or its forward, has raised and its peers have been told: the `step` that
+    belongs to it is void.
+    """
 
 
 @dataclass(frozen=True)

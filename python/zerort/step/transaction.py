@@ -92,6 +92,8 @@ class Transaction(Settling):
             if trains and not isinstance(error, CommError):
                 # the peers, whose forwards went through, go on to a backward
                 self._settle(f"{type(error).__name__}: {error}", owes=True)
+                if self.part.accumulation.ends_on_failure:
+                    self._phase = Settled()
             raise
 
     def scale(self, loss: Tensor, *, divides: bool) -> Tensor:
