@@ -15,7 +15,17 @@ from torch import nn
 
 import zerort.compat.deepspeed as shim
 
-__all__ = ["BATCH", "enter", "micro_batch", "needs", "net", "rows", "settings"]
+__all__ = [
+    "BATCH",
+    "enter",
+    "micro_batch",
+    "needs",
+    "net",
+    "rows",
+    "sentences",
+    "settings",
+    "tiny_llama",
+]
 
 BATCH = 4
 """Samples of a micro-batch on one rank."""
@@ -81,3 +91,30 @@ def micro_batch(data: tuple[torch.Tensor, torch.Tensor], step: int) -> list[torc
     """What Accelerate's loader hands this rank as its `step`-th batch: ranks take turns."""
     at = (step * dist.get_world_size() + dist.get_rank()) * BATCH
     return [part[at : at + BATCH] for part in data]
+
+
+def tiny_llama(place: str | os.PathLike[str]) -> None:
+    """A causal model of two layers saved as `from_pretrained` reads it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+
+
+def sentences(count: int) -> list[dict[str, torch.Tensor]]:
+    """Sequences of 8 in which each number follows from the one before."""
+    draw = torch.Generator().manual_seed(11)
+    starts = torch.randint(3, 32, (count, 1), generator=draw)
+    tokens = 3 + (starts + torch.arange(8) * 5) % 29
+    return [{"input_ids": row, "labels": row} for row in tokens]

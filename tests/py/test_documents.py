@@ -56,7 +56,7 @@ def template(node: ast.expr) -> str:
 
 
 def python_trees() -> Iterator[ast.AST]:
-    for path in sorted((ROOT / "python" / "zerort").rglob("*.py")):
+    for path in sorted((ROOT / "python").rglob("*.py")):
         yield ast.parse(path.read_text(encoding="utf-8"))
 
 

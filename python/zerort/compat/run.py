@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zerort.compat import deepspeed
 from zerort.errors import ZerortError
-from zerort.installed import VARIABLE, wish
+from zerort_as_deepspeed import VARIABLE, wanted
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int | None:
     except ZerortError as error:
         print(f"zerort: {error}", file=sys.stderr)
         return 1
-    if not wish().wanted:
+    if not wanted():
         os.environ[VARIABLE] = "1"
     sys.argv[:] = program
     if by_name:

@@ -20,14 +20,15 @@ from zerort.compat.deepspeed import (
     pieces,
     start,
 )
-from zerort.compat.deepspeed.version import SURFACE, VERSION
+from zerort.compat.deepspeed.placeholder import placeholder
 from zerort.errors import ConfigError
 from zerort.optim.cycles import LRRangeTest, OneCycle
 from zerort.optim.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 from zerort.profiling import flops_profiler
 from zerort.start.loader import TrainingLoader
+from zerort_as_deepspeed.version import SURFACE, VERSION
 
-__all__ = ["FURTHER", "MODULES"]
+__all__ = ["FURTHER", "MODULES", "placeholder"]
 
 
 def _of(module: Any, names: Iterable[str] | None = None) -> dict[str, Any]:

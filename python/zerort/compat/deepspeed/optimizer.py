@@ -61,11 +61,10 @@ def mark(engine: Engine) -> None:
     if optimizer is None:
         return
     setattr(optimizer, _MARK, engine.zero_optimization_stage())
-    scaled = bool(engine.fp16_enabled())
+    scales = engine.scales_loss
     optimizer.optimizer = optimizer
-    optimizer.needs_scaler = lambda: scaled
-    optimizer.overflow = False
-    optimizer.dynamic_loss_scale = scaled and engine.dynamic_loss_scale()
+    optimizer.needs_scaler = lambda: scales
+    optimizer.dynamic_loss_scale = scales and engine.dynamic_loss_scale()
     follow(engine)
 
 
@@ -74,5 +73,5 @@ def follow(engine: Engine) -> None:
     optimizer: Any = engine.optimizer
     if optimizer is None:
         return
-    optimizer.overflow = engine.global_steps > 0 and not engine.was_step_applied()
+    optimizer.overflow = engine.overflow
     optimizer.loss_scale = optimizer.cur_scale = engine.loss_scale

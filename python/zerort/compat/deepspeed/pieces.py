@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-import zerort
 from zerort.config import Config, load
 from zerort.errors import ConfigError
 
 __all__ = [
     "DeepSpeedConfig",
     "clone_tensors_for_torch_save",
+    "command",
     "is_compile_supported",
     "launch",
     "required_torch_version",
@@ -71,9 +72,18 @@ def zero_wrapper_for_fp_tensor_constructor(
     return fn
 
 
+_LAUNCH = (
+    "zerort has no launcher of its own: in place of `deepspeed --num_gpus=N train.py` use "
+    "`torchrun --nproc_per_node=N -m zerort.compat.run train.py`"
+)
+
+
 def launch(args: Any = None) -> NoReturn:
     """Raises `ConfigError`: torchrun starts the ranks."""
-    raise ConfigError(
-        f"zerort {zerort.__version__} has no launcher of its own: in place of `deepspeed "
-        "--num_gpus=N train.py` use `torchrun --nproc_per_node=N -m zerort.compat.run train.py`"
-    )
+    raise ConfigError(f"deepspeed: {_LAUNCH}")
+
+
+def command() -> int:
+    """The command `deepspeed`: says the same, and returns 2."""
+    print(f"deepspeed: {_LAUNCH}", file=sys.stderr)
+    return 2

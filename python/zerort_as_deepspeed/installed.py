@@ -7,7 +7,6 @@ It looks, and imports nothing of what it finds. A folder that merely has the nam
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +14,10 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["Installed", "Wish", "find_deepspeed", "wish"]
-
-VARIABLE = "ZERORT_AS_DEEPSPEED"
+__all__ = ["Installed", "find_deepspeed"]
 
 _STAND_IN = "stands_for_zerort"
 """A file of the tiny distribution, beside its `__init__`."""
-_NO = {"", "0", "false", "no", "off"}
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,6 @@ class Installed:
     """Its `__init__` file."""
     stands_in: bool
     """Whether it is the tiny distribution that stands for zerort."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the variable `ZERORT_AS_DEEPSPEED` asks for."""
-
-    wanted: bool
-    shadow: bool
-    """Whether a DeepSpeed that is installed is to be hidden."""
-
-
-def wish() -> Wish:
-    """The variable, read."""
-    text = os.environ.get(VARIABLE, "").strip().lower()
-    return Wish(text not in _NO, text == "shadow")
 
 
 def find_deepspeed() -> Installed | None:

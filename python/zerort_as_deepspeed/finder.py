@@ -1,8 +1,8 @@
 """The import finder for `deepspeed` and everything below it, and its entry among the installed
 distributions.
 
-Modules are made of the table in `names` when they are imported; one that is not in the table is
-empty. What a module has no name for is a placeholder.
+Modules are made of the table in `zerort.compat.deepspeed.names` when they are imported; one that is
+not in the table is empty. What a module has no name for is a placeholder.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zerort.compat.deepspeed.placeholder import placeholder
-from zerort.compat.deepspeed.version import VERSION
+from zerort_as_deepspeed.version import VERSION
 
-__all__ = ["Finder"]
+__all__ = ["Finder", "spec_of"]
 
 _ROOT = "deepspeed"
 
@@ -39,7 +38,7 @@ class Finder(metadata.DistributionFinder):
         """A spec for `deepspeed` and what is below it, whether it is in the table or not."""
         if fullname != _ROOT and not fullname.startswith(f"{_ROOT}."):
             return None
-        return ModuleSpec(fullname, _Loader(), origin=__file__, is_package=True)
+        return spec_of(fullname)
 
     def find_distributions(
         self, context: metadata.DistributionFinder.Context | None = None
@@ -50,6 +49,11 @@ class Finder(metadata.DistributionFinder):
 
     def invalidate_caches(self) -> None:
         """Nothing is cached."""
+
+
+def spec_of(name: str) -> ModuleSpec:
+    """A spec for a module by DeepSpeed's name."""
+    return ModuleSpec(name, _Loader(), origin=__file__, is_package=True)
 
 
 class _Distribution(metadata.Distribution):
@@ -80,7 +84,7 @@ class _Module(ModuleType):
         further = names.FURTHER.get(self.__name__)
         if further is not None and hasattr(further, name):
             return getattr(further, name)
-        return placeholder(inner)
+        return names.placeholder(inner)
 
     def __dir__(self) -> Iterator[str]:
         prefix = f"{self.__name__}."
