@@ -19,6 +19,7 @@ from rich.text import Text
 
 from zerort.checkpoint import report
 from zerort.config import describe
+from zerort.doctor import findings
 from zerort.errors import ZerortError
 from zerort.trace.summary import summarise
 
@@ -52,6 +53,15 @@ def _config(args: argparse.Namespace, console: Console) -> int:
     return 1 if any(effect.startswith("error") for _, _, effect in rows) else 0
 
 
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    rows, refused = findings()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    return 1 if refused else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="zerort", description="Looks into configurations, traces and checkpoints of zerort."
@@ -79,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="what each key of a configuration does")
     config.add_argument("file", metavar="FILE", help="a configuration in JSON")
     config.set_defaults(run=_config)
+
+    doctor = commands.add_parser(
+        "doctor", help="which versions are installed, and who answers to `import deepspeed`"
+    )
+    doctor.set_defaults(run=_doctor)
 
     _add_checkpoints(
         commands.add_parser("ckpt", help="checkpoints").add_subparsers(

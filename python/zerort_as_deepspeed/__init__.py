@@ -26,6 +26,6 @@ def wanted() -> str:
 def start() -> None:
     """Installs the finder, where the variable asks for it."""
     if wanted():
-        from zerort_as_deepspeed.install import install  # noqa: PLC0415 - costs who wants it alone
+        from zerort_as_deepspeed.install import install_or_refuse  # noqa: PLC0415 - costs who wants it alone
 
-        install()
+        install_or_refuse()

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from importlib.abc import Loader
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from typing import Any
 
 from zerort_as_deepspeed.version import VERSION
 
-__all__ = ["Finder", "spec_of"]
+__all__ = ["Finder", "Refusal", "spec_of"]
 
 _ROOT = "deepspeed"
 
@@ -49,6 +49,22 @@ class Finder(metadata.DistributionFinder):
 
     def invalidate_caches(self) -> None:
         """Nothing is cached."""
+
+
+class Refusal(MetaPathFinder):
+    """First on `sys.meta_path`: to import deepspeed raises."""
+
+    answers_for_deepspeed = True
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> None:
+        """Raises `ImportError` for deepspeed."""
+        if fullname == _ROOT:
+            raise ImportError(self.reason, name=_ROOT)
 
 
 def spec_of(name: str) -> ModuleSpec:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from zerort_as_deepspeed import VARIABLE, wanted
-from zerort_as_deepspeed.finder import Finder, spec_of
+from zerort_as_deepspeed.finder import Finder, Refusal, spec_of
 from zerort_as_deepspeed.installed import find_deepspeed
 
-__all__ = ["Refused", "install", "is_installed"]
+__all__ = ["Refused", "WouldHide", "install", "install_or_refuse", "is_installed", "take_place"]
 
 _LOOKED: Mapping[str, Callable[[ModuleType], bool]] = {
     "accelerate.accelerator": lambda module: not hasattr(module, "DummyOptim"),
@@ -24,6 +24,10 @@ _LOOKED: Mapping[str, Callable[[ModuleType], bool]] = {
 
 class Refused(ValueError):
     """Why `import deepspeed` cannot be answered in this process."""
+
+
+class WouldHide(Refused):
+    """A DeepSpeed is installed, and may not be hidden."""
 
 
 def install(shadow: bool | None = None) -> None:
@@ -42,12 +46,22 @@ def install(shadow: bool | None = None) -> None:
     _refuse_imported()
     found = find_deepspeed()
     if found is not None and not found.stands_in and not shadow:
-        raise Refused(
+        raise WouldHide(
             f"a DeepSpeed is installed ({found.version or 'without metadata'}, {found.place}), and "
             "would be hidden from this process: uninstall it, or say that it may be hidden by "
             f"install(shadow=True) or by {VARIABLE}=shadow"
         )
     sys.meta_path.insert(0, Finder())
+
+
+def install_or_refuse() -> None:
+    """`install` for a process that may never ask for deepspeed: where one is installed that may not
+    be hidden, it is told so who imports it. Raises `Refused` for the other reasons.
+    """
+    try:
+        install()
+    except WouldHide as reason:
+        sys.meta_path.insert(0, Refusal(str(reason)))
 
 
 def is_installed() -> bool:

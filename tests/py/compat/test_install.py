@@ -303,11 +303,12 @@ def test_the_variable_does_not_hide_a_deepspeed_that_is_installed(
     done = python("import deepspeed", paths=[installed, real], variable="1", anew=True)
     assert "Refused: deepspeed is imported already" in done.stderr
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stderr  # torch names a way out too
-    entry = "import zerort_as_deepspeed; zerort_as_deepspeed.start()"
-    done = python(entry, paths=[real], variable="1")
-    assert "Refused: a DeepSpeed is installed" in done.stderr
+    entry = "import zerort_as_deepspeed; zerort_as_deepspeed.start(); print('went on')"
+    done = python(entry, "import deepspeed", paths=[real], variable="1")
+    assert "ImportError: a DeepSpeed is installed" in done.stderr
+    assert done.stdout == "went on\n"  # who does not ask for it is not told
     out = said(entry, "import deepspeed; print(deepspeed.REAL)", paths=[real])
-    assert out == "True"
+    assert out == "went on\nTrue"
 
 
 # ---- the distribution that stands for zerort

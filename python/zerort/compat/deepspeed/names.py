@@ -26,6 +26,7 @@ from zerort.optim.cycles import LRRangeTest, OneCycle
 from zerort.optim.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 from zerort.profiling import flops_profiler
 from zerort.start.loader import TrainingLoader
+from zerort.utils import zero_to_fp32
 from zerort_as_deepspeed.version import SURFACE, VERSION
 
 __all__ = ["FURTHER", "MODULES", "placeholder"]
@@ -188,6 +189,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.utils.tensor_fragment": _safe,
     "deepspeed.utils.torch": _of(pieces, ("required_torch_version",)),
     "deepspeed.utils.z3_leaf_module": _leaves,
+    "deepspeed.utils.zero_to_fp32": _of(zero_to_fp32),
     "deepspeed.zero": _zero,
 }
 """Module -> its names."""

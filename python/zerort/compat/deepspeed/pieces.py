@@ -72,18 +72,18 @@ def zero_wrapper_for_fp_tensor_constructor(
     return fn
 
 
-_LAUNCH = (
-    "zerort has no launcher of its own: in place of `deepspeed --num_gpus=N train.py` use "
-    "`torchrun --nproc_per_node=N -m zerort.compat.run train.py`"
-)
-
-
 def launch(args: Any = None) -> NoReturn:
     """Raises `ConfigError`: torchrun starts the ranks."""
-    raise ConfigError(f"deepspeed: {_LAUNCH}")
+    raise ConfigError(
+        "the command deepspeed has no launcher here: in place of `deepspeed --num_gpus=N train.py` "
+        "use `torchrun --nproc_per_node=N -m zerort.compat.run train.py`"
+    )
 
 
 def command() -> int:
     """The command `deepspeed`: says the same, and returns 2."""
-    print(f"deepspeed: {_LAUNCH}", file=sys.stderr)
+    try:
+        launch()
+    except ConfigError as reason:
+        print(reason, file=sys.stderr)
     return 2
