@@ -151,14 +151,203 @@ def resumed(strategy: Callable[[], Any], folder: Path) -> Any:
     return difference, lost, remembers.seen, remembers.odd, running.global_step
 
 
-FLOWS: dict[str, Callable[[], Callable[[Path], Any]]] = {}
+def without_fitting(strategy: Callable[[], Any], folder: Path) -> Any:
+    """What the best and the last checkpoint give to a Trainer that has not fitted."""
+    module = net()
+    saves = ModelCheckpoint(
+        dirpath=folder, monitor="score", mode="max", save_last=True, save_top_k=1
+    )
+    running = trainer(strategy(), callbacks=[saves])
+    running.fit(module, data(), data())
+    kept = sorted(path.name for path in folder.iterdir())
+    scores = [running.validate(module, data(), verbose=False)[0]["score"]]
+    found = {"kept": kept, "best": saves.best_model_score.item(), "fitted": weights(module)}
+    for place in (saves.last_model_path, saves.best_model_path):
+        other = net(rate=0.3)
+        alone = trainer(strategy())
+        (validated,) = alone.validate(other, data(), ckpt_path=place, verbose=False)
+        (tested,) = alone.test(other, data(), ckpt_path=place, verbose=False)
+        predicted = alone.predict(other, data(rows=5), ckpt_path=place)
+        scores += [validated["score"], tested["tested"]]
+        found[place.rpartition("/")[2][:4]] = weights(other), len(predicted)
+    return found | {"scores": scores}
+
+
+class ByHand(Net):
+    """Manual optimization: accumulates two batches, and drops every third window."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer = self.optimizers()
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        if index % 2:
+            self.manual_backward(loss)
+            if index % 6 == 5:
+                optimizer.zero_grad()
+                return
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            with self.trainer.strategy.block_backward_sync():
+                self.manual_backward(loss)
+
+    def on_train_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+
+
+def by_hand(strategy: Any, folder: Path) -> Any:
+    module = net(ByHand)
+    trainer(strategy, accumulate_grad_batches=1, gradient_clip_val=None).fit(module, data())
+    return module.losses, weights(module)
+
+
+class Configured(Net):
+    """Makes its layers in `configure_model`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = None
+        self.numel: list[int] = []
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            torch.manual_seed(11)
+            self.net = nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+            first = self.net[0].weight
+            self.numel.append(first.untyped_storage().nbytes())
+
+
+def configured(strategy: Callable[[], Any], folder: Path) -> Any:
+    module = net(Configured)
+    saves = ModelCheckpoint(dirpath=folder, save_last=True)
+    running = trainer(strategy(), callbacks=[saves])
+    running.fit(module, data(), data())
+    other = net(Configured)
+    alone = trainer(strategy())
+    alone.validate(other, data(), ckpt_path=saves.last_model_path, verbose=False)
+    third = net(Configured)
+    again = trainer(strategy(), max_epochs=3)
+    again.fit(third, data(), ckpt_path=saves.last_model_path)
+    return module.losses, weights(module), weights(other), module.numel, again.global_step
+
+
+def behind_fit(strategy: Callable[..., Any], folder: Path) -> Any:
+    """A file that is saved behind a fit, and who can read it; a second fit of the same objects."""
+    module = net()
+    running = trainer(strategy())
+    running.fit(module, data())
+    place = folder / "behind.ckpt"
+    running.save_checkpoint(place)
+    other = net()
+    trainer(strategy()).test(other, data(), ckpt_path=place, verbose=False)
+    plain = Net.load_from_checkpoint(place, weights_only=False)
+    refused = raised(lambda: trainer(strategy(), max_epochs=3).fit(net(), data(), ckpt_path=place))
+    on = net(rate=0.0)
+    more = trainer(strategy(load_full_weights=True), max_epochs=3)
+    more.fit(on, data(), ckpt_path=place)
+    running.fit_loop.max_epochs = 3
+    before = weights(module)
+    running.fit(module, data())
+    moved = max((before[n] - v).abs().max().item() for n, v in weights(module).items())
+    return {
+        "is file": place.is_file(),
+        "weights": [before, weights(other), weights(plain)],
+        "refused": refused,
+        "on": (more.global_step, len(on.losses)),
+        "moved": moved,
+    }
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+class TwoOptimizers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[3])]
+
+
+class NoLoss(Net):
+    def training_step(self, batch: Any, index: int) -> Any:
+        return None
+
+
+class ClipsByHand(Net):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=9.0, gradient_clip_algorithm="norm")
+
+
+class Breaks(Net):
+    """Raises on one rank, in the third batch."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if index == 2 and dist.get_rank() == 1:
+            raise KeyError("batch 2")
+        return self.loss(batch)  # without a collective of Lightning's, which nobody would answer
+
+
+def refused(strategy: Callable[..., Any], folder: Path) -> Any:
+    """What is raised; every case on all ranks alike but the last."""
+
+    def fit(module: Net, **changes: Any) -> str:
+        running = trainer(strategy(), **changes)
+        return raised(lambda: running.fit(module, data()))
+
+    manual = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    (folder / "empty").mkdir(exist_ok=True)
+    return {
+        "two": fit(TwoOptimizers(), **manual),
+        "by value": fit(Net(), gradient_clip_algorithm="value"),
+        "none": fit(NoLoss(), accumulate_grad_batches=1),
+        "another norm": fit(ClipsByHand(), accumulate_grad_batches=1),
+        "64": raised(lambda: trainer(strategy(), precision="64-true")),
+        "steps": raised(lambda: ZerortStrategy(config={"gradient_accumulation_steps": 2})),
+        "empty": raised(
+            lambda: trainer(strategy()).test(net(), data(), ckpt_path=folder / "empty")
+        ),
+        "url": raised(lambda: trainer(strategy()).test(net(), data(), ckpt_path="s3://a/b")),
+        "breaks": fit(Breaks(), accumulate_grad_batches=1),
+        "after": len(fitted(strategy(), folder)[0]),
+    }
+
+
+def overfitted(strategy: Any, folder: Path) -> Any:
+    module = net()
+    trainer(strategy, overfit_batches=2, max_epochs=4, accumulate_grad_batches=1).fit(
+        module, data(), data()
+    )
+    return module.losses
 
 
 def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
+    def ours(**more: Any) -> ZerortStrategy:
+        return zerort_at(stage, **more)
+
     return {
         f"ddp {stage}": lambda folder: fitted("ddp", folder),
-        f"fitted {stage}": lambda folder: fitted(zerort_at(stage), folder),
-        f"resumed {stage}": lambda folder: resumed(lambda: zerort_at(stage), folder),
+        f"fitted {stage}": lambda folder: fitted(ours(), folder),
+        f"resumed {stage}": lambda folder: resumed(ours, folder),
+        f"without fitting {stage}": lambda folder: without_fitting(ours, folder),
+        f"ddp by hand {stage}": lambda folder: by_hand("ddp", folder),
+        f"by hand {stage}": lambda folder: by_hand(ours(), folder),
+        f"ddp configured {stage}": lambda folder: configured(lambda: "ddp", folder),
+        f"configured {stage}": lambda folder: configured(ours, folder),
+        f"behind fit {stage}": lambda folder: behind_fit(ours, folder),
+        f"ddp overfitted {stage}": lambda folder: overfitted("ddp", folder),
+        f"overfitted {stage}": lambda folder: overfitted(ours(), folder),
+        f"refused {stage}": lambda folder: refused(ours, folder),
     }
 
 

@@ -168,3 +168,27 @@ def test_destroy_beside_a_rank_that_has_died_raises_nothing_and_ends_in_time() -
     survivor, _ = ranks.attempt(2, _destroy_beside_a_dead_rank, timeout=40)
     assert isinstance(survivor, ranks.Returned), survivor
     assert survivor.value < 10.0
+
+
+def _part_alone(rank: int, world: int) -> str:
+    engine = engine_over_terms({**at_stage(2), "zerort": {"timeout": 20.0}})
+    step_with(engine, 1.0, 2.0)
+    heard = ""
+    if rank == 0:
+        heard = str(caught(lambda: step_with(engine, 1.0, 2.0)))
+        engine.destroy()
+    else:
+        try:
+            raise KeyError("batch 7")
+        except KeyError:
+            engine.destroy()
+            time.sleep(3)  # the process goes on
+    again = engine_over_terms(at_stage(2))
+    step_with(again, 1.0, 2.0)
+    again.destroy()
+    return heard
+
+
+def test_a_rank_that_gives_its_engine_back_for_an_exception_says_which_though_it_goes_on() -> None:
+    heard, _ = ranks.run(2, _part_alone)
+    assert "gave its engine back after KeyError: 'batch 7' (test_destroy.py:" in heard
