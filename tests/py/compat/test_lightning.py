@@ -64,3 +64,81 @@ def test_a_resumed_fit_is_the_uninterrupted_one_to_the_bit(stage: int) -> None:
         assert lost == []
         assert (seen, steps) == (18, 9)
         assert odd == ({1: "one"}, {"a", "b"})
+
+
+@every_stage
+def test_checkpoints_are_validated_tested_and_predicted_from_without_a_fit(stage: int) -> None:
+    for found in result("without fitting", stage):
+        fitted, *others = found["scores"]
+        assert found["kept"] == ["epoch=0-step=3.ckpt", "last.ckpt"]
+        assert found["best"] > fitted, "the first epoch's, because the mode is max"
+        assert others == pytest.approx([found["best"]] * 4, rel=1e-6)
+        assert found["epoc"][1] == found["last"][1] == 1  # of five rows each rank has three
+        for name, value in found["epoc"][0].items():
+            assert not torch.equal(value, found["fitted"][name])
+
+
+@every_stage
+def test_optimization_by_hand_accumulates_and_drops_as_under_ddp(stage: int) -> None:
+    for ours, theirs in zip(result("by hand", stage), result("ddp by hand", stage), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        for name, value in ours[1].items():
+            torch.testing.assert_close(value, theirs[1][name], rtol=1e-5, atol=1e-6)
+
+
+@every_stage
+def test_layers_that_are_made_in_configure_model_train_and_come_back(stage: int) -> None:
+    ours, theirs = result("configured", stage), result("ddp configured", stage)
+    for mine, other in zip(ours, theirs, strict=True):
+        losses, weights, validated, bytes_within, steps = mine
+        assert losses == pytest.approx(other[0], rel=1e-5)
+        assert steps == other[4] == 9
+        for name, value in weights.items():
+            torch.testing.assert_close(value, other[1][name], rtol=1e-5, atol=1e-6)
+            assert torch.equal(value, validated[name])
+        assert bytes_within == ([0] if stage == 3 else other[3]), "born in shards"
+
+
+@every_stage
+def test_behind_a_fit_the_weights_are_there_and_can_be_saved_as_one_file(stage: int) -> None:
+    for found in result("behind fit", stage):
+        assert found["is file"]
+        fitted, tested, plain = found["weights"]
+        for name, value in fitted.items():
+            assert torch.equal(value, tested[name])
+            assert torch.equal(value, plain[name])
+        assert "is one file, which holds no state of this strategy's optimizer" in found["refused"]
+        assert found["on"] == (9, 6), "one epoch more, from the file's weights"
+        assert 0 < found["moved"] < 0.2, "the same Trainer and module, once more"
+
+
+@every_stage
+def test_overfit_batches_gives_the_numbers_of_ddp(stage: int) -> None:
+    ours, theirs = result("overfitted", stage), result("ddp overfitted", stage)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert len(mine) == 8
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+@every_stage
+def test_what_an_engine_cannot_do_is_refused_by_name(stage: int) -> None:
+    for found in result("refused", stage):
+        for case, words in {
+            "two": "configure_optimizers returns 2 optimizers, and an engine has one",
+            "by value": 'ConfigError: gradient_clip_algorithm="value"',
+            "none": "returning None in distributed training is not supported",  # Lightning's own
+            "64": "the precision plugin DoublePrecision is not supported",
+            "steps": "windows are Lightning's, got 2",
+            "empty": "holds no folder 'checkpoint': give the path that Lightning saved to",
+            "url": "only local folders can be written and read",
+        }.items():
+            assert words in found[case], case
+
+
+@every_stage
+def test_a_training_step_that_raises_on_one_rank_ends_all_with_its_reason(stage: int) -> None:
+    innocent, culprit = (found["breaks"] for found in result("refused", stage))
+    assert culprit == "KeyError: 'batch 2'"
+    assert "KeyError: 'batch 2'" in innocent
+    assert innocent.startswith(("CommError: ", "StepError: "))
+    assert [found["after"] for found in result("refused", stage)] == [12, 12], "works on"

@@ -139,6 +139,9 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
             self.model_to_device()
             _sync_module_states(self.model)
         self.setup_precision_plugin()
+        if self._engine is not None:
+            # in manual optimization it is how a window is dropped
+            self._lightning_optimizers[0].zero_grad = self._engine.zero_grad
 
     def _settings(self) -> dict[str, Any]:
         trainer = self.lightning_module.trainer
@@ -168,8 +171,6 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
             config=settings,
         )
         self.optimizers = [optimizer]
-        # in manual optimization it is how a window is dropped
-        self._lightning_optimizers[0].zero_grad = self._engine.zero_grad
         self.precision_plugin.clipping = self._engine.gradient_clipping()
         self.model = self._engine
 
@@ -225,7 +226,8 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
     ) -> Any:
         """Runs the closure, then the engine's step.
 
-        Raises `ConfigError` where `training_step` has returned None, for the peers reduce.
+        Raises `ConfigError` where `training_step` has returned None beside other ranks, which
+        reduce.
         """
         if kwargs:
             raise ConfigError(
@@ -236,6 +238,9 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
         result = closure()
         self.precision_plugin._after_closure(model, optimizer)
         if result is None and model.automatic_optimization:
+            if self.world_size == 1:
+                self.engine.zero_grad()
+                return None
             raise ConfigError(
                 "training_step returned None: the other ranks reduce gradients in this step, so "
                 "none can leave it out; return a loss, zero times another where it is not to count"
