@@ -15,8 +15,8 @@ def test_the_border_bench_runs() -> None:
     assert "engine sentinels" in done.stdout, done.stderr
 
 
-def test_the_step_time_bench_races_every_stage() -> None:
-    chosen = [f"--only=zerort stage {stage}" for stage in ("0", "2", "3", "3, a third")]
+def test_the_step_time_bench_races_stages() -> None:
+    chosen = [f"--only=zerort stage {stage}" for stage in ("2", "3, a third")]
     command = [sys.executable, str(BENCHES / "step_time.py"), "--workload=small"]
     done = subprocess.run(
         [*command, *chosen, "--rounds=1", "--steps=1"],
@@ -26,4 +26,4 @@ def test_the_step_time_bench_races_every_stage() -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("zerort stage") == 4, done.stdout
+    assert done.stdout.count("zerort stage") == 2, done.stdout

@@ -85,7 +85,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(PATHS, JSON, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_mixture_of_keys_and_values_is_answered(given: dict[str, Any]) -> None:
     config: dict[str, Any] = {}
     for path, value in given.items():
@@ -99,7 +99,7 @@ def test_any_mixture_of_keys_and_values_is_answered(given: dict[str, Any]) -> No
 
 
 @given(st.text(max_size=200) | JSON.map(lambda value: json.dumps(value, default=str)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_of_a_file_is_answered(tmp_path_factory: Any, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

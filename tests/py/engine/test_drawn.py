@@ -17,7 +17,7 @@ from training import assert_same, train, twin_of
 
 
 @pytest.mark.parametrize(("stage", "reduce_at"), [(0, None), (1, None), (2, None), (2, "boundary")])
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(
     name=st.sampled_from(list(DRAWN)),
     accumulation=st.sampled_from([1, 2, 4]),
