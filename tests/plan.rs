@@ -71,7 +71,6 @@ fn when_gradients_are_reduced_follows_from_the_placements() {
 #[test]
 fn a_specification_without_sense_is_refused() {
     let error = |change: fn(&mut PlanSpec)| changed(change).unwrap_err();
-    assert_eq!(error(|spec| spec.params.clear()), PlanError::NoParameters);
     assert_eq!(error(|spec| spec.cap = Cap::Bytes(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.cap = Cap::Elements(0)), PlanError::BadCap);
     assert_eq!(error(|spec| spec.window = Some(0)), PlanError::BadWindow);
@@ -105,6 +104,14 @@ fn a_window_is_at_most_all_buckets_and_all_of_them_when_left_out() {
     let all = Plan::new(sample()).unwrap().buckets().len() as u32;
     let window = |window| changed(|spec| spec.window = window).unwrap().window();
     assert_eq!([window(None), window(Some(u32::MAX)), window(Some(1))], [all, all, 1]);
+}
+
+#[test]
+fn a_plan_of_nothing_is_an_empty_list() {
+    let plan = changed(|spec| spec.params.clear()).unwrap();
+    assert_eq!((plan.buckets().len(), plan.units().len(), launches(&plan)), (0, 0, vec![]));
+    let restored = Plan::restore(vec![], vec![], 2, Stage::Two.rules()).unwrap();
+    assert_eq!(restored.schedule(), plan.reordered(&[]).unwrap().schedule());
 }
 
 #[test]

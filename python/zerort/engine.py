@@ -25,10 +25,12 @@ from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
 from zerort.grads.compiled import around
 from zerort.mesh import leave_last_words
+from zerort.optim import NoOptimizer
 from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.events import Events
+from zerort.step.forwards import ForwardOnly
 from zerort.step.getters import Getters
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
@@ -223,7 +225,8 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         if self.is_compiled:
             return
         self.module.compile(**options)
-        if self._parts.mesh.rank == 0 and not compiled_autograd_enabled:
+        trains = self.optimizer is not None and not compiled_autograd_enabled
+        if self._parts.mesh.rank == 0 and trains:
             _log.warning(COMPILED_WHOLE)
 
     @property
@@ -324,7 +327,10 @@ def _transaction(parts: Components, counters: Counters, events: Events) -> Trans
     )
     unused = UnusedParameters(mesh.rank, config.unused_parameters)
     part = Participation(averaging, parts.reduction, parts.boundary, progress, unused, parts.passes)
-    return Transaction(part)
+    update = parts.boundary.optimizer
+    return (
+        ForwardOnly(part, update.reason) if isinstance(update, NoOptimizer) else Transaction(part)
+    )
 
 
 def _policy(parts: Components) -> SavePolicy:

@@ -19,13 +19,13 @@ from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
 from zerort.device.markers import markers_of
 from zerort.engine import COMPILED_WHOLE, Engine
-from zerort.errors import PlanError
+from zerort.errors import ConfigError
 from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Comm, Mesh
-from zerort.optim import Abilities, ShardOptimizer, schedules
+from zerort.optim import Abilities, schedules
 from zerort.params.leaves import mark_configured
 from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
@@ -38,7 +38,7 @@ from zerort.start.compare import (
 from zerort.start.connect import connected, started
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
-from zerort.start.optimizer import abilities_of, choose_optimizer
+from zerort.start.optimizer import Chosen, choose_optimizer
 from zerort.start.place import gather_loose, move
 from zerort.start.units import in_units, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
@@ -74,16 +74,16 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
-) -> tuple[Engine, Optimizer, TrainingLoader | None, Any]:
+) -> tuple[Engine, Optimizer | None, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
     `optimizer` is an instance or a callable over parameters, and wins over the configuration's;
-    `lr_scheduler` is an instance or a callable over the optimizer. `model_parameters` are
-    parameters or group dicts, all of the model's when left out. `config` is a dict, a path to JSON,
-    or base64 JSON.
+    where there is neither, the engine only runs forward. `lr_scheduler` is an instance or a
+    callable over the optimizer. `model_parameters` are parameters or group dicts, all of the
+    model's when left out. `config` is a dict, a path to JSON, or base64 JSON.
 
-    Returns (engine, optimizer, training loader or None, scheduler or None). The model is moved,
-    cast, broadcast from rank 0, and its parameters become views of flat buffers. Raises
+    Returns (engine, optimizer or None, training loader or None, scheduler or None). The model is
+    moved, cast, broadcast from rank 0, and its parameters become views of flat buffers. Raises
     `ConfigError`, `PlanError` (ranks whose models differ included) and `CommError`; on every rank,
     when one has a reason to.
     """
@@ -107,7 +107,7 @@ def initialize(
         started(mesh, settings)
         undo.pop_all()
     _log_start(setup, flat, engine)
-    return engine, setup.optimizer, setup.loader, engine.lr_scheduler
+    return engine, setup.chosen.optimizer, setup.loader, engine.lr_scheduler
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ class Setup:
     model: nn.Module
     batch: Batch
     precision: Precision
-    optimizer: Optimizer
+    chosen: Chosen
     planned: Sequence[PlannedParameter]
     plan: _core.Plan
     sink: TraceSink
     loader: TrainingLoader | None
     collate_fn: Callable[[Any], Any] | None
     scheduler: Any
-    abilities: Abilities
-    """What the optimizer can be given."""
+    abilities: Abilities | None
+    """What the optimizer can be given, if there is one."""
     times: RangeTimes | None
 
     @property
@@ -159,7 +159,7 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     first(control, lambda: monitors.check(settings))
     compare_plans(control, setup.planned, setup.plan.digest)
     compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
-    compare_optimizers(control, setup.optimizer)
+    compare_optimizers(control, setup.chosen.optimizer)
     compare_data(control, setup.loader)
     return setup
 
@@ -189,7 +189,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
-    abilities = abilities_of(chosen, shards=plan.shards_optimizer)
+    abilities = chosen.able(shards=plan.shards_optimizer)
     times = RangeTimes() if settings.breaks_down else None
     sink = _open_sink(settings, mesh, times)
     undo.callback(sink.close)
@@ -205,33 +205,21 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         sink,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
         collate_fn=given.collate_fn,
-        scheduler=_scheduler(settings, chosen, given.lr_scheduler),
+        scheduler=_scheduler(settings, chosen.optimizer, given.lr_scheduler),
         abilities=abilities,
         times=times,
     )
 
 
 def _planned(
-    settings: Config, comm: Comm, model: nn.Module, chosen: Optimizer, precision: Precision
+    settings: Config, comm: Comm, model: nn.Module, chosen: Chosen, precision: Precision
 ) -> tuple[Sequence[PlannedParameter], _core.Plan]:
-    groups = {id(p): i for i, group in enumerate(chosen.param_groups) for p in group["params"]}
-    own = {id(parameter) for parameter in model.parameters()}
-    strange = [
-        tuple(p.shape) for group in chosen.param_groups for p in group["params"] if id(p) not in own
-    ]
-    if strange:
-        raise PlanError(
-            f"the optimizer holds parameters that are not the model's, {len(strange)} of "
-            f"{len(groups)}, of shapes {strange[:3]}: make it anew from the parameters of the very "
-            "model that is given to initialize; one that an engine has had holds that engine's "
-            "shards"
-        )
     planned, units = in_units(
         settings,
         model,
         plannable(
             list(model.named_parameters()),
-            groups,
+            chosen.groups,
             precision.wires(model),
             origin_of,
             holds=settings.zero_optimization.shards_parameters,
@@ -259,8 +247,8 @@ def _window(settings: Config, comm: Comm) -> int | None:
 
 def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
-    shards = ShardOptimizer(setup.optimizer, flat, setup.abilities)
-    shards.split()
+    update = setup.chosen.over(flat, setup.abilities)
+    update.split()
     transports = {
         bucket.spec.id: transport_of(bucket, precision.predivide) for bucket in flat.trained
     }
@@ -274,7 +262,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     passes = passes_over(setup.model, flat, reduction, mesh, room)
     undo.callback(passes.detach)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
-    boundary = Boundary(mesh, flat, reduction, shards, precision.loss_scale, policy, sink)
+    boundary = Boundary(mesh, flat, reduction, update, precision.loss_scale, policy, sink)
     parts = Components(
         config,
         mesh,
@@ -333,7 +321,14 @@ def _open_sink(settings: Config, mesh: Mesh, times: RangeTimes | None) -> TraceS
     return ContainedSink(sink)
 
 
-def _scheduler(settings: Config, optimizer: Optimizer, given: Any) -> Any:
+def _scheduler(settings: Config, optimizer: Optimizer | None, given: Any) -> Any:
+    if optimizer is None:
+        if given is not None:
+            raise ConfigError(
+                "initialize(lr_scheduler=...) without an optimizer: there are no learning rates; "
+                "give an optimizer that trains, or leave the scheduler out"
+            )
+        return None
     if given is not None:
         return given(optimizer) if isinstance(given, type) or not hasattr(given, "step") else given
     if settings.scheduler is None:
@@ -350,19 +345,14 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
         _log.info("configuration: %s", settings.model_dump_json(indent=2))
     if settings.ignored:
         _log.info("configuration keys without effect here: %s", ", ".join(settings.ignored))
-    if settings.gradient_clipping_defaulted:
-        _log.info(
-            "gradient_clipping is not given: gradients are clipped to norm %g",
-            settings.gradient_clipping,
-        )
     if line := said_of_apex(settings):
         _log.info(line)
-    if engine.is_compiled:
-        _log.warning(COMPILED_WHOLE)
     planned = {id(parameter) for parameter in flat.params}
     left = [(name, p) for name, p in model.named_parameters() if id(p) not in planned]
-    if never := [name for name, p in left if p.requires_grad]:
-        _log.warning("not in the optimizer, so never updated: %s", ", ".join(never))
+    if setup.chosen.optimizer is None:
+        _log.info("the engine only runs forward, %s", setup.chosen.reason)
+    else:
+        _log_training(settings, engine, [name for name, p in left if p.requires_grad])
     zero = settings.zero_optimization
     large = [(name, p) for name, p in left if p.numel() > zero.stage3_param_persistence_threshold]
     if large and zero.shards_parameters:
@@ -373,3 +363,16 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
             ", ".join(name for name, _ in large[:8]),
             f" and {len(large) - 8} more" if len(large) > 8 else "",
         )
+
+
+def _log_training(settings: Config, engine: Engine, never: Sequence[str]) -> None:
+    """`never` are the parameters that require grad and are in no group."""
+    if settings.gradient_clipping_defaulted:
+        _log.info(
+            "gradient_clipping is not given: gradients are clipped to norm %g",
+            settings.gradient_clipping,
+        )
+    if engine.is_compiled:
+        _log.warning(COMPILED_WHOLE)
+    if never:
+        _log.warning("not in the optimizer, so never updated: %s", ", ".join(never))

@@ -34,7 +34,8 @@ def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
     """What this rank takes; reads nothing."""
     if options.module_only:
         return Fit()
-    reasons = [*(_of_scheduler(manifest, state) if options.scheduler else ())]
+    reasons = [*(_of_optimizer(manifest, state) if options.optimizer else ())]
+    reasons += _of_scheduler(manifest, state) if options.scheduler else ()
     reasons += _of_loss_scale(manifest, state)
     reasons += _of_features(manifest, state)
     saved, world, rank = manifest.world, state.comm.world, state.comm.rank
@@ -48,6 +49,14 @@ def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
     if loader is None and state.loader is not None:
         reasons.append("the place in the data is not restored: the checkpoint has none")
     return Fit(own.get("rng") if same else None, loader, rank if same else 0, tuple(reasons))
+
+
+def _of_optimizer(manifest: Manifest, state: EngineState) -> Iterator[str]:
+    have, saved = state.optimizer.name, manifest.optimizer
+    if have is not None and saved is None:
+        yield f"the optimizer {have} starts anew: the checkpoint has none"
+    if have is None and saved is not None:
+        yield f"the state of the optimizer {saved.name} is not taken: there is none"
 
 
 def _of_scheduler(manifest: Manifest, state: EngineState) -> Iterator[str]:

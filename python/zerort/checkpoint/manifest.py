@@ -223,7 +223,8 @@ class Manifest(Entry):
     out.
     """
     buckets: Annotated[tuple[BucketEntry, ...], _Stop]
-    optimizer: OptimizerEntry
+    optimizer: OptimizerEntry | None
+    """None where there was none: an engine that only ran forward has saved it."""
     scheduler: SchedulerEntry | None
     loss_scale: tuple[float, int, int, int] | None
     """Of a dynamic loss scale: the scale, hysteresis left, boundaries seen, boundary of the last

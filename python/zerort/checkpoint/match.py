@@ -105,7 +105,8 @@ def match(manifest: Manifest, state: EngineState, options: LoadOptions) -> Match
     found = [names.source(name) for name in state.flat.names]
     origins = [source if isinstance(source, int) else -1 for source in found]
     _check_planned(manifest, state, found)
-    if options.optimizer:
+    updates = options.optimizer and state.optimizer.name is not None
+    if updates:
         _check_optimizer(manifest, state)
     if options.scheduler:
         _check_scheduler(manifest, state)
@@ -114,14 +115,14 @@ def match(manifest: Manifest, state: EngineState, options: LoadOptions) -> Match
         origins,
         _turned(manifest, state, origins),
         states,
-        _groups(manifest, state, origins) if options.optimizer else [],
+        _groups(manifest, state, origins) if updates else [],
         {param: source for param, source in enumerate(found) if isinstance(source, str)},
         _loose(manifest, state, names) if options.weights else {},
         options.weights,
         tuple(names.stayed) if options.weights else (),
         tuple(names.unused) if options.weights else (),
-        _fresh(manifest, state, states) if options.optimizer else (),
-        _dropped(manifest, origins, names.unused) if options.optimizer else (),
+        _fresh(manifest, state, states) if updates else (),
+        _dropped(manifest, origins, names.unused) if updates else (),
     )
 
 
@@ -251,10 +252,10 @@ def _turned(
 
 
 def _check_optimizer(manifest: Manifest, state: EngineState) -> None:
-    have = type(state.optimizer.optimizer).__qualname__
-    if have != manifest.optimizer.name:
+    have, saved = state.optimizer.name, manifest.optimizer
+    if saved is not None and have != saved.name:
         raise CheckpointError(
-            f"the checkpoint holds the state of {manifest.optimizer.name}, and the optimizer is "
+            f"the checkpoint holds the state of {saved.name}, and the optimizer is "
             f"{have}: load_optimizer_states=False takes the weights without it"
         )
 
@@ -269,7 +270,7 @@ def _check_scheduler(manifest: Manifest, state: EngineState) -> None:
 
 
 def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> list[int | None]:
-    sources: list[set[int]] = [set() for _ in state.optimizer.optimizer.param_groups]
+    sources: list[set[int]] = [set() for _ in state.optimizer.groups]
     for bucket in state.flat.trained:
         found = (
             manifest.params[origins[param]].group
@@ -277,7 +278,7 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
             if origins[param] >= 0
         )
         sources[bucket.group].update(source for source in found if source is not None)
-    saved = manifest.optimizer.groups
+    saved = manifest.optimizer.groups if manifest.optimizer is not None else ()
     chosen: list[int | None] = []
     for index, groups in enumerate(sources):
         if any(group >= len(saved) or saved[group] != saved[min(groups)] for group in groups):

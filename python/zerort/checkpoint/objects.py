@@ -117,7 +117,7 @@ def _extra(name: str) -> str:
 
 
 def _restore_options(state: EngineState, staged: Staged, undo: Undo) -> None:
-    groups = state.optimizer.optimizer.param_groups
+    groups = list(state.optimizer.groups)
     _note_options(groups, undo)
     for group, options in zip(groups, staged.options, strict=True):
         taken = {key: value for key, value in (options or {}).items() if key not in _IMPLEMENTATION}
@@ -144,7 +144,7 @@ def _contents(value: Any) -> Tensor | None:
 
 
 def _restore_scheduler(state: EngineState, saved: Any, undo: Undo) -> None:
-    scheduler, groups = state.scheduler, state.optimizer.optimizer.param_groups
+    scheduler, groups = state.scheduler, list(state.optimizer.groups)
     what = f"the scheduler {type(scheduler).__qualname__}"
     with _naming(what):
         kept = copy.deepcopy(scheduler.state_dict())

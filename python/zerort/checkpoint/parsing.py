@@ -43,7 +43,12 @@ from zerort.errors import CheckpointError
 
 __all__ = ["parse"]
 
-_OBJECTS: dict[str, type[Entry]] = {"counters": Counts, "optimizer": OptimizerEntry}
+_OBJECTS: dict[str, type[Entry]] = {
+    "counters": Counts,
+    "optimizer": OptimizerEntry,
+    "scheduler": SchedulerEntry,
+}
+_MAY_BE_NONE = ("optimizer", "scheduler")
 _LISTS: dict[str, type[Entry]] = {
     "params": ParamEntry,
     "buckets": BucketEntry,
@@ -98,9 +103,8 @@ def _check_keys(body: bytes) -> None:
         raise CheckpointError(f"{MANIFEST} is no JSON: {error}") from error
     _compare_keys(MANIFEST, found, Manifest)
     for key, model in _OBJECTS.items():
-        _compare_keys(f"{MANIFEST}: {key}", found[key], model)
-    if found["scheduler"] is not None:
-        _compare_keys(f"{MANIFEST}: scheduler", found["scheduler"], SchedulerEntry)
+        if found[key] is not None or key not in _MAY_BE_NONE:
+            _compare_keys(f"{MANIFEST}: {key}", found[key], model)
     aliases = found["aliases"]
     if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
         raise CheckpointError(f"{MANIFEST}: aliases holds something else than names")

@@ -75,7 +75,7 @@ def show(folder: Path, tag: str | None, console: Console) -> int:
         "step": f"{found.counters.global_steps}, of {found.counters.global_samples} samples",
         "saved": f"{found.saved} by zerort {found.zerort} with torch {found.torch}",
         "ranks": f"{found.world}, stage {found.stage}",
-        "optimizer": f"{found.optimizer.name}, {len(found.optimizer.groups)} groups",
+        "optimizer": _optimizer(found),
         "size": f"{decimal(_size(found))} in {len(found.files)} files",
         "buckets": str(len(found.buckets)),
     }
@@ -83,6 +83,11 @@ def show(folder: Path, tag: str | None, console: Console) -> int:
         console.print(f"{key:>10}  {value}", markup=False, highlight=False)
     console.print(_tensors(found))
     return 0
+
+
+def _optimizer(manifest: Manifest) -> str:
+    found = manifest.optimizer
+    return "none" if found is None else f"{found.name}, {len(found.groups)} groups"
 
 
 def _size(manifest: Manifest) -> int:

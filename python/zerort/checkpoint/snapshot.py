@@ -278,14 +278,9 @@ def _layout(state: EngineState, *, exclude_frozen: bool) -> dict[str, Any]:
 
 def _values(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Any]:
     """What is no tensor of a parameter's, encoded."""
-    optimizer, scale = state.optimizer.optimizer, state.loss_scale
+    scale = state.loss_scale
     return {
-        "optimizer": {
-            "name": type(optimizer).__qualname__,
-            "groups": tuple(
-                _options(group, index, beside) for index, group in enumerate(optimizer.param_groups)
-            ),
-        },
+        "optimizer": _optimizer(state, beside),
         "scheduler": _scheduler(state, beside),
         "loss_scale": scale.state() if isinstance(scale, _core.LossScale) else None,
         "features": {
@@ -297,6 +292,14 @@ def _values(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Any]:
             for name, module in extra_states(state.module)
         },
     }
+
+
+def _optimizer(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Any] | None:
+    if state.optimizer.name is None:
+        return None
+    groups = enumerate(state.optimizer.groups)
+    options = tuple(_options(group, index, beside) for index, group in groups)
+    return {"name": state.optimizer.name, "groups": options}
 
 
 def _scheduler(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json] | None:

@@ -115,7 +115,8 @@ def _stage_optimizer(
             for key in kept.whole:
                 name = f"optimizer.{match.origins[param]}.{key}"
                 staged.whole[param, key] = reader.whole(rank_file(0), name)
-    saved = reader.manifest.optimizer.groups
+    kept_by = reader.manifest.optimizer
+    saved = kept_by.groups if kept_by is not None else ()
     staged.options = [
         None if source is None else reader.value(saved[source]) for source in match.groups
     ]

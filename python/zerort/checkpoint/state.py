@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zerort import _core
 from zerort.memory import FlatModel, HeldBucket
 from zerort.mesh import Comm
-from zerort.optim import ShardOptimizer
+from zerort.optim import Update
 from zerort.optim.segments import Segment
 from zerort.step.accumulation import Counters
 from zerort.step.events import Events
@@ -55,7 +55,7 @@ class EngineState:
     comm: Comm
     flat: FlatModel
     reduction: Reduced
-    optimizer: ShardOptimizer
+    optimizer: Update
     loss_scale: LossScale
     progress: Progress
     stage: int
@@ -103,7 +103,7 @@ def own_shard(bucket: HeldBucket, owned: Tensor, rank: int) -> Tensor:
     return owned.narrow(0, rank * bucket.spec.shard_numel - bucket.start, bucket.spec.shard_numel)
 
 
-def by_bucket(optimizer: ShardOptimizer) -> dict[int, list[Segment]]:
+def by_bucket(optimizer: Update) -> dict[int, list[Segment]]:
     """The optimizer's segments by the identity of their bucket, in their order."""
     found: dict[int, list[Segment]] = {}
     for segment in optimizer.segments:

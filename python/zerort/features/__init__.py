@@ -21,6 +21,7 @@ from zerort.features.site import Site
 from zerort.features.throughput import Throughput
 from zerort.features.timers import Timers
 from zerort.features.trace_mark import TraceMark
+from zerort.optim import NoOptimizer
 from zerort.step.events import Events, Feature
 
 __all__ = ["FEATURES", "Site", "open_features"]
@@ -41,9 +42,11 @@ FEATURES: Sequence[Callable[[Site], Feature | None]] = (
 
 
 def open_features(site: Site) -> Events:
-    """The features that the configuration asks for. Those that are open are closed again where one
-    raises.
+    """The features that the configuration asks for; none for an engine that takes no step. Those
+    that are open are closed again where one raises.
     """
+    if isinstance(site.parts.boundary.optimizer, NoOptimizer):
+        return Events()
     with ExitStack() as undo:
         for row in FEATURES:
             feature = row(site)

@@ -288,11 +288,13 @@ class FlatModel:
         self.trained = [bucket for bucket in self.buckets if isinstance(bucket, FlatBucket)]
         """Those that an optimizer has."""
         self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
-        self._held = [
+        held = [bucket for bucket in self.buckets if not isinstance(bucket, FlatBucket)]
+        self._held = [parameter for bucket in held for parameter in bucket.params]
+        self._frozen = [
             (name, parameter)
-            for bucket in self.buckets
-            if not isinstance(bucket, FlatBucket)
+            for bucket in held
             for name, parameter in zip(bucket.names, bucket.params, strict=True)
+            if not parameter.requires_grad
         ]
         self._numels = [parameter.numel() for parameter in self.params]
         self._homes, self._offsets = self._layout()
@@ -322,7 +324,7 @@ class FlatModel:
         that nothing would train.
         """
         self._registry.check()
-        unfrozen = next((name for name, held in self._held if held.requires_grad), None)
+        unfrozen = next((name for name, held in self._frozen if held.requires_grad), None)
         if unfrozen is not None:
             raise StepError(
                 f"parameter {unfrozen} requires grad now, but at zerort.initialize it was frozen "
@@ -363,7 +365,7 @@ class FlatModel:
     @unintercepted
     def drop_strays(self) -> None:
         """Forgets gradients of parameters that no optimizer has."""
-        for _, parameter in self._held:
+        for parameter in self._held:
             parameter.grad = None
 
     @unintercepted

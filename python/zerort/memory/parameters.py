@@ -2,9 +2,10 @@
 
 What the optimizer holds is planned, trainable or frozen, in every dtype that can be reduced. Where
 parameters are sharded, frozen ones that no optimizer holds (the base of a model that trains by its
-adapters) are planned too, in no group: they are *held*. Everything else stays as it is, whole on
-every rank: frozen parameters of another dtype (quantised ones, masks, complex tables), those that
-share their memory or have none of their own, and what requires grad and is in no group.
+adapters) are planned too, in no group: they are *held*. Where there is no optimizer at all, so is
+everything, frozen or not. The rest stays as it is, whole on every rank: parameters of another dtype
+(quantised ones, masks, complex tables), those that share their memory or have none of their own,
+and what requires grad and is in no group of an optimizer.
 """
 
 from __future__ import annotations
@@ -63,19 +64,21 @@ class PlannedParameter:
 
 def plannable(
     named: Sequence[tuple[str, nn.Parameter]],
-    groups: Mapping[int, int],
+    groups: Mapping[int, int] | None,
     wire_of: Callable[[nn.Parameter], int],
     origin_of: Callable[[nn.Parameter], Origin] = Present,
     *,
     holds: bool = False,
 ) -> list[PlannedParameter]:
     """The parameters of `named` that the optimizer updates, checked, and where it `holds` the
-    frozen others too; `groups` maps id(parameter) to its group.
+    frozen others too; `groups` maps id(parameter) to its group, and is None without an optimizer.
 
     Raises `PlanError` naming the parameter that cannot be planned.
     """
+    trains, groups = groups is not None, groups or {}
     planned = []
-    held = _holdable(named, groups, origin_of) if holds else set()
+    others = [p for _, p in named if id(p) not in groups and not (trains and p.requires_grad)]
+    held = _holdable(others, named, origin_of) if holds else set()
     for name, parameter in named:
         if id(parameter) in held:
             form, origin = Form.of(parameter), origin_of(parameter)
@@ -92,34 +95,30 @@ def plannable(
                 f"{_way_out(parameter.dtype)}, or freeze it with requires_grad_(False)"
             )
     _refuse_overlap([member for member in planned if member.group is not None])
-    if not any(member.tensor.requires_grad for member in planned):
+    if trains and not any(member.tensor.requires_grad for member in planned):
         raise PlanError(
             "the model has no parameter that requires grad and belongs to the optimizer: nothing "
-            "to train"
+            "to train; for an engine that only runs forward give no optimizer"
         )
     return planned
 
 
 def _holdable(
+    others: Sequence[nn.Parameter],
     named: Sequence[tuple[str, nn.Parameter]],
-    groups: Mapping[int, int],
     origin_of: Callable[[nn.Parameter], Origin],
 ) -> set[int]:
-    """Ids of the frozen parameters outside `groups` whose values can be moved into a bucket."""
-    frozen = {
-        id(parameter)
-        for _, parameter in named
-        if not parameter.requires_grad and id(parameter) not in groups and parameter.dtype in DTYPES
-    }
+    """Ids of those of `others`, which no optimizer has, whose values can be moved into a bucket."""
+    held = {id(parameter) for parameter in others if parameter.dtype in DTYPES}
     present = [p for _, p in named if isinstance(origin_of(p), Present)]
     plain = [p for p in present if _is_plain(p)]
     spans = sorted((*_span(p), id(p)) for p in plain if p.numel())
     reached: tuple[int, int] | None = None  # where what lies before ends, and whose that is
     for start, end, parameter in spans:
         if reached is not None and start < reached[0]:
-            frozen -= {parameter, reached[1]}
+            held -= {parameter, reached[1]}
         reached = max(reached or (end, parameter), (end, parameter))
-    return frozen - ({id(p) for p in present} - {id(p) for p in plain})
+    return held - ({id(p) for p in present} - {id(p) for p in plain})
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:

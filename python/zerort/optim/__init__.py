@@ -18,12 +18,28 @@ from torch.optim import Optimizer
 from zerort.errors import ConfigError
 from zerort.optim.initial import has_stepped
 from zerort.optim.lion import Lion
+from zerort.optim.nothing import ALL_FROZEN, NONE_GIVEN, NoOptimizer
 from zerort.optim.probe import Abilities, examine
 from zerort.optim.shard import ShardOptimizer
 
-__all__ = ["NAMED", "Abilities", "Lion", "ShardOptimizer", "build", "examine", "has_stepped"]
+__all__ = [
+    "ALL_FROZEN",
+    "NAMED",
+    "NONE_GIVEN",
+    "Abilities",
+    "Lion",
+    "NoOptimizer",
+    "ShardOptimizer",
+    "Update",
+    "build",
+    "examine",
+    "has_stepped",
+]
 
 Params = Iterable[Any]
+
+Update = ShardOptimizer | NoOptimizer
+"""What an engine updates its parameters with, if it does."""
 
 
 def _adam(*, decoupled: bool) -> Callable[..., Optimizer]:

@@ -48,6 +48,16 @@ class ShardOptimizer:
         self._initial = InitialState(optimizer, flat.params)
         self.restart(lambda _: None)
 
+    @property
+    def name(self) -> str | None:
+        """Of the optimizer's class."""
+        return type(self.optimizer).__qualname__
+
+    @property
+    def groups(self) -> Sequence[dict[str, Any]]:
+        """The optimizer's own."""
+        return self.optimizer.param_groups
+
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and
         never joined again.

@@ -51,6 +51,7 @@ class Resident:
     """At stages 0 to 2: parameters are whole on every rank, and a pass needs no other rank."""
 
     shards = False
+    trains = True
     is_open = False
     pinned = 0
     reached: Callable[[], None]
@@ -100,6 +101,10 @@ class Passes:
 
     def __init__(self, course: Routed, executor: Executor, rolls: RollCall) -> None:
         self.gatherer = course.gatherer
+        self.trains = bool(course.plan.schedule)
+        """Whether a forward with a graph is the beginning of a micro-batch, which all ranks go
+        through alike; where nothing is reduced it is an evaluation.
+        """
         self.is_open = False
         self.opener: object = None
         """Who has opened the pass, and closes it."""
@@ -188,6 +193,8 @@ class Passes:
         Raises `Diverged` where the ranks are not at the same place. An evaluation of a model that
         is kept whole needs no other rank, and opens none.
         """
+        if kind == "forward" and not self.trains:
+            kind = "evaluation"
         if kind == "evaluation" and self.rests:
             return
         self._refuse_other_threads()

@@ -96,11 +96,12 @@ class Executor:
         self._program = Program()  # whose memory goes before the new is asked for
         flights = self._flights(plan)
         verbs = {"launch": (self._launch, self._launched), "retire": (self._retire, self._retired)}
+        schedule = plan.schedule
+        launches = [index for index, (kind, _) in enumerate(schedule) if kind == "launch"]
         self._program = Program(
-            [(*verbs[kind], flights[bucket]) for kind, bucket in plan.schedule],
-            [flights[bucket] for kind, bucket in plan.schedule if kind == "launch"],
-            launches_end=1
-            + max(i for i, (kind, _) in enumerate(plan.schedule) if kind == "launch"),
+            [(*verbs[kind], flights[bucket]) for kind, bucket in schedule],
+            [flights[schedule[index][1]] for index in launches],
+            launches_end=launches[-1] + 1 if launches else 0,
             units=units or self._units(plan),
         )
         self._publication = Publication(self._published(), self.waits)

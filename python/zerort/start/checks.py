@@ -54,10 +54,6 @@ def refuse_unready(module: nn.Module) -> None:
             "the context"
         )
     named = list(module.named_parameters())
-    if not named:
-        raise PlanError(
-            f"the model, a {type(module).__name__}, has no parameters: nothing to train"
-        )
     for name, parameter in named:
         if is_lazy(parameter):
             raise PlanError(

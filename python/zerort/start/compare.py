@@ -56,12 +56,14 @@ def compare_settings(control: Control, settings: Config, device: torch.device) -
     )
 
 
-def compare_optimizers(control: Control, optimizer: Optimizer) -> None:
+def compare_optimizers(control: Control, optimizer: Optimizer | None) -> None:
     """Raises `PlanMismatch` on all ranks if their optimizers differ in class or in a number of a
-    group.
+    group, or some have none.
     """
 
     def facts() -> dict[str, Any]:
+        if optimizer is None:
+            return {"optimizer": "none"}
         found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
         for index, group in enumerate(optimizer.param_groups):
             found |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}

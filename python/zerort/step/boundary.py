@@ -18,7 +18,7 @@ from zerort.errors import CommError, NonFiniteGradient, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel
 from zerort.mesh import Mesh
-from zerort.optim import ShardOptimizer
+from zerort.optim import Update
 from zerort.run.changes import lost
 from zerort.step.interrupts import held
 from zerort.step.precision import LossScale
@@ -59,7 +59,7 @@ class Boundary:
     mesh: Mesh
     flat: FlatModel
     reduction: Reduction
-    optimizer: ShardOptimizer
+    optimizer: Update
     loss_scale: LossScale
     policy: Policy
     sink: TraceSink

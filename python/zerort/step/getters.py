@@ -91,10 +91,13 @@ class Getters:
 
     # Optimizer and schedule.
 
-    def optimizer_name(self: Any) -> str:
-        """The configured name; the class of the optimizer where none is configured."""
-        chosen = self.config.optimizer
-        return type(self.optimizer).__name__ if chosen is None else chosen.type
+    def optimizer_name(self: Any) -> str | None:
+        """The configured name; the class of the optimizer where none is configured; None where
+        there is no optimizer.
+        """
+        if self.config.optimizer is not None:
+            return str(self.config.optimizer.type)
+        return None if self.optimizer is None else type(self.optimizer).__name__
 
     optimizer_params = _key(
         "Arguments of the configured optimizer; None where none is configured.",

@@ -60,8 +60,10 @@ class Readings:
     _transaction: Transaction
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer, over this rank's shards. It cannot be assigned: `StepError`."""
+    def optimizer(self) -> Optimizer | None:
+        """The torch optimizer, over this rank's shards; None for an engine that only runs forward.
+        It cannot be assigned: `StepError`.
+        """
         return self._parts.boundary.optimizer.optimizer
 
     @optimizer.setter
@@ -184,11 +186,11 @@ class Readings:
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
+        return [group["lr"] for group in self._parts.boundary.optimizer.groups]
 
     def get_mom(self) -> list[Any]:
         """Momentum, or betas, of each parameter group."""
-        return [momentum(group) for group in self.optimizer.param_groups]
+        return [momentum(group) for group in self._parts.boundary.optimizer.groups]
 
     @property
     def exposed_communication(self) -> float:

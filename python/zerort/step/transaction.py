@@ -81,7 +81,7 @@ class Transaction(Settling):
         passes = self.part.passes
         if not passes.shards or passes.is_within(in_backward=in_backward()):
             return run()
-        trains = torch.is_grad_enabled()
+        trains = passes.trains and torch.is_grad_enabled()
         try:
             with self._parting():
                 return self.part.compute(run, trains=trains)

@@ -8,9 +8,6 @@ use crate::ids::{BucketId, ParamId, Rank, UnitId};
 /// A plan that cannot be made, or a question about one that has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
-    /// There is nothing to plan.
-    #[error("a plan needs at least one parameter")]
-    NoParameters,
     /// More parameters than identifiers.
     #[error("{count} parameters are more than a 32-bit id can number")]
     TooManyParameters {

@@ -324,9 +324,6 @@ impl fmt::Debug for Plan {
 
 fn check(spec: &PlanSpec) -> Result<(), PlanError> {
     let count = spec.params.len();
-    if count == 0 {
-        return Err(PlanError::NoParameters);
-    }
     if u32::try_from(count).is_err() {
         return Err(PlanError::TooManyParameters { count });
     }

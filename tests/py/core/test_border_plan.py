@@ -157,7 +157,6 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("changes", "why"),
         [
-            ({"params": []}, "at least one parameter"),
             ({"world": 0}, "at least one rank"),
             ({"world": -1}, "unknown world -1"),
             ({"stage": 4}, "stage 4 does not exist"),

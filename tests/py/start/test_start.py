@@ -259,6 +259,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
         PlanError,
         ["not the model's, 2 of 2"],
     ),
+    "no_optimizer": (
+        lambda: {"model": Terms(), "optimizer": {"type": "AdamW"}},
+        ConfigError,
+        ["initialize(optimizer=...)", "got dict"],
+    ),
     "no_module": (
         lambda: {"model": "gpt2", "optimizer": None},
         ConfigError,
