@@ -19,10 +19,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from zerort import _core
+from zerort.errors import CommError
 from zerort.grads.course import Routed, Straight
 from zerort.grads.listener import Listener
 from zerort.memory import FlatModel, unintercepted
 from zerort.mesh import Mesh
+from zerort.run.empty import EmptyPass
 from zerort.run.executor import Executor, Fold
 from zerort.run.flight import Transport
 from zerort.run.nonfinite import in_sum
@@ -47,6 +49,9 @@ class Reduction:
     ) -> None:
         self.plan = plan
         self.passes = 0
+        """Of this window, those that have begun."""
+        self.begun = 0
+        """Passes since the beginning, empty ones included; equal on all ranks behind a vote."""
         self._flat = flat
         self._comm = mesh.shard
         self._sources = [transport.source for transport in transports.values()]
@@ -120,7 +125,11 @@ class Reduction:
 
         Returns the parameters that require grad and had none on this rank; they count as zero.
         """
-        absent = self.course.finish()
+        running = self.in_pass
+        try:
+            absent = self.course.finish()
+        finally:
+            self.begun += running and not self.in_pass
         self.listener.finish()
         self._late = self.listener.holds_gradients()
         return self._executor.absent if absent is None else [self._flat.names[i] for i in absent]
@@ -145,6 +154,24 @@ class Reduction:
         self.begin(scale)
         self.finish()
         self.drain()
+
+    @unintercepted
+    def begin_empty(self) -> EmptyPass:
+        """Starts a pass for the peers' sake, in which nothing is reduced; the last one is over."""
+        self.begun += 1
+        return self._executor.empty("some rank failed, and this one takes part on zeros")
+
+    @unintercepted
+    def advance(self, empty: EmptyPass) -> bool:
+        """Goes on with it as far as it goes without waiting; returns whether it is over. Raises
+        `CommError`.
+        """
+        try:
+            return empty.advance()
+        except RuntimeError as error:
+            if isinstance(error, CommError):
+                raise
+            raise self._comm.failure("a reduction on zeros", error) from error
 
     def settle(self) -> None:
         """`drain`, unless a peer may need this rank before its sums can come."""

@@ -105,6 +105,9 @@ class Control(Protocol):
     def world(self) -> int:
         """How many ranks the group has."""
 
+    idle: Callable[[], None] | None
+    """Called again and again while `all_reduce` waits for a peer, where there is one to call."""
+
     def all_reduce(self, values: Tensor) -> None:
         """Sums small `values` over the ranks, in place."""
 

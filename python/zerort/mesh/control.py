@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,7 @@ from zerort.mesh.roster import Roster
 __all__ = ["GlooControl", "meet", "open_control"]
 
 _CONTROL = "control"
+_PAUSE = 0.0005  # seconds
 
 
 class GlooControl:
@@ -36,11 +38,18 @@ class GlooControl:
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.rank, self.world = groups.members.rank, len(groups.members.ranks)
+        self.idle: Callable[[], None] | None = None
 
     def all_reduce(self, values: Tensor) -> None:
-        """Sums in place; blocks the host."""
+        """Sums in place; blocks the host, unless there is something to do meanwhile."""
+        idle = self.idle
         with self.groups.named("all_reduce"):
-            dist.all_reduce(values, group=self.groups[_CONTROL])
+            work = dist.all_reduce(values, group=self.groups[_CONTROL], async_op=idle is not None)
+            while work is not None and idle is not None and not work.is_completed():
+                idle()
+                time.sleep(_PAUSE)
+            if work is not None:
+                work.wait()
 
     def broadcast(self, values: Tensor, source: int = 0) -> None:
         """In place; blocks the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ class LocalControl:
     """There is no peer."""
 
     rank, world = 0, 1
+    idle: Callable[[], None] | None = None
 
     def all_reduce(self, values: Tensor) -> None:
         """The sum over one rank."""

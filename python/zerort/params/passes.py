@@ -81,8 +81,8 @@ class Resident:
         """Nothing."""
 
     def stand_in(self, *, failed: bool = True) -> str:
-        """A failure owes its peers a pass."""
-        return "backward"
+        """There is none to stand in for."""
+        return "boundary"
 
     def abandon(self) -> None:
         """Nothing."""
@@ -315,16 +315,15 @@ class Passes:
                 self._executor.drain()
                 self._course.index = reading.list if reading.kind == "backward" else None
                 self.is_open = True
-                owes = any(own[0] for kind, _, own in reading.rows if kind == reading.kind)
-                return "backward" if owes else reading.kind
+                return "backward" if _owes(reading) else reading.kind
             self._stand_in(reading)
 
     def _stand_in(self, reading: _core.Reading) -> None:
         """Runs a pass of the peers' without computing anything."""
         self._executor.enqueue(self.gatherer.begin())
-        if reading.kind == "backward":
+        if _owes(reading):
             self._executor.drain()
-            self._course.index = reading.list
+            self._course.index = reading.list if reading.kind == "backward" else None
             self._course.begin()
             self._course.finish()
         else:
@@ -355,6 +354,13 @@ class Passes:
                 kind.replace("_", " "),
                 self.names[entry] if entry < len(self.names) else "the model",
             )
+
+
+def _owes(reading: _core.Reading) -> bool:
+    """Whether sums of the pass's gradients are reduced, in it or behind it."""
+    return reading.kind == "backward" or any(
+        own[0] for kind, _, own in reading.rows if kind == reading.kind == "local_backward"
+    )
 
 
 def _nothing() -> None:

@@ -34,6 +34,7 @@ from zerort.mesh import Mesh
 from zerort.run.actions import Action, Actions
 from zerort.run.actions import Verb as Kind
 from zerort.run.changes import Changes
+from zerort.run.empty import EmptyPass
 from zerort.run.flight import FIRST, OVER, Hop, Inflight, LaneMemory, Transport, lane_for
 from zerort.run.gathers import UnitFlight
 from zerort.run.hops import PUBLISH, REDUCE, Fold, Pass
@@ -227,6 +228,13 @@ class Executor:
             for transport in self._transports.values():
                 transport.source.collect()
         self.streams.packed()
+
+    def empty(self, failure: str) -> EmptyPass:
+        """Starts a pass that no backward has begun, once the last one is over; the window is lost
+        by `failure`.
+        """
+        self.poison(failure)
+        return EmptyPass(self._program.flights, self.streams)
 
     def poison(self, failure: str) -> None:
         """The window is lost on this rank: what is left of the list runs on zeros."""

@@ -22,6 +22,7 @@ from zerort.optim import Update
 from zerort.run.changes import lost
 from zerort.step.interrupts import held
 from zerort.step.precision import LossScale
+from zerort.step.standby import Standby
 from zerort.step.vote import Ballot, Verdict, clip_factor, vote
 from zerort.trace import TraceSink
 
@@ -71,6 +72,9 @@ class Boundary:
     _waited: float = field(default=0.0, init=False)
     _explained: bool = field(default=False, init=False)
     _held: BaseException | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.standby = Standby(self.reduction, self.mesh.control)
 
     @property
     def broken(self) -> str | None:
@@ -158,7 +162,8 @@ class Boundary:
         unreduced = self.reduction.unreduced()
         self._explain(unreduced)
         ballot = Ballot(unreduced, failure is not None, self.reduction.fingerprint)
-        with self.sink.range("vote"), self.reduction.waiting("vote"):
+        waiting, failed = self.reduction.waiting("vote"), failure is not None
+        with self.sink.range("vote"), waiting, self.standby.attending(failed=failed):
             return vote(self.mesh, self.flat, ballot)
 
     def _explain(self, unreduced: int) -> None:
@@ -190,8 +195,9 @@ class Boundary:
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:
-            reasons = self.mesh.control.gather_objects(failure)
-            message = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in verdict.poisoned)
+            told = self.mesh.control.gather_objects((failure, self.standby.begun))
+            self.standby.level([begun for _, begun in told])
+            message = "; ".join(f"rank {rank}: {told[rank][0]}" for rank in verdict.poisoned)
             raise StepError(
                 f"the step was not applied on any rank, because some rank failed. {message}"
             )

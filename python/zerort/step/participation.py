@@ -21,6 +21,7 @@ from zerort.step.averaging import Averaging
 from zerort.step.boundary import Boundary, Outcome
 from zerort.step.events import Events
 from zerort.step.join import Join, JoinEnded, Next
+from zerort.step.meeting import Meeting
 from zerort.step.progress import Progress
 
 __all__ = ["Participation"]
@@ -48,6 +49,9 @@ class Participation:
         passes.dropped = self.drop
         self._unused = unused
         self._join: Join | None = None
+        self._meeting = self._meets()
+        self._reduces = False
+        """Whether the pass that is open reduces gradients, in it or behind it."""
 
     @property
     def accumulation(self) -> Accumulation:
@@ -58,6 +62,10 @@ class Participation:
     def events(self) -> Events:
         """What features hear."""
         return self.progress.events
+
+    def _meets(self) -> Meeting | None:
+        uneven = self.accumulation.every and not self.accumulation.managed
+        return Meeting(self.boundary.mesh.control) if uneven and not self.passes.shards else None
 
     # A forward.
 
@@ -78,11 +86,11 @@ class Participation:
         """A backward comes to the module; it may need parameters from now on. Of one that is not
         `announced` it is not known whether it brings gradients: they are reduced behind it.
         """
-        reduces = self.accumulation.reduces and not foreign
-        if reduces and announced:
+        self._reduces = self.accumulation.reduces and not foreign
+        if self._reduces and announced:
             self.passes.open("backward", self)
         else:
-            self.passes.open("local_backward", self, owes=reduces)
+            self.passes.open("local_backward", self, owes=self._reduces)
 
     def open(self, scaling: LossScaling | None) -> None:
         """A backward begins; `scaling` is None for a loss that is not scaled.
@@ -130,10 +138,10 @@ class Participation:
 
     # The boundary.
 
-    def meet(self, *, failed: bool = False) -> None:
+    def meet(self) -> None:
         """All ranks are at the end of the window: their sums come without this rank's help."""
         with self.boundary.sink.range("retire"):
-            self.passes.meet(serving=failed)
+            self.passes.meet(serving=self.accumulation.window.failure is not None)
             self.reduction.drain()
 
     def step(self, arguments: Mapping[str, Any]) -> None:
@@ -150,20 +158,25 @@ class Participation:
         window = self.accumulation.window
         window.failure = window.failure or failure
         self.reduction.drop()
-        if owes and not self.passes.is_open:
-            owes = self.passes.stand_in() == "backward"
-        elif self.accumulation.held:
-            owes = False  # the pass that is open reduces nothing; a later one is stood in for
-        if owes and self.accumulation.owes and not self.reduction.in_pass:
+        if owes and self._is_expected() and self.accumulation.owes and not self.reduction.in_pass:
             self.begin()
         self.reduction.abort()
         self.passes.close(complete=False)
         if self.accumulation.boundary:
-            self.meet(failed=True)
+            self.meet()
             self.roll(Next.VOTE)
             self._vote(window.failure, 1.0)
         else:
             self.passes.crossed()
+
+    def _is_expected(self) -> bool:
+        """Whether a pass that has not begun here is what the peers are at, or come to."""
+        if self.passes.is_open:
+            return self._reduces
+        if self.passes.shards:
+            return self.passes.stand_in() == "backward"
+        # elsewhere ranks do not meet before a pass, and the standby finds out
+        return self._join is not None or self._meeting is not None
 
     def abandon(self) -> None:
         """No rank goes on with this window."""
@@ -208,13 +221,33 @@ class Participation:
                 self._join.roll(Next.FAILED, self.accumulation.window, reason)
 
     def roll(self, coming: Next) -> None:
-        """Within `join`, meets the other ranks."""
+        """Meets the other ranks, where they do before passes and votes."""
+        if self._meeting is not None:
+            self._meet_unmanaged(self._meeting, coming)
         if self._join is not None:
             if coming is Next.DONE:
                 self._until_roll()
             # no rank may wait here for another that waits for its sums
             self.reduction.settle()
             self._join.roll(coming, self.accumulation.window)
+
+    def _meet_unmanaged(self, meeting: Meeting, coming: Next) -> None:
+        if coming is Next.PASS:
+            meeting.before_pass()
+        else:
+            meeting.before_vote(self._take_part)
+
+    def _take_part(self) -> None:
+        """In a pass of the others'. What is raised here reaches the vote."""
+        try:
+            self.reduce_nothing()
+            self.accumulation.window.waits = False
+        except CommError:
+            raise
+        except Exception as error:
+            window = self.accumulation.window
+            window.failure = window.failure or f"{type(error).__name__}: {error}"
+            self.reduction.abort()
 
     def _until_roll(self) -> None:
         """Takes part in passes of the others' until they roll too."""
@@ -255,7 +288,8 @@ class Participation:
     def _prepare(self, failure: str | None) -> str | None:
         """What features do before the vote; returns why this rank fails, if it does."""
         try:
-            return self.events.before_vote(failure)
+            with self.boundary.standby.attending(failed=failure is not None):
+                return self.events.before_vote(failure)
         except CommError:
             raise
         except BaseException as error:  # Ctrl-C: the peers are about to vote
