@@ -22,9 +22,11 @@ __all__ = [
     "needs",
     "net",
     "rows",
+    "said_in_words",
     "sentences",
     "settings",
     "tiny_llama",
+    "tiny_tokenizer",
 ]
 
 BATCH = 4
@@ -118,3 +120,24 @@ def sentences(count: int) -> list[dict[str, torch.Tensor]]:
     starts = torch.randint(3, 32, (count, 1), generator=draw)
     tokens = 3 + (starts + torch.arange(8) * 5) % 29
     return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def tiny_tokenizer(place: str | os.PathLike[str]) -> None:
+    """Words `w3` to `w31`, beside the model that `tiny_llama` saves."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<bos>": 0, "<eos>": 1, "<pad>": 2, **{f"w{n}": n for n in range(3, 32)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(place)
+
+
+def said_in_words(count: int) -> list[str]:
+    """The sentences as text."""
+    return [
+        " ".join(f"w{int(token)}" for token in sentence["input_ids"])
+        for sentence in sentences(count)
+    ]

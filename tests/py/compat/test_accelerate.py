@@ -128,6 +128,11 @@ class Flow:
         engine, accelerator = self.model, self.accelerator
         self.found["class"] = type(engine) is deepspeed.DeepSpeedEngine
         self.found["unwrapped"] = type(accelerator.unwrap_model(engine)).__name__
+        self.found["config"] = engine.config.get("zero_optimization", {}).get("stage")
+        self.found["parameters"] = [
+            parameter.ds_numel if hasattr(parameter, "ds_id") else None
+            for parameter in engine.module.parameters()
+        ]
         self.found["stage"] = engine.zero_optimization_stage()
         self.found["optimizer"] = [
             isinstance(engine.optimizer, torch.optim.Optimizer),
@@ -237,13 +242,14 @@ def test_ranks_hold_the_same_weights(found: list[Numbers]) -> None:
     assert same(found[0]["weights"], found[1]["weights"])
 
 
-def test_the_engine_and_its_optimizer_are_what_accelerate_asks_for(
+def test_the_engine_and_its_optimizer_are_what_parameter_for(
     found: list[Numbers], stage: int, precision: str
 ) -> None:
     one = found[0]
     assert one["class"]
     assert one["unwrapped"] == "Sequential"
-    assert one["stage"] == stage
+    assert one["config"] == one["stage"] == stage
+    assert one["parameters"] == ([128, 16, 64, 4] if stage == 3 else [None] * 4)
     assert one["optimizer"] == [True, True, True, True, False, 1.0]
     assert one["optimizer_state"] == ["param_groups", "state"]
     assert {name: tuple(shape) for name, shape in one["state_dict"].items()} == {

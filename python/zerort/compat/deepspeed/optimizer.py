@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zerort.compat.deepspeed.stage3 import ParameterOffload
 from zerort.engine import Engine
 
 __all__ = [
@@ -65,6 +66,8 @@ def mark(engine: Engine) -> None:
     optimizer.optimizer = optimizer
     optimizer.needs_scaler = lambda: scales
     optimizer.dynamic_loss_scale = scales and engine.dynamic_loss_scale()
+    if engine.zero_optimization_partition_weights():
+        optimizer.parameter_offload = ParameterOffload()
     follow(engine)
 
 

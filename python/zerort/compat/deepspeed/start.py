@@ -8,6 +8,7 @@ import zerort
 from zerort.compat.deepspeed.engine import DeepSpeedEngine
 from zerort.compat.deepspeed.failures import as_deepspeed_fails
 from zerort.compat.deepspeed.optimizer import mark
+from zerort.compat.deepspeed.stage3 import mark_parameters
 
 __all__ = ["initialize"]
 
@@ -46,5 +47,7 @@ def initialize(
     )
     engine.__class__ = DeepSpeedEngine
     mark(engine)
+    if engine.zero_optimization_partition_weights():
+        mark_parameters(engine.module)
     assert isinstance(engine, DeepSpeedEngine)
     return engine, chosen, loader, scheduler
