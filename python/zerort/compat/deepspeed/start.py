@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import zerort
@@ -11,6 +13,8 @@ from zerort.compat.deepspeed.optimizer import mark
 from zerort.compat.deepspeed.stage3 import mark_parameters
 
 __all__ = ["initialize"]
+
+_log = logging.getLogger("zerort")
 
 
 @as_deepspeed_fails
@@ -29,7 +33,11 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """`zerort.initialize`, whose engine is then a `DeepSpeedEngine`."""
+    """`zerort.initialize`, whose engine is then a `DeepSpeedEngine`.
+
+    Keys with a dot in them, which TRL puts into a dict beside the sections they name, are ignored,
+    as DeepSpeed ignores them.
+    """
     engine, chosen, loader, scheduler = zerort.initialize(
         args=args,
         model=model,
@@ -41,9 +49,9 @@ def initialize(
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
-        config=config,
+        config=_plain(config),
         mesh_param=mesh_param,
-        config_params=config_params,
+        config_params=_plain(config_params),
     )
     engine.__class__ = DeepSpeedEngine
     mark(engine)
@@ -51,3 +59,14 @@ def initialize(
         mark_parameters(engine.module)
     assert isinstance(engine, DeepSpeedEngine)
     return engine, chosen, loader, scheduler
+
+
+def _plain(config: Any) -> Any:
+    """Without keys that are paths."""
+    if not isinstance(config, Mapping):
+        return config
+    paths = [key for key in config if isinstance(key, str) and "." in key]
+    if not paths:
+        return config
+    _log.info("no keys of a configuration, and ignored: %s", ", ".join(paths))
+    return {key: value for key, value in config.items() if key not in paths}
