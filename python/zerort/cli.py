@@ -1,5 +1,5 @@
 """The command `zerort`: looks at what a run is given and what it leaves behind. It starts nothing
-and changes nothing.
+and changes nothing of that; what it converts it writes beside it.
 
 A command is a function from its arguments and a console to an exit status. What cannot be read is
 one line on stderr and status 1, a configuration with mistakes is status 1 under its table, and a
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zerort.checkpoint import report
+from zerort.checkpoint.commands import add_commands
 from zerort.config import describe
 from zerort.doctor import findings
 from zerort.errors import ZerortError
@@ -95,39 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
-    _add_checkpoints(
+    add_commands(
         commands.add_parser("ckpt", help="checkpoints").add_subparsers(
             required=True, metavar="COMMAND"
         )
     )
     return top
-
-
-def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    verify = commands.add_parser(
-        "verify", help="compares every byte with its hash; status 1 for a damaged checkpoint"
-    )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
-    verify.add_argument("tag", nargs="?", metavar="TAG", help="one of them (default: all)")
-    verify.set_defaults(run=lambda args, console: report.verify(args.folder, args.tag, console))
-
-    ls = commands.add_parser("ls", help="the checkpoints of a folder, the newest first")
-    ls.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
-    ls.set_defaults(run=lambda args, console: report.ls(args.folder, console))
-
-    show = commands.add_parser("show", help="where a checkpoint comes from, and its tensors")
-    show.add_argument("folder", type=Path, metavar="DIR", help="a folder of checkpoints")
-    show.add_argument(
-        "tag", nargs="?", metavar="TAG", help="one of them (default: the one that `latest` names)"
-    )
-    show.set_defaults(run=lambda args, console: report.show(args.folder, args.tag, console))
-
-    diff = commands.add_parser(
-        "diff", help="compares the weights of two checkpoints; status 1 where they differ"
-    )
-    diff.add_argument("one", type=Path, metavar="DIR/TAG", help="a checkpoint")
-    diff.add_argument("other", type=Path, metavar="DIR/TAG", help="another")
-    diff.set_defaults(run=lambda args, console: report.diff(args.one, args.other, console))
 
 
 def _count(text: str) -> int:

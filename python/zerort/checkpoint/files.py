@@ -33,6 +33,23 @@ class Disk:
         """A new folder; an existing one is an error."""
         path.mkdir()
 
+    def make_folders(self, path: Path) -> None:
+        """A folder and those that it lies in, as far as they are missing."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def sync_tree(self, path: Path) -> None:
+        """All that is in a folder survives a power loss, once the folder's own name does."""
+        for name in self.names(path):
+            if self.is_folder(path / name):
+                self.sync_tree(path / name)
+            else:
+                file = self.system.open(path / name, os.O_RDWR)
+                try:
+                    self.sync(file)
+                finally:
+                    self.close(file)
+        self.sync_folder(path)
+
     def create(self, path: Path) -> int:
         """A new file, open for writing; an existing one is an error."""
         return self.system.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
