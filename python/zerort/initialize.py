@@ -156,7 +156,8 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     """What each rank would do by itself, compared: the ranks differ in nothing that matters."""
     control = mesh.control
     setup = agreed(control, lambda: _decide(settings, mesh, given, undo))
-    first(control, lambda: monitors.check(settings))
+    trains = setup.chosen.optimizer is not None  # of this rank: all take part in what follows
+    first(control, lambda: monitors.check(settings) if trains else None)
     compare_plans(control, setup.planned, setup.plan.digest)
     compare_loose(control, loose(setup.model, [member.tensor for member in setup.planned]))
     compare_optimizers(control, setup.chosen.optimizer)

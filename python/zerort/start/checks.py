@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from zerort.errors import ConfigError, PlanError
-from zerort.params.sharded import Gone
+from zerort.memory import Present
+from zerort.params.sharded import Gone, keeper_of
+from zerort.zero.init import origin_of
 
 __all__ = [
     "checked",
@@ -70,6 +72,11 @@ def refuse_unready(module: nn.Module) -> None:
                 f"parameter {name} has no values: they went with an engine of stage 3 that has "
                 "been destroyed or collected, or with an initialize that failed; build the model "
                 "anew"
+            )
+        if keeper_of(parameter) is not None and isinstance(origin_of(parameter), Present):
+            raise PlanError(
+                f"parameter {name} belongs to an engine of stage 3 that is alive, and has its "
+                "values in parts: build another model for another engine"
             )
         if parameter.is_inference():
             raise PlanError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ import zerort
 from adapters import WIDTH, data, is_held, settings
 from catching import assert_told, caught
 from training import keep
+from weighing import alive, covered
+from zerort.cli import main
 from zerort.errors import ConfigError, PlanError, PlanMismatch, StepError
 from zerort.zero import GatheredParameters, Init
 
@@ -356,6 +361,89 @@ def test_an_engine_goes_on_when_the_other_has_ended() -> None:
     ranks.run(2, survived)
 
 
+def judged(rank: int, world: int) -> None:
+    """A policy is trained through a frozen model that looks at its outputs, as critics do."""
+    found = []
+    for stage in STAGES:
+        for critics in (0, 3):
+            policy, critic = trained(net(), stage), reference(net(4).requires_grad_(False), critics)
+            norms = []
+            for step in range(4):
+                policy.backward(critic(policy(data(step, rank))).square().mean())
+                policy.step()
+                norms.append(policy.get_global_grad_norm())
+            found.append(norms)
+            assert all(parameter.grad is None for parameter in critic.module.parameters())
+    assert all(norms == found[0] for norms in found), found
+
+
+def test_a_loss_may_come_through_a_frozen_model_to_one_that_trains() -> None:
+    ranks.run(2, judged)
+
+
+def twice(rank: int, world: int) -> None:
+    """One model in two engines: below stage 3 they share it, at stage 3 the second is refused."""
+    for stage in (1, 3):
+        model = net()
+        policy = trained(model, stage)
+        error = caught(lambda m=model, s=stage: reference(m, s))
+        if stage == 3:
+            assert_told(error, PlanError, "belongs to an engine of stage 3 that is alive")
+        else:
+            assert error is None
+        policy.backward(policy(data(0, rank)).square().mean())
+        policy.step()
+        assert policy.was_step_applied()
+
+
+def test_a_model_at_stage_3_belongs_to_one_engine() -> None:
+    ranks.run(2, twice)
+
+
+# What it costs, and what is off
+
+
+def weighed(rank: int, world: int) -> tuple[float, float]:
+    """Memory before and after a forward, as parts of the whole model's."""
+    gc.collect()
+    gc.freeze()
+    model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(6)))
+    whole = sum(parameter.numel() * 4 for parameter in model.parameters())
+    engine = reference(model, 3)
+    before = covered(alive())
+    with torch.no_grad():
+        engine(torch.zeros(1, 128))
+    return before / whole, covered(alive()) / whole
+
+
+def test_a_rank_keeps_its_part_of_the_values_and_nothing_else() -> None:
+    for before, after in ranks.run(2, weighed):
+        assert 0.5 <= before < 0.51 and 0.5 <= after < 0.51
+
+
+def without_features(rank: int, world: int, folder: str) -> None:
+    """The configuration of an engine that trains: nothing of its features stands in the way."""
+    engine = reference(
+        net(),
+        2,
+        csv_monitor={"enabled": True, "output_path": folder},
+        progressive_layer_drop={"enabled": True},  # a keyword that the model does not take
+        eigenvalue={"enabled": True, "layer_name": "nowhere", "layer_num": 2},
+        wall_clock_breakdown=True,
+        flops_profiler={"enabled": True},
+        steps_per_print=1,
+    )
+    with torch.no_grad():
+        assert torch.equal(engine(data(0, rank)), net()(data(0, rank)))
+    assert not engine.monitor.enabled and engine.get_pld_theta() is None
+    assert engine.get_wall_clock_timers() == {}
+    assert not os.listdir(folder)
+
+
+def test_features_of_training_are_off(tmp_path: Any) -> None:
+    ranks.run(2, without_features, str(tmp_path))
+
+
 # What is kept and looked at
 
 
@@ -435,9 +523,14 @@ def checkpointed(rank: int, world: int, folder: str) -> None:
 
 def test_checkpoints_go_from_each_kind_of_engine_and_stage_to_each(tmp_path: Any) -> None:
     ranks.run(2, checkpointed, str(tmp_path))
-    from zerort.cli import main
-
     assert main(["ckpt", "show", str(tmp_path), "weights3"]) == 0
+    for stage in (0, 3):
+        tag = f"weights{stage}"
+        script = tmp_path / tag / "zero_to_fp32.py"
+        out = tmp_path / f"out{stage}"
+        subprocess.run([sys.executable, script, tmp_path, out, "-t", tag], check=True, timeout=60)
+        found = torch.load(out / "pytorch_model.bin", weights_only=True)
+        assert all(torch.equal(found[name], value) for name, value in net(8).state_dict().items())
 
 
 # Where the model comes from
