@@ -23,6 +23,9 @@ __all__ = ["Finder", "Refusal", "spec_of"]
 
 _ROOT = "deepspeed"
 
+_NEVER = ("__", "_repr_", "_ipython_")
+"""What Python and notebooks ask every object for."""
+
 
 class Finder(metadata.DistributionFinder):
     """First on `sys.meta_path`."""
@@ -91,7 +94,7 @@ class _Module(ModuleType):
     """A module by DeepSpeed's name."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith(_NEVER):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name)
         names = _table()
         inner = f"{self.__name__}.{name}"

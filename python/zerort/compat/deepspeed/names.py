@@ -20,6 +20,7 @@ from zerort.compat.deepspeed import (
     pieces,
     start,
 )
+from zerort.compat.deepspeed.groups import GROUPS
 from zerort.compat.deepspeed.placeholder import placeholder
 from zerort.errors import ConfigError
 from zerort.optim.cycles import LRRangeTest, OneCycle
@@ -184,6 +185,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_leaves,
         **_of(zerort.utils, ("RepeatingLoader", "instrument_w_nvtx")),
     },
+    "deepspeed.utils.groups": GROUPS,
     "deepspeed.utils.logging": {**_logging, "print_rank_0": logging.print_rank_0},
     "deepspeed.utils.nvtx": _of(zerort.utils, ("instrument_w_nvtx",)),
     "deepspeed.utils.tensor_fragment": _safe,

@@ -23,7 +23,7 @@ class _Kind(type):
         _refuse(cls._dotted)
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(f"{cls._dotted} has no attribute {name!r}", name=name)
         return placeholder(f"{cls._dotted}.{name}")
 

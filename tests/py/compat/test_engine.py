@@ -1,0 +1,173 @@
+"""The engine and the optimizer as DeepSpeed's callers know them, on one process."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zerort
+from zerort.compat.deepspeed.engine import DeepSpeedEngine
+from zerort.compat.deepspeed.optimizer import (
+    DeepSpeedOptimizer,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    ZeROOptimizer,
+)
+from zerort.compat.deepspeed.start import initialize
+
+
+def engine_of(stage: int = 2, **more: Any) -> DeepSpeedEngine:
+    torch.manual_seed(0)
+    config = {
+        "train_batch_size": 2,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+        **more,
+    }
+    return initialize(model=nn.Linear(4, 4), config=config)[0]
+
+
+def step(engine: Any, factor: float = 1.0) -> None:
+    dtype = next(engine.parameters()).dtype
+    engine.backward(engine(torch.ones(2, 4, dtype=dtype)).float().sum() * factor)
+    engine.step()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_class_is_set_on_the_instance_and_the_optimizer_is_torchs(stage: int) -> None:
+    model = nn.Linear(4, 4)
+    mine = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(mine)
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": stage}}
+    engine, optimizer, _, _ = initialize(model=model, optimizer=mine, config=config)
+    assert type(engine) is DeepSpeedEngine
+    assert optimizer is mine is engine.optimizer is optimizer.optimizer is schedule.optimizer
+    assert isinstance(optimizer, DeepSpeedOptimizer)
+    assert isinstance(optimizer, ZeROOptimizer) == (stage > 0)
+    assert isinstance(optimizer, DeepSpeedZeroOptimizer) == (stage in (1, 2))
+    assert isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) == (stage == 3)
+    assert not isinstance(torch.optim.SGD(nn.Linear(1, 1).parameters()), DeepSpeedOptimizer)
+    assert vars(DeepSpeedEngine).keys() & {"__init__", "__slots__"} == set()
+    assert sorted(optimizer.state_dict()) == ["param_groups", "state"]
+    engine.destroy()
+
+
+def test_the_optimizer_says_whether_its_step_was_skipped_and_the_loss_scale() -> None:
+    engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
+    optimizer: Any = engine.optimizer
+    assert (optimizer.overflow, optimizer.cur_scale, optimizer.loss_scale) == (False, 256, 256)
+    assert optimizer.needs_scaler()
+    assert optimizer.dynamic_loss_scale
+    step(engine, float("inf"))
+    assert (optimizer.overflow, optimizer.cur_scale, optimizer.loss_scale) == (True, 128, 128)
+    step(engine)
+    assert (optimizer.overflow, optimizer.cur_scale) == (False, 128)
+    engine.destroy()
+
+
+def test_without_a_loss_scale_it_is_one() -> None:
+    engine = engine_of(bf16={"enabled": True})
+    optimizer: Any = engine.optimizer
+    assert (optimizer.cur_scale, optimizer.needs_scaler()) == (1.0, False)
+    engine.destroy()
+
+
+def test_an_existing_tag_is_replaced_unless_told(tmp_path: Path) -> None:
+    engine = engine_of()
+    step(engine)
+    assert engine.save_checkpoint(str(tmp_path), tag=3)  # DeepSpeed makes text of a tag
+    step(engine)
+    after = engine.module.weight.detach().clone()
+    assert engine.save_checkpoint(tmp_path, "3", client_state={"epoch": 1})
+    with pytest.raises(zerort.CheckpointError, match="exists"):
+        engine.save_checkpoint(tmp_path, "3", overwrite=False)
+    step(engine)
+    path, client = engine.load_checkpoint(tmp_path)
+    assert Path(path or "").name == "3"
+    assert client == {"epoch": 1}
+    assert torch.equal(engine.module.weight, after)
+    engine.destroy()
+
+
+def test_to_load_nothing_gives_none_and_none(tmp_path: Path) -> None:
+    engine = engine_of()
+    assert engine.load_checkpoint(tmp_path) == (None, None)
+    engine.destroy()
+
+
+def test_a_loaded_loss_scale_is_the_optimizers_too(tmp_path: Path) -> None:
+    engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
+    engine.save_checkpoint(tmp_path, "start")
+    step(engine, float("inf"))
+    engine.load_checkpoint(tmp_path, "start")
+    assert engine.optimizer.cur_scale == engine.loss_scale == 256  # type: ignore[union-attr]
+    engine.destroy()
+
+
+def test_errors_are_assertions_too_and_what_they_were() -> None:
+    for kind in (AssertionError, zerort.ConfigError, ValueError):
+        with pytest.raises(kind, match="train_bach_size"):
+            engine_of(train_bach_size=2)
+    engine = engine_of()
+    for kind in (AssertionError, zerort.StepError, RuntimeError):
+        with engine.no_sync(), pytest.raises(kind, match=r"inside no_sync"):
+            engine.step()
+    assert not issubclass(zerort.StepError, AssertionError)
+    engine.destroy()
+
+
+def test_an_error_of_the_users_own_passes_as_it_is() -> None:
+    engine = engine_of()
+
+    class Mine(RuntimeError):
+        pass
+
+    def raises(gradient: torch.Tensor) -> None:
+        raise Mine
+
+    loss = engine(torch.ones(2, 4)).sum()
+    loss.register_hook(raises)
+    with pytest.raises(Mine):
+        engine.backward(loss)
+    engine.zero_grad()
+    engine.destroy()
+
+
+def test_keys_that_are_paths_are_read_over_and_the_callers_dict_stays() -> None:
+    config = {
+        "train_batch_size": 2,
+        "zero_optimization": {"stage": 2},
+        "zero_optimization.reduce_bucket_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+    }
+    given = json.loads(json.dumps(config))
+    engine, *_ = initialize(model=nn.Linear(4, 4), config_params=config)
+    assert config == given
+    assert engine.config["zero_optimization"] == {"stage": 2}
+    engine.destroy()
+
+
+def test_an_engine_without_an_optimizer_has_none_and_runs_forward() -> None:
+    model = nn.Linear(4, 4)
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": 0}}
+    engine, optimizer, *_ = initialize(model=model, config=config)
+    assert type(engine) is DeepSpeedEngine
+    assert optimizer is engine.optimizer is None
+    assert engine(torch.ones(2, 4)).shape == (2, 4)
+    engine.destroy()
+
+
+def test_a_configuration_may_come_by_its_oldest_name(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 1}}}'
+    )
+    args = Namespace(deepscale_config=str(tmp_path / "ds.json"))
+    engine, *_ = initialize(args=args, model=nn.Linear(4, 4))
+    assert engine.train_batch_size() == 2
+    engine.destroy()
