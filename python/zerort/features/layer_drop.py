@@ -52,8 +52,14 @@ class LayerDrop(Feature):
             return 1.0
         return (1.0 - lowest) * math.exp(-self._settings.gamma * (steps - 1)) + lowest
 
+    def get_theta(self) -> float:
+        """`theta`, by DeepSpeed's name."""
+        return self.theta
+
+    def get_state(self) -> dict[str, Any]:
+        """The keyword arguments that a forward in training gets."""
+        return {"progressive_layer_drop": True, "pld_theta": self.theta}
+
     def keywords(self) -> Mapping[str, Any]:
         """`progressive_layer_drop=True` and `pld_theta`, while the module trains."""
-        if not self._module.training:
-            return {}
-        return {"progressive_layer_drop": True, "pld_theta": self.theta}
+        return self.get_state() if self._module.training else {}

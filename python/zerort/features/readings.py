@@ -35,6 +35,11 @@ class FeatureReadings:
         return None if drop is None else drop.theta
 
     @property
+    def progressive_layer_drop(self) -> LayerDrop | None:
+        """What `get_theta()` and `get_state()` are asked of; None when off."""
+        return self._events.find(LayerDrop)
+
+    @property
     def monitor(self) -> Monitor:
         """What events of the user's own are written to; on ranks other than 0, and where no monitor
         is on, it takes them and does nothing.

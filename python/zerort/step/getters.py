@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from zerort.config import Config
-from zerort.config.quantize import Eigenvalue
+from zerort.config.quantize import Eigenvalue, QuantizeTraining
 
 __all__ = ["Getters"]
 
@@ -30,6 +30,25 @@ def _eigenvalue(config: Config) -> Eigenvalue:
     """The section, wherever it stands."""
     inner = config.quantize_training.eigenvalue
     return inner if config.quantize_training.enabled and inner.enabled else config.eigenvalue
+
+
+def _quantize_training(section: QuantizeTraining) -> tuple[Any, ...]:
+    bits, schedule = section.quantize_bits, section.quantize_schedule
+    mixed = section.fp16_mixed_quantize
+    return (
+        section.enabled,
+        bits.target_bits,
+        bits.start_bits,
+        schedule.quantize_period,
+        schedule.schedule_offset,
+        section.quantize_groups,
+        mixed.enabled,
+        mixed.quantize_change_ratio,
+        "symmetric" if section.symmetric else "asymmetric",
+        section.quantize_algo.rounding,
+        section.quantize_verbose,
+        False,
+    )
 
 
 class Getters:
@@ -135,6 +154,11 @@ class Getters:
             c.progressive_layer_drop.enabled
             and {"theta": c.progressive_layer_drop.theta, "gamma": c.progressive_layer_drop.gamma}
         ),
+    )
+    quantize_training = _key(
+        "Whether it is on, target and start bits, period, offset, groups, mixed, change ratio, "
+        "kind, rounding, verbose, kernel: in DeepSpeed's order.",
+        lambda c: _quantize_training(c.quantize_training),
     )
     flops_profiler_enabled = _key(
         "Whether a step's forward is profiled.", lambda c: c.flops_profiler.enabled

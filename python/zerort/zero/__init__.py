@@ -8,7 +8,7 @@ from zerort.zero.estimates import (
     estimate_zero3_model_states_mem_needs_all_cold,
     estimate_zero3_model_states_mem_needs_all_live,
 )
-from zerort.zero.gathered import GatheredParameters
+from zerort.zero.gathered import GatheredParameters, unwrap_model_for_generation
 from zerort.zero.init import Init
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "estimate_zero3_model_states_mem_needs_all_live",
     "register_external_parameter",
     "unregister_external_parameter",
+    "unwrap_model_for_generation",
 ]

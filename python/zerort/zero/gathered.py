@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from torch import Tensor, nn
 
 from zerort.params import sharded
 
-__all__ = ["GatheredParameters"]
+__all__ = ["GatheredParameters", "unwrap_model_for_generation"]
 
 
 class GatheredParameters:
@@ -56,3 +56,12 @@ class GatheredParameters:
         trace: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+
+@contextmanager
+def unwrap_model_for_generation(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, all of `model`'s parameters are whole, so that `generate()` gathers nothing; yields
+    the model. All ranks enter and leave together. Below stage 3 nothing is done.
+    """
+    with GatheredParameters(list(model.parameters())):
+        yield model

@@ -105,6 +105,21 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
         {"theta": 0.25, "gamma": 0.5},
         {"progressive_layer_drop": {"enabled": True, "theta": 0.25, "gamma": 0.5}},
     ),
+    (
+        "quantize_training",
+        (True, 4, 12, 3, 2, 2, True, 0.5, "asymmetric", "stochastic", False, False),
+        {
+            "fp16": {"enabled": True},
+            "quantize_training": {
+                "enabled": True,
+                "quantize_bits": {"start_bits": 12, "target_bits": 4},
+                "quantize_schedule": {"quantize_period": 3, "schedule_offset": 2},
+                "quantize_groups": 2,
+                "quantize_algo": {"q_type": "asymmetric", "rounding": "stochastic"},
+                "fp16_mixed_quantize": {"enabled": True, "quantize_change_ratio": 0.5},
+            },
+        },
+    ),
     ("flops_profiler_enabled", True, {"flops_profiler": {"enabled": True}}),
     ("flops_profiler_profile_step", 3, {"flops_profiler": {"profile_step": 3}}),
     ("eigenvalue_enabled", False, {}),
@@ -189,6 +204,8 @@ def places_and_weights(rank: int, world: int, stage: int, folder: str) -> dict[s
     os.environ["LOCAL_RANK"] = str(rank + 5)
     found["torchrun"] = engine.local_rank
     engine.empty_partition_cache()
+    with zerort.zero.unwrap_model_for_generation(engine.module) as whole:
+        found["whole"] = whole is engine.module and sum(float(p.sum()) for p in whole.parameters())
     threes = {name: torch.full_like(t, 3.0) for name, t in Tied().state_dict().items()}
     engine.load_module_state_dict({"module": threes})
     engine.backward(engine(torch.zeros(2, 4)))
@@ -221,6 +238,7 @@ def test_places_and_weights_under_deepspeeds_names(stage: int, tmp_path: Path) -
         assert found["trained"] == {"head.weight", "head.bias"} == found["keys"] - frozen
         assert found["prefixed"] == {f"m.{name}" for name in found["trained"]}
         assert found["followed"] and found["loaded"] == {3.0} and found["custom"] == [5.0]
+        assert found["whole"] == results[0]["whole"] != 0.0
         assert isinstance(found["strict"], RuntimeError)
         assert found["saved"] is (stage < 3)
     assert (tmp_path / f"w{stage}.bin").exists() is (stage < 3)

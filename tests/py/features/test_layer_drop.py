@@ -51,6 +51,17 @@ class Told(nn.Module):
         return self.inner(x).sum()
 
 
+def test_the_engine_has_what_theta_is_asked_of() -> None:
+    engine = engine_over(Told())
+    for _ in range(3):
+        engine.backward(engine(torch.ones(1, 2)))
+        engine.step()
+    drop = engine.progressive_layer_drop
+    assert drop.get_theta() == engine.get_pld_theta() < 1.0
+    assert drop.get_state() == engine.module.told | {"pld_theta": drop.get_theta()}
+    assert engine_over(Told(), section={"enabled": False}).progressive_layer_drop is None
+
+
 class TakesNone(Told):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)
