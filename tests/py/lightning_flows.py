@@ -15,12 +15,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric import Fabric
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import zerort.compat.lightning  # noqa: F401 (registers the strategies' names)
-from zerort.compat.lightning import ZerortStrategy
+from zerort.compat.lightning import ZerortFabricStrategy, ZerortStrategy
 
 WIDTH = 24
 CUT = {
@@ -123,25 +124,26 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 # The flows. Each takes the strategy to run under, and an empty folder that all ranks share.
 
 
-def fitted(strategy: Any, folder: Path) -> Any:
+def fitted(strategy: Any, folder: Path, **changes: Any) -> Any:
     """Losses, weights and scores of a fit, with the sanity check before it."""
     module = net()
-    running = trainer(strategy)
+    running = trainer(strategy, **changes)
     running.fit(module, data(), data())
     (scores,) = running.validate(module, data(), verbose=False)
     return module.losses, weights(module), scores["score"], running.global_step
 
 
-def resumed(strategy: Callable[[], Any], folder: Path) -> Any:
+def resumed(strategy: Callable[[], Any], folder: Path, **changes: Any) -> Any:
     """What a fit that was stopped and resumed differs from one that was not by, and what came
     back."""
     whole = net(dropout=0.3)
     saves = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
     torch.manual_seed(dist.get_rank())
-    trainer(strategy(), max_epochs=3, callbacks=[saves, Remembers()]).fit(whole, data())
+    first = trainer(strategy(), max_epochs=3, callbacks=[saves, Remembers()], **changes)
+    first.fit(whole, data())
     again, remembers = net(dropout=0.3, rate=0.5), Remembers()
     torch.manual_seed(100)
-    running = trainer(strategy(), max_epochs=3, callbacks=[remembers])
+    running = trainer(strategy(), max_epochs=3, callbacks=[remembers], **changes)
     running.fit(again, data(), ckpt_path=str(folder / "epoch=0.ckpt"))
     difference = max(
         (one - other).abs().max().item()
@@ -184,6 +186,8 @@ class ByHand(Net):
         optimizer = self.optimizers()
         loss = self.loss(batch)
         self.losses.append(loss.item())
+        if index % 2 == 0:
+            optimizer.zero_grad()
         if index % 2:
             self.manual_backward(loss)
             if index % 6 == 5:
@@ -221,16 +225,16 @@ class Configured(Net):
             self.numel.append(first.untyped_storage().nbytes())
 
 
-def configured(strategy: Callable[[], Any], folder: Path) -> Any:
+def configured(strategy: Callable[[], Any], folder: Path, **changes: Any) -> Any:
     module = net(Configured)
     saves = ModelCheckpoint(dirpath=folder, save_last=True)
-    running = trainer(strategy(), callbacks=[saves])
+    running = trainer(strategy(), callbacks=[saves], **changes)
     running.fit(module, data(), data())
     other = net(Configured)
-    alone = trainer(strategy())
+    alone = trainer(strategy(), **changes)
     alone.validate(other, data(), ckpt_path=saves.last_model_path, verbose=False)
     third = net(Configured)
-    again = trainer(strategy(), max_epochs=3)
+    again = trainer(strategy(), max_epochs=3, **changes)
     again.fit(third, data(), ckpt_path=saves.last_model_path)
     return module.losses, weights(module), weights(other), module.numel, again.global_step
 
@@ -331,6 +335,75 @@ def overfitted(strategy: Any, folder: Path) -> Any:
     return module.losses
 
 
+class Counts:
+    """An object of the user's with state."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def fabric_loop(strategy: Any, folder: Path, precision: str = "32-true") -> Any:
+    """Fabric's loop: windows of two, one dropped; a checkpoint in the middle, and a second fabric
+    that goes on from it.
+    """
+    fabric = Fabric(
+        strategy=strategy() if callable(strategy) else strategy,
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        precision=precision,
+    )
+    fabric.launch()
+
+    def made() -> Any:
+        torch.manual_seed(7)
+        with fabric.init_module():
+            model = nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.8)
+        return (*fabric.setup(model, optimizer), schedule, Counts())
+
+    def train(model: Any, optimizer: Any, schedule: Any, counts: Counts, first: int) -> list[float]:
+        losses = []
+        loader = fabric.setup_dataloaders(data())
+        for index, (inputs, targets) in enumerate(loader):
+            if index < first:
+                continue
+            with fabric.no_backward_sync(model, enabled=index % 2 == 0):
+                loss = ((model(inputs) - targets) ** 2).mean()
+                losses.append(loss.item())
+                fabric.backward(loss / 2, model=model)
+            if index == 1:
+                optimizer.zero_grad()
+            elif index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                counts.steps += 1
+            if index == 3:
+                state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+                fabric.save(folder / "middle.ckpt", {**state, "counts": counts, "at": index})
+        return losses
+
+    whole = made()
+    losses = train(*whole, first=0)
+    again = made()
+    names = ("model", "optimizer", "schedule", "counts")
+    state = {**dict(zip(names, again, strict=True)), "at": 0}
+    left = fabric.load(folder / "middle.ckpt", state)
+    more = train(*again, first=state["at"] + 1)
+    refused = [
+        raised(lambda: fabric.clip_gradients(again[0], again[1], max_norm=1.0)),
+        raised(lambda: fabric.backward(again[0](torch.ones(1, 8)).sum())),
+    ]
+    return losses, more, again[3].steps, left, refused
+
+
 def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
     def ours(**more: Any) -> ZerortStrategy:
         return zerort_at(stage, **more)
@@ -347,7 +420,30 @@ def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
         f"behind fit {stage}": lambda folder: behind_fit(ours, folder),
         f"ddp overfitted {stage}": lambda folder: overfitted("ddp", folder),
         f"overfitted {stage}": lambda folder: overfitted(ours(), folder),
+        f"ddp fabric {stage}": lambda folder: fabric_loop("ddp", folder),
+        f"fabric {stage}": lambda folder: fabric_loop(
+            lambda: ZerortFabricStrategy(stage, CUT), folder
+        ),
         f"refused {stage}": lambda folder: refused(ours, folder),
+    }
+
+
+def flows_in(precision: str, stage: int) -> Mapping[str, Callable[[Path], Any]]:
+    """The same in 16 bits."""
+
+    def ours() -> ZerortStrategy:
+        return zerort_at(stage)
+
+    def fabric(strategy: Any) -> Callable[[Path], Any]:
+        return lambda folder: fabric_loop(strategy, folder, precision)
+
+    return {
+        "ddp": lambda folder: fitted("ddp", folder, precision=precision),
+        "fitted": lambda folder: fitted(ours(), folder, precision=precision),
+        "resumed": lambda folder: resumed(ours, folder, precision=precision),
+        "configured": lambda folder: configured(ours, folder, precision=precision),
+        "ddp fabric": fabric("ddp"),
+        "fabric": fabric(lambda: ZerortFabricStrategy(stage, CUT)),
     }
 
 

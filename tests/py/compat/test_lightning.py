@@ -142,3 +142,43 @@ def test_a_training_step_that_raises_on_one_rank_ends_all_with_its_reason(stage:
     assert "KeyError: 'batch 2'" in innocent
     assert innocent.startswith(("CommError: ", "StepError: "))
     assert [found["after"] for found in result("refused", stage)] == [12, 12], "works on"
+
+
+@every_stage
+def test_a_loop_of_fabrics_gives_the_numbers_of_ddp_and_goes_on_from_its_checkpoint(
+    stage: int,
+) -> None:
+    ours, theirs = result("fabric", stage), result("ddp fabric", stage)
+    for mine, other in zip(ours, theirs, strict=True):
+        losses, more, steps, left, refused = mine
+        assert losses == pytest.approx(other[0], rel=1e-5)
+        assert more == losses[4:], "to the bit"
+        assert (steps, left) == (other[2], other[3]) == (2, {})
+        assert "the engine clips in its step" in refused[0]
+        assert "with 2 models set up: say whose loss it is" in refused[1]
+
+
+def _in_16_bits(rank: int, world: int, precision: str, stage: int, folder: str) -> dict[str, Any]:
+    import lightning_flows
+
+    return lightning_flows.run(lightning_flows.flows_in(precision, stage), Path(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16-true", 1), ("bf16-true", 3), ("bf16-mixed", 2)]
+)
+def test_in_16_bits_the_numbers_are_near_ddps_and_a_resumed_fit_is_exact(
+    precision: str, stage: int, tmp_path: Path
+) -> None:
+    both = ranks.run(2, _in_16_bits, precision, stage, str(tmp_path), timeout=150)
+    for found in both:
+        assert {name: value for name, value in found.items() if isinstance(value, str)} == {}
+        # masters are fp32 here, and 16 bits under DDP's "bf16-true"
+        near = 1e-5 if precision == "bf16-mixed" else 0.05
+        assert found["fitted"][0] == pytest.approx(found["ddp"][0], rel=near)
+        assert found["resumed"][:2] == (0.0, [])
+        assert found["fabric"][0] == pytest.approx(found["ddp fabric"][0], rel=near)
+        assert found["fabric"][1] == found["fabric"][0][4:]
+        for name, value in found["configured"][1].items():
+            assert torch.equal(value, found["configured"][2][name])

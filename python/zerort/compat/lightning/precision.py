@@ -18,6 +18,9 @@ _fabric = fabric("plugins.precision")
 _Full: Any = _plugins.Precision
 _Half: Any = _plugins.HalfPrecision
 _Mixed: Any = _plugins.MixedPrecision
+_FabricFull: Any = _fabric.Precision
+_FabricHalf: Any = _fabric.HalfPrecision
+_FabricMixed: Any = _fabric.MixedPrecision
 
 
 class _Unclipped:
@@ -75,14 +78,51 @@ def adapted(plugin: Any) -> Any:
     raise _unsupported(plugin)
 
 
+class FabricFullPrecision(_FabricFull):  # type: ignore[misc]
+    """ "32-true"."""
+
+    def cast(self, module: Any) -> Any:
+        """What a module without an engine computes in."""
+        return module
+
+
+class FabricHalfPrecision(_FabricHalf):  # type: ignore[misc]
+    """ "bf16-true" and "16-true": the engine casts the module."""
+
+    def convert_module(self, module: Any) -> Any:
+        """Nothing: it may have been born in shards."""
+        return module
+
+    def cast(self, module: Any) -> Any:
+        """What a module without an engine computes in."""
+        return super().convert_module(module)
+
+
+class FabricMixedPrecision(_FabricMixed):  # type: ignore[misc]
+    """ "bf16-mixed" and "16-mixed", without a scaler."""
+
+    def __init__(self, precision: str, device: str) -> None:
+        super().__init__(precision, device)
+        self.scaler = None
+
+    def cast(self, module: Any) -> Any:
+        """What a module without an engine computes in."""
+        return module
+
+
 def adapted_of_fabric(plugin: Any) -> Any:
-    """Fabric's `plugin` without its scaler. Raises `ConfigError` for a kind that is not known."""
-    kinds = (_fabric.Precision, _fabric.HalfPrecision, _fabric.MixedPrecision)
-    if plugin is not None and type(plugin) not in kinds:
-        raise _unsupported(plugin)
-    if isinstance(plugin, _fabric.MixedPrecision):
-        plugin.scaler = None
-    return plugin
+    """Fabric's `plugin` as one for an engine. Raises `ConfigError` for a kind that is not known."""
+    own = FabricFullPrecision, FabricHalfPrecision, FabricMixedPrecision
+    if plugin is None or isinstance(plugin, own):
+        return plugin
+    kind = type(plugin)
+    if kind is _FabricFull:
+        return FabricFullPrecision()
+    if kind is _FabricHalf:
+        return FabricHalfPrecision(plugin.precision)
+    if kind is _FabricMixed:
+        return FabricMixedPrecision(plugin.precision, plugin.device)
+    raise _unsupported(plugin)
 
 
 def _unsupported(plugin: Any) -> ConfigError:

@@ -22,7 +22,7 @@ import zerort
 from zerort.checkpoint import get_client_state, get_fp32_state_dict
 from zerort.compat.lightning.modules import Whole, is_gone, is_sharded
 from zerort.compat.lightning.packages import fabric, pytorch
-from zerort.compat.lightning.precision import adapted
+from zerort.compat.lightning.precision import FullPrecision, adapted
 from zerort.compat.lightning.settings import Given, completed, stage_of
 from zerort.compat.lightning.stored import TAG, folder_of, packed, refuse_place, unpacked
 from zerort.errors import CheckpointError, ConfigError
@@ -105,7 +105,7 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
     @property
     def precision_plugin(self) -> Any:
         """Lightning's, without its scaler and its clipping."""
-        return self._precision_plugin if self._precision_plugin is not None else adapted(_plain())
+        return self._precision_plugin if self._precision_plugin is not None else FullPrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
@@ -381,7 +381,3 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
             strategy_registry.register(
                 f"zerort_stage_{stage}", cls, description=f"zerort, ZeRO stage {stage}", stage=stage
             )
-
-
-def _plain() -> Any:
-    return pytorch("plugins.precision").Precision()
