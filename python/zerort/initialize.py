@@ -99,6 +99,8 @@ def initialize(
     with ExitStack() as undo:
         settings, mesh = connected(lambda: load(config, args, config_params), model, undo)
         log.show(mesh.rank)
+        if settings.log_level is not None:
+            log.set_level(settings.log_level)
         if isinstance(model, nn.Module):
             give_values(model, settings, mesh)
         setup = _set_up(settings, mesh, given, undo)
@@ -149,7 +151,15 @@ class Setup:
         """Where the model's memory will lie."""
         every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
-        return Layout(self.plan, self.mesh.shard.rank, self.precision.sums, local_sums)
+        precision = self.precision
+        return Layout(
+            self.plan,
+            self.mesh.shard.rank,
+            precision.sums,
+            local_sums,
+            low_masters=precision.low_masters,
+            wide_states=precision.wide_states,
+        )
 
 
 def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> Setup:

@@ -12,7 +12,16 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-__all__ = ["is_read_here", "show"]
+__all__ = ["LEVELS", "is_read_here", "set_level", "show"]
+
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+"""DeepSpeed's names."""
 
 _log = logging.getLogger("zerort")
 
@@ -43,6 +52,12 @@ def show(rank: int) -> None:
         _default.install(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def set_level(name: str) -> None:
+    """Chooses the level, one of `LEVELS` in any case of letters: none is chosen here any more."""
+    _default.forget_level()
+    _log.setLevel(LEVELS[name.lower()])
+
+
 def is_read_here() -> bool:
     """Whether this rank's logger `zerort` has been given a handler of its own: a log file for
     each rank, say, where what concerns the rank is missed if only rank 0 tells.
@@ -68,6 +83,10 @@ class _Default(logging.Handler):
         _log.removeHandler(self)
         if _log.level == self._level_given:
             _log.setLevel(logging.NOTSET)
+        self._level_given = logging.NOTSET
+
+    def forget_level(self) -> None:
+        """The level is the user's from now on."""
         self._level_given = logging.NOTSET
 
     def emit(self, record: logging.LogRecord) -> None:

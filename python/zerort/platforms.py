@@ -1,5 +1,5 @@
 """What operating systems do differently, in one place: locks, what makes a write durable, renames
-that replace nothing, and whether a process runs.
+that replace nothing, whether a process runs, and what memory it has taken.
 
 `Plain` asks for no more than Python has everywhere; each system adds what it has. So a promise that
 a system cannot keep is weaker there, and nothing fails: Windows cannot sync a folder or exchange
@@ -57,6 +57,12 @@ class Plain:
     def reserve(self, file: int, size: int) -> None:
         """Room for `size` bytes, where the system can promise it. Raises `OSError` for none."""
 
+    def peak_memory(self) -> int | None:
+        """Bytes that this process has had of the host's memory, at most; None where the system does
+        not tell.
+        """
+        return None
+
     def sync(self, file: int) -> None:
         """What was written survives a power loss from here on."""
         os.fsync(file)
@@ -108,11 +114,19 @@ class Windows(Plain):
 class Posix(Plain):
     """Locks of a whole file, folders that can be synced, positioned reads."""
 
+    _RSS_UNIT = 1024
+    """Bytes of what `getrusage` counts in."""
+
     def __init__(self) -> None:
         super().__init__()
         self._fcntl: Any = importlib.import_module("fcntl")
         self._folder = os.O_RDONLY | _flags("O_DIRECTORY", "O_CLOEXEC")
         self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def peak_memory(self) -> int | None:
+        """As `getrusage` counts it."""
+        resource = importlib.import_module("resource")
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * self._RSS_UNIT
 
     def read_at(self, file: int, start: int, into: memoryview) -> int:
         """See `Plain.read_at`; the place of other readers does not move."""
@@ -195,6 +209,7 @@ class Linux(Posix):
 class MacOS(Posix):
     """`renamex_np`, and a sync that reaches the disk: `fsync` only reaches the drive's cache."""
 
+    _RSS_UNIT = 1
     _SWAP, _EXCL = 2, 4
 
     def sync(self, file: int) -> None:

@@ -17,6 +17,7 @@ from zerort.checkpoint.reading import Reader, Shard
 from zerort.checkpoint.state import EngineState, extra_states, own_shard, strides_of
 from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
+from zerort.optim.probe import is_known
 
 __all__ = ["Staged", "stage"]
 
@@ -98,6 +99,8 @@ def _stage_weights(
 def _stage_optimizer(
     reader: Reader, state: EngineState, match: Match, shard: Shard, staged: Staged
 ) -> None:
+    # State of torch's own is of its tensors' dtype. Of another's only what was like the masters.
+    follows = is_known(state.optimizer.optimizer)
     for bucket in state.flat.trained:
         held = {
             param: kept for param in bucket.spec.params if (kept := match.states[param]) is not None
@@ -106,8 +109,8 @@ def _stage_optimizer(
         for key in sorted({key for kept in held.values() for key in kept.tensors}):
             holders = {param for param, kept in held.items() if key in kept.tensors}
             origin = match.origins[min(holders)]
-            dtype = _dtype_of(reader.manifest, key, origin, bucket.master.dtype)
-            into = torch.zeros(bucket.spec.shard_numel, dtype=dtype)
+            dtype = _saved_in(reader.manifest, key, origin, follows=follows)
+            into = torch.zeros(bucket.spec.shard_numel, dtype=dtype or bucket.state_dtype)
             shard.want(reader, bucket.spec, f"state.{key}", into, holders)
             found[key] = into
         for param, kept in held.items():
@@ -130,10 +133,13 @@ def _no_tensor(name: str) -> Tensor:
     raise CheckpointError(f"a single value of the optimizer names tensor {name}")
 
 
-def _dtype_of(manifest: Manifest, key: str, origin: int, master: torch.dtype) -> torch.dtype:
-    """What a kind of state is kept in: the masters' dtype if it was saved in that, else what it was
-    saved in.
+def _saved_in(manifest: Manifest, key: str, origin: int, *, follows: bool) -> torch.dtype | None:
+    """What a kind of state was saved in; None where that was what the optimizer computed in, which
+    may be something else now. `follows` says so of all its floating-point state.
     """
-    name = f"bucket.{manifest.home[origin]}"
-    saved = manifest.dtype_of[f"{name}.state.{key}"]
-    return master if saved == manifest.dtype_of.get(f"{name}.master") else DTYPES[saved]
+    home = f"bucket.{manifest.home[origin]}"
+    code = manifest.dtype_of[f"{home}.state.{key}"]
+    saved = DTYPES[code]
+    if code == manifest.dtype_of.get(f"{home}.master") or (follows and saved.is_floating_point):
+        return None
+    return saved

@@ -24,6 +24,7 @@ from zerort.config.features import (
 from zerort.config.given import Given
 from zerort.config.monitors import Comet, MonitorFolder, Trackio, Wandb
 from zerort.config.precision import Autocast, Bf16, DataTypes, Fp16
+from zerort.config.problems import shown
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
 from zerort.config.runtime import Runtime
 from zerort.config.section import (
@@ -41,6 +42,7 @@ from zerort.config.section import (
     upper,
     zero_or_normal,
 )
+from zerort.log import LEVELS
 
 __all__ = ["Checkpoint", "Config", "Optimizer", "Scheduler", "Zero"]
 
@@ -54,6 +56,12 @@ def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
             "gradient_clipping"
         )
     return params
+
+
+def _known_level(name: str) -> str:
+    if name.lower() not in LEVELS:
+        raise ValueError(f"expected one of {', '.join(LEVELS)}, got {shown(name)}")
+    return name
 
 
 class LeafModules(Section):
@@ -145,6 +153,8 @@ class Config(Given):
     """Steps between lines of progress; None, and Infinity in the file, mean never."""
     wall_clock_breakdown: bool = False
     dump_state: bool = False
+    log_level: Annotated[str, AfterValidator(_known_level)] | None = None
+    """Of the logger `zerort`, on every rank; None leaves it."""
     dataloader_drop_last: bool = False
     data_types: DataTypes = Field(default_factory=DataTypes)
     fp16: Fp16 = Field(default_factory=Fp16)
@@ -193,6 +203,19 @@ class Config(Given):
         if self.fp16.enabled:
             return "fp16"
         return "bf16" if self.bf16.enabled else "fp32"
+
+    @property
+    def low_masters(self) -> bool:
+        """Whether parameters of a low precision are their own masters."""
+        bf16, fp16 = self.bf16, self.fp16
+        return (bf16.enabled and bf16.bf16_master_weights_and_grads) or (
+            fp16.enabled and fp16.fp16_master_weights_and_grads
+        )
+
+    @property
+    def wide_states(self) -> bool:
+        """Whether the optimizer computes, and keeps its state, in more than such masters are."""
+        return self.low_masters and not (self.bf16.enabled and self.bf16.bf16_optimizer_states)
 
     @property
     def keeps_norms(self) -> bool:
@@ -252,7 +275,7 @@ class Config(Given):
             self.eigenvalue,
             self.quantize_training,
             shards_parameters=self.zero_optimization.shards_parameters,
-            masters=self.compute_dtype != "fp32",
+            masters=self.compute_dtype != "fp32" and not self.low_masters,
         )
         if found:
             raise ValueError("; ".join(found))

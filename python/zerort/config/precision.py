@@ -38,6 +38,8 @@ class Fp16(Section):
     hysteresis: Annotated[Count, BeforeValidator(number)] = 2
     consecutive_hysteresis: bool = False
     min_loss_scale: Annotated[Factor, BeforeValidator(number)] = 1.0
+    fp16_master_weights_and_grads: bool = False
+    """Masters and sums of gradients are fp16; what the optimizer keeps beside is fp32."""
 
     @property
     def dynamic(self) -> bool:
@@ -60,9 +62,22 @@ class Fp16(Section):
 
 
 class Bf16(Section):
-    """`bf16`: bfloat16 parameters with fp32 masters."""
+    """`bf16`: bfloat16 parameters, with fp32 masters unless these are given up."""
 
     enabled: bool = False
+    bf16_master_weights_and_grads: bool = False
+    """The parameters are the masters, and sums of gradients are bf16."""
+    bf16_optimizer_states: bool = False
+    """And what the optimizer keeps beside is bf16."""
+
+    @model_validator(mode="after")
+    def _states_of_such_masters(self) -> Bf16:
+        if self.bf16_optimizer_states and not self.bf16_master_weights_and_grads:
+            raise ValueError(
+                "bf16_optimizer_states needs bf16_master_weights_and_grads: beside fp32 masters "
+                "the optimizer keeps fp32"
+            )
+        return self
 
 
 class Autocast(Section):
@@ -82,7 +97,7 @@ class DataTypes(Section):
     """`data_types`."""
 
     grad_accum_dtype: Dtype | None = None
-    """What passes are added in; None means fp32."""
+    """What passes are added in; None means fp32, or what masters of less are."""
     param_dtype: Dtype | None = None
     """What parameters are cast to anyway; it decides nothing."""
     buffer_dtype: Dtype | None = None

@@ -162,7 +162,6 @@ def conflicts(
         )
     if moq.enabled and not masters:
         found.append(
-            "quantize_training needs fp16 or bf16: with fp32 parameters there are no masters that "
-            "would keep what is rounded off"
+            "quantize_training needs fp16 or bf16 with fp32 masters, which keep what is rounded off"
         )
     return found

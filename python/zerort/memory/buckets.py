@@ -39,6 +39,10 @@ class Layout:
     """What gradients of less than fp32 are added up in."""
     local_sums: bool = False
     """Micro-batches are added up on this rank before they are reduced."""
+    low_masters: bool = False
+    """Parameters of less than fp32 are their own masters."""
+    wide_states: bool = False
+    """What the optimizer keeps beside them is fp32 all the same."""
 
 
 class HeldBucket:
@@ -188,10 +192,12 @@ class FlatBucket(HeldBucket):
 
     `group` is the optimizer's. `owned` is what this rank keeps the optimizer's state of, and
     `master` the optimizer's copy of it in fp32, the same memory where the parameters are fp32
-    themselves. `accum` is the reduced gradient of `owned`, and `reduced_shard` the part of it that
-    this rank sums: its shard. `local` is this rank's own gradient of the whole bucket, summed over
-    micro-batches, where that is the rule and takes a wider dtype than the parameters' (`widens`).
-    It has been sent when the reduced one arrives, so `accum` is a part of the same memory.
+    themselves, or are to do without. `state_dtype` is what the optimizer computes and keeps its
+    state in, which may be wider than the masters. `accum` is the reduced gradient of `owned`, and
+    `reduced_shard` the part of it that this rank sums: its shard. `local` is this rank's own
+    gradient of the whole bucket, summed over micro-batches, where that is the rule and takes a
+    wider dtype than the parameters' (`widens`). It has been sent when the reduced one arrives, so
+    `accum` is a part of the same memory.
     """
 
     __slots__ = (
@@ -201,6 +207,7 @@ class FlatBucket(HeldBucket):
         "local",
         "reduced_shard",
         "squares",
+        "state_dtype",
         "widens",
     )
 
@@ -215,10 +222,11 @@ class FlatBucket(HeldBucket):
         dtype, device = members[0].tensor.dtype, members[0].tensor.device
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         whole = not plan.shards_optimizer
-        self._masters = master_of(self.owned, precise)
+        self._masters = master_of(self.owned, dtype if layout.low_masters else precise)
         self.master = self._masters.tensor
+        self.state_dtype = precise if layout.wide_states else self.master.dtype
         sums = layout.sums if precise == torch.float32 else precise
-        self.widens = self.has_master and sums != dtype
+        self.widens = dtype not in (precise, sums)
         local = layout.local_sums and self.widens
         everything = Memory.of_bucket(plan, spec, sums, device) if whole or local else None
         self.local = everything if local else None

@@ -50,9 +50,12 @@ class Fill:
     dtype: torch.dtype | None
     """None: that of the tensor it belongs to."""
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """The state of `tensor`, in its shape."""
-        return torch.full_like(tensor, self.number, dtype=self.dtype, requires_grad=False)
+    def like(self, tensor: Tensor, floats: torch.dtype | None) -> Tensor:
+        """The state of `tensor`, in its shape; floating-point numbers in `floats`, or in its own
+        dtype.
+        """
+        dtype = self.dtype or floats
+        return torch.full_like(tensor, self.number, dtype=dtype, requires_grad=False)
 
 
 class InitialState:
@@ -81,10 +84,12 @@ class InitialState:
         """Which state parameter `param` of the list begins with; 0 is none."""
         return self._labels[param]
 
-    def of(self, param: int, tensor: Tensor) -> State:
-        """That state for a tensor of elements of this parameter, in any shape."""
+    def of(self, param: int, tensor: Tensor, floats: torch.dtype | None = None) -> State:
+        """That state for a tensor of elements of this parameter, in any shape; in `floats` what
+        would be in the tensor's dtype.
+        """
         return {
-            key: value.like(tensor) if isinstance(value, Fill) else copy.deepcopy(value)
+            key: value.like(tensor, floats) if isinstance(value, Fill) else copy.deepcopy(value)
             for key, value in self._kinds[self._labels[param]].items()
         }
 

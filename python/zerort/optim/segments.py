@@ -87,6 +87,7 @@ class Segment:
     form: Form | None = None
     active: bool = True
     tensor: nn.Parameter = field(init=False)
+    _narrow: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tensor = nn.Parameter(self.of(self.bucket.master), requires_grad=False)
@@ -107,6 +108,18 @@ class Segment:
         flat = torch.empty(self.length, dtype=value.dtype, device=value.device)
         self.form.over(flat).copy_(value)
         return flat
+
+    def widen(self) -> None:
+        """Shows the optimizer the masters in the dtype that it computes in, until `narrow`."""
+        if self.active and self.tensor.dtype != self.bucket.state_dtype:
+            self._narrow = self.tensor.data
+            self.tensor.data = self._narrow.to(self.bucket.state_dtype)
+
+    def narrow(self) -> None:
+        """Rounds what it has made of them."""
+        if self._narrow is not None:
+            self._narrow.copy_(self.tensor.data)
+            self.tensor.data, self._narrow = self._narrow, None
 
     def load_gradient(self) -> None:
         """Shows the optimizer the reduced gradient, or none where the segment is frozen."""

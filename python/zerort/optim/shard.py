@@ -87,7 +87,7 @@ class ShardOptimizer:
         self.segments = self._uncut()
         self._cut(lambda param: (self._initial.label(param), label(param)))
         for segment in self.segments:
-            state = self._initial.of(segment.param, segment.tensor)
+            state = self._initial.of(segment.param, segment.tensor, segment.bucket.state_dtype)
             if state:
                 self.optimizer.state[segment.tensor] = state
 
@@ -112,10 +112,13 @@ class ShardOptimizer:
     def step(self, factor: float) -> None:
         """One update with the reduced gradients times `factor`."""
         for segment in self.segments:
+            segment.widen()
             segment.load_gradient()
         try:
             self._step(factor)
         finally:
+            for segment in self.segments:
+                segment.narrow()
             # A loop that still calls the optimizer's own step() must not apply this gradient once
             # more.
             for segment in self.segments:

@@ -95,6 +95,17 @@ class Getters:
 
     # Precision.
 
+    fp16_master_weights_and_gradients = _key(
+        "Whether fp16 parameters are their own masters.",
+        lambda c: c.fp16.fp16_master_weights_and_grads,
+    )
+    bf16_master_weights_and_gradients = _key(
+        "Whether bf16 parameters are their own masters.",
+        lambda c: c.bf16.bf16_master_weights_and_grads,
+    )
+    bf16_optimizer_states = _key(
+        "Whether the optimizer's state is bf16 too.", lambda c: c.bf16.bf16_optimizer_states
+    )
     fp16_enabled = _key("Whether parameters are fp16.", lambda c: c.fp16.enabled)
     bfloat16_enabled = _key("Whether parameters are bf16.", lambda c: c.bf16.enabled)
     fp16_auto_cast = _key("Whether inputs are cast to fp16.", lambda c: c.fp16.auto_cast)
@@ -140,6 +151,10 @@ class Getters:
         "Whether times are taken and logged: of `flops_profiler` too.", lambda c: c.breaks_down
     )
     dump_state = _key("Whether the configuration is logged at the start.", lambda c: c.dump_state)
+    log_level = _key(
+        "The level of the logger `zerort`, as it was given; None where it was not.",
+        lambda c: c.log_level,
+    )
     memory_breakdown = _key("False: memory use is not printed.", lambda c: False)
     pld_enabled = _key(
         "Whether progressive layer drop is on.", lambda c: c.progressive_layer_drop.enabled

@@ -66,6 +66,10 @@ class Precision:
     sums: torch.dtype
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
+    low_masters: bool = False
+    """Whether parameters of a low precision are their own masters."""
+    wide_states: bool = False
+    """Whether the optimizer computes, and keeps its state, in more than such masters are."""
     buffers: torch.dtype | None = None
     """What floating-point buffers are cast to, of whichever module."""
 
@@ -80,13 +84,16 @@ class Precision:
         if wire is not None and wire not in FORMATS:
             raise ConfigError(f"zerort.wire: expected one of {', '.join(FORMATS)}, got {wire!r}")
         mode = Mode.of(config)
+        by_masters = config.compute_dtype if config.low_masters else "fp32"
         return cls(
             mode=mode,
             loss_scale=_loss_scale(config, mode),
             low_modules=_low_modules(config, mode, wire),
             wire=wire,
-            sums=DTYPES[config.data_types.grad_accum_dtype or "fp32"],
+            sums=DTYPES[config.data_types.grad_accum_dtype or by_masters],
             predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
+            low_masters=config.low_masters,
+            wide_states=config.wide_states,
             buffers=DTYPES[wanted] if (wanted := config.data_types.buffer_dtype) else None,
         )
 

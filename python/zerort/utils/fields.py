@@ -20,6 +20,9 @@ from zerort.utils.held import Held
 
 __all__ = ["GRADIENT", "MASTER", "Field", "State"]
 
+_FP32 = 4
+"""Bytes."""
+
 
 class Field(Protocol):
     """One kind of values of a parameter."""
@@ -35,9 +38,12 @@ class Master:
     """The optimizer's copy, in fp32, or fp64 where the parameter is."""
 
     def read(self, held: Held) -> Tensor | None:
-        """Memory of the optimizer's, with what has been written into the parameter since."""
+        """What the optimizer has, widened where that is of 16 bits, with what has been written into
+        the parameter since.
+        """
         held.bucket.take_writes()
-        return held.fragment(held.bucket.master)
+        fragment = held.fragment(held.bucket.master)
+        return fragment.float() if fragment.itemsize < _FP32 else fragment
 
     def write(self, held: Held, fragment: Tensor) -> None:
         """The parameter follows, in its own dtype."""

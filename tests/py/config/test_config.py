@@ -215,7 +215,6 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
         ("compile", {"deepcompile": False}, {"deepcompile": True}),
         ("tensor_parallel", {"autotp_size": 1}, {"autotp_size": 4}),
         ("sparse_gradients", False, True),
-        ("bf16.bf16_optimizer_states", False, True),
     ],
 )
 def test_a_refused_key_may_stand_at_the_value_that_turns_it_off(

@@ -36,7 +36,11 @@ ROWS: Sequence[Key] = (
     ),
     same("dump_state", "the configuration, with all defaults, in the log at the start"),
     ignored("memory_breakdown", "memory use is not printed"),
-    ignored("log_level", "the level of Python's logger named zerort decides"),
+    same(
+        "log_level",
+        "level of Python's logger named zerort: debug, info, warning, error or critical; left out, "
+        "it is as it was, or info on rank 0 and warning on the others",
+    ),
     same("timers", "what is timed"),
     same("timers.throughput", "engine.tput_timer, and samples/s in the lines of progress"),
     same("timers.throughput.enabled", "false turns it off"),

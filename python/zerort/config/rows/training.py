@@ -44,7 +44,8 @@ ROWS: Sequence[Key] = (
     # precision
     same("data_types", "element types beside the parameters'"),
     same(
-        "data_types.grad_accum_dtype", "what reduced gradients are added up in; fp32 when left out"
+        "data_types.grad_accum_dtype",
+        "what reduced gradients are added up in; fp32, or what masters of less are, when left out",
     ),
     same(
         "data_types.param_dtype", "has to agree with fp16.enabled and bf16.enabled, which decide it"
@@ -68,7 +69,10 @@ ROWS: Sequence[Key] = (
         "fp16.min_loss_scale",
         "the dynamic scale does not fall below; an overflow there is an error",
     ),
-    refused("fp16.fp16_master_weights_and_grads", "masters are fp32"),
+    same(
+        "fp16.fp16_master_weights_and_grads",
+        "masters and sums are fp16, the optimizer's state is fp32; at every stage",
+    ),
     same("bf16", "bfloat16 with fp32 masters; the old spelling bfloat16 is read too"),
     same(
         "bf16.enabled",
@@ -81,8 +85,14 @@ ROWS: Sequence[Key] = (
     ignored(
         "bf16.immediate_grad_update", "gradients are accumulated as they are reduced, in any case"
     ),
-    refused("bf16.bf16_master_weights_and_grads", "masters are fp32"),
-    refused("bf16.bf16_optimizer_states", "optimizer state is fp32"),
+    same(
+        "bf16.bf16_master_weights_and_grads",
+        "parameters are their own masters and sums are bf16, at every stage",
+    ),
+    same(
+        "bf16.bf16_optimizer_states",
+        "the optimizer's state is bf16 too; false: it is fp32, and so is what a step computes",
+    ),
     same("torch_autocast", "forward runs under torch.autocast"),
     same("torch_autocast.enabled", "turns it on"),
     same("torch_autocast.dtype", "bf16 or fp16; with fp16 the loss is scaled"),
