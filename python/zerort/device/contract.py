@@ -107,10 +107,10 @@ class Device(Protocol):
     def squared_norm(self, memory: Flat) -> float | Tensor:
         """In fp64; a float where that costs no wait, else a scalar tensor."""
 
-    def first_difference(self, one: Tensor, other: Tensor) -> int | Tensor:
+    def first_difference(self, one: Tensor, other: Tensor) -> int | Tensor | None:
         """The first `LINE` bytes of two pieces of memory, equally long and a multiple of it, whose
-        bits are not the same; behind the last where all are: an int where that costs no wait, else
-        a scalar tensor.
+        bits are not the same. None where all are, if that costs no wait; else a scalar tensor,
+        which is behind the last then.
         """
 
     def take_writes(self, values: Flat, master: Flat) -> None:

@@ -125,7 +125,7 @@ class HeldBucket:
             with torch.no_grad():
                 self._slice().copy_(self.owned.tensor)
 
-    def first_change(self) -> int | Tensor:
+    def first_change(self) -> int | Tensor | None:
         """The first `LINE` of this rank's part in which sharded values, whole as they are, are not
         what it keeps of them; `owner_of` names the parameter.
         """
@@ -184,7 +184,8 @@ class HeldBucket:
         """`master` follows what has been written into the parameters that this rank owns."""
 
     def _slice(self) -> Tensor:
-        return self.values.landing.narrow(0, self.start, self.spec.shard_numel)
+        assert isinstance(self.values, Freeable)
+        return self.values.part(self.start, self.spec.shard_numel)
 
 
 class FlatBucket(HeldBucket):

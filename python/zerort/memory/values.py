@@ -204,7 +204,16 @@ class Freeable:
     before, or in a backward that no hook has announced.
     """
 
-    __slots__ = ("_arriving", "_contents", "_forms", "_nbytes", "_spec", "_storage", "tensor")
+    __slots__ = (
+        "_arriving",
+        "_contents",
+        "_forms",
+        "_nbytes",
+        "_parts",
+        "_spec",
+        "_storage",
+        "tensor",
+    )
 
     def __init__(
         self,
@@ -228,6 +237,16 @@ class Freeable:
     def landing(self) -> Tensor:
         """Where values are to be written (numel,), behind `bring`."""
         return self.tensor if self.is_whole else self._arriving
+
+    def part(self, start: int, length: int) -> Tensor:
+        """Elements of `landing`: always the same ones. To cut them anew at each gather and free
+        would cost as much as their copy, where they are few.
+        """
+        whole = self.is_whole
+        part = self._parts.get(whole)
+        if part is None:
+            part = self._parts[whole] = self.landing.narrow(0, start, length)
+        return part
 
     def views(self) -> list[Tensor]:
         """One for each parameter, in its form."""
@@ -300,7 +319,7 @@ class Freeable:
         what is not there; True where torch does not tell.
         """
         uses = 2**31 if _count is None else _count(self._storage._cdata)
-        return bool(uses > len(self._spec.numels) + _OWN_USES)
+        return bool(uses > len(self._spec.numels) + _OWN_USES + (True in self._parts))
 
     def leave(self, params: Sequence[nn.Parameter]) -> None:
         """`params` become views of other memory, which is empty; the owner of an alias of this one
@@ -313,6 +332,8 @@ class Freeable:
         self._give_back()
 
     def _renew(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._parts: dict[bool, Tensor] = {}
+        """What has been asked for of `tensor` and of `_arriving`."""
         self.tensor = torch.empty(self._spec.numel, dtype=dtype, device=device)
         self._storage = self.tensor.untyped_storage()
         self._nbytes = self._storage.nbytes()

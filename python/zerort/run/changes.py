@@ -39,7 +39,7 @@ class Changes:
         if isinstance(place, Tensor):
             before = self._places.get(bucket)
             self._places[bucket] = place if before is None else torch.minimum(before, place)
-        elif (name := bucket.owner_of(place)) is not None:
+        elif place is not None and (name := bucket.owner_of(place)) is not None:
             self.note(name)
 
     def take(self) -> str | None:
