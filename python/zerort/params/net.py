@@ -30,6 +30,8 @@ from zerort import _core
 from zerort.errors import StepError
 from zerort.grads.compiled import plain
 from zerort.memory import unintercepted
+from zerort.params.contract import Owner
+from zerort.params.needs import Needs
 from zerort.run.executor import Executor
 
 __all__ = ["Net"]
@@ -44,17 +46,9 @@ class Watched(Protocol):
     """The passes under which the net is."""
 
     gatherer: _core.Gatherer
+    needs: Needs
     is_open: bool
-    reached: Callable[[], None]
-
-    def set_of(self, units: list[int]) -> int:
-        """The number of a set of units."""
-
-    def need(self, number: int) -> None:
-        """Returns when the units of the set are whole."""
-
-    def holds(self, number: int) -> None:
-        """The set is brought at the beginning of every backward."""
+    owner: Owner
 
 
 class Net:
@@ -118,16 +112,17 @@ class Net:
 
         def hook(_: Any) -> None:
             if not passes.is_open:
-                passes.reached()
+                passes.owner.reached()
             if passes.is_open and not holds(unit):
                 self._bring(unit)
 
         return hook
 
     def _bring(self, unit: int) -> None:
-        number = self._passes.set_of([unit])
-        self._passes.need(number)
-        self._passes.holds(number)
+        needs = self._passes.needs
+        number = needs.set_of([unit])
+        needs.need(number)
+        needs.holds(number)
         _log.info(
             "a backward reads %s by a tensor that its module keeps beside its outputs: it is "
             "gathered at the beginning of every backward from now on. Return the tensor from the "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -28,9 +28,12 @@ from zerort.errors import StepError
 from zerort.grads.compiled import shield
 from zerort.grads.course import Routed
 from zerort.memory import undisturbed
+from zerort.params.contract import NOBODY, Hooked, Owner
+from zerort.params.needs import Needs
 from zerort.params.net import Net
 from zerort.params.roll import RollCall, code_of
 from zerort.params.sharded import name_of
+from zerort.params.strays import Strays
 from zerort.run.changes import lost
 from zerort.run.executor import Executor
 
@@ -54,8 +57,7 @@ class Resident:
     trains = True
     is_open = False
     pinned = 0
-    reached: Callable[[], None]
-    dropped: Callable[[], None]
+    owner: Owner
 
     def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
         """Nothing."""
@@ -114,75 +116,35 @@ class Passes:
         rolls.abandon = self.abandon
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
-        self.names: Sequence[str] = ()
-        """Of the modules, by their number."""
-        self._strays: set[tuple[str, int]] = set()
-        self._sets: dict[int, tuple[int, ...]] = {}
-        self._unhooked: list[int] = []
-        self.at = -1
-        """Number of the node that a backward has come to, where torch does not tell; -1 where
-        no hook does.
-        """
+        self.needs = Needs(self.gatherer, executor, rolls)
+        self.strays = Strays(rolls.rank)
         self._net = Net(self, executor, len(course.plan.units))
         self._broken = False
-        self.detach: Callable[[], None] = _nothing
-        """Takes the hooks off the model."""
-        self.rehook: Callable[[], None] = _nothing
-        """Makes the hooks on modules anew, not to be traced by compiled autograd."""
-        self.settle: Callable[[], None] = _nothing
-        """Ends what a pass that was broken off has left open."""
-        self.dropped: Callable[[], None] = _nothing
-        """Hears that the window is lost, on all ranks alike."""
-        self.reached: Callable[[], None] = _nothing
-        """Hears of a backward that comes to the module although no pass is open."""
+        self.hooks: Hooked = NOBODY
+        self.owner: Owner = NOBODY
         self._news = False
         self._met = False
         self._thread = 0
 
     # What needs parameters.
 
-    def set_of(self, units: Sequence[int]) -> int:
-        """The number of a set of units that are needed together."""
-        number = self.gatherer.set_of(units)
-        self._sets[number] = tuple(sorted(set(units)))
-        return number
-
-    @undisturbed
-    def need(self, number: int) -> None:
-        """Returns when the units of the set are whole."""
-        running = torch._C._current_autograd_node()
-        node = self.at if running is None else running._sequence_nr()
-        answer = self.gatherer.need(number, node)
-        while answer is not None:
-            actions, unit = answer
-            self._executor.enqueue(actions)
-            self._executor.reach()
-            if unit is not None:
-                self._rolls.answered()
-                answer = self.gatherer.need(number, node)
-                continue
-            self._executor.land(self._sets[number])
-            self.gatherer.arrived(number)
-            return
-
     @property
     def rests(self) -> bool:
         """Whether all units are kept whole."""
         return self.pinned > 0 and self.pinned >= len(self._course.plan.units)
 
-    def holds(self, number: int) -> None:
-        """No hook will tell when the backward needs the set: it is brought at its beginning."""
-        if number not in self._unhooked:
-            self._unhooked.append(number)
-
     def lose(self, parameter: nn.Parameter) -> None:
         """The parameter was written while it was whole for the pass: the change goes with it."""
         self._executor.changes.note(name_of(parameter))
 
+    def detach(self) -> None:
+        """Takes the hooks off the model."""
+        self.hooks.detach()
+
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""
         self._net.wrap = shield
-        self.rehook()
+        self.hooks.rehook()
 
     # A pass.
 
@@ -227,12 +189,9 @@ class Passes:
                 "ranks gather parameters together, in one order; run them one after the other"
             )
 
-    @undisturbed
     def bring(self) -> None:
         """A backward begins, and where it reduces gradients, their pass has begun."""
-        for number in self._unhooked:
-            self.need(number)
-            self.gatherer.acquire(number)
+        self.needs.bring()
 
     def watching(self, loss: torch.Tensor) -> AbstractContextManager[None]:
         """Within, a backward from `loss` runs, in the pass that is open."""
@@ -248,9 +207,9 @@ class Passes:
         self.is_open, self.opener, self._thread, self.at = False, None, 0, -1
         self._broken |= not complete
         if self.gatherer.in_use:
-            self.settle()
+            self.hooks.settle()
         self._course.close(complete=complete)
-        self._say_strays()
+        self.strays.say(self.gatherer.strays())
         # where something else is raised, the vote tells of writes, or the next pass does
         written = self._executor.changes.take() if complete else None
         if written is not None:
@@ -334,26 +293,12 @@ class Passes:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met, self._news = False, None, False, False
         self._executor.changes.forget()
-        self._thread, self.at = 0, -1
-        self.settle()
+        self._thread, self.needs.at = 0, -1
+        self.hooks.settle()
         self._course.abandon()
         self._executor.enqueue(self.gatherer.abandon())
         self._executor.reach()
-        self.dropped()
-
-    def _say_strays(self) -> None:
-        """Once of each kind of pass that needs something else every time."""
-        for kind, entry in self.gatherer.strays():
-            if (kind, entry) in self._strays:
-                continue
-            self._strays.add((kind, entry))
-            _log.info(
-                "rank %d: the %s of %s needs its parameters in another order every time, so they "
-                "are asked for one by one",
-                self._rolls.rank,
-                kind.replace("_", " "),
-                self.names[entry] if entry < len(self.names) else "the model",
-            )
+        self.owner.dropped()
 
 
 def _owes(reading: _core.Reading) -> bool:
@@ -361,7 +306,3 @@ def _owes(reading: _core.Reading) -> bool:
     return reading.kind == "backward" or any(
         own[0] for kind, _, own in reading.rows if kind == reading.kind == "local_backward"
     )
-
-
-def _nothing() -> None:
-    """Nothing is to be done."""

@@ -76,13 +76,9 @@ class Pins:
                 "GatheredParameters(modifier_rank=...) inside a forward or a backward: the values "
                 "are in use; write them between steps"
             )
-        number = self._passes.set_of(units)
+        number = self._passes.needs.set_of(units)
         gatherer = self._passes.gatherer
-        graded = torch.is_grad_enabled()
-        sequence = torch._C._autograd._get_sequence_nr() if graded else -1
-        if not gatherer.acquire(number, sequence):
-            self._passes.need(number)
-            gatherer.acquire(number, sequence)
+        self._passes.needs.acquire(number)
         before = _versions(params)
         self._expose(params)
         try:

@@ -29,13 +29,18 @@ class DirectBackwards(Settling):
 
     def __init__(self, part: Participation) -> None:
         super().__init__(part)
-        self._begins: Callable[[], None] = self._reached
+        self._begins: Callable[[], None] = self.reached
         """What a hook calls in a backward that comes to the module."""
-        part.passes.reached = self._reached
+        part.passes.owner = self
 
     # Everything here runs in hooks.
 
-    def _reached(self) -> None:
+    def dropped(self) -> None:
+        """All ranks have dropped the window."""
+        self.part.drop()
+
+    def reached(self) -> None:
+        """A backward comes to the module."""
         if self._listener.is_deaf or not isinstance(self._phase, Idle | Settled):
             return
         refuse_foreign()

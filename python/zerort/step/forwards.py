@@ -67,14 +67,15 @@ class ForwardOnly(Transaction):
         self._demand(call)
         raise StepError(f"{call} of an engine that only runs forward: {self._reason}")
 
-    def _reached(self) -> None:
+    def reached(self) -> None:
+        """Raises `StepError` where the backward is to bring gradients."""
         if self._asks_for_gradients():
             raise StepError(
                 "a backward has come to an engine that only runs forward, and at stage 3 its "
                 "parameters keep no gradients: call it under torch.no_grad(), or detach what it "
                 f"returns, or freeze it with requires_grad_(False). To train it: {self._reason}"
             )
-        super()._reached()
+        super().reached()
 
     @unintercepted
     def _asks_for_gradients(self) -> bool:

@@ -46,7 +46,6 @@ class Participation:
         self.boundary = boundary
         self.progress = progress
         self.passes = passes
-        passes.dropped = self.drop
         self._unused = unused
         self._join: Join | None = None
         self._meeting = self._meets()

@@ -123,7 +123,7 @@ class Transaction(DirectBackwards):
         if not self._compiles:
             self._listener.shield()
             self.part.passes.shield()
-            self._around, self._begins = around, shield(self._reached)
+            self._around, self._begins = around, shield(self.reached)
 
     @property
     def _compiles(self) -> bool:

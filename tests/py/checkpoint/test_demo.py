@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
     tmp_path: Path,
 ) -> None:
     config = json.loads(EXAMPLE.with_suffix(".json").read_text())
-    for name in ("whole", "killed"):
+    for name in ("whole", "sharded", "killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text").write_bytes(b"def f(x):\n    return x + 1\n" * 4000)
         (tmp_path / name / "config.json").write_text(
@@ -116,6 +116,11 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
     with Job(tmp_path / "whole") as whole:
         expected = dict(whole.losses())
         assert list(expected) == list(range(TOLD, STEPS + 1, TOLD))
+    with Job(tmp_path / "sharded", "--stage=3") as sharded:
+        found = {step: float(loss) for step, loss in sharded.losses()}
+        assert found == {
+            step: pytest.approx(float(loss), abs=2e-3) for step, loss in expected.items()
+        }
     with Job(tmp_path / "killed", stand=2 * TOLD + 1) as killed:
         for step, loss in killed.losses():
             assert loss == expected[step]

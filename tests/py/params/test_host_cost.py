@@ -18,7 +18,7 @@ from torch import nn
 
 import ranks
 from routes import WIDTH, data, engine_over, loss_of, settings
-from zerort.params import uses
+from zerort.params import calls
 from zerort.run import gathers
 
 FEW, MANY = 10, 40
@@ -93,9 +93,9 @@ def test_a_layer_costs_two_calls_in_a_forward_one_in_a_backward_and_no_hook_of_i
 
 
 def count_versions(rank: int, world: int) -> tuple[int, int]:
-    read = mock.Mock(side_effect=uses.version_of)
+    read = mock.Mock(side_effect=calls.version_of)
     with (
-        mock.patch.object(uses, "version_of", read),
+        mock.patch.object(calls, "version_of", read),
         mock.patch.object(gathers, "version_of", read),
     ):
         engine = trained(MANY, 2)

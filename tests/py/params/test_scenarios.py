@@ -13,6 +13,7 @@ from torch import nn
 
 import ranks
 import routes
+import zerort
 from routes import Net, engine_over, train
 
 
@@ -95,6 +96,33 @@ def evaluation_without_the_engine(rank: int) -> None:
                 engine.module(routes.data(60 + step, rank))
 
     train(rank, Net, between=between)
+
+
+def moving_average(rank: int) -> None:
+    """Copies that follow the weights, one of before and one of the engine's module."""
+    copies: list[nn.Module] = []
+    expected: list[Any] = []
+
+    def follow(engine: Any, step: int) -> None:
+        whole = list(engine.module.parameters())
+        with zerort.zero.GatheredParameters(whole), torch.no_grad():
+            if len(copies) == 1:
+                copies.append(copy.deepcopy(engine.module))
+                expected.extend([p.detach().clone() for p in each.parameters()] for each in copies)
+            for each, values in zip(copies, expected, strict=True):
+                for average, value, now in zip(each.parameters(), values, whole, strict=True):
+                    average.lerp_(now, 0.25)
+                    value.lerp_(now.detach(), 0.25)
+
+    engine = train(rank, Net, 4, between=follow, prepare=lambda m: copies.append(copy.deepcopy(m)))
+    before, within = copies
+    for each, values in zip(copies, expected, strict=True):
+        assert all(map(torch.equal, each.parameters(), values))
+    # the copy of a module that has hooks is a plain one
+    within.load_state_dict(before.state_dict())
+    assert torch.equal(within(routes.data(9, rank)), before(routes.data(9, rank)))
+    engine.destroy()
+    assert torch.equal(within(routes.data(9, rank)), before(routes.data(9, rank)))
 
 
 def other_order_on_one_rank(rank: int) -> None:
@@ -220,6 +248,7 @@ SCENARIOS = [
     evaluation_in_inference_mode,
     uneven_evaluation,
     evaluation_without_the_engine,
+    moving_average,
     other_order_on_one_rank,
     other_order_from_the_start,
     layer_dropped_on_one_rank,

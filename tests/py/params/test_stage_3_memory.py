@@ -5,6 +5,7 @@ rest, and at most the room beside it in a pass.
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -40,10 +41,17 @@ class Found(NamedTuple):
     in_flight: int
 
 
-def weigh(rank: int, world: int, dtype: str, room: int) -> Found:
+def made(origin: str) -> nn.Module:
+    """The model there on every rank, born in shards, or without values."""
+    within = {"whole": nullcontext(), "born": zerort.zero.Init(), "meta": torch.device("meta")}
+    with within[origin]:  # type: ignore[attr-defined]
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+
+
+def weigh(rank: int, world: int, dtype: str, room: int, origin: str = "whole") -> Found:
     gc.freeze()
     before = covered(alive())
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    model = made(origin)
     engine, *_ = zerort.initialize(
         model=model,
         config={
@@ -109,3 +117,14 @@ def test_a_rank_keeps_its_part_and_the_room(world: int, dtype: str, room: int) -
         once, unit = ((world - 1) * n // world * ITEM[dtype] for n in (TOTAL, UNIT))
         assert found.reduced == once
         assert found.gathered == 2 * once - room * unit
+
+
+@pytest.mark.parametrize("origin", ["born", "meta"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_so_it_does_with_a_model_that_was_never_whole(origin: str, dtype: str) -> None:
+    part = TOTAL // 2
+    state, moments, lanes = part * STATE[dtype], part * 8, WINDOW * 2 * UNIT * ITEM[dtype]
+    for found in ranks.run(2, weigh, dtype, 3, origin):
+        assert found.at_start <= 1.02 * (state - moments) + lanes + SMALL
+        assert state <= found.at_rest <= 1.02 * state + SMALL
+        assert 0 < found.whole <= 3 * UNIT * ITEM[dtype]
