@@ -7,6 +7,7 @@ lives twice a step.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from functools import cache
@@ -128,6 +129,13 @@ def test_each_collective_of_a_bucket_is_a_span_with_its_bytes(runs: Any, stage: 
             expected[f"reduce_scatter b{index}", 2 * numel] = passes(stage)
             expected[f"all_gather b{index}", 2 * numel] = STEPS
         assert seen == expected
+
+
+def test_what_a_step_at_stage_3_waits_for_is_told_gathers_apart_from_sums(runs: Any) -> None:
+    waits = [wait for events in runs(3).events for step in steps(events) for wait in step.waits]
+    kinds = {re.sub(r" (of|for) .*", "", what) for what, ms in waits if ms > 0}
+    assert {"all_gather", "roll call", "vote"} <= kinds, kinds
+    assert all("unit" in what for what, _ in waits if what.startswith("all_gather"))
 
 
 def test_a_unit_is_whole_from_its_gather_to_its_free(runs: Any) -> None:
