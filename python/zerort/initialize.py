@@ -36,6 +36,7 @@ from zerort.start.compare import (
     compare_plans,
 )
 from zerort.start.connect import connected, started
+from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer
@@ -157,6 +158,7 @@ class Setup:
             self.mesh.shard.rank,
             precision.sums,
             local_sums,
+            homes=homes_for(self.config, self.plan, self.mesh.device, self.chosen.optimizer),
             low_masters=precision.low_masters,
             wide_states=precision.wide_states,
         )
@@ -358,6 +360,7 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
         _log.info("configuration keys without effect here: %s", ", ".join(settings.ignored))
     if line := said_of_apex(settings):
         _log.info(line)
+    log_homes(flat)
     planned = {id(parameter) for parameter in flat.params}
     left = [(name, p) for name, p in model.named_parameters() if id(p) not in planned]
     if setup.chosen.optimizer is None:

@@ -11,6 +11,11 @@ another stream still uses it: a caching allocator would hand it out again there.
 Time passes too: each operation takes a millisecond of its stream, each collective as long as the
 test says, and a wait takes a stream to the moment it waits for.
 
+Memory that copies use on the host is another's: an operation that takes it together with the
+device's is no copy and raises, a copy that does not say that it may run later makes the host wait,
+and what the host itself does there is work of its own, in the order of the program, behind what it
+has waited for.
+
 Not followed: kernels of the core, which this device does not call, and copies between hosts.
 """
 
@@ -29,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import zerort.device
-from zerort.device import Accelerator, accelerator
+from zerort.device import Accelerator, accelerator, host
 from zerort.mesh import mesh
 from zerort.mesh.gloo import GlooComm
 from zerort.mesh.local import LocalComm, LocalControl
@@ -118,7 +123,8 @@ class Event:
         return all(self.machine.host.get(s, 0) >= count for s, count in self.clock.items())
 
     def synchronize(self) -> None:
-        self.machine.sync(self.clock)
+        if self.machine.ordered():
+            self.machine.sync(self.clock)
 
     def elapsed_time(self, end: Event) -> float:
         assert self.query() and end.query(), "asked before the device had passed it"
@@ -134,7 +140,11 @@ class Machine(TorchDispatchMode):
         self.main = self.current = Stream(self, "main")
         self.links = Stream(self, "links")
         """Where collectives run, one after the other."""
-        self.host: Clock = {}
+        self.cpu = Stream(self, "host")
+        """What the host itself does in memory that copies use."""
+        self.streams.remove(self.cpu)
+        self.cpu.stream_id = -1
+        self.host: Clock = self.cpu.clock
         self.syncs: list[str] = []
         self.races: list[Race] = []
         self.sites: set[Site] = set()
@@ -143,6 +153,8 @@ class Machine(TorchDispatchMode):
         self.device_index = 0
         self.collective_ms = 1.0
         self._memory: dict[int, Cell] = {}
+        self._hosted: set[int] = set()
+        self._host_live: list[tuple[StorageWeakRef, range]] = []
         self._live: list[tuple[StorageWeakRef, Stream, range]] = []
         self._free: dict[int, list[Access]] = {}
 
@@ -158,10 +170,11 @@ class Machine(TorchDispatchMode):
         facade = Facade(self)
         device = Accelerator(torch.device("cpu", 0))
         saved = {name: getattr(accelerator, name) for name in ("torch", *facade.indices)}
+        saved_host = host.torch
         variable = torch.autograd.Variable
         saved_cpu, saved_engine = zerort.device.CPU, variable._execution_engine
         saved_tolist = torch.Tensor.tolist
-        accelerator.torch = facade  # type: ignore[attr-defined]
+        accelerator.torch = host.torch = facade  # type: ignore[attr-defined]
         for name, function in facade.indices.items():
             setattr(accelerator, name, function)
         zerort.device.CPU = device  # type: ignore[assignment]
@@ -174,6 +187,7 @@ class Machine(TorchDispatchMode):
             mesh.GlooComm, mesh.LocalComm = saved_comms  # type: ignore[misc]
             zerort.device.CPU, variable._execution_engine = saved_cpu, saved_engine
             torch.Tensor.tolist = saved_tolist  # type: ignore[method-assign]
+            host.torch = saved_host  # type: ignore[attr-defined]
             for name, value in saved.items():
                 setattr(accelerator, name, value)
 
@@ -189,7 +203,40 @@ class Machine(TorchDispatchMode):
 
     def _known(self, tensor: Tensor) -> bool:
         """Whether it lies on the device: what torch.tensor makes of numbers lies on the host."""
-        return any(address in self._memory for address in _granules(tensor))
+        return any(
+            address in self._memory and address not in self._hosted for address in _granules(tensor)
+        )
+
+    def host_zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Memory of the host that copies may use while the host goes on."""
+        with _disable_current_modes():
+            tensor = torch.zeros(numel, dtype=dtype)
+        self._host(tensor)
+        return tensor
+
+    def _host(self, tensor: Tensor) -> None:
+        addresses = _granules(tensor)
+        self._hosted.update(addresses)
+        self._memory.update((address, Cell()) for address in addresses)
+        self._host_live.append((StorageWeakRef(tensor.untyped_storage()), addresses))
+
+    def _is_hosted(self, tensor: Tensor) -> bool:
+        return any(address in self._hosted for address in _granules(tensor))
+
+    def _across(self, reads: list[Tensor], writes: list[Tensor], name: str, waits: bool) -> None:
+        """An operation with memory of the host: a copy from or to the device, or the host's own."""
+        # memory that storages are resized to is not seen to be the device's
+        across = not waits or any(t.numel() > 1 and self._known(t) for t in (*reads, *writes))
+        if not across:
+            hosted = [[t for t in given if self._is_hosted(t)] for given in (reads, writes)]
+            self.host[-1] = self.host.get(-1, 0) + 1
+            self.touch(self.cpu, *hosted, name)
+            return
+        assert name == "copy_", f"{name} with memory of the device and of the host"
+        self._access(reads, writes, name)
+        if waits:
+            self.syncs.append("copy")
+            self.sync(self.current.clock)
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """As Tensor.record_stream: the allocator waits for that stream's use of it."""
@@ -245,14 +292,24 @@ class Machine(TorchDispatchMode):
             return out
         if _is_view(schema):
             return out
-        if name == "_local_scalar_dense" and not self._known(reads[0]):
-            return out
         if name == "_local_scalar_dense":
-            self.syncs.append("item")
-            self._access(reads, [], name)
-            self.sync(self.current.clock)
+            if self._known(reads[0]):
+                self.syncs.append("item")
+                self._access(reads, [], name)
+                self.sync(self.current.clock)
             return out
         fresh = [] if writes else results
+        if any(self._is_hosted(tensor) for tensor in (*reads, *writes)):
+            self._across(reads, writes, name, waits=not _is_asynchronous(schema, args, kwargs))
+            for tensor in fresh:
+                self._host(tensor)
+        else:
+            self._run(reads, writes, fresh, name)
+        return out
+
+    def _run(
+        self, reads: list[Tensor], writes: list[Tensor], fresh: list[Tensor], name: str
+    ) -> None:
         if writes or any(self._known(tensor) for tensor in reads) or not reads:
             for tensor in fresh:
                 self._allocate(tensor)
@@ -260,7 +317,6 @@ class Machine(TorchDispatchMode):
         else:
             for tensor in fresh:
                 self.forget(tensor)
-        return out
 
     def _allocate(self, tensor: Tensor) -> None:
         for address in _granules(tensor):
@@ -277,6 +333,11 @@ class Machine(TorchDispatchMode):
 
     def _sweep(self) -> None:
         """What has been freed goes back to the stream it was allocated on."""
+        for weak, span in [row for row in self._host_live if row[0].expired()]:
+            self._host_live.remove((weak, span))
+            self._hosted.difference_update(span)
+            for address in span:
+                self._memory.pop(address, None)
         living = []
         for storage, stream, span in self._live:
             if not storage.expired():
@@ -360,6 +421,16 @@ class Autograd:
         self._machine.current = self._caller
 
 
+class _Generator:
+    """torch.cuda, as far as random numbers go: they are the CPU's."""
+
+    def get_rng_state(self, place: torch.device) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, place: torch.device) -> None:
+        torch.set_rng_state(state)
+
+
 class Facade:
     """torch, with this machine for its accelerator."""
 
@@ -379,6 +450,12 @@ class Facade:
 
     def Event(self, place: torch.device, enable_timing: bool = False) -> Event:
         return Event(self.machine, enable_timing)
+
+    def zeros(self, numel: int, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        return self.machine.host_zeros(numel, dtype)
+
+    def get_device_module(self, place: torch.device) -> Any:
+        return _Generator() if place.type == "cpu" else torch.get_device_module(place)
 
     def is_available(self) -> bool:
         return False  # models go where CPU tensors are, which is the machine
@@ -408,6 +485,12 @@ def _operands(schema: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[T
         written = argument.alias_info is not None and argument.alias_info.is_write
         (writes if written else reads).extend(t for t in leaves if isinstance(t, Tensor))
     return reads, writes
+
+
+def _is_asynchronous(schema: Any, args: Any, kwargs: Any) -> bool:
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("non_blocking"))
 
 
 def _is_view(schema: Any) -> bool:

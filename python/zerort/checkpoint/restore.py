@@ -37,6 +37,7 @@ def apply(state: EngineState, match: Match, staged: Staged, options: LoadOptions
 
 def _apply_masters(state: EngineState, staged: Staged) -> None:
     for bucket in state.flat.buckets:
+        bucket.ready()
         bucket.master.copy_(_owned(state, bucket, staged.masters[bucket.spec.id]))
         bucket.write_back()
 

@@ -18,7 +18,6 @@ __all__ = [
     "refused",
     "same",
     "without",
-    "without_device",
 ]
 
 
@@ -30,6 +29,10 @@ class Fate(Enum):
     REFUSED = "refused"
 
 
+def _never(value: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Key:
     """One row of the table."""
@@ -39,8 +42,8 @@ class Key:
     fate: Fate
     effect: str
     """What the key does, why nothing is lost without it, or why it is refused."""
-    harmless: Callable[[Any], bool] = lambda value: False
-    """For a refused key: whether a value asks for nothing and may stand."""
+    harmless: Callable[[Any], bool] = _never
+    """Whether a value asks for nothing and may stand, where the key itself may not."""
 
 
 def absent(value: Any) -> bool:
@@ -58,13 +61,6 @@ def disabled(value: Any) -> bool:
     return off(value) or (isinstance(value, Mapping) and value.get("enabled", False) is False)
 
 
-def without_device(value: Any) -> bool:
-    """Whether a section of offloading names no device."""
-    return off(value) or (
-        isinstance(value, Mapping) and value.get("device", "none") in (None, "none")
-    )
-
-
 def one_of(*values: Any) -> Callable[[Any], bool]:
     """Whether a value is one of these, to the type, or null."""
     return lambda value: value is None or any(value == v and type(value) is type(v) for v in values)
@@ -76,9 +72,9 @@ def without(key: str, *values: Any) -> Callable[[Any], bool]:
     return lambda value: off(value) or (isinstance(value, Mapping) and harmless(value.get(key)))
 
 
-def same(path: str, effect: str) -> Key:
-    """A key that is acted upon."""
-    return Key(path, Fate.SAME, effect)
+def same(path: str, effect: str, harmless: Callable[[Any], bool] = _never) -> Key:
+    """A key that is acted upon; a section whose value is `harmless` is as if it were left out."""
+    return Key(path, Fate.SAME, effect, harmless)
 
 
 def ignored(path: str, effect: str) -> Key:

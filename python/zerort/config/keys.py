@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zerort.config.key import Fate, Key
-from zerort.config.rows import features, runtime, training, zero
+from zerort.config.rows import features, offload, runtime, training, zero
 
 __all__ = ["ALIASES", "KEYS", "SECRETS", "SIZES", "Fate", "Key", "as_markdown"]
 
-_ROWS = (*training.ROWS, *zero.ROWS, *runtime.ROWS, *features.ROWS)
+_ROWS = (*training.ROWS, *zero.ROWS, *offload.ROWS, *runtime.ROWS, *features.ROWS)
 
 KEYS: Mapping[str, Key] = {key.path: key for key in _ROWS}
 """The table, by path."""

@@ -167,6 +167,8 @@ def _screen_section(prefix: str, section: Mapping[str, Any], screened: _Screened
         if key is None:
             guess = len(screened.problems) < _GUESSED and "." not in str(name)
             screened.problems.append(unknown_key(path, guess=guess))
+        elif canonical in _SECTIONS and key.fate is Fate.SAME and key.harmless(value):
+            continue
         elif canonical not in _SECTIONS or key.fate is not Fate.SAME:
             _screen_value(path, value, key, screened, kept)
         elif isinstance(value, Mapping):

@@ -23,6 +23,7 @@ from zerort.config.features import (
 )
 from zerort.config.given import Given
 from zerort.config.monitors import Comet, MonitorFolder, Trackio, Wandb
+from zerort.config.offload import CPU_ADAMS, OffloadOptimizer, OffloadParam, refuse_unfit
 from zerort.config.precision import Autocast, Bf16, DataTypes, Fp16
 from zerort.config.problems import shown
 from zerort.config.quantize import Eigenvalue, QuantizeTraining, conflicts
@@ -94,6 +95,36 @@ class Zero(Section):
     stage3_gather_16bit_weights_on_model_save: bool = False
     stage3_gather_fp16_weights_on_model_save: bool = False
     leaf_module: LeafModules = Field(default_factory=LeafModules)
+    offload_optimizer: OffloadOptimizer | None = None
+    offload_param: OffloadParam | None = None
+    cpu_offload: bool | None = None
+    cpu_offload_param: bool | None = None
+    cpu_offload_params: bool | None = None
+    cpu_offload_use_pin_memory: bool | None = None
+
+    @property
+    def offloads(self) -> tuple[OffloadOptimizer, OffloadParam]:
+        """What is at home on the host, in whichever spelling."""
+        old = {"device": "cpu", "pin_memory": bool(self.cpu_offload_use_pin_memory)}
+        optimizer, param = self.offload_optimizer, self.offload_param
+        if self.cpu_offload:
+            optimizer = OffloadOptimizer.model_validate(old)
+        if self.cpu_offload_param or self.cpu_offload_params:
+            param = OffloadParam.model_validate(old)
+        return optimizer or OffloadOptimizer(), param or OffloadParam()
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Zero:
+        pairs = (
+            ("cpu_offload", "offload_optimizer"),
+            ("cpu_offload_param", "offload_param"),
+            ("cpu_offload_params", "offload_param"),
+        )
+        for old, new in pairs:
+            if getattr(self, old) and getattr(self, new) is not None:
+                raise ValueError(f"{old} is an old spelling of {new}, which is given too: give one")
+        refuse_unfit(self.stage, *self.offloads)
+        return self
 
     @property
     def shards_parameters(self) -> bool:
@@ -238,6 +269,19 @@ class Config(Given):
         if self.cap_elements is not None:
             return None
         return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
+
+    @property
+    def offloads(self) -> tuple[OffloadOptimizer, OffloadParam]:
+        """What is at home on the host; DeepSpeed's Adam for the CPU asks for it too, where the
+        optimizer is sharded.
+        """
+        zero = self.zero_optimization
+        state, shards = zero.offloads
+        kind = self.optimizer.type.lower() if self.optimizer is not None else ""
+        if kind in CPU_ADAMS and zero.stage > 0 and zero.offload_optimizer is None:
+            pinned = bool(zero.cpu_offload_use_pin_memory)
+            state = OffloadOptimizer(device="cpu", pin_memory=pinned)
+        return state, shards
 
     def reduces_every_micro_batch(self, by_stage: bool) -> bool:
         """Whether gradients are reduced in every backward; `by_stage` is what the stage's rules say

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zerort.device import accelerator
 from zerort.device.accelerator import Accelerator
-from zerort.device.contract import LINE, Device, Figures, Flat, Lane, Streams
+from zerort.device.contract import LINE, Device, Figures, Flat, Host, Lane, Mark, Streams
 from zerort.device.cpu import Cpu
 from zerort.errors import ConfigError
 
@@ -27,7 +27,9 @@ __all__ = [
     "Device",
     "Figures",
     "Flat",
+    "Host",
     "Lane",
+    "Mark",
     "Streams",
     "default_place",
     "device_for",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zerort.device.contract import LINE, Figures, Flat, Lane
+from zerort.device.host import AcceleratorHost
 from zerort.device.peaks import peak_of
 
 __all__ = ["Accelerator", "AcceleratorStreams", "current", "select", "why_not"]
@@ -70,6 +71,10 @@ class Accelerator:
     def streams(self) -> AcceleratorStreams:
         """Streams of this device."""
         return AcceleratorStreams(self.place)
+
+    def host(self, *, pinned: bool) -> AcceleratorHost:
+        """Of this device."""
+        return AcceleratorHost(self.place, pinned=pinned)
 
     def reduce(
         self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zerort import _core
 
-__all__ = ["LINE", "Device", "Figures", "Flat", "Lane", "Streams"]
+__all__ = ["LINE", "Device", "Figures", "Flat", "Host", "Lane", "Mark", "Streams"]
 
 LINE = 64
 """Bytes. In a bucket no two parameters share as many."""
@@ -82,6 +82,35 @@ class Streams(Protocol):
         """The current stream may read the accumulators."""
 
 
+class Mark(Protocol):
+    """A moment behind a copy between a device and its host."""
+
+    def wait(self) -> None:
+        """The host stands still until it has passed: then it may read what was received, and write
+        over what was sent.
+        """
+
+
+class Host(Protocol):
+    """The host's memory beside a device's, and copies between the two, of tensors of one dtype."""
+
+    pinned: bool
+    """Whether memory is page-locked, so that no copy makes the caller wait."""
+    sent: int
+    """Bytes that have gone to the device so far."""
+    received: int
+    """Bytes that have come from it."""
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Fresh memory (numel,) on the host."""
+
+    def receive(self, here: Tensor, there: Tensor) -> Mark:
+        """Copies `there`, on the device, into `here`, on the host, behind what is enqueued."""
+
+    def send(self, there: Tensor, here: Tensor) -> Mark:
+        """Copies `here`, on the host, into `there`, on the device, behind what is enqueued."""
+
+
 class Device(Protocol):
     """A device and what zerort asks of it."""
 
@@ -93,6 +122,9 @@ class Device(Protocol):
 
     def streams(self) -> Streams:
         """The order of a reduction's work here."""
+
+    def host(self, *, pinned: bool) -> Host | None:
+        """The host's memory beside this device's; None where they are the same."""
 
     def reduce(
         self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.device.contract import LINE, Figures, Flat, Lane
+from zerort.device.contract import LINE, Figures, Flat, Host, Lane
 
 __all__ = ["Cpu"]
 
@@ -52,6 +52,10 @@ class Cpu:
     def streams(self) -> InOrder:
         """The order of the program."""
         return InOrder()
+
+    def host(self, *, pinned: bool) -> Host | None:
+        """None: it is the host."""
+        return None
 
     def reduce(
         self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -232,6 +232,11 @@ class Reduction:
         return self._executor.nonfinite or next(
             (place for place in found if place is not None), None
         )
+
+    @unintercepted
+    def publish_ready(self, ready: Collection[int]) -> None:
+        """Begins to bring the updated shards of these buckets to all ranks."""
+        self._executor.publish_ready(ready)
 
     @unintercepted
     def publish(self) -> None:

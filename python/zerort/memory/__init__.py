@@ -1,6 +1,7 @@
 """Buckets' memory, of which the module's parameters are views."""
 
 from zerort.memory.buckets import FlatBucket, FlatModel, HeldBucket, Layout
+from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
@@ -14,6 +15,8 @@ __all__ = [
     "Form",
     "Freeable",
     "HeldBucket",
+    "Homes",
+    "HostRoom",
     "Layout",
     "Memory",
     "Origin",

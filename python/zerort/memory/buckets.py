@@ -10,19 +10,22 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import add
 
 import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.device import LINE, device_for
+from zerort.device import LINE, Mark, device_for
 from zerort.errors import StepError
-from zerort.memory.masters import master_of
+from zerort.memory.fingerprint import first_of, line_prints
+from zerort.memory.homes import Homes
+from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, SameMaster
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
+from zerort.memory.sums import HostSums, Sums, SumsHere
 from zerort.memory.unintercepted import unintercepted
 from zerort.memory.values import Freeable, Memory, Resident
 
@@ -43,6 +46,7 @@ class Layout:
     """Parameters of less than fp32 are their own masters."""
     wide_states: bool = False
     """What the optimizer keeps beside them is fp32 all the same."""
+    homes: Homes = field(default_factory=Homes)
 
 
 class HeldBucket:
@@ -51,11 +55,15 @@ class HeldBucket:
     `values` holds them in their own dtype: whole for good, or, where the plan shards parameters,
     only between `bring` and `free`. `owned` is the part of them that this rank keeps: its shard, or
     the whole where nothing is sharded. It is a part of `values`, or, where they are sharded, memory
-    of its own. `master` is what a checkpoint holds of it: `owned` itself, where no optimizer knows
-    more. `is_common` says that all ranks take the same values, so that none have to be sent.
+    of its own, which may be the host's. `master` is what a checkpoint holds of it: `owned` itself,
+    where no optimizer knows more. `is_common` says that all ranks take the same values, so that
+    none have to be sent.
     """
 
     __slots__ = (
+        "_crossing",
+        "_host",
+        "_lines",
         "_origins",
         "forms",
         "is_common",
@@ -79,6 +87,9 @@ class HeldBucket:
         self.forms = [member.form for member in members]
         whole = not plan.shards_optimizer
         self.start = 0 if whole else rank * spec.shard_numel
+        self._host = layout.homes.shard_host_of(spec)
+        self._crossing: Mark | None = None
+        self._lines: Tensor | None = None
         self.values: Resident | Freeable
         if spec.sharded:
             first, last = self.names[0], self.names[-1]
@@ -93,6 +104,11 @@ class HeldBucket:
         self.is_common = all(origin.is_common for origin in self._origins)
         if not spec.sharded and not any(origin.is_common for origin in self._origins):
             self.adopt()  # so that a parameter's own memory goes before the next bucket's comes
+
+    @property
+    def shard_on_host(self) -> bool:
+        """Whether what this rank keeps is the host's memory, beside a device."""
+        return self._host is not None
 
     @property
     def is_adopted(self) -> bool:
@@ -123,12 +139,14 @@ class HeldBucket:
         if isinstance(self.values, Freeable):
             self.values.bring()
             with torch.no_grad():
-                self._slice().copy_(self.owned.tensor)
+                self._send()
 
     def first_change(self) -> int | Tensor | None:
         """The first `LINE` of this rank's part in which sharded values, whole as they are, are not
         what it keeps of them; `owner_of` names the parameter.
         """
+        if self._lines is not None:
+            return first_of(line_prints(self._slice(), LINE) != self._lines)
         own = self.owned.tensor
         return device_for(own.device).first_difference(self._slice(), own)
 
@@ -147,16 +165,42 @@ class HeldBucket:
         if isinstance(self.values, Freeable):
             self._make_room()
             with torch.no_grad():
-                self.owned.tensor.copy_(self._slice())
+                self._receive()
 
     def _make_room(self) -> None:
         """Memory for this rank's part: not before it is needed, for until then the values are
         somewhere else.
         """
         if not self.owned.tensor.numel():
-            own = self.owned.tensor
-            self.owned = Memory.zeros(self.spec.shard_numel, own.dtype, own.device)
+            own, numel = self.owned.tensor, self.spec.shard_numel
+            if self._host is None:
+                self.owned = Memory.zeros(numel, own.dtype, own.device)
+            else:
+                self.owned = Memory.of(self._host.zeros(numel, own.dtype))
             self.master = self.owned.tensor
+
+    def _send(self) -> None:
+        """This rank's part into its place among the values."""
+        if self._host is None:
+            self._slice().copy_(self.owned.tensor)
+            return
+        self._crossing = self._host.send(self._slice(), self.owned.tensor)
+        self._lines = line_prints(self._slice(), LINE)
+
+    def _receive(self) -> None:
+        """The other way; the host waits where it is its memory."""
+        if self._host is None:
+            self.owned.tensor.copy_(self._slice())
+            return
+        self._host.receive(self.owned.tensor, self._slice()).wait()
+        self._crossing = None
+        self._lines = line_prints(self._slice(), LINE)
+
+    def ready(self) -> None:
+        """The host may write what it has of this bucket."""
+        if self._crossing is not None:
+            self._crossing.wait()
+            self._crossing = None
 
     def take_part(self) -> None:
         """The values have been written, while they were whole: this rank's slice of them is what
@@ -164,18 +208,24 @@ class HeldBucket:
         """
         if isinstance(self.values, Freeable):
             with torch.no_grad():
-                self.owned.tensor.copy_(self._slice())
+                self._receive()
                 self.take_writes()
 
     def free(self) -> None:
         """Gives the memory of sharded parameters' values back."""
         if isinstance(self.values, Freeable):
             self.values.free(self.params)
+            self._lines = None
 
     def part_with_aliases(self) -> None:
         """Before `free`: what has views of sharded parameters' values keeps that memory."""
         if isinstance(self.values, Freeable) and self.values.is_aliased:
             self.values.leave(self.params)
+
+    def assign(self, start: int, values: Tensor) -> None:
+        """Replaces what this rank keeps, (n,) from `start` of the owned part on."""
+        self.ready()
+        self.owned.tensor.narrow(0, start, values.numel()).copy_(values)
 
     def write_back(self) -> None:
         """The parameters that this rank owns follow `master`."""
@@ -193,24 +243,15 @@ class FlatBucket(HeldBucket):
 
     `group` is the optimizer's. `owned` is what this rank keeps the optimizer's state of, and
     `master` the optimizer's copy of it in fp32, the same memory where the parameters are fp32
-    themselves, or are to do without. `state_dtype` is what the optimizer computes and keeps its
-    state in, which may be wider than the masters. `accum` is the reduced gradient of `owned`, and
-    `reduced_shard` the part of it that this rank sums: its shard. `local` is this rank's own
-    gradient of the whole bucket, summed over micro-batches, where that is the rule and takes a
-    wider dtype than the parameters' (`widens`). It has been sent when the reduced one arrives, so
-    `accum` is a part of the same memory.
+    themselves and in the same place, or are to do without. `state_dtype` is what the optimizer
+    computes and keeps its state in, which may be wider than the masters. `sums` holds the reduced
+    gradient of `owned`. `local` is this rank's own gradient of the whole bucket, summed over
+    micro-batches, where that is the rule and takes a wider dtype than the parameters' (`widens`).
+    It has been sent when the reduced one arrives, so where that is on the device too it is a part
+    of the same memory.
     """
 
-    __slots__ = (
-        "_masters",
-        "accum",
-        "group",
-        "local",
-        "reduced_shard",
-        "squares",
-        "state_dtype",
-        "widens",
-    )
+    __slots__ = ("_masters", "group", "local", "squares", "state_dtype", "sums", "widens")
 
     def __init__(
         self, layout: Layout, spec: _core.Bucket, members: Sequence[PlannedParameter]
@@ -219,23 +260,55 @@ class FlatBucket(HeldBucket):
         assert spec.group is not None
         self.group = spec.group
         self._make_room()
-        plan, rank = layout.plan, layout.rank
         dtype, device = members[0].tensor.dtype, members[0].tensor.device
         precise = torch.float64 if dtype == torch.float64 else torch.float32
-        whole = not plan.shards_optimizer
-        self._masters = master_of(self.owned, dtype if layout.low_masters else precise)
+        kept = dtype if layout.low_masters else precise
+        self._masters = self._master_in(kept, layout.homes, device)
         self.master = self._masters.tensor
         self.state_dtype = precise if layout.wide_states else self.master.dtype
         sums = layout.sums if precise == torch.float32 else precise
         self.widens = dtype not in (precise, sums)
         local = layout.local_sums and self.widens
-        everything = Memory.of_bucket(plan, spec, sums, device) if whole or local else None
-        self.local = everything if local else None
-        self.reduced_shard = (
-            everything.shard(rank) if everything else Memory.zeros(spec.shard_numel, sums, device)
-        )
-        self.accum = everything if everything and whole else self.reduced_shard
+        self.sums, self.local = self._sums_in(sums, layout, device, local=local)
         self.squares: float | Tensor = 0.0
+
+    def _master_in(self, precise: torch.dtype, homes: Homes, device: torch.device) -> Master:
+        room = homes.room_of(self.spec)
+        if room is not None and self._host is None:
+            return HostMaster(self.owned, precise, room)
+        if room is None and self._host is not None:
+            return DeviceMaster(self.owned, precise, self._host, device)
+        same = self.owned.tensor.dtype == precise
+        return SameMaster(self.owned) if same else OwnMaster(self.owned, precise)
+
+    def _sums_in(
+        self, dtype: torch.dtype, layout: Layout, device: torch.device, *, local: bool
+    ) -> tuple[Sums, Memory | None]:
+        plan, spec = layout.plan, self.spec
+        room, whole = layout.homes.room_of(spec), not plan.shards_optimizer
+        everything = Memory.of_bucket(plan, spec, dtype, device) if whole or local else None
+        if room is not None:
+            return HostSums(room, spec.shard_numel, dtype), everything
+        if everything is None:
+            shard = Memory.zeros(spec.shard_numel, dtype, device)
+            return SumsHere(shard, shard), None
+        shard = everything.shard(layout.rank)
+        return SumsHere(everything if whole else shard, shard), everything if local else None
+
+    @property
+    def accum(self) -> Memory:
+        """The reduced gradient of `owned`."""
+        return self.sums.whole
+
+    @property
+    def reduced_shard(self) -> Memory:
+        """The part of it that this rank sums."""
+        return self.sums.shard
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether masters, sums and the optimizer's state are on the host, beside a device."""
+        return isinstance(self.sums, HostSums)
 
     @property
     def has_master(self) -> bool:
@@ -249,18 +322,40 @@ class FlatBucket(HeldBucket):
 
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""
-        self._masters.lead()
+        super().ready()
+        self._crossing = self._masters.lead()
 
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces masters, (n,) from `start` of the owned part on, and the parameters with them,
         as far as this rank owns them.
         """
+        super().ready()
         self._masters.assign(min(start, self.master.numel()), values)
+
+    def ready(self) -> None:
+        """And of its masters."""
+        super().ready()
+        self._masters.ready()
+
+    @property
+    def doubt(self) -> Tensor | None:
+        """A scalar on the device, not 0 where parameters have been written since the masters were
+        last brought to them; None where `take_writes` finds out for nothing.
+        """
+        return None if self.spec.sharded else self._masters.doubt()
+
+    @property
+    def finds_writes(self) -> bool:
+        """Whether `take_writes` finds what nobody has told of; where shards and masters are in two
+        places, it is called by who writes.
+        """
+        return not (self.spec.sharded and isinstance(self._masters, HostMaster | DeviceMaster))
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into the parameters this
         rank owns, such as load_state_dict or a clamp through `.data`.
         """
+        super().ready()
         self._masters.take_writes()
 
     def note_writes(self) -> None:
@@ -368,7 +463,12 @@ class FlatModel:
         """Brings to the masters what something outside a step has written into parameters, in
         whatever way.
         """
-        for bucket in self.trained:
+        asked = [(bucket, bucket.doubt) for bucket in self.trained]
+        doubted = [(bucket, doubt) for bucket, doubt in asked if doubt is not None]
+        written = torch.stack([doubt for _, doubt in doubted]).tolist() if doubted else []
+        found = [bucket for (bucket, _), has in zip(doubted, written, strict=True) if has]
+        found += [bucket for bucket, doubt in asked if doubt is None and bucket.finds_writes]
+        for bucket in found:
             bucket.take_writes()
 
     @unintercepted

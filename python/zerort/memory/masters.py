@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerort.device import device_for
+from zerort.device import Host, Mark, device_for
+from zerort.memory.fingerprint import fingerprint
+from zerort.memory.homes import HostRoom
 from zerort.memory.values import Memory
 
-__all__ = ["Master", "OwnMaster", "SameMaster", "master_of"]
+__all__ = ["DeviceMaster", "HostMaster", "Master", "OwnMaster", "SameMaster"]
 
 
 class Master(Protocol):
@@ -30,8 +32,10 @@ class Master(Protocol):
     def follow(self) -> None:
         """The parameters are what counts: the copy becomes them."""
 
-    def lead(self) -> None:
-        """The copy has been updated: the parameters become its cast."""
+    def lead(self) -> Mark | None:
+        """The copy has been updated: the parameters become its cast. Returns a moment behind that,
+        where these are on the host and it is the device's doing.
+        """
 
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces elements (n,) from `start` on, and the parameters with them."""
@@ -41,6 +45,14 @@ class Master(Protocol):
 
     def note_writes(self) -> None:
         """What stands in the parameters is not for the copy, although it is not its cast."""
+
+    def doubt(self) -> Tensor | None:
+        """A scalar, not 0 where `take_writes` has something to do; None where that finds out by
+        itself, for nothing.
+        """
+
+    def ready(self) -> None:
+        """The host may write the copy."""
 
 
 class SameMaster:
@@ -68,6 +80,12 @@ class SameMaster:
 
     def note_writes(self) -> None:
         """Nothing tells them apart."""
+
+    def doubt(self) -> None:
+        """Nothing is to be done."""
+
+    def ready(self) -> None:
+        """Always."""
 
 
 class OwnMaster:
@@ -121,7 +139,154 @@ class OwnMaster:
         """Keeps a copy of what stands there, by which later writes are found."""
         self._noted = self._owned.tensor.clone()
 
+    def doubt(self) -> None:
+        """A comparison costs no wait."""
 
-def master_of(owned: Memory, precise: torch.dtype) -> Master:
-    """In `precise`, of what a rank keeps."""
-    return SameMaster(owned) if owned.tensor.dtype == precise else OwnMaster(owned, precise)
+    def ready(self) -> None:
+        """Always."""
+
+
+class HostMaster:
+    """On the host, beside parameters on the device, of their dtype or of more.
+
+    What is written into the parameters shows by their fingerprint, which stays on the device: they
+    come to the host only where it has changed.
+    """
+
+    __slots__ = ("_mark", "_noted", "_owned", "_room", "_seen", "tensor")
+
+    is_own = True
+
+    def __init__(self, owned: Memory, precise: torch.dtype, room: HostRoom) -> None:
+        self.tensor = room.host.zeros(owned.tensor.numel(), precise)
+        self._owned, self._room = owned, room
+        self._mark: Mark | None = None
+        self._noted: Tensor | None = None
+        self._seen: Tensor | None = None
+        room.reserve(values=owned.tensor.nbytes)
+
+    def follow(self) -> None:
+        """Widened on the host, which waits."""
+        self.ready()
+        with torch.no_grad():
+            self.tensor.copy_(self._brought(self._owned.tensor))
+        self._noted = None
+        self._see()
+
+    def lead(self) -> None:
+        """Cast on the host."""
+        owned = self._owned.tensor
+        if owned.dtype == self.tensor.dtype:
+            self._mark = self._room.host.send(owned, self.tensor)
+        else:
+            self._room.send_cast(owned, self.tensor)
+        self._noted = None
+        self._see()
+
+    def assign(self, start: int, values: Tensor) -> None:
+        """And a cast of these."""
+        self.ready()
+        length = values.numel()
+        written = self.tensor.narrow(0, start, length)
+        written.copy_(values)
+        owned = self._owned.tensor.narrow(0, start, length)
+        owned.copy_(written.to(owned.dtype))
+        if self._noted is not None:
+            self._noted.narrow(0, start, length).copy_(owned)
+        self._see()
+
+    def take_writes(self) -> None:
+        """Bit by bit, on the host."""
+        if not self.doubt().item():
+            return
+        self.ready()
+        values = self._brought(self._owned.tensor)
+        cast = self.tensor.to(values.dtype)
+        before = cast if self._noted is None else self._brought(self._noted)
+        bits = _BITS[values.dtype.itemsize]
+        # a cast may give a NaN another payload than it has
+        same = (values.view(bits) == before.view(bits)) | (values.isnan() & before.isnan())
+        torch.where(same, self.tensor, values, out=self.tensor)
+        self._see()
+
+    def note_writes(self) -> None:
+        """Keeps a copy on the device."""
+        self._noted = self._owned.tensor.clone()
+        self._see()
+
+    def doubt(self) -> Tensor:
+        """Compared on the device."""
+        assert self._seen is not None
+        return fingerprint(self._owned.tensor).ne(self._seen)
+
+    def ready(self) -> None:
+        """Behind the last copy of it."""
+        if self._mark is not None:
+            self._mark.wait()
+            self._mark = None
+
+    def _see(self) -> None:
+        self._seen = fingerprint(self._owned.tensor)
+
+    def _brought(self, there: Tensor) -> Tensor:
+        here = self._room.host.zeros(there.numel(), there.dtype)
+        self._room.host.receive(here, there).wait()
+        return here
+
+
+class DeviceMaster:
+    """On the device, beside a shard of sharded parameters on the host.
+
+    Nothing writes into such a shard but what takes the writes then.
+    """
+
+    __slots__ = ("_host", "_owned", "tensor")
+
+    is_own = True
+
+    def __init__(
+        self, owned: Memory, precise: torch.dtype, host: Host, place: torch.device
+    ) -> None:
+        self.tensor = torch.zeros(owned.tensor.numel(), dtype=precise, device=place)
+        self._owned, self._host = owned, host
+
+    def follow(self) -> None:
+        """Widened on the device."""
+        with torch.no_grad():
+            self.tensor.copy_(self._sent())
+
+    def lead(self) -> Mark:
+        """Cast on the device."""
+        owned = self._owned.tensor
+        return self._host.receive(owned, self.tensor.to(owned.dtype))
+
+    def assign(self, start: int, values: Tensor) -> None:
+        """And a cast of these."""
+        length = values.numel()
+        written = self.tensor.narrow(0, start, length)
+        written.copy_(values)
+        owned = self._owned.tensor.narrow(0, start, length)
+        owned.copy_(written.to(owned.dtype))
+
+    def take_writes(self) -> None:
+        """On the device."""
+        master = Memory.of(self.tensor)
+        device_for(self.tensor.device).take_writes(Memory.of(self._sent()), master)
+
+    def note_writes(self) -> None:
+        """Nobody writes what is not for the copy."""
+
+    def doubt(self) -> None:
+        """Nothing writes but what says so."""
+
+    def ready(self) -> None:
+        """The host writes nothing here."""
+
+    def _sent(self) -> Tensor:
+        here = self._owned.tensor
+        there = torch.empty(here.numel(), dtype=here.dtype, device=self.tensor.device)
+        self._host.send(there, here)
+        return there
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

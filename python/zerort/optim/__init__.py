@@ -65,6 +65,17 @@ def _adam(*, decoupled: bool) -> Callable[..., Optimizer]:
     return construct
 
 
+def _cpu_adam(params: Params, **options: Any) -> Optimizer:
+    """DeepSpeed's Adam for the CPU: the same with a spelling of its own, and fp32 states."""
+    if not _switch(options, "fp32_optimizer_states", True):
+        raise ConfigError(
+            "optimizer.params.fp32_optimizer_states: expected true, got false: states are kept in "
+            "the masters' fp32"
+        )
+    decoupled = _switch(options, "adamw_mode", True)
+    return _adam(decoupled=False)(params, **{"adam_w_mode": decoupled, **options})
+
+
 def _switch(options: dict[str, Any], name: str, default: bool) -> bool:
     value = options.pop(name, default)
     if not isinstance(value, bool):
@@ -86,6 +97,8 @@ NAMED: dict[str, Callable[..., Optimizer]] = {
     "adam": _adam(decoupled=False),
     "adamw": _adam(decoupled=True),
     "fusedadam": _adam(decoupled=False),
+    "cpuadam": functools.wraps(torch.optim.AdamW, updated=())(_cpu_adam),
+    "deepspeedcpuadam": functools.wraps(torch.optim.AdamW, updated=())(_cpu_adam),
     "sgd": _fused(torch.optim.SGD),
     "adagrad": _fused(torch.optim.Adagrad),
     "lion": Lion,

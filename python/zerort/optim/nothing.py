@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from zerort.memory import FlatBucket
 from zerort.optim.segments import Segment
 
 __all__ = ["ALL_FROZEN", "NONE_GIVEN", "NoOptimizer"]
@@ -41,5 +42,9 @@ class NoOptimizer:
     def restart(self, label: Callable[[int], Hashable]) -> None:
         """There is no state."""
 
-    def step(self, factor: float) -> None:
+    def batches(self) -> Sequence[Sequence[FlatBucket]]:
+        """No bucket is trained."""
+        return ()
+
+    def step(self, factor: float, batch: Sequence[FlatBucket]) -> None:
         """There is nothing to update."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from zerort.errors import StepError
-from zerort.memory import FlatModel
+from zerort.memory import FlatBucket, FlatModel
 from zerort.optim.initial import InitialState
 from zerort.optim.probe import Abilities, is_known
 from zerort.optim.segments import Segment, flat_segments, runs, shaped_segments
@@ -109,25 +111,56 @@ class ShardOptimizer:
         self.segments = segments
         self._regroup()
 
-    def step(self, factor: float) -> None:
-        """One update with the reduced gradients times `factor`."""
-        for segment in self.segments:
+    def batches(self) -> list[list[FlatBucket]]:
+        """Buckets that are updated together, in the order of the plan. One on the host is updated
+        alone, so that its parameters travel while the next is updated: where that is torch's own
+        optimizer, and nobody listens to its step.
+        """
+        if not any(bucket.is_on_host for bucket in self._buckets) or not self._steps_in_parts():
+            return [self._buckets]
+        found: list[list[FlatBucket]] = []
+        for on_host, run in groupby(self._buckets, key=lambda bucket: bucket.is_on_host):
+            together = list(run)
+            found += [[bucket] for bucket in together] if on_host else [together]
+        return found
+
+    def _steps_in_parts(self) -> bool:
+        optimizer = self.optimizer
+        own = vars(optimizer).get("step")
+        listened = [
+            getattr(optimizer, "_optimizer_step_pre_hooks", None),
+            getattr(optimizer, "_optimizer_step_post_hooks", None),
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        ]
+        counted = own is None or hasattr(own, "_wrapped_by_lr_sched")
+        return is_known(optimizer) and counted and not any(listened)
+
+    def step(self, factor: float, batch: Sequence[FlatBucket]) -> None:
+        """One update of these buckets, with the reduced gradients times `factor`."""
+        chosen = set(map(id, batch))
+        segments = [segment for segment in self.segments if id(segment.bucket) in chosen]
+        for bucket in batch:
+            bucket.ready()
+        for segment in segments:
             segment.widen()
             segment.load_gradient()
         try:
-            self._step(factor)
+            if len(batch) == len(self._buckets):
+                self._step(segments, factor)
+            else:
+                with _only(self.optimizer, segments):
+                    self._step(segments, factor)
         finally:
-            for segment in self.segments:
+            for segment in segments:
                 segment.narrow()
             # A loop that still calls the optimizer's own step() must not apply this gradient once
             # more.
-            for segment in self.segments:
+            for segment in segments:
                 segment.tensor.grad = None
 
-    def _step(self, factor: float) -> None:
-        gradients = [
-            segment.tensor.grad for segment in self.segments if segment.tensor.grad is not None
-        ]
+    def _step(self, segments: Sequence[Segment], factor: float) -> None:
+        gradients = [segment.tensor.grad for segment in segments if segment.tensor.grad is not None]
         if factor != 1.0 and gradients and self._scales_itself:
             self._step_scaled(1.0 / factor, gradients[0].device)
             return
@@ -177,14 +210,30 @@ class ShardOptimizer:
 @contextmanager
 def _without_gaps(optimizer: Optimizer) -> Iterator[None]:
     """Within, the optimizer has only tensors with a gradient, and only groups that have some."""
+    with _shown(optimizer, lambda tensor: tensor.grad is not None):
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        try:
+            yield
+        finally:
+            optimizer.param_groups[:] = groups
+
+
+@contextmanager
+def _shown(optimizer: Optimizer, holds: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Within, the optimizer has only the tensors that `holds` is true of."""
     groups = list(optimizer.param_groups)
     params = [list(group["params"]) for group in groups]
     for group, tensors in zip(groups, params, strict=True):
-        group["params"][:] = [tensor for tensor in tensors if tensor.grad is not None]
-    optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        group["params"][:] = filter(holds, tensors)
     try:
         yield
     finally:
-        optimizer.param_groups[:] = groups
         for group, tensors in zip(groups, params, strict=True):
             group["params"][:] = tensors
+
+
+def _only(optimizer: Optimizer, segments: Sequence[Segment]) -> AbstractContextManager[None]:
+    """Within, the optimizer has only these segments."""
+    tensors = {id(segment.tensor) for segment in segments}
+    return _shown(optimizer, lambda tensor: id(tensor) in tensors)

@@ -20,7 +20,7 @@ What it does not do: it decides nothing about the order, and it does not know wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +194,7 @@ class Executor:
         with self._lock:
             for number in units:
                 unit = self._program.units[number]
-                if unit.under_way or not self.device.blocks:
+                if not self.device.blocks or unit.under_way:
                     with self.waits.waiting(f"all_gather of {unit.contents}"):
                         self._land(unit)
                 else:
@@ -259,6 +259,10 @@ class Executor:
         """Why the window is lost on this rank, if it is."""
         return self._pass.failure
 
+    def publish_ready(self, ready: Collection[int]) -> None:
+        """Begins to bring updated shards to all ranks, of buckets by their number."""
+        self._publication.start(ready)
+
     def publish(self) -> None:
         """Brings every rank's updated shard to all ranks, and waits."""
         try:
@@ -298,7 +302,7 @@ class Executor:
         return run
 
     def _gather(self, unit: UnitFlight) -> None:
-        if unit.under_way:
+        if self.device.blocks and unit.under_way:  # elsewhere what follows is enqueued behind it
             with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
         try:
@@ -314,7 +318,7 @@ class Executor:
             ) from error
 
     def _free(self, unit: UnitFlight) -> None:
-        if unit.under_way:
+        if self.device.blocks and unit.under_way:  # elsewhere what follows is enqueued behind it
             with self.waits.waiting(f"all_gather of {unit.contents}"):
                 self._land(unit)
         unit.free(self.changes)

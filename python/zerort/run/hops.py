@@ -77,8 +77,9 @@ class ReduceScatter(OfGradient):
     def take(self) -> None:
         """Sums what arrived."""
         bucket, fold = self.bucket, self.current.fold
-        decode = self.transport.encoder.decode
-        bucket.squares = decode(bucket.reduced_shard, scale=fold.scale, add=fold.add)
+        into = bucket.sums.open(add=fold.add)
+        bucket.squares = self.transport.encoder.decode(into, scale=fold.scale, add=fold.add)
+        bucket.sums.close()
         if (
             isinstance(bucket.squares, float)
             and not math.isfinite(bucket.squares)

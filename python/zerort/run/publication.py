@@ -1,13 +1,14 @@
 """How updated shards are brought to all ranks after a step.
 
 What it guarantees: every bucket that the plan publishes is sent once, in the plan's order on all
-ranks, whatever raises between two lines, and `finish` leaves nothing under way. What it does not
-do: it does not know what updates them.
+ranks, whatever raises between two lines, and `finish` leaves nothing under way. Buckets that are
+ready may be sent while others are still being updated. What it does not do: it does not know what
+updates them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from zerort.memory import FlatBucket
 from zerort.mesh import Work
@@ -24,6 +25,14 @@ class Publication:
         self._buckets = buckets
         self._waits = waits
         self._flights: list[Flight] = []
+
+    def start(self, ready: Collection[int]) -> None:
+        """Sends what is `ready`, buckets by their number, as far as nothing before it is not."""
+        for flight in self._begun():
+            if flight.bucket.spec.id not in ready:
+                return
+            if flight.state.work is None:
+                self._send(flight)
 
     def finish(self) -> None:
         """Sends what has not been sent, and waits for all. A second call goes on where the first

@@ -265,9 +265,7 @@ class Boundary:
         try:
             with self.sink.range("optimizer"):
                 self.flat.take_writes()
-                self.optimizer.step(factor)
-                for bucket in self.flat.trained:
-                    bucket.write_back()
+                self._update(factor)
         except BaseException as error:
             self.half_updated = (
                 f"its optimizer raised {type(error).__name__}: {error}; parameters may be half "
@@ -277,6 +275,18 @@ class Boundary:
         finally:  # the peers, whose optimizers went through, wait for this rank's shards
             with self.sink.range("publish"):
                 self._publish()
+
+    def _update(self, factor: float) -> None:
+        """Updates batch by batch; what has been updated is on its way while the next is."""
+        ready: set[int] = set()
+        batches = self.optimizer.batches()
+        for batch in batches:
+            self.optimizer.step(factor, batch)
+            for bucket in batch:
+                bucket.write_back()
+            if len(batches) > 1:
+                ready.update(bucket.spec.id for bucket in batch)
+                self.reduction.publish_ready(ready)
 
     def _publish(self) -> None:
         try:

@@ -158,6 +158,7 @@ def _write(call: str, mine: Held, field: Field, value: Tensor) -> None:
 def _publish(mine: Held) -> None:
     """Every rank that has the parameter whole has the new values."""
     with torch.no_grad():
+        mine.bucket.ready()
         whole = mine.whole(mine.fragment(mine.bucket.owned.tensor).clone())
         mine.replace(whole)
 

@@ -75,7 +75,8 @@ class Held:
         shard = bucket.spec.shard_numel
         spans = [self.span(rank * shard, (rank + 1) * shard) for rank in range(comm.world)]
         most = max(hi - lo for lo, hi in spans)
-        parts = fragment.new_zeros(comm.world * most)
+        # what is at home on the host comes together where collectives run
+        parts = torch.zeros(comm.world * most, dtype=fragment.dtype, device=comm.device)
         parts.narrow(0, comm.rank * most, fragment.numel()).copy_(fragment)
         comm.all_gather(parts).start().wait()
         pieces = [parts.narrow(0, r * most, hi - lo) for r, (lo, hi) in enumerate(spans)]

@@ -39,7 +39,7 @@ class DenseEncoder:
         self.rounds = dtype.itemsize < bucket.accum.tensor.itemsize
         self._bucket = bucket
         self._predivide = predivide
-        self._device = device_for(bucket.accum.tensor.device)
+        self._device = device_for(bucket.values.tensor.device)
         self._views: list[Tensor] = []
 
     @property

@@ -225,10 +225,10 @@ def _refuse(refused: Mapping[str, Any], group: Any, sequence_group: Any, remote:
                 f"zero.Init({name}=...) is refused: parameters are cut among all ranks of the job; "
                 "leave it out"
             )
-    if remote not in (None, "none"):
+    if remote not in (None, "none", "cpu"):  # a home on the host is taken at initialize
         raise ConfigError(
-            f"zero.Init(remote_device={remote!r}) is refused: offloading is not built yet; leave "
-            "it out, and each rank holds its part where it trains"
+            f"zero.Init(remote_device={remote!r}) is refused: offloading to NVMe is not built; "
+            "leave it out, and give zero_optimization.offload_param for a home on the host"
         )
 
 

@@ -162,7 +162,7 @@ def test_a_filled_in_integration_config_is_taken_whole() -> None:
         ("grad_clipping", "gradient_clipping"),
         ("zero_optimization.stge", "stage"),
         ("stage", "zero_optimization.stage"),
-        ("zero_optimization.offload_optimzer", None),
+        ("zero_optimization.offload_optimzer", "offload_optimizer"),
         ("sparse_gradient", None),
         ("fp16.initial_scale_powr", "initial_scale_power"),
         ("zerort.trace.pth", "path"),
@@ -206,8 +206,7 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
     [
         ("elasticity", {"enabled": False, "version": "auto"}, {"enabled": True}),
         ("amp.num_losses", 1, 2),
-        ("zero_optimization.offload_optimizer", {"device": "none"}, {"device": "cpu"}),
-        ("zero_optimization.offload_param", {"device": None}, {"device": "nvme"}),
+        ("zero_optimization.offload_optimizer.super_offload", False, True),
         ("zero_optimization.zero_hpz_partition_size", 1, 8),
         ("zero_optimization.mics_shard_size", -1, 4),
         ("zero_optimization.load_from_fp32_weights", True, False),
@@ -573,7 +572,11 @@ def test_describe_tells_of_every_key_of_a_file_what_it_will_do(tmp_path: Path) -
             "true",
             "ignored: communication always overlaps the backward",
         ),
-        ("zero_optimization.offload_param", '{"device": "none"}', "off, as it is here anyway"),
+        (
+            "zero_optimization.offload_param.device",
+            '"none"',
+            "cpu: on the host, copied before they are gathered",
+        ),
     ]
 
 
@@ -648,3 +651,49 @@ def test_what_becomes_of_the_callers_dict_afterwards_is_not_what_was_given() -> 
     given["zero_optimization"]["stage"] = 3
     given["fp16"] = {"enabled": True}
     assert config["zero_optimization"] == {"stage": 2} and "fp16" not in config
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device is cpu"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param.device is cpu at stage"),
+        ({"stage": 1, "cpu_offload_param": True}, "offload_param.device is cpu at stage 1"),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "offload_optimizer.ratio is 0.5 at stage 2",
+        ),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "refused: offloading to NVMe"),
+        (
+            {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "none"}},
+            "cpu_offload is an old spelling of offload_optimizer, which is given too",
+        ),
+        ({"stage": 2, "offload_optimizer": {"device": "disk"}}, "'cpu' or 'none'"),
+    ],
+)
+def test_offloading_that_cannot_be_is_refused_by_name(zero: Any, message: str) -> None:
+    assert message in refusal({"zero_optimization": zero})
+
+
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "param"),
+    [
+        ({"stage": 2, "cpu_offload": True, "cpu_offload_use_pin_memory": True}, True, False),
+        ({"stage": 3, "cpu_offload_params": True, "cpu_offload": False}, False, True),
+        ({"stage": 0, "offload_optimizer": None, "offload_param": {}}, False, False),
+        ({"stage": 3, "offload_optimizer": {"device": None}}, False, False),
+        (
+            {
+                "stage": 3,
+                "offload_optimizer": {"device": "cpu", "buffer_count": 4, "fast_init": False},
+                "offload_param": {"device": "cpu", "buffer_size": 1e8, "max_in_cpu": 1e9},
+            },
+            True,
+            True,
+        ),
+    ],
+)
+def test_spellings_of_offloading(zero: Any, optimizer: bool, param: bool) -> None:
+    state, shards = load({"zero_optimization": zero}).offloads
+    assert (state.on_host, shards.on_host) == (optimizer, param)
+    assert state.pin_memory == bool(zero.get("cpu_offload_use_pin_memory"))

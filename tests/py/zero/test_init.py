@@ -461,7 +461,7 @@ def test_an_engine_takes_a_born_model_a_unit_at_a_time() -> None:
     ("arguments", "named"),
     [
         ({"mpu": object()}, "zero.Init(mpu=...)"),
-        ({"remote_device": "cpu"}, "zero.Init(remote_device='cpu')"),
+        ({"remote_device": "nvme"}, "zero.Init(remote_device='nvme')"),
         ({"zero_quantized_weights": True}, "zero_quantized_weights"),
         ({"config": {"zero_optimization": {"stage": 7}}}, "zero_optimization.stage"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zerort.config.key import Key, absent, ignored, one_of, refused, same, without_device
+from zerort.config.key import Key, absent, ignored, one_of, refused, same
 
 __all__ = ["ROWS"]
 
@@ -49,10 +49,6 @@ ROWS: Sequence[Key] = (
         "zero_optimization.elastic_checkpoint", "every checkpoint loads on any number of ranks"
     ),
     ignored("zero_optimization.sub_group_size", "every bucket is updated by itself"),
-    ignored(
-        "zero_optimization.cpu_offload_use_pin_memory",
-        "of offloading, which is refused where it is asked for",
-    ),
     ignored("zero_optimization.enable_sanity_checks", "checks are always on"),
     same(
         "zero_optimization.stage3_prefetch_bucket_size",
@@ -111,10 +107,6 @@ ROWS: Sequence[Key] = (
         one_of(True),
     ),
     refused("zero_optimization.legacy_stage1", "there is one stage 1"),
-    refused("zero_optimization.offload_optimizer", "offloading is not built yet", without_device),
-    refused("zero_optimization.offload_param", "offloading is not built yet", without_device),
-    refused("zero_optimization.cpu_offload", "offloading is not built yet"),
-    refused("zero_optimization.cpu_offload_param", "offloading is not built yet"),
     refused(
         "zero_optimization.zenflow",
         "ZenFlow is not built, and an empty section asks for it; leave it out",

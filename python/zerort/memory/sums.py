@@ -1,0 +1,97 @@
+"""Where a bucket's reduced gradient is, in the layout of its owned part.
+
+What it guarantees: what one pass has left is there when the next adds to it, and whoever reads it
+reads what is complete, as far as the device has come. What it does not do: no arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from zerort.device import Mark
+from zerort.memory.homes import HostRoom
+from zerort.memory.values import Memory
+
+__all__ = ["HostSums", "Sums", "SumsHere"]
+
+
+class Sums(Protocol):
+    """Of one bucket."""
+
+    @property
+    def whole(self) -> Memory:
+        """What the optimizer steps with (owned numel,)."""
+
+    @property
+    def shard(self) -> Memory:
+        """The part of it that this rank sums (shard numel,)."""
+
+    def open(self, *, add: bool) -> Memory:
+        """Where the shard's sum is to be written, on the device; with `add` what is there already.
+        On the stream of sums, as `close`.
+        """
+
+    def close(self) -> None:
+        """It has been written."""
+
+
+class SumsHere:
+    """On the device."""
+
+    __slots__ = ("shard", "whole")
+
+    def __init__(self, whole: Memory, shard: Memory) -> None:
+        self.whole = whole
+        self.shard = shard
+
+    def open(self, *, add: bool) -> Memory:
+        """In place."""
+        return self.shard
+
+    def close(self) -> None:
+        """It is there."""
+
+
+class HostSums:
+    """On the host: written on the device, in memory that all buckets share, and copied behind that.
+
+    A pass that adds brings back what is there, so that all sums are the device's.
+    """
+
+    __slots__ = ("_landing", "_mark", "_memory", "_room")
+
+    def __init__(self, room: HostRoom, numel: int, dtype: torch.dtype) -> None:
+        self._room = room
+        self._memory = Memory.of(room.host.zeros(numel, dtype))
+        self._mark: Mark | None = None
+        self._landing: Memory | None = None
+        room.reserve(sums=numel * dtype.itemsize)
+
+    @property
+    def whole(self) -> Memory:
+        """Waits for the last copy: at the boundary it has passed."""
+        if self._mark is not None:
+            self._mark.wait()
+            self._mark = None
+        return self._memory
+
+    @property
+    def shard(self) -> Memory:
+        """All of it: where an optimizer is at home on the host, it is sharded."""
+        return self.whole
+
+    def open(self, *, add: bool) -> Memory:
+        """In the shared memory."""
+        if self._landing is None:
+            tensor = self._memory.tensor
+            self._landing = self._room.landing(tensor.dtype, tensor.numel())
+        if add:
+            self._room.host.send(self._landing.tensor, self._memory.tensor)
+        return self._landing
+
+    def close(self) -> None:
+        """A copy."""
+        assert self._landing is not None
+        self._mark = self._room.host.receive(self._memory.tensor, self._landing.tensor)
