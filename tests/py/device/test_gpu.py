@@ -54,7 +54,9 @@ def test_a_cuda_buffer_and_its_fragments_are_the_tensors_own_memory() -> None:
         _core.squared_norm(buffer)
 
 
-def _train(device: str, stage: int) -> tuple[dict[str, torch.Tensor], float]:
+def _train(
+    device: str, stage: int, **zero: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)).to(device)
     config = {
@@ -62,7 +64,7 @@ def _train(device: str, stage: int) -> tuple[dict[str, torch.Tensor], float]:
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-3}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **zero},
         "zerort": {"window": 2},
     }
     engine, *_ = zerort.initialize(model=model, config=config)
@@ -83,6 +85,22 @@ def _train(device: str, stage: int) -> tuple[dict[str, torch.Tensor], float]:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_one_gpu_trains_like_the_cpu(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, norm = _train("cuda", stage)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    expected, expected_norm = _train("cpu", stage)
+    assert norm == pytest.approx(expected_norm, rel=1e-4)
+    for name, tensor in weights.items():
+        assert_near(tensor, expected[name], name, 1e-4)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_gpu_trains_like_the_cpu_with_state_on_the_host(
+    stage: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = {"device": "cpu", "pin_memory": pinned}
+    weights, norm = _train("cuda", stage, offload_optimizer=home)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     expected, expected_norm = _train("cpu", stage)
     assert norm == pytest.approx(expected_norm, rel=1e-4)

@@ -18,6 +18,10 @@ import ranks
 import zerort
 from homes import BOTH, OPTIMIZER, PARAM, Ran, Setting, engine_of, train, weights
 from stand_in import Machine, Site
+from zerort.device.host import AcceleratorHost
+from zerort.memory import HostRoom, Memory
+from zerort.memory.masters import HostMaster
+from zerort.memory.sums import HostSums
 from zerort.start.homes import Traffic
 
 RATIO = {"offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 0.5}}
@@ -292,3 +296,71 @@ def test_an_optimizer_that_steps_on_an_accelerator_only_is_refused() -> None:
     config["optimizer"]["params"]["capturable"] = True
     with Machine().running(), pytest.raises(zerort.ConfigError, match="capturable=True"):
         zerort.initialize(model=torch.nn.Linear(4, 4), config=config)
+
+
+# ---- one by one: who reads or writes on the host waits for the copy
+
+
+def on_host() -> HostRoom:
+    host = AcceleratorHost(torch.device("cpu", 0), pinned=True)
+    return HostRoom(host, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_master_is_written_behind_the_copy_of_it(waits: bool) -> None:
+    machine = Machine()
+    with machine.running():
+        owned = Memory.zeros(128, torch.float32, torch.device("cpu"))
+        master = HostMaster(owned, torch.float32, on_host())
+        master.follow()
+        master.lead()
+        if waits:
+            master.ready()
+        master.tensor.add_(1.0)
+    assert bool(machine.races) != waits
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_sums_are_read_behind_the_copy_of_them(waits: bool) -> None:
+    machine = Machine()
+    with machine.running():
+        sums = HostSums(on_host(), 128, torch.float32)
+        sums.open(add=False).tensor.fill_(1.0)
+        sums.close()
+        total = (sums.whole if waits else sums._memory).tensor.sum()
+    assert total == 128
+    assert bool(machine.races) != waits
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_shard_is_written_behind_the_copy_of_it(waits: bool) -> None:
+    machine = Machine()
+    with machine.running():
+        flat = engine_of(Setting(3), BOTH)._parts.boundary.flat
+        bucket = next(bucket for bucket in flat.buckets if bucket.shard_on_host)
+        bucket.bring()
+        if waits:
+            bucket.ready()
+        bucket.owned.tensor.add_(1.0)
+    assert bool(machine.races) != waits
+
+
+@pytest.mark.parametrize(("stage", "zero"), [(2, OPTIMIZER), (3, BOTH)])
+def test_a_gradient_is_read_and_replaced_before_the_step(stage: int, zero: Any) -> None:
+    found = []
+    for homes in (zero, {}):
+        machine = Machine()
+        with machine.running():
+            engine = engine_of(Setting(stage, "bf16"), homes)
+            parameter = engine.module[-1].weight
+            inputs = torch.ones(2, 16, dtype=torch.bfloat16)
+            engine.backward(engine(inputs).float().square().mean())
+            gradient = zerort.utils.safe_get_full_grad(parameter)
+            zerort.utils.safe_set_full_grad(parameter, gradient * 2)
+            engine.step()
+            found.append((gradient, float(engine.get_global_grad_norm()), *weights(engine)))
+        assert machine.races == []
+    ours, theirs = found
+    assert ours[1] == theirs[1]
+    assert torch.equal(ours[0], theirs[0])
+    assert all(torch.equal(a, b) for a, b in zip(ours[2:], theirs[2:], strict=True))
