@@ -1,9 +1,10 @@
 """Makes checkpoints with a real DeepSpeed on two gloo ranks, and the weights with which it went on:
 
-    DS_ACCELERATOR=cpu torchrun --nproc_per_node=2 make.py OUT STAGE-DTYPE...
+    DS_ACCELERATOR=cpu torchrun --nproc_per_node=2 make.py OUT STAGE-DTYPE[-sub|-elastic]...
 
-OUT/STAGE-DTYPE gets the checkpoint behind step 3, and `weights.safetensors`: `before.NAME` are the
-fp32 weights in it, `after.NAME` those behind step 6.
+OUT/CASE gets the checkpoint behind step 3, and `weights.safetensors`: `before.NAME` are the fp32
+weights in it, `after.NAME` those behind step 6. With `from=DIR` before the cases each loads the
+universal checkpoint there instead of making one, and `after.NAME` alone are written.
 """
 
 from __future__ import annotations
@@ -36,12 +37,32 @@ def weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     return module
 
 
-def make(deepspeed: Any, out: Path, stage: int, dtype: str) -> None:
+MORE = {"sub": {"sub_group_size": 40}, "elastic": {"elastic_checkpoint": True}}
+
+
+def make(deepspeed: Any, out: Path, universal: str | None) -> None:
+    stage, dtype, *more = out.name.split("-")
     model, rank, world = Net(), dist.get_rank(), dist.get_world_size()
-    config = config_of(stage, dtype)
+    config = config_of(int(stage), dtype)
+    for name in more:
+        config["zero_optimization"].update(MORE[name])
+    if universal is not None:
+        config["checkpoint"] = {"load_universal": True}
+        with torch.no_grad():  # so that what is not loaded shows
+            for parameter in model.parameters():
+                parameter.add_(1.0 if parameter.requires_grad else 0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
-    train(engine, rank, world, range(BEFORE))
-    engine.save_checkpoint(str(out), client_state={"epoch": 2, "seen": [1, 2]})
+    if universal is None:
+        train(engine, rank, world, range(BEFORE))
+        engine.save_checkpoint(str(out), client_state={"epoch": 2, "seen": [1, 2]})
+    else:
+        _, client_state = engine.load_checkpoint(universal)
+        assert (engine.global_steps, client_state["epoch"]) == (BEFORE, 2)
+    go_on(engine, rank, world, out)
+
+
+def go_on(engine: Any, rank: int, world: int, out: Path) -> None:
+    stage = int(out.name[0])
     train(engine, rank, world, range(BEFORE, AFTER))
     later = out.with_name(f"{out.name}-later")
     engine.save_checkpoint(str(later))
@@ -50,8 +71,10 @@ def make(deepspeed: Any, out: Path, stage: int, dtype: str) -> None:
         kept = {
             f"{when}.{name}": value.float().contiguous().clone()
             for when, folder in (("before", out), ("after", later))
+            if folder.exists()
             for name, value in weights(folder, stage).items()
         }
+        out.mkdir(exist_ok=True, parents=True)
         save_file(kept, out / "weights.safetensors")
         shutil.rmtree(later)
         for script in out.glob("zero_to_*.py"):
@@ -68,9 +91,12 @@ def main() -> None:
     )
     backend.build_shm_op = lambda: None  # it would be compiled, for a collective of one machine
     deepspeed.init_distributed("gloo")
+    universal = None
     for case in sys.argv[2:]:
-        stage, dtype = case.split("-")
-        make(deepspeed, Path(sys.argv[1]) / case, int(stage), dtype)
+        if case.startswith("from="):
+            universal = case.removeprefix("from=")
+        else:
+            make(deepspeed, Path(sys.argv[1]) / case, universal)
     dist.destroy_process_group()
 
 

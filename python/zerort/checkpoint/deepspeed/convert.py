@@ -33,7 +33,7 @@ from zerort.checkpoint.tensors import CODES, Stored
 from zerort.errors import CheckpointError
 from zerort.mesh.local import LocalComm
 
-__all__ = ["Imported", "import_checkpoint"]
+__all__ = ["ImportOptions", "Imported", "import_checkpoint"]
 
 _log = logging.getLogger("zerort")
 
@@ -258,6 +258,11 @@ class _Conversion:
             }
             for at, group in enumerate(self.layout.groups)
         )
+        if not any(groups):
+            self.done.notes.append(
+                "the options of the optimizer's groups are not in the files (elastic_checkpoint): "
+                "those of the engine that loads stay"
+            )
         client = {key: value for key, value in model.items() if key not in _OWN}
         extra = {
             key.removesuffix("_extra_state").rstrip("."): encode(value, key, beside)

@@ -160,6 +160,8 @@ def _by_parameter(source: Source, states: Sequence[Mapping[str, Any]]) -> Layout
     inner = [state["optimizer_state_dict"] for state in states]
     groups = inner[0]["param_groups"]
     order = [index for group in groups for index in group["params"]]
+    # One entry of the shapes is a sub-group, and a group of the optimizer has several.
+    group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
     masters = [_Joined(state["fp32_flat_groups"]) for state in states]
     first: Mapping[str, Any] = inner[0]["state"].get(order[0], {}) if order else {}
     keys = [k for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0 and k != "step"]
@@ -169,7 +171,7 @@ def _by_parameter(source: Source, states: Sequence[Mapping[str, Any]]) -> Layout
         for key in keys
     }
     parameters, at, world = [], 0, len(states)
-    for group, shapes in enumerate(source.model["param_shapes"]):
+    for group, shapes in zip(group_of, source.model["param_shapes"], strict=True):
         for name, shape in shapes.items():
             numel = math.prod(shape)
             part = -(-numel // world)
