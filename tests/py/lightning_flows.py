@@ -302,6 +302,38 @@ class Breaks(Net):
         return self.loss(batch)  # without a collective of Lightning's, which nobody would answer
 
 
+class Keeps(Net):
+    """Puts an object of its own into the checkpoint."""
+
+    kept: Any = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = self.kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.kept = checkpoint["mine"]
+
+
+def with_object(strategy: Callable[..., Any], folder: Path) -> Any:
+    """What becomes of an object in a checkpoint: by default, where it is trusted, where it cannot
+    be pickled."""
+
+    def save(kept: Any, name: str) -> str:
+        module = net(Keeps)
+        module.kept = kept
+        saves = ModelCheckpoint(dirpath=folder, filename=name)
+        running = trainer(strategy(), max_epochs=1, callbacks=[saves])
+        return raised(lambda: running.fit(module, data()))
+
+    saved = save(Counts(), "object")
+    place = str(folder / "object.ckpt")
+    refused = raised(lambda: trainer(strategy()).test(net(Keeps), data(), ckpt_path=place))
+    module = net(Keeps)
+    trusting = trainer(strategy(weights_only=False))
+    trusting.test(module, data(), ckpt_path=place, verbose=False)
+    return saved, refused, type(module.kept).__name__, save(lambda: None, "lambda")
+
+
 def refused(strategy: Callable[..., Any], folder: Path) -> Any:
     """What is raised; every case on all ranks alike but the last."""
 
@@ -424,6 +456,7 @@ def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
         f"fabric {stage}": lambda folder: fabric_loop(
             lambda: ZerortFabricStrategy(stage, CUT), folder
         ),
+        f"object {stage}": lambda folder: with_object(ours, folder),
         f"refused {stage}": lambda folder: refused(ours, folder),
     }
 

@@ -182,3 +182,12 @@ def test_in_16_bits_the_numbers_are_near_ddps_and_a_resumed_fit_is_exact(
         assert found["fabric"][1] == found["fabric"][0][4:]
         for name, value in found["configured"][1].items():
             assert torch.equal(value, found["configured"][2][name])
+
+
+@every_stage
+def test_an_object_in_a_checkpoint_is_made_only_where_it_is_trusted(stage: int) -> None:
+    for saved, refused, kind, unpicklable in result("object", stage):
+        assert saved == "nothing was raised"
+        assert refused.startswith("CheckpointError: ") and "add_safe_globals" in refused
+        assert kind == "Counts"
+        assert "CheckpointError: Lightning's part of a checkpoint cannot be pickled" in unpicklable

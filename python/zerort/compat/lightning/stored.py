@@ -63,8 +63,14 @@ def unpacked(
         raise CheckpointError(
             f"{folder}: Lightning's part holds objects that are not read by default: give their "
             "classes to torch.serialization.add_safe_globals, or weights_only=False to the "
-            f"strategy where you trust who wrote it. {error}"
+            f"strategy where you trust who wrote it ({_found(error)})"
         ) from error
+
+
+def _found(error: pickle.UnpicklingError) -> str:
+    """What torch has met, without its advice."""
+    text = str(error)
+    return (text.partition("WeightsUnpickler error: ")[2] or text).partition(". Please")[0][:300]
 
 
 def refuse_place(path: Any) -> None:
