@@ -59,6 +59,18 @@ def test_the_wheel_has_the_whole_package_and_says_that_it_is_typed(
     assert here <= there
 
 
+def test_the_wheel_has_the_finder_for_deepspeeds_name_and_its_entry_point(
+    wheel: Mapping[str, bytes],
+) -> None:
+    package = ROOT / "python" / "zerort_as_deepspeed"
+    here = {f"zerort_as_deepspeed/{path.name}" for path in package.glob("*.py")}
+    assert "zerort_as_deepspeed/finder.py" in here
+    assert here <= wheel.keys()
+    assert not [name for name in wheel if name.startswith("deepspeed")]
+    (points,) = (data for name, data in wheel.items() if name.endswith("entry_points.txt"))
+    assert b"[torch.backends]\nzerort=zerort_as_deepspeed:start" in points.replace(b" ", b"")
+
+
 @pytest.mark.skipif(not LINUX, reason="glibc is Linux's")
 def test_the_wheel_runs_on_every_glibc_from_2_28_on(wheel: Mapping[str, bytes]) -> None:
     assert re.search(r"-cp310-abi3-manylinux_2_28_\w+\.whl$", only("zerort-*.whl").name)
