@@ -7,6 +7,7 @@ weights are minus the mean of the ranks' sums (see `Terms`).
 from __future__ import annotations
 
 import inspect
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +77,11 @@ def fails(
 
 
 def ends(engine: Any, rank: int, failed: bool, why: str = "rank 1: ArithmeticError") -> None:
-    """The step of the failed micro-batch, and a clean one."""
+    """The step of the failed micro-batch, and clean ones. The culprit has waited for long enough by
+    then to be in a pass that nobody else will begin.
+    """
+    if not failed:
+        time.sleep(0.1)
     told = caught(engine.step)
     if failed:
         assert told is None, repr(told)  # the step that belongs to it is void
