@@ -35,9 +35,13 @@ class Setting:
     """The first layer trains from the second step on only, and the last no more."""
     overflows: int = -1
     """The step whose loss is infinite."""
+    low_masters: bool = False
+    """Masters and states are bf16, too."""
 
     def config(self, zero: dict[str, Any]) -> dict[str, Any]:
-        precision = {} if self.dtype == "fp32" else {self.dtype: {"enabled": True}}
+        precision: Any = {} if self.dtype == "fp32" else {self.dtype: {"enabled": True}}
+        if self.low_masters:
+            precision["bf16"] |= {"bf16_master_weights_and_grads": True}
         return {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": self.gas,

@@ -19,7 +19,7 @@ import zerort
 from homes import BOTH, OPTIMIZER, PARAM, Ran, Setting, engine_of, train, weights
 from stand_in import Machine, Site
 from zerort.device.host import AcceleratorHost
-from zerort.memory import HostRoom, Memory
+from zerort.memory import FlatBucket, HostRoom, Memory
 from zerort.memory.masters import HostMaster
 from zerort.memory.sums import HostSums
 from zerort.start.homes import Traffic
@@ -34,6 +34,8 @@ SETTINGS = {
     "stage 2, gas 3": (Setting(2, gas=3), PAGEABLE),
     "stage 2, fp16 that overflows": (Setting(2, "fp16", overflows=1), OPTIMIZER),
     "stage 2, frozen parts": (Setting(2, "bf16", frozen=True), OPTIMIZER),
+    "stage 2, bf16 masters": (Setting(2, "bf16", 2, low_masters=True), OPTIMIZER),
+    "stage 3, bf16 masters": (Setting(3, "bf16", low_masters=True), BOTH),
     "stage 2, SGD": (Setting(2, optimizer="SGD"), OPTIMIZER),
     "stage 3": (Setting(3), BOTH),
     "stage 3, shards alone, bf16, gas 3": (Setting(3, "bf16", 3), PARAM),
@@ -267,6 +269,37 @@ def test_masters_gradients_and_states_are_read_and_written_by_parameter(zero: An
     assert ours.races == []
     for left, right in zip(mine, others, strict=True):
         assert torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
+
+
+# ---- parameters that no optimizer has
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_shards_of_a_frozen_base_are_at_home_on_the_host(trains: bool) -> None:
+    found = []
+    for zero in (BOTH if trains else PARAM, {}):
+        machine = Machine()
+        with machine.running():
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(4)))
+            model[0].requires_grad_(False)
+            model[2].requires_grad_(False)
+            config = Setting(3, "bf16").config(zero)
+            if not trains:
+                del config["optimizer"]
+            params = [p for p in model.parameters() if p.requires_grad] if trains else None
+            engine = zerort.initialize(model=model, config=config, model_parameters=params)[0]
+            for value in range(3):
+                outputs = engine(torch.full((2, 16), 1.0 + value, dtype=torch.bfloat16))
+                if trains:
+                    engine.backward(outputs.float().square().mean())
+                    engine.step()
+            found.append([outputs.detach().clone(), *weights(engine)])
+        assert machine.races == []
+        held = [b for b in engine._parts.boundary.flat.buckets if not isinstance(b, FlatBucket)]
+        assert held
+        assert all(bucket.shard_on_host == bool(zero) for bucket in held)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 # ---- where there is nothing to offload to
