@@ -309,7 +309,8 @@ class Config(Given):
     def _one_precision(self) -> Config:
         sections = ("fp16", "bf16", "torch_autocast", "amp")
         enabled = [name for name in sections if getattr(self, name).enabled]
-        if len(enabled) > 1:
+        alike = enabled == [self.torch_autocast.dtype, "torch_autocast"]
+        if len(enabled) > 1 and not alike:
             raise ValueError(f"{' and '.join(enabled)} cannot be enabled together; choose one")
         return self
 

@@ -81,7 +81,9 @@ class Bf16(Section):
 
 
 class Autocast(Section):
-    """`torch_autocast`: fp32 parameters; torch chooses what is computed in low precision."""
+    """`torch_autocast`: torch chooses what is computed in low precision, over fp32 parameters, or
+    over those of the very precision that it chooses.
+    """
 
     enabled: bool = False
     dtype: Annotated[Literal["fp16", "bf16"], BeforeValidator(dtype_name)] = "bf16"

@@ -49,15 +49,14 @@ class Mode:
 
     @classmethod
     def of(cls, config: Config) -> Mode:
-        """The row of the section that is enabled."""
+        """The row of what is enabled."""
         if config.amp.enabled:
             return _of_level(config)
-        if config.torch_autocast.enabled:
-            return cls(autocast=DTYPES[config.torch_autocast.dtype])
+        autocast = DTYPES[config.torch_autocast.dtype] if config.torch_autocast.enabled else None
         if config.compute_dtype == "fp32":
-            return cls()
+            return cls(autocast=autocast)
         inputs = config.fp16.enabled and config.fp16.auto_cast
-        return cls(DTYPES[config.compute_dtype], casts_inputs=inputs)
+        return cls(DTYPES[config.compute_dtype], casts_inputs=inputs, autocast=autocast)
 
 
 def _of_level(config: Config) -> Mode:

@@ -20,7 +20,11 @@ import zerort
 from weighing import alive, covered
 from zerort.config import load
 from zerort.errors import ConfigError
-from zerort.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from zerort.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+)
 
 WORLD, STEPS, WIDTH, LAYERS = 2, 4, 64, 8
 SMALL = 16_384
@@ -280,6 +284,21 @@ def test_an_optimizer_that_raises_leaves_masters_as_they_are_kept() -> None:
     engine.destroy()
 
 
+def test_autocast_over_parameters_of_its_own_precision_is_torchs() -> None:
+    asked = config("lowest", 2, torch_autocast={"enabled": True, "dtype": "bf16"})
+    engine = zerort.initialize(model=model(), config=asked)[0]
+    x = batch(0, 0, torch.float32)  # which bf16 layers would refuse
+    engine.backward(engine(x).square().sum())
+    own = model().to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = own(x).square().sum()
+    loss.backward()
+    for mine, theirs in zip(engine.module.parameters(), own.parameters(), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(safe_get_full_grad(mine), theirs.grad)
+    engine.destroy()
+
+
 # What the keys mean, and what they do not go with
 
 
@@ -301,6 +320,10 @@ def test_the_keys_mean_nothing_where_their_section_is_off() -> None:
         (
             {**LOW, "quantize_training": {"enabled": True}},
             "quantize_training needs fp16 or bf16 with fp32 masters",
+        ),
+        (
+            {**LOW, "torch_autocast": {"enabled": True, "dtype": "fp16"}},
+            "bf16 and torch_autocast cannot be enabled together",
         ),
         ({"bf16": {"bf16_master_weights_and_grads": 1}}, "expected true or false, got 1"),
     ],

@@ -93,7 +93,10 @@ ROWS: Sequence[Key] = (
         "bf16.bf16_optimizer_states",
         "the optimizer's state is bf16 too; false: it is fp32, and so is what a step computes",
     ),
-    same("torch_autocast", "forward runs under torch.autocast"),
+    same(
+        "torch_autocast",
+        "forward runs under torch.autocast; beside it fp16 or bf16 only of the same dtype",
+    ),
     same("torch_autocast.enabled", "turns it on"),
     same("torch_autocast.dtype", "bf16 or fp16; with fp16 the loss is scaled"),
     same(
