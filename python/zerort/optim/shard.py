@@ -113,15 +113,16 @@ class ShardOptimizer:
 
     def batches(self) -> list[list[FlatBucket]]:
         """Buckets that are updated together, in the order of the plan. One on the host is updated
-        alone, so that its parameters travel while the next is updated: where that is torch's own
-        optimizer, and nobody listens to its step.
+        alone, so that its parameters travel while the next is updated, and one that is widened for
+        it, so that no more is wide at once: where that is torch's own optimizer, and nobody listens
+        to its step.
         """
-        if not any(bucket.is_on_host for bucket in self._buckets) or not self._steps_in_parts():
+        if not any(map(_goes_alone, self._buckets)) or not self._steps_in_parts():
             return [self._buckets]
         found: list[list[FlatBucket]] = []
-        for on_host, run in groupby(self._buckets, key=lambda bucket: bucket.is_on_host):
+        for alone, run in groupby(self._buckets, key=_goes_alone):
             together = list(run)
-            found += [[bucket] for bucket in together] if on_host else [together]
+            found += [[bucket] for bucket in together] if alone else [together]
         return found
 
     def _steps_in_parts(self) -> bool:
@@ -205,6 +206,10 @@ class ShardOptimizer:
                 else copy.deepcopy(value)
                 for key, value in state.items()
             }
+
+
+def _goes_alone(bucket: FlatBucket) -> bool:
+    return bucket.is_on_host or bucket.state_dtype != bucket.master.dtype
 
 
 @contextmanager

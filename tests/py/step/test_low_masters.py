@@ -20,6 +20,7 @@ import zerort
 from weighing import alive, covered
 from zerort.config import load
 from zerort.errors import ConfigError
+from zerort.optim.segments import Segment
 from zerort.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -177,6 +178,30 @@ def test_what_is_given_up_takes_no_memory(stage: int) -> None:
         for kind in DTYPES:
             saved = (BYTES["full"] - BYTES[kind]) * found["numel"]
             assert abs(found["full"] - found[kind] - saved) < SMALL, (kind, found)
+
+
+def test_no_more_than_a_bucket_is_wide_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, most = 0, 0
+
+    def counting(by: int, call: Any) -> Any:
+        def called(segment: Segment) -> None:
+            nonlocal wide, most
+            before = segment.tensor.dtype
+            call(segment)
+            if segment.tensor.dtype != before:
+                wide += by * segment.length
+                most = max(most, wide)
+
+        return called
+
+    monkeypatch.setattr(Segment, "widen", counting(1, Segment.widen))
+    monkeypatch.setattr(Segment, "narrow", counting(-1, Segment.narrow))
+    engine = engine_of("low", 1)
+    advance(engine, 0, range(2))
+    buckets = [bucket.spec.numel for bucket in engine._parts.boundary.flat.buckets]
+    assert len(buckets) > 2
+    assert (wide, most) == (0, max(buckets))
+    engine.destroy()
 
 
 def sums(rank: int, world: int, stage: int) -> list[float]:
