@@ -83,21 +83,29 @@ def test_freezing_between_steps_and_masters_change_nothing_of_that() -> None:
     assert ranks.run(2, differing, jobs, timeout=170.0) == [[]] * 2
 
 
+ODD_WAYS = [
+    "unused_on_one_rank",
+    "retained_graph",
+    "checkpointed",
+    "reused_checkpointed",
+    "direct",
+    "gpt_clipped",
+    "scaled_by_hand",
+    "two_forwards_then_two_backwards",
+    "groups",
+    "gradient_penalty",
+]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)  # a GPT's takes minutes to trace
 @pytest.mark.parametrize("stage", STAGES)
-def test_odd_ways_to_go_backward_do_too(stage: int) -> None:
-    names = [
-        "unused_on_one_rank",
-        "retained_graph",
-        "checkpointed",
-        "reused_checkpointed",
-        "direct",
-    ]
-    names += ["gpt_clipped", "scaled_by_hand", "two_forwards_then_two_backwards", "groups"]
-    names += ["gradient_penalty"] if stage < 3 else []
-    jobs = [(name, 2, at_stage(stage)) for name in names]
-    assert ranks.run(2, differing, jobs, timeout=580.0) == [[]] * 2
+@pytest.mark.parametrize("name", ODD_WAYS)
+def test_odd_ways_to_go_backward_do_too(name: str, stage: int) -> None:
+    if (name, stage) == ("gradient_penalty", 3):
+        pytest.skip("stage 3 refuses create_graph")
+    jobs = [(name, 2, at_stage(stage))]
+    assert ranks.run(2, differing, jobs, timeout=880.0) == [[]] * 2
 
 
 def _distance(rank: int, world: int, name: str, gas: int, backend: str) -> float:
