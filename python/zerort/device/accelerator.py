@@ -133,6 +133,10 @@ class Accelerator:
         module = self._module
         return Figures(module.memory_allocated(self.place), module.max_memory_allocated(self.place))
 
+    def forget_peak(self) -> None:
+        """Of the caching allocator."""
+        self._module.reset_peak_memory_stats(self.place)
+
     def name(self) -> str:
         """As its driver calls it; its type where it has no name."""
         named = getattr(self._module, "get_device_name", None)

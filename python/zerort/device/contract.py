@@ -162,6 +162,9 @@ class Device(Protocol):
     def memory(self) -> Figures | None:
         """How much of it is in use; None where torch does not count it."""
 
+    def forget_peak(self) -> None:
+        """The peak is counted anew from now on; nothing where torch does not count."""
+
     def name(self) -> str:
         """What torch calls its kind."""
 

@@ -98,6 +98,9 @@ class Cpu:
         """None: torch does not count the CPU's."""
         return None
 
+    def forget_peak(self) -> None:
+        """Nothing is counted."""
+
     def name(self) -> str:
         """`cpu`, whichever it is."""
         return "cpu"

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable
 from functools import cache
 
-import torch
 import torch.distributed as dist
 
 from zerort import log
@@ -80,15 +79,14 @@ def see_memory_usage(message: str, force: bool = False) -> None:
     if not force or (_grouped() and dist.get_rank() != 0):
         return
     gc.collect()
-    place = default_place()
-    found, host = device_for(place).memory(), HERE.peak_memory()
+    device = device_for(default_place())
+    found, host = device.memory(), HERE.peak_memory()
     told = [] if found is None else [
         f"{found.allocated / _GIB:.2f} GiB allocated, {found.peak / _GIB:.2f} GiB at most"
     ]  # fmt: skip
     told += [] if host is None else [f"on the host {host / _GIB:.2f} GiB at most"]
     logger.info("%s: %s", message, ", ".join(told) or "not known here")
-    if found is not None:
-        torch.get_device_module(place).reset_peak_memory_stats(place)
+    device.forget_peak()
 
 
 def _grouped() -> bool:

@@ -20,6 +20,8 @@ from zerort.run.executor import Executor
 from zerort.trace.reader import lives, read, steps
 
 PACKAGE = Path(zerort.__file__).parent
+ALIAS = Path("compat/deepspeed/accelerator.py")
+"""Answers to DeepSpeed's names of devices, for code of other people's."""
 LAYERS = 12
 
 
@@ -243,7 +245,7 @@ def test_no_other_room_names_a_device_a_stream_or_an_event() -> None:
     found = [
         f"{path.relative_to(PACKAGE)}: {line.strip()}"
         for path in PACKAGE.rglob("*.py")
-        if path.parent.name != "device"
+        if path.parent.name != "device" and path.relative_to(PACKAGE) != ALIAS
         for line in path.read_text(encoding="utf-8").splitlines()
         if naming.search(line) and "`torch.Event" not in line
     ]
