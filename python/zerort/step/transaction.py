@@ -140,11 +140,7 @@ class Transaction(DirectBackwards):
             self._phase = Idle()
             return
         self._demand("step()", recovering=False)
-        if self.part.passes.pinned:
-            raise StepError(
-                "step() inside GatheredParameters: what is kept whole would be the old values; "
-                "leave the context first"
-            )
+        self._refuse_pinned("step()")
         with self._settling(Idle()):
             self._check_step(arguments)
         try:
@@ -267,9 +263,19 @@ class Transaction(DirectBackwards):
                 return  # the call fails by itself, or needs no peers
             case _:
                 self._demand(call)
+        if call == "load_checkpoint()":
+            self._refuse_pinned(call)
         with self._parting():
             self.part.passes.meet(call)
             self._reduction.drain()
+
+    def _refuse_pinned(self, call: str) -> None:
+        """`call` changes the shards. What is pinned is so on all ranks, and all raise."""
+        if self.part.passes.pinned:
+            raise StepError(
+                f"{call} inside GatheredParameters: what is kept whole would be the old values; "
+                "leave the context first"
+            )
 
     def restart(self) -> None:
         """A checkpoint has been loaded: the window begins anew."""

@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -282,6 +283,9 @@ def step_inside_gathered(engine: Any, twin: nn.Module, rank: int, step: int) -> 
     engine.backward(loss_of(engine(x)))
     error = caught(lambda: look_at(list(engine.module.parameters()), engine.step))
     assert_told(error, zerort.StepError, "step() inside GatheredParameters")
+    load = partial(engine.load_checkpoint, "/nowhere")
+    error = caught(lambda: look_at(list(engine.module.parameters()), load))
+    assert_told(error, zerort.StepError, "load_checkpoint() inside GatheredParameters")
     engine.step()
     routes.twin_step(twin, x, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
 
