@@ -66,8 +66,28 @@ def test_the_optimizer_says_whether_its_step_was_skipped_and_the_loss_scale() ->
     assert optimizer.dynamic_loss_scale
     step(engine, float("inf"))
     assert (optimizer.overflow, optimizer.cur_scale, optimizer.loss_scale) == (True, 128, 128)
+    scaler = optimizer.loss_scaler
+    assert (scaler.cur_scale, scaler.loss_scale, scaler.cur_iter) == (128, 128, 1)
     step(engine)
     assert (optimizer.overflow, optimizer.cur_scale) == (False, 128)
+    assert (scaler.cur_scale, scaler.cur_iter) == (128, 2)
+    assert optimizer.loss_scale_config is scaler is optimizer.loss_scaler
+    engine.destroy()
+
+
+def test_the_loss_scaler_says_how_it_was_configured() -> None:
+    moving = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
+    engine = engine_of(fp16={**moving, "min_loss_scale": 4})
+    scaler = engine.optimizer.loss_scaler  # type: ignore[union-attr]
+    assert scaler.dynamic is scaler.dynamic_loss_scale is True
+    assert (scaler.scale_window, scaler.min_scale, scaler.min_loss_scale) == (2, 4, 4)
+    for _ in range(3):  # the scale of the step behind the window's end is the first that is larger
+        step(engine)
+    assert scaler.cur_scale == scaler.scale_factor * 256 == engine.loss_scale
+    engine.destroy()
+    engine = engine_of(fp16={"enabled": True, "loss_scale": 32})
+    scaler = engine.optimizer.loss_scaler  # type: ignore[union-attr]
+    assert (scaler.cur_scale, scaler.dynamic) == (32, False)
     engine.destroy()
 
 

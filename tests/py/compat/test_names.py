@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import pickle
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ checkpointing checkpoint configure is_configured
 comm init_distributed is_initialized get_rank get_world_size get_local_rank barrier log_summary
 launcher.runner DEEPSPEED_ENVIRONMENT_NAME
 moe.utils is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer
+git_version_info version torch_info compatible_ops
+ops __compatible_ops__
+ops.op_builder FusedAdamBuilder CPUAdamBuilder FusedLambBuilder AsyncIOBuilder UtilsBuilder
 ops.adagrad DeepSpeedCPUAdagrad
 ops.adam FusedAdam DeepSpeedCPUAdam
 ops.lion FusedLion DeepSpeedCPULion
@@ -36,6 +40,7 @@ runtime.engine DeepSpeedEngine
 runtime.lr_schedules VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest
 runtime.utils see_memory_usage
 runtime.zero Init GatheredParameters
+runtime.zero.offload_config OffloadDeviceEnum
 runtime.zero.partition_parameters ZeroParamStatus Init GatheredParameters _orig_torch_arange
 runtime.zero.stage3 DeepSpeedZeroOptimizer_Stage3 estimate_zero3_model_states_mem_needs_all_live
 runtime.zero.stage_1_and_2 DeepSpeedZeroOptimizer estimate_zero2_model_states_mem_needs_all_cold
@@ -205,7 +210,7 @@ def test_log_lines_go_to_zerorts_logger_once_if_asked(caplog: pytest.LogCaptureF
     texts = [record.getMessage() for record in caplog.records]
     assert texts[:3] == ["twice", "once %s", "twice"]
     assert len(texts) == 4
-    assert "GiB allocated" in texts[3]
+    assert "GiB at most" in texts[3]
 
 
 def test_a_schedule_by_its_name_is_the_engines() -> None:
@@ -241,3 +246,34 @@ def test_configurations_are_read_by_the_old_class() -> None:
     assert (made.train_batch_size, made.zero_optimization.stage) == (4, 2)
     with pytest.raises(zerort.ConfigError, match="train_bach_size"):
         pieces.DeepSpeedConfig({"train_bach_size": 4})
+
+
+def test_operations_are_known_by_their_builders_names() -> None:
+    compatible = names.MODULES["deepspeed.ops"]["__compatible_ops__"]
+    builders = names.MODULES["deepspeed.ops.op_builder"]
+    assert {builders[f"{kind}Builder"].NAME for kind in ("FusedAdam", "FusedLamb", "AsyncIO")} == {
+        "fused_adam",
+        "fused_lamb",
+        "async_io",
+    }
+    assert compatible["cpu_adam"]
+    assert not compatible["fused_lamb"]
+    for builder in builders.values():
+        assert builder().is_compatible() is compatible[builder.NAME]
+        with pytest.raises(NotBuiltError, match=rf"op_builder\.{builder.__name__}\.load"):
+            builder().load()
+
+
+def test_a_device_of_offloading_is_text_in_a_configuration() -> None:
+    device = names.MODULES["deepspeed.runtime.zero.offload_config"]["OffloadDeviceEnum"]
+    config = {
+        "train_batch_size": 1,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": device.cpu}},
+    }
+    assert zerort.config.load(config) == zerort.config.load(
+        {
+            "train_batch_size": 1,
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        }
+    )
+    assert pickle.loads(pickle.dumps(device.nvme)) == "nvme"

@@ -8,19 +8,25 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from zerort.errors import ConfigError, StepError
+from zerort import errors
 
-__all__ = ["as_deepspeed_fails"]
+__all__ = ["ConfigError", "StepError", "as_deepspeed_fails"]
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
-class _ConfigError(ConfigError, AssertionError):
-    pass
+class ConfigError(errors.ConfigError, AssertionError):
+    """`zerort.ConfigError`, to whoever catches an assertion too."""
 
 
-class _StepError(StepError, AssertionError):
-    pass
+class StepError(errors.StepError, AssertionError):
+    """`zerort.StepError`, to whoever catches an assertion too."""
+
+
+_KINDS: dict[type[Exception], type[Exception]] = {
+    errors.ConfigError: ConfigError,
+    errors.StepError: StepError,
+}
 
 
 def as_deepspeed_fails(call: Call) -> Call:
@@ -30,14 +36,10 @@ def as_deepspeed_fails(call: Call) -> Call:
     def calling(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
-        except (ConfigError, StepError) as error:
-            kind = {ConfigError: _ConfigError, StepError: _StepError}.get(type(error))
+        except (errors.ConfigError, errors.StepError) as error:
+            kind = _KINDS.get(type(error))
             if kind is None:
                 raise  # a class of its own, which callers of zerort know
             raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
     return calling  # type: ignore[return-value]
-
-
-for _kind in (_ConfigError, _StepError):
-    _kind.__name__ = _kind.__qualname__ = _kind.__name__.lstrip("_")

@@ -6,6 +6,7 @@ attributes more, and DeepSpeed's classes of optimizers call it an instance of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from zerort.compat.deepspeed.stage3 import ParameterOffload
@@ -15,6 +16,7 @@ __all__ = [
     "DeepSpeedOptimizer",
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
+    "LossScaler",
     "ZeROOptimizer",
     "follow",
     "mark",
@@ -56,6 +58,36 @@ class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
     stages = frozenset({3})
 
 
+@dataclass
+class LossScaler:
+    """What `optimizer.loss_scaler` says, and `loss_scale_config`, which DeepSpeed has at stage 0: a
+    report. To change it changes nothing.
+    """
+
+    dynamic: bool
+    scale_window: int
+    min_scale: float
+    cur_scale: float = 1.0
+    cur_iter: int = 0
+    """Boundaries so far, skipped ones too."""
+    scale_factor: float = 2.0
+
+    @property
+    def loss_scale(self) -> float:
+        """`cur_scale`."""
+        return self.cur_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """`dynamic`."""
+        return self.dynamic
+
+    @property
+    def min_loss_scale(self) -> float:
+        """`min_scale`."""
+        return self.min_scale
+
+
 def mark(engine: Engine) -> None:
     """Gives `engine`'s optimizer what DeepSpeed's has."""
     optimizer: Any = engine.optimizer
@@ -66,6 +98,10 @@ def mark(engine: Engine) -> None:
     optimizer.optimizer = optimizer
     optimizer.needs_scaler = lambda: scales
     optimizer.dynamic_loss_scale = scales and engine.dynamic_loss_scale()
+    fp16 = engine.config.fp16
+    optimizer.loss_scaler = optimizer.loss_scale_config = LossScaler(
+        optimizer.dynamic_loss_scale, fp16.loss_scale_window, fp16.min_loss_scale
+    )
     if engine.zero_optimization_partition_weights():
         optimizer.parameter_offload = ParameterOffload()
     follow(engine)
@@ -78,3 +114,5 @@ def follow(engine: Engine) -> None:
         return
     optimizer.overflow = engine.overflow
     optimizer.loss_scale = optimizer.cur_scale = engine.loss_scale
+    optimizer.loss_scaler.cur_scale = engine.loss_scale
+    optimizer.loss_scaler.cur_iter = engine.global_steps

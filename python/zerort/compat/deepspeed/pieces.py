@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,9 @@ from zerort.config import Config, load
 from zerort.errors import ConfigError
 
 __all__ = [
+    "TORCH_INFO",
     "DeepSpeedConfig",
+    "OffloadDeviceEnum",
     "clone_tensors_for_torch_save",
     "command",
     "is_compile_supported",
@@ -29,6 +32,24 @@ class DeepSpeedConfig:
     def __new__(cls, config: Any, mpu: Any = None, mesh_device: Any = None) -> Config:  # type: ignore[misc]
         """Raises `ConfigError` for what is wrong in it."""
         return load(config, None, None)
+
+
+class OffloadDeviceEnum(str, Enum):
+    """Where `offload_optimizer.device` and `offload_param.device` may be."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+TORCH_INFO = {
+    "version": ".".join(torch.__version__.split(".")[:2]),
+    "cuda_version": torch.version.cuda or "0.0",
+    "hip_version": torch.version.hip or "0.0",
+    "nccl_version": "0.0",
+    "bf16_support": True,
+}
+"""What DeepSpeed's extensions were built against: here torch as it is; "0.0" is what is unknown."""
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:

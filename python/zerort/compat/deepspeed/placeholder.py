@@ -2,11 +2,14 @@
 to derive from it do nothing; to use it raises with its dotted name.
 
 It is a class, because most such names are: `isinstance(x, PipelineModule)` is False then, and a
-class of the user's own that derives from it raises when it is made an instance of.
+class of the user's own that derives from it raises when it is made an instance of. One name has one
+placeholder, which can be pickled.
 """
 
 from __future__ import annotations
 
+import copyreg
+from functools import cache
 from typing import Any, NoReturn
 
 from zerort.errors import NotBuiltError
@@ -34,6 +37,7 @@ class _Kind(type):
         return True  # as a class is, not by its length
 
 
+@cache
 def placeholder(dotted: str) -> Any:
     """What stands for `dotted`."""
     last = dotted.rpartition(".")[2]
@@ -54,3 +58,10 @@ def _used(cls: Any, *args: Any) -> NoReturn:
 
 for _name in ("enter", "exit", "iter", "len", "getitem", "contains", "int", "float"):
     setattr(_Kind, f"__{_name}__", _used)
+
+
+def _reduced(cls: Any) -> Any:
+    return (placeholder, (cls._dotted,)) if "_dotted" in vars(cls) else cls.__qualname__
+
+
+copyreg.pickle(_Kind, _reduced)
