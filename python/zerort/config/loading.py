@@ -130,7 +130,8 @@ def _check(source: Source) -> tuple[Config | None, list[Problem]]:
         return None, problems + [problem for problem in found if problem.path not in known]
     if problems:
         return None, problems
-    config._ignored = tuple(screened.ignored)
+    idle = [f"zero_optimization.{name}" for name in config.zero_optimization.idle]
+    config._ignored = (*screened.ignored, *idle)
     config.keep(source.data)
     return config, problems
 

@@ -104,14 +104,26 @@ class Zero(Section):
 
     @property
     def offloads(self) -> tuple[OffloadOptimizer, OffloadParam]:
-        """What is at home on the host, in whichever spelling."""
+        """What is at home on the host, in whichever spelling; parameters at stage 3 only."""
         old = {"device": "cpu", "pin_memory": bool(self.cpu_offload_use_pin_memory)}
         optimizer, param = self.offload_optimizer, self.offload_param
         if self.cpu_offload:
             optimizer = OffloadOptimizer.model_validate(old)
         if self.cpu_offload_param or self.cpu_offload_params:
             param = OffloadParam.model_validate(old)
+        if not self.shards_parameters:
+            param = None
         return optimizer or OffloadOptimizer(), param or OffloadParam()
+
+    @property
+    def idle(self) -> list[str]:
+        """Keys of this section that ask for what its stage has no use for."""
+        asked = {
+            "offload_param": self.offload_param is not None and self.offload_param.on_host,
+            "cpu_offload_param": self.cpu_offload_param,
+            "cpu_offload_params": self.cpu_offload_params,
+        }
+        return [] if self.shards_parameters else [name for name, on in asked.items() if on]
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Zero:
@@ -123,7 +135,7 @@ class Zero(Section):
         for old, new in pairs:
             if getattr(self, old) and getattr(self, new) is not None:
                 raise ValueError(f"{old} is an old spelling of {new}, which is given too: give one")
-        refuse_unfit(self.stage, *self.offloads)
+        refuse_unfit(self.stage, self.offloads[0])
         return self
 
     @property

@@ -49,8 +49,10 @@ class OffloadOptimizer(OffloadParam):
     """Of the trained elements, how many are on the host."""
 
 
-def refuse_unfit(stage: int, optimizer: OffloadOptimizer, param: OffloadParam) -> None:
-    """Raises `ValueError` for what the stage cannot do; DeepSpeed draws the same lines."""
+def refuse_unfit(stage: int, optimizer: OffloadOptimizer) -> None:
+    """Raises `ValueError` for what the stage cannot do. `offload_param` below stage 3 is no error:
+    integrations write it into every configuration, and it asks for nothing there.
+    """
     if optimizer.on_host and stage == 0:
         raise ValueError(
             "offload_optimizer.device is cpu at stage 0, which keeps the optimizer whole: "
@@ -60,9 +62,4 @@ def refuse_unfit(stage: int, optimizer: OffloadOptimizer, param: OffloadParam) -
         raise ValueError(
             f"offload_optimizer.ratio is {optimizer.ratio:g} at stage {stage}: a part of the "
             "optimizer is offloaded at stage 3 only; leave it out"
-        )
-    if param.on_host and stage != 3:
-        raise ValueError(
-            f"offload_param.device is cpu at stage {stage}, which keeps parameters whole: "
-            "offloading them is for stage 3"
         )

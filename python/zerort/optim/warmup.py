@@ -23,7 +23,7 @@ class _Warmup(Schedule):
         last_batch_iteration: int,
     ) -> None:
         # Over fewer than two steps the logarithm has no slope.
-        self.warmup_num_steps = max(2, count("warmup_num_steps", warmup_num_steps))
+        self.warmup_num_steps = max(2, count("warmup_num_steps", warmup_num_steps, least=0))
         if warmup_type not in ("log", "linear"):
             raise ConfigError(
                 f'scheduler.params.warmup_type: expected "log" or "linear", got {warmup_type!r}'

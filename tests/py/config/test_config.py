@@ -657,8 +657,6 @@ def test_what_becomes_of_the_callers_dict_afterwards_is_not_what_was_given() -> 
     ("zero", "message"),
     [
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer.device is cpu"),
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param.device is cpu at stage"),
-        ({"stage": 1, "cpu_offload_param": True}, "offload_param.device is cpu at stage 1"),
         (
             {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
             "offload_optimizer.ratio is 0.5 at stage 2",
@@ -697,3 +695,20 @@ def test_spellings_of_offloading(zero: Any, optimizer: bool, param: bool) -> Non
     state, shards = load({"zero_optimization": zero}).offloads
     assert (state.on_host, shards.on_host) == (optimizer, param)
     assert state.pin_memory == bool(zero.get("cpu_offload_use_pin_memory"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "idle"),
+    [
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, ["offload_param"]),
+        ({"stage": 1, "cpu_offload_param": True}, ["cpu_offload_param"]),
+        ({"stage": 0, "cpu_offload_params": True}, ["cpu_offload_params"]),
+        ({"stage": 2, "offload_param": {"device": "none"}}, []),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, []),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, []),
+    ],
+)
+def test_offloading_whole_parameters_is_nothing_and_listed_so(zero: Any, idle: list[str]) -> None:
+    config = load({"zero_optimization": zero})
+    assert config.ignored == tuple(f"zero_optimization.{name}" for name in idle)
+    assert config.offloads[1].on_host == (zero["stage"] == 3)

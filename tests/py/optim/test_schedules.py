@@ -95,6 +95,18 @@ def test_warmup_without_a_top_ends_at_each_groups_own_rate() -> None:
     assert schedule.get_last_lr() == [0.25, 0.75]
 
 
+def test_a_warmup_of_no_step_is_the_shortest_that_there_is() -> None:
+    rates: list[list[list[float]]] = []
+    for steps in (0, 1, 2):
+        schedule = WarmupLR(adam(0.5), warmup_max_lr=0.5, warmup_num_steps=steps)
+        rates.append([])
+        for _ in range(3):
+            schedule.step()
+            rates[-1].append(schedule.get_last_lr())
+    assert rates[0] == rates[1] == rates[2]
+    assert rates[0][-1] == [0.5]
+
+
 def test_a_cycle_over_an_optimizer_without_betas_says_so_and_cycles_the_rate(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -141,8 +153,8 @@ def test_a_schedule_of_torch_is_built_by_its_name() -> None:
         ),
         (
             "WarmupLR",
-            {"warmup_num_steps": 0},
-            "scheduler.params.warmup_num_steps: expected an integer of at least 1, got 0",
+            {"warmup_num_steps": -1},
+            "scheduler.params.warmup_num_steps: expected an integer of at least 0, got -1",
         ),
         (
             "WarmupLR",

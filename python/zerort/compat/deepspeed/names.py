@@ -171,6 +171,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.runtime.dataloader": _loaders,
     "deepspeed.runtime.engine": _engine,
     "deepspeed.runtime.lr_schedules": _schedules,
+    "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
     "deepspeed.runtime.utils": _memory,
     "deepspeed.runtime.zero": _zero,
     "deepspeed.runtime.zero.offload_config": _of(pieces, ("OffloadDeviceEnum",)),

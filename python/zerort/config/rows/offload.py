@@ -26,7 +26,7 @@ ROWS: Sequence[Key] = (
     ignored(f"{_OPTIMIZER}.convert_grad_on_cpu", "sums are the device's, in fp32 from the start"),
     ignored(f"{_OPTIMIZER}.cpuadam_cores_perc", "of super_offload; torch's threads step"),
     refused(f"{_OPTIMIZER}.super_offload", "it is not built; every bucket travels by itself"),
-    same(_PARAM, "where shards of parameters are at home at stage 3", off),
+    same(_PARAM, "where shards of parameters are at home at stage 3; below it nothing", off),
     same(f"{_PARAM}.device", "cpu: on the host, copied before they are gathered"),
     same(f"{_PARAM}.pin_memory", "page-locked memory for shards"),
     ignored(f"{_PARAM}.nvme_path", _DISK),
