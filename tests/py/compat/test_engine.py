@@ -75,6 +75,20 @@ def test_the_optimizer_says_whether_its_step_was_skipped_and_the_loss_scale() ->
     engine.destroy()
 
 
+def test_the_norm_is_of_the_last_step_that_was_not_skipped() -> None:
+    engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
+    assert engine.get_global_grad_norm() is None
+    step(engine, float("inf"))
+    assert engine.get_global_grad_norm() == 0
+    step(engine)
+    norm = engine.get_global_grad_norm()
+    assert norm is not None
+    assert norm > 0
+    step(engine, float("inf"))
+    assert engine.get_global_grad_norm() == norm == engine.optimizer._global_grad_norm  # type: ignore[union-attr]
+    engine.destroy()
+
+
 def test_the_loss_scaler_says_how_it_was_configured() -> None:
     moving = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
     engine = engine_of(fp16={**moving, "min_loss_scale": 4})

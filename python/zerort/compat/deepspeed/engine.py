@@ -31,6 +31,12 @@ class DeepSpeedEngine(Engine):
         super().step(lr_kwargs)
         follow(self)
 
+    def get_global_grad_norm(self) -> float | None:
+        """As the engine's own, but of the last step that was not skipped: 0 where all were."""
+        norm = super().get_global_grad_norm()
+        optimizer: Any = self.optimizer
+        return norm if norm is None or optimizer is None else float(optimizer._global_grad_norm)
+
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],

@@ -93,6 +93,7 @@ def mark(engine: Engine) -> None:
     optimizer: Any = engine.optimizer
     if optimizer is None:
         return
+    optimizer._global_grad_norm = 0.0
     setattr(optimizer, _MARK, engine.zero_optimization_stage())
     scales = engine.scales_loss
     optimizer.optimizer = optimizer
@@ -108,11 +109,16 @@ def mark(engine: Engine) -> None:
 
 
 def follow(engine: Engine) -> None:
-    """Brings the attributes up to date: whether the last step was skipped, and the loss scale."""
+    """Brings the attributes up to date: whether the last step was skipped, the loss scale, and the
+    norm of the last step that was not.
+    """
     optimizer: Any = engine.optimizer
     if optimizer is None:
         return
     optimizer.overflow = engine.overflow
     optimizer.loss_scale = optimizer.cur_scale = engine.loss_scale
+    norm = Engine.get_global_grad_norm(engine)
+    if norm is not None and not engine.overflow:
+        optimizer._global_grad_norm = norm
     optimizer.loss_scaler.cur_scale = engine.loss_scale
     optimizer.loss_scaler.cur_iter = engine.global_steps
