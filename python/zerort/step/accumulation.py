@@ -214,7 +214,8 @@ class UnusedParameters:
         if self._policy == "raise":
             raise StepError(
                 f"no gradient came for {listed}: the forward did not use them. Use or freeze them, "
-                'or let them count as zero with "zerort": {"unused_parameters": "zero"}'
+                'or let them count as zero with "zerort": {"unused_parameters": "zero"}, or '
+                '"zero_optimization": {"ignore_unused_parameters": true}'
             )
         self._named.update(new)
         _log.warning(

@@ -243,6 +243,8 @@ def test_an_error_of_ones_own_kind_may_be_caught_by_a_placeholder_and_is_not() -
 
 def test_configurations_are_read_by_the_old_class() -> None:
     made = pieces.DeepSpeedConfig({"train_batch_size": 4, "zero_optimization": {"stage": 2}})
+    assert (made.train_micro_batch_size_per_gpu, made.gradient_accumulation_steps) == (4, 1)
+    assert made["train_batch_size"] == 4
     assert (made.train_batch_size, made.zero_optimization.stage) == (4, 2)
     with pytest.raises(zerort.ConfigError, match="train_bach_size"):
         pieces.DeepSpeedConfig({"train_bach_size": 4})

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from zerort.compat.deepspeed import comm
 from zerort.config import Config, load
 from zerort.errors import ConfigError
 
@@ -26,12 +27,20 @@ __all__ = [
 ]
 
 
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
 class DeepSpeedConfig:
     """A configuration, read: what `DeepSpeedConfig(...)` makes is zerort's own, typed."""
 
     def __new__(cls, config: Any, mpu: Any = None, mesh_device: Any = None) -> Config:  # type: ignore[misc]
-        """Raises `ConfigError` for what is wrong in it."""
-        return load(config, None, None)
+        """With all batch sizes, for the ranks of this job. Raises `ConfigError` for what is wrong
+        in it, batch sizes that do not multiply up too.
+        """
+        loaded = load(config, None, None)
+        batch = loaded.resolve_batch(comm.get_world_size())
+        sizes = (batch.train, batch.micro, batch.accumulation)
+        return loaded.model_copy(update=dict(zip(_SIZES, sizes, strict=True)))
 
 
 class OffloadDeviceEnum(str, Enum):
