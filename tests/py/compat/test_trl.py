@@ -1,5 +1,5 @@
-"""TRL's trainers on two ranks: SFT, with an adapter too, DPO with a reference model, and GRPO,
-which generates through the engine's module. Stage 3 does what stage 2 does.
+"""TRL's trainers on two ranks: SFT, with an adapter too, DPO with a reference model, reward, and
+GRPO and RLOO, which generate through the engine's module. Stage 3 does what stage 2 does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import ranks
 pytestmark = [pytest.mark.slow, doors.needs("accelerate", "transformers", "trl", "peft")]
 
 STEPS = 3
-KINDS = ("sft", "lora", "dpo", "grpo")
+KINDS = ("sft", "lora", "dpo", "reward", "grpo", "rloo")
 Numbers = dict[str, Any]
+Halves = list[tuple[str, str]]
 
 
 def options(stage: int, folder: str) -> dict[str, Any]:
@@ -47,43 +48,58 @@ def adapter() -> Any:
 
 
 def trainer(kind: str, stage: int, source: str, folder: str) -> Any:
-    from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    given, lines = options(stage, folder), doors.said_in_words(32)
+    given = {"model_init_kwargs": {"dtype": "float32"}, **options(stage, folder)}
+    tokenizer, lines = AutoTokenizer.from_pretrained(source), doors.said_in_words(32)
     if kind in ("sft", "lora"):
-        return SFTTrainer(
-            source,
-            SFTConfig(max_length=16, model_init_kwargs={"dtype": "float32"}, **given),
-            train_dataset=Dataset.from_dict({"text": lines}),
-            processing_class=tokenizer,
-            peft_config=adapter() if kind == "lora" else None,
-        )
+        return of_text(kind, source, given, lines, tokenizer)
     halves = [(line[: len(line) // 2], line[len(line) // 2 :]) for line in lines]
-    if kind == "dpo":
-        pairs = {
-            "prompt": [first for first, _ in halves],
-            "chosen": [rest for _, rest in halves],
-            "rejected": [" ".join(reversed(rest.split())) for _, rest in halves],
-        }
-        return DPOTrainer(
-            source,
-            args=DPOConfig(max_length=24, model_init_kwargs={"dtype": "float32"}, **given),
-            train_dataset=Dataset.from_dict(pairs),
-            processing_class=tokenizer,
-        )
-    return GRPOTrainer(
+    if kind in ("dpo", "reward"):
+        return of_pairs(kind, source, given, halves, tokenizer)
+    return of_rewards(kind, source, given, halves, tokenizer)
+
+
+def of_text(kind: str, source: str, given: Numbers, lines: list[str], tokenizer: Any) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        source,
+        SFTConfig(max_length=16, **given),
+        train_dataset=Dataset.from_dict({"text": lines}),
+        processing_class=tokenizer,
+        peft_config=adapter() if kind == "lora" else None,
+    )
+
+
+def of_pairs(kind: str, source: str, given: Numbers, halves: Halves, tokenizer: Any) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    options, trainer = (DPOConfig, DPOTrainer) if kind == "dpo" else (RewardConfig, RewardTrainer)
+    pairs = {
+        "prompt": [first for first, _ in halves],
+        "chosen": [rest for _, rest in halves],
+        "rejected": [" ".join(reversed(rest.split())) for _, rest in halves],
+    }
+    return trainer(
+        source,
+        args=options(max_length=24, **given),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer,
+    )
+
+
+def of_rewards(kind: str, source: str, given: Numbers, halves: Halves, tokenizer: Any) -> Any:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    options, trainer = (GRPOConfig, GRPOTrainer) if kind == "grpo" else (RLOOConfig, RLOOTrainer)
+    return trainer(
         source,
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-        args=GRPOConfig(
-            num_generations=2,
-            max_completion_length=4,
-            beta=0.1,
-            model_init_kwargs={"dtype": "float32"},
-            **given,
-        ),
+        args=options(num_generations=2, max_completion_length=4, beta=0.1, **given),
         train_dataset=Dataset.from_dict({"prompt": [first for first, _ in halves]}),
         processing_class=tokenizer,
     )
@@ -105,7 +121,8 @@ def through_trl(rank: int, world: int, kind: str, stage: int, source: str, folde
     return {
         "losses": [entry["loss"] for entry in logs],
         "norms": [entry["grad_norm"] for entry in logs],
-        "reference": getattr(made, "ref_model", None) is not None,
+        "reference": type(getattr(made, "ref_model", None)).__name__,
+        "rewards": [entry["reward"] for entry in logs if "reward" in entry],
         "engine": type(made.model_wrapped).__name__,
         "weights": weights,
     }
@@ -144,7 +161,7 @@ def test_a_trainer_trains_and_the_ranks_agree(kind: str, stage: int, source: str
 
 
 @pytest.mark.timeout(800)
-@pytest.mark.parametrize("kind", ["sft", "lora", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "lora", "dpo", "reward"])
 def test_stage_3_trains_what_stage_2_does(kind: str, source: str) -> None:
     two, three = trained(kind, 2, source)[0], trained(kind, 3, source)[0]
     for key in ("losses", "norms", "weights"):
