@@ -34,7 +34,7 @@ ops.lion FusedLion DeepSpeedCPULion
 profiling.flops_profiler FlopsProfiler get_model_profile
 runtime.activation_checkpointing.checkpointing checkpoint configure
 runtime.base_optimizer DeepSpeedOptimizer ZeROOptimizer
-runtime.config DeepSpeedConfig DeepSpeedConfigError
+runtime.config DeepSpeedConfig DeepSpeedConfigError ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER
 runtime.dataloader RepeatingLoader DeepSpeedDataLoader
 runtime.engine DeepSpeedEngine
 runtime.lr_schedules VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest
@@ -279,3 +279,12 @@ def test_a_device_of_offloading_is_text_in_a_configuration() -> None:
         }
     )
     assert pickle.loads(pickle.dumps(device.nvme)) == "nvme"
+
+
+def test_the_names_of_optimizers_are_what_a_configuration_takes() -> None:
+    here = names.MODULES["deepspeed.runtime.config"]
+    for name in ("ADAM", "ADAMW", "ADAGRAD", "LION"):
+        config = {"train_batch_size": 1, "optimizer": {"type": here[f"{name}_OPTIMIZER"]}}
+        engine, *_ = zerort.initialize(model=nn.Linear(1, 1), config=config)
+        assert engine.optimizer is not None
+        engine.destroy()

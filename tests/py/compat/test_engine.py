@@ -144,6 +144,14 @@ def test_a_loaded_loss_scale_is_the_optimizers_too(tmp_path: Path) -> None:
     engine.destroy()
 
 
+def test_a_loss_that_is_none_is_an_assertion_wherever_it_is_given() -> None:
+    engine = engine_of()
+    for call in (engine.backward, engine.scale):
+        with pytest.raises(AssertionError, match="one element"):
+            call(engine(torch.ones(2, 4)))
+    engine.destroy()
+
+
 def test_errors_are_assertions_too_and_what_they_were() -> None:
     for kind in (AssertionError, zerort.ConfigError, ValueError):
         with pytest.raises(kind, match="train_bach_size"):

@@ -26,6 +26,11 @@ class DeepSpeedEngine(Engine):
         return super().backward(loss, *args, **kwargs)
 
     @as_deepspeed_fails
+    def scale(self, loss: Any, scale_wrt_gas: bool = True) -> Any:
+        """As the engine's own."""
+        return super().scale(loss, scale_wrt_gas)
+
+    @as_deepspeed_fails
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """As the engine's own; the optimizer then says whether its step was skipped."""
         super().step(lr_kwargs)

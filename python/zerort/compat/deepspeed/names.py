@@ -42,6 +42,22 @@ _major, _minor, _patch = SURFACE.split(".")
 
 _SCHEDULES = (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
 
+_OPTIMIZERS = {
+    "ADAGRAD_OPTIMIZER": "adagrad",
+    "ADAM_OPTIMIZER": "adam",
+    "ADAMW_OPTIMIZER": "adamw",
+    "LAMB_OPTIMIZER": "lamb",
+    "ONEBIT_ADAM_OPTIMIZER": "onebitadam",
+    "ZERO_ONE_ADAM_OPTIMIZER": "zerooneadam",
+    "ONEBIT_LAMB_OPTIMIZER": "onebitlamb",
+    "MUADAM_OPTIMIZER": "muadam",
+    "MUADAMW_OPTIMIZER": "muadamw",
+    "MUSGD_OPTIMIZER": "musgd",
+    "LION_OPTIMIZER": "lion",
+    "MUON_OPTIMIZER": "muon",
+}
+"""What DeepSpeed calls the values of `optimizer.type`, those that are refused too."""
+
 _SCHEDULE_KEYS = (
     "lr_range_test_min_lr",
     "lr_range_test_step_rate",
@@ -167,7 +183,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_optimizer,
         "ZeROOptimizer": optimizer.ZeROOptimizer,
     },
-    "deepspeed.runtime.config": _config,
+    "deepspeed.runtime.config": {**_config, **_OPTIMIZERS},
     "deepspeed.runtime.dataloader": _loaders,
     "deepspeed.runtime.engine": _engine,
     "deepspeed.runtime.lr_schedules": _schedules,
