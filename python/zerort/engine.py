@@ -247,7 +247,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         if not self._transaction.closed:
             if (error := sys.exc_info()[1]) is not None:
                 leave_last_words(error)
-            self._transaction.finish()
+            self._transaction.finish(failed=error is not None)
             self._give_back()
             self._parts.mesh.close()
 

@@ -19,7 +19,7 @@ from zerort.grads.course import Routed
 from zerort.mesh import Control
 from zerort.run.executor import Executor
 
-__all__ = ["UTILITY", "Diverged", "RollCall", "code_of"]
+__all__ = ["FAILED", "UTILITY", "Diverged", "Left", "RollCall", "code_of"]
 
 UTILITY = "a function of zerort.utils"
 
@@ -32,8 +32,14 @@ _CALLS = (
     "destroy()",
     "GatheredParameters",
     UTILITY,
+    "a collective of Lightning's",
 )
 """What all ranks call together outside passes, by its number in a row."""
+
+
+_DESTROY = _CALLS.index("destroy()")
+FAILED = 1
+"""The detail of a `destroy()` while an exception is handled."""
 
 
 def code_of(call: str) -> int:
@@ -43,6 +49,10 @@ def code_of(call: str) -> int:
 
 class Diverged(StepError):
     """Ranks are at different places of their programs. All raise it, at the same roll call."""
+
+
+class Left(Diverged):
+    """This rank gives its engine back after an exception, beside others that go on."""
 
 
 class RollCall:
@@ -85,6 +95,7 @@ class RollCall:
             with self._executor.waits.waiting("roll call"):
                 control.all_reduce(rows)
             reading = gatherer.read(rows.flatten().tolist())
+            self._look_for_failed(reading)
             match reading.what:
                 case "serve":
                     asked = gatherer.asking
@@ -102,6 +113,20 @@ class RollCall:
                 case "alone":
                     return reading
 
+    def _look_for_failed(self, reading: _core.Reading) -> None:
+        """Raises `CommError` with the reason of a rank that gives its engine back after an
+        exception while others go on; on that rank `Left`.
+        """
+        destroying = {rank: row[2][1] for rank, row in enumerate(reading.rows) if _destroys(row)}
+        failed = [rank for rank, detail in destroying.items() if detail == FAILED]
+        if not failed or len(destroying) == len(reading.rows):
+            return
+        self.abandon()
+        cause = f"rank {failed[0]} calls destroy() while it handles an exception"
+        if self.rank in destroying:
+            raise Left(cause)
+        raise self._control.failure("roll call", StepError(cause))
+
     def _serve(self, units: Sequence[int]) -> None:
         gatherer = self._course.gatherer
         self._executor.enqueue(gatherer.serve(units))
@@ -113,7 +138,7 @@ class RollCall:
         """Ranks are at a call outside passes. Raises `Diverged` unless it is the same call of all,
         or a step in which the place of some is taken.
         """
-        calls = {rank: tuple(row[2][:2]) for rank, row in enumerate(reading.rows) if _calls(row)}
+        calls = {rank: _call(row) for rank, row in enumerate(reading.rows) if _calls(row)}
         absent = [rank for rank, row in enumerate(reading.rows) if not _calls(row)]
         only_steps = all(call == code_of("step()") for call, _ in calls.values())
         if len(set(calls.values())) <= 1 and (only_steps or not absent):
@@ -134,6 +159,15 @@ class RollCall:
 
 def _calls(row: tuple[str, int, list[int]]) -> bool:
     return row[0] == "boundary"
+
+
+def _destroys(row: tuple[str, int, list[int]]) -> bool:
+    return _calls(row) and row[2][0] == _DESTROY
+
+
+def _call(row: tuple[str, int, list[int]]) -> tuple[int, int]:
+    """Which it is, and with what."""
+    return (_DESTROY, 0) if _destroys(row) else (row[2][0], row[2][1])
 
 
 def _difference(reading: _core.Reading) -> str:

@@ -28,7 +28,7 @@ from zerort.grads.tasks import (
     announce,
     in_backward,
 )
-from zerort.params.roll import Diverged
+from zerort.params.roll import FAILED, Diverged, Left
 from zerort.step.direct import DirectBackwards
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
@@ -287,16 +287,19 @@ class Transaction(DirectBackwards):
         self.part.accumulation.realign()
         self.part.events.restored()
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         """Before all ranks give the engine back: ends what a backward without a `step` has begun,
-        which a peer further along its list may wait for.
+        which a peer further along its list may wait for. `failed`: because of an exception, of
+        which peers hear that go on.
         """
         if isinstance(self._phase, Lost | Destroyed):
             return
         try:
             self._reduction.abort()
-            self.part.passes.meet("destroy()")
+            self.part.passes.meet("destroy()", FAILED if failed else 0)
             self._reduction.drain()
+        except Left:
+            return
         except (CommError, Diverged) as error:
             _log.warning("destroy(): what was under way could not be ended: %s", error)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 import ranks
 from catching import assert_told, caught
+from logged import log_lines
 from models import Terms
 from terms import engine_over_terms, step_with, weights
 from training import at_stage
@@ -192,3 +195,67 @@ def _part_alone(rank: int, world: int) -> str:
 def test_a_rank_that_gives_its_engine_back_for_an_exception_says_which_though_it_goes_on() -> None:
     heard, _ = ranks.run(2, _part_alone)
     assert "gave its engine back after KeyError: 'batch 7' (test_destroy.py:" in heard
+
+
+def _until(place: str, engine: Any) -> Any:
+    """A step, up to the place at which a rank fails; the loss."""
+    if place == "before a forward":
+        return None
+    loss = engine(1.0, 2.0)
+    if place != "before a backward":
+        engine.backward(loss)
+    return loss
+
+
+def _go_on(place: str, engine: Any, loss: Any) -> None:
+    match place:
+        case "before a forward":
+            engine(1.0, 2.0)
+        case "before a backward":
+            engine.backward(loss)
+        case "before a step":
+            engine.step()
+        case "before an evaluation":
+            with torch.no_grad():
+                engine(1.0, 2.0)
+
+
+def _part_at_stage_3(rank: int, world: int) -> dict[str, tuple[str, list[str]]]:
+    found = {}
+    for place in PLACES:
+        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+        engine = engine_over_terms({**settings, "zerort": {"timeout": 20.0}})
+        step_with(engine, 1.0, 2.0)
+        loss = _until(place, engine)
+        lines, heard = log_lines(logging.WARNING), ""
+        if rank == 0 and place != "on all ranks":
+            if place != "destroy()":
+                heard = str(caught(partial(_go_on, place, engine, loss)))
+            engine.destroy()
+        else:
+            try:
+                raise KeyError(place)
+            except KeyError:
+                engine.destroy()
+        found[place] = heard, list(lines)
+    return found
+
+
+PLACES = (
+    "before a forward",
+    "before a backward",
+    "before a step",
+    "before an evaluation",
+    "destroy()",
+    "on all ranks",
+)
+
+
+def test_at_stage_3_ranks_that_go_on_hear_the_exception_wherever_they_are() -> None:
+    innocent, culprit = ranks.run(2, _part_at_stage_3)
+    for place in PLACES[:-2]:
+        heard, lines = innocent[place]
+        assert f"gave its engine back after KeyError: '{place}' (test_destroy.py:" in heard, place
+        assert lines == [], place
+    assert [innocent[place] for place in PLACES[-2:]] == [("", [])] * 2
+    assert [culprit[place] for place in PLACES] == [("", [])] * len(PLACES)

@@ -1,14 +1,20 @@
-"""A module before and behind its engine: moved, synchronised, and its weights given back."""
+"""A module before and behind its engine: evaluated in shards, and its weights given back."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import zerort
 from zerort.params.sharded import Gone, keeper_of
 from zerort.zero import GatheredParameters
 
-__all__ = ["Whole", "is_gone", "is_sharded"]
+__all__ = ["Whole", "await_evaluations", "forward_only", "is_gone", "is_sharded"]
+
+_OF_TRAINING = ("optimizer", "scheduler")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -19,6 +25,21 @@ def is_sharded(module: nn.Module) -> bool:
 def is_gone(module: nn.Module) -> bool:
     """Whether any parameter's values went with an engine."""
     return any(isinstance(parameter, Gone) for parameter in module.parameters())
+
+
+def forward_only(module: nn.Module, settings: Mapping[str, Any]) -> zerort.Engine:
+    """An engine over `module` that trains nothing, whatever `settings` say of an optimizer."""
+    kept = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
+    return zerort.initialize(model=module, config=kept)[0]
+
+
+def await_evaluations(engine: zerort.Engine) -> None:
+    """Takes part in the forwards that other ranks still run, until all ranks call this; ranks run
+    as many evaluations as they have batches. Within a forward nothing.
+    """
+    transaction = engine._transaction
+    if not (transaction.closed or transaction.part.passes.is_open):
+        transaction.pause("a collective of Lightning's")
 
 
 class Whole:

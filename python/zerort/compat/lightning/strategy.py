@@ -2,7 +2,8 @@
 
 The loop, accumulation, schedulers and callbacks stay Lightning's; forward, backward, clipping, the
 update and the model's part of a checkpoint are the engine's, which lives from `setup` to
-`teardown`. Outside `fit` there is no engine: the module itself is validated, whole on every rank.
+`teardown`. Outside `fit` an engine of stage 3 only runs forward, on shards; below that there is
+none, and the module itself is validated, whole on every rank.
 
 Processes are started as `DDPStrategy` starts them, and the Trainer's own collectives stay on
 torch.distributed's default group, which the engine never uses.
@@ -20,7 +21,13 @@ from torch import Tensor
 
 import zerort
 from zerort.checkpoint import get_client_state, get_fp32_state_dict
-from zerort.compat.lightning.modules import Whole, is_gone, is_sharded
+from zerort.compat.lightning.modules import (
+    Whole,
+    await_evaluations,
+    forward_only,
+    is_gone,
+    is_sharded,
+)
 from zerort.compat.lightning.packages import fabric, pytorch
 from zerort.compat.lightning.precision import FullPrecision, adapted
 from zerort.compat.lightning.settings import Given, completed, stage_of
@@ -47,7 +54,8 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
     is precision, clipping and accumulation, is left out of it. The stage is `stage`, else the
     configuration's, else 2. With `load_full_weights` a checkpoint that is one file, such as DDP's,
     may be fitted on, without its optimizer's state. `keep_weights`: at stage 3 every rank has the
-    whole model in host memory behind `fit`, as it has below; else its parameters are gone.
+    whole model in host memory behind `fit`, `validate`, `test` and `predict`, as it has below; else
+    its parameters are gone.
     `weights_only=False` lets `torch.load` make any object of Lightning's part of a checkpoint.
     The rest is `DDPStrategy`'s.
 
@@ -97,10 +105,19 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
 
     @property
     def engine(self) -> zerort.Engine:
-        """Of the fit that is under way. Raises `ConfigError` outside one."""
+        """Of the fit that is under way, or at stage 3 of the evaluation. Raises `ConfigError` where
+        there is none.
+        """
         if self._engine is None:
-            raise ConfigError("there is an engine only within fit: use the module itself")
+            raise ConfigError(
+                "there is an engine only within fit, and at stage 3 within validate, test and "
+                "predict: use the module itself"
+            )
         return self._engine
+
+    @property
+    def _fits(self) -> bool:
+        return self._engine is not None and self._engine.optimizer is not None
 
     @property
     def precision_plugin(self) -> Any:
@@ -115,15 +132,12 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Around `configure_model`: at stage 3 parameters that are to be trained are born in
-        shards.
-        """
-        fits = self.lightning_module.trainer.state.fn == _FITTING
-        with Init(config_dict_or_path=self._settings(), enabled=fits and self.stage == 3):
+        """Around `configure_model`: at stage 3 parameters are born in shards."""
+        with Init(config_dict_or_path=self._settings(), enabled=self.stage == 3):
             yield
 
     def setup(self, trainer: Any) -> None:
-        """Makes the engine, or outside `fit` puts the module in place."""
+        """Makes the engine, or outside `fit` below stage 3 puts the module in place."""
         self._failed = False
         self.accelerator.setup(trainer)
         if trainer.state.fn == _FITTING:
@@ -134,14 +148,18 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
                 self.model_to_device()
             self.setup_optimizers(trainer)
             self._open(trainer)
+        elif self.stage == 3 and any(True for _ in self.model.parameters()):
+            if not is_sharded(self.model):
+                self.model_to_device()
+            self.model = self._engine = forward_only(self.model, self._settings())
         else:
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
             _sync_module_states(self.model)
         self.setup_precision_plugin()
-        if self._engine is not None:
+        if self._fits:
             # in manual optimization it is how a window is dropped
-            self._lightning_optimizers[0].zero_grad = self._engine.zero_grad
+            self._lightning_optimizers[0].zero_grad = self.engine.zero_grad
 
     def _settings(self) -> dict[str, Any]:
         trainer = self.lightning_module.trainer
@@ -254,6 +272,33 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
         with self.engine.no_sync():
             yield
 
+    # Lightning's collectives.
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """DDP's, behind the evaluations of all ranks."""
+        self._await_evaluations()
+        super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """DDP's, behind the evaluations of all ranks."""
+        self._await_evaluations()
+        return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """DDP's, behind the evaluations of all ranks."""
+        self._await_evaluations()
+        return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """DDP's, behind the evaluations of all ranks."""
+        self._await_evaluations()
+        gathered: Tensor = super().all_gather(tensor, group, sync_grads)
+        return gathered
+
+    def _await_evaluations(self) -> None:
+        if self._engine is not None and not self._fits:
+            await_evaluations(self._engine)
+
     # Checkpoints.
 
     @property
@@ -328,12 +373,12 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
         return {"state_dict": {}, **unpacked(client_state, folder, weights_only)}
 
     def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        if self._engine is not None and not self.load_full_weights:
+        if self._fits and not self.load_full_weights:
             raise CheckpointError(
                 f"{path} is one file, which holds no state of this strategy's optimizer: give "
                 "ZerortStrategy(load_full_weights=True) to fit on from its weights"
             )
-        if self._engine is not None:
+        if self._fits:
             _rank_zero.rank_zero_warn(f"{path}: the optimizer begins anew, weights alone are taken")
         self._full = super().load_checkpoint(path, weights_only)
         return dict(self._full)
