@@ -123,8 +123,9 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         """
         if self._transaction.part.accumulation.held:
             raise StepError(
-                "step() inside no_sync() or coalesce_grad_reduction(): leave the context first, "
-                "gradients have not been reduced"
+                "It is illegal to call Engine.step() inside no_sync context manager and inside "
+                "coalesce_grad_reduction(): leave the context first, gradients have not been "
+                "reduced"
             )
         with self._parts.sink.range("step"):
             self._transaction.step(lr_kwargs or {})

@@ -41,8 +41,8 @@ class Averaging:
         """
         if scaling is None and self.loss_scale.scale != 1.0:
             raise StepError(
-                "a direct loss.backward() would not be loss-scaled: use engine.backward(loss), or "
-                "engine.scale(loss).backward()"
+                "a direct loss.backward() would not be loss-scaled. Loss scaling is required: use "
+                "engine.backward(loss), or engine.scale(loss).backward()"
             )
         steps = self.accumulation.steps
         if scaling is None:

@@ -20,8 +20,8 @@ def refuse_unfit(loss: Any) -> None:
         )
     if loss.numel() != 1:
         raise StepError(
-            f"backward needs a loss of one element, got a tensor of shape {tuple(loss.shape)}: "
-            "reduce it, for example with loss.mean()"
+            f"backward needs a loss of one element, a scalar tensor, got shape "
+            f"{tuple(loss.shape)}: reduce it, for example with loss.mean()"
         )
     if not loss.requires_grad:
         raise StepError(

@@ -147,8 +147,21 @@ def test_a_loaded_loss_scale_is_the_optimizers_too(tmp_path: Path) -> None:
 def test_a_loss_that_is_none_is_an_assertion_wherever_it_is_given() -> None:
     engine = engine_of()
     for call in (engine.backward, engine.scale):
-        with pytest.raises(AssertionError, match="one element"):
+        with pytest.raises(AssertionError, match="scalar tensor"):
             call(engine(torch.ones(2, 4)))
+    engine.destroy()
+
+
+def test_what_callers_look_for_in_an_error_is_in_it() -> None:
+    engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8})
+    batch = torch.ones(2, 4, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="Loss scaling is required"):
+        engine(batch).sum().backward()
+    illegal = r"It is illegal to call Engine.step\(\) inside no_sync context manager"
+    with engine.no_sync():
+        engine.backward(engine(batch).sum())
+        with pytest.raises(AssertionError, match=illegal):
+            engine.step()
     engine.destroy()
 
 

@@ -78,7 +78,7 @@ def a_step_in_it_and_another_context_are_refused(rank: int) -> None:
     engine = engine_of()
     with engine.coalesce_grad_reduction():
         engine.backward(engine(1.0, 1.0))
-        assert_told(caught(engine.step), StepError, "inside no_sync() or coalesce")
+        assert_told(caught(engine.step), StepError, "inside coalesce")
         assert_told(caught(engine.allreduce_gradients), StepError, "inside no_sync()")
         with (
             pytest.raises(StepError, match=r"inside no_sync\(\) or itself"),
