@@ -42,6 +42,12 @@ def losses(*program: str, save_dir: Path, steps: int) -> dict[int, str]:
     return {int(step): loss for step, loss in lines}
 
 
+def test_the_loop_learns(tmp_path: Path) -> None:
+    found = losses(str(EXAMPLE), save_dir=tmp_path, steps=10)
+    assert list(found) == [1, 10] and float(found[10]) < float(found[1]) - 0.5
+
+
+@pytest.mark.slow
 def test_the_loop_goes_on_where_it_was_and_is_the_same_program_under_deepspeeds_name(
     tmp_path: Path,
 ) -> None:

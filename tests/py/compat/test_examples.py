@@ -41,6 +41,7 @@ def bits(text: str) -> list[float]:
 
 
 @doors.needs("accelerate", "transformers")
+@pytest.mark.slow
 def test_the_trainer_learns_saves_and_resumes(tmp_path: Path) -> None:
     [learned] = bits(start(tmp_path, "hf_trainer.py", "--steps=12"))
     assert learned < 6.5  # of 8
@@ -59,6 +60,7 @@ def test_the_trainer_goes_on_at_its_last_checkpoint(tmp_path: Path) -> None:
 
 
 @doors.needs("accelerate", "transformers")
+@pytest.mark.slow
 def test_the_loop_with_accelerate_learns_at_stage_3(tmp_path: Path) -> None:
     before, after = bits(start(tmp_path, "accelerate_loop.py", "--steps=12", "--stage=3"))
     assert after < before - 1

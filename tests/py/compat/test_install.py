@@ -5,6 +5,7 @@ Where it matters what is imported first, a case is a Python of its own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 
 import ranks
 import zerort_as_deepspeed
 from zerort_as_deepspeed.version import SURFACE, VERSION
 
+# the standard library has one since Python 3.11; before, pytest brings its own
+TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ROOT = Path(__file__).parents[3]
 ALIAS = ROOT / "compat" / "alias"
 PYTHON = ROOT / "python"
@@ -90,7 +92,7 @@ def said(*lines: str, **where: Any) -> str:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with zerort's entry points, as an installation has them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = TOML.loads((ROOT / "pyproject.toml").read_text())["project"]
     place = tmp_path_factory.mktemp("site")
     (place / "zerort-0.dist-info").mkdir()
     (place / "zerort-0.dist-info" / "METADATA").write_text(
@@ -315,10 +317,10 @@ def test_the_variable_does_not_hide_a_deepspeed_that_is_installed(
 
 
 def test_its_version_is_the_surface_that_is_answered_for() -> None:
-    project = tomllib.loads((ALIAS / "pyproject.toml").read_text())["project"]
+    project = TOML.loads((ALIAS / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION == f"{SURFACE}+zerort"
     assert "Private :: Do Not Upload" in project["classifiers"]
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = TOML.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "deepspeed" not in str(extras["optional-dependencies"])
 
 

@@ -37,6 +37,7 @@ def fit(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> tuple[in
     return int(steps), float(bits)
 
 
+@pytest.mark.slow
 def test_the_example_learns_on_ranks_that_the_trainer_starts(tmp_path: Path) -> None:
     steps, bits = fit(tmp_path, "--epochs=1")
     assert steps == 16

@@ -186,7 +186,7 @@ def _events(rank: int, world: int, stage: int, layers: int) -> list[str]:
 @pytest.mark.parametrize(
     ("stage", "layers"),
     [
-        (2, 4),
+        pytest.param(2, 4, marks=pytest.mark.slow),
         (3, 3),
         # more hooks of one kind than torch traces a function for before it gives up (8)
         pytest.param(2, 10, marks=pytest.mark.slow),
@@ -225,7 +225,7 @@ def _most_that_is_whole(rank: int, world: int, compiles: bool) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_backward_frees_what_older_nodes_do_not_read(compiles: bool) -> None:
     for found in ranks.run(1, _most_that_is_whole, compiles, timeout=170.0):
         assert found and max(found) <= ROOM
@@ -261,7 +261,7 @@ def _fail_once(rank: int, world: int, stage: int) -> tuple[str, tuple[float, flo
     return f"{type(error).__name__}: {error}", after
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_exception_in_a_compiled_backward_fails_the_micro_batch_on_all_ranks(stage: int) -> None:
     (innocent, after), (culprit, again) = ranks.run(2, _fail_once, stage, timeout=170.0)
     assert "out of luck" in culprit and not culprit.startswith("StepError")
@@ -346,6 +346,7 @@ def _of_many_kinds(rank: int, world: int) -> list[float]:
     return [float(p.detach().double().mean()) for p in model.kinds]
 
 
+@pytest.mark.slow
 def test_gradients_of_many_kinds_do_not_reach_the_compilers_limit() -> None:
     assert ranks.run(1, _of_many_kinds, timeout=170.0) == [[0.25] * 12]
 

@@ -289,6 +289,7 @@ def compiled(rank: int, world: int) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_counted_uncompiled_on_all_ranks() -> None:
     for (text, same), (_, same_there) in zip(*ranks.run(2, compiled, timeout=100), strict=True):
         assert value(text, "fwd flops per GPU") == EXPECTED[0]

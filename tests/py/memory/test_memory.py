@@ -130,7 +130,7 @@ FORMULAS = {
 }
 """Bytes per parameter: Adam, fp32 masters, fp32 gradients."""
 
-every_world = pytest.mark.parametrize("world", [2, 4])
+every_world = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 SMALL = 4096  # bytes of step counts, ballots, scalars
 
 

@@ -171,7 +171,11 @@ def break_everywhere(
 
 @pytest.mark.parametrize(
     ("stage", "window", "kind"),
-    [(0, 2, KeyboardInterrupt), (2, 1, KeyError), (2, "all", KeyboardInterrupt)],
+    [
+        pytest.param(0, 2, KeyboardInterrupt, marks=pytest.mark.slow),
+        (2, 1, KeyError),
+        (2, "all", KeyboardInterrupt),
+    ],
 )
 def test_a_command_that_is_broken_off_at_any_line_is_neither_lost_nor_repeated(
     stage: int, window: int | str, kind: type[BaseException]
