@@ -480,17 +480,21 @@ def flows_in(precision: str, stage: int) -> Mapping[str, Callable[[Path], Any]]:
     }
 
 
-def run(flows: Mapping[str, Callable[[Path], Any]], folder: Path) -> dict[str, Any]:
-    """The results by name; of a flow that raised, its traceback."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def elastic() -> None:
+    """Lets Lightning find the process group that is there."""
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
+        RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_RANK=str(dist.get_rank()),
         TORCHELASTIC_RUN_ID="flows",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="1",
     )
+
+
+def run(flows: Mapping[str, Callable[[Path], Any]], folder: Path) -> dict[str, Any]:
+    """The results by name; of a flow that raised, its traceback."""
+    elastic()
     results: dict[str, Any] = {}
     for name, flow in flows.items():
         place = folder / name.replace(" ", "-")

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import zerort
 from zerort.checkpoint import get_client_state, get_fp32_state_dict
+from zerort.compat.lightning.collectives import Collectives
 from zerort.compat.lightning.modules import (
     Whole,
-    await_evaluations,
     forward_only,
     is_gone,
     is_sharded,
@@ -47,7 +47,7 @@ _LightningModule = pytorch("core").LightningModule
 _MockOptimizer = pytorch("core.optimizer")._MockOptimizer
 
 
-class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
+class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
     """`Trainer(strategy=ZerortStrategy(stage=2))`, or by its name, `"zerort_stage_2"`.
 
     `config` is a DeepSpeed configuration (a dict, a path or base64): what Lightning is told, which
@@ -271,33 +271,6 @@ class ZerortStrategy(_DDPStrategy):  # type: ignore[misc]
         """Within, backwards add up on this rank."""
         with self.engine.no_sync():
             yield
-
-    # Lightning's collectives.
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """DDP's, behind the evaluations of all ranks."""
-        self._await_evaluations()
-        super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """DDP's, behind the evaluations of all ranks."""
-        self._await_evaluations()
-        return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """DDP's, behind the evaluations of all ranks."""
-        self._await_evaluations()
-        return super().reduce(tensor, group, reduce_op)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """DDP's, behind the evaluations of all ranks."""
-        self._await_evaluations()
-        gathered: Tensor = super().all_gather(tensor, group, sync_grads)
-        return gathered
-
-    def _await_evaluations(self) -> None:
-        if self._engine is not None and not self._fits:
-            await_evaluations(self._engine)
 
     # Checkpoints.
 
