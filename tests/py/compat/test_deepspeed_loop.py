@@ -4,13 +4,18 @@ own program that zerort.compat.run starts.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import ranks
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 EXAMPLE = EXAMPLES / "deepspeed_loop.py"
@@ -19,18 +24,26 @@ IMPORT = "import zerort as deepspeed\n"
 pytestmark = pytest.mark.timeout(300)
 
 
-def losses(*program: str, save_dir: Path, steps: int) -> dict[int, str]:
-    """What rank 0 of two prints, by step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = [
+def options(save_dir: Path, steps: int) -> list[str]:
+    return [
         f"--deepspeed_config={EXAMPLE.with_suffix('.json')}",
         f"--save_dir={save_dir}",
         f"--steps={steps}",
         "--save_interval=1000",
     ]
+
+
+def losses(printed: str) -> dict[int, str]:
+    """What rank 0 of two prints, by step."""
+    lines = re.findall(r"^step +(\d+) +loss ([\d.]+)$", printed, re.MULTILINE)
+    return {int(step): loss for step, loss in lines}
+
+
+def under_torchrun(*program: str) -> dict[int, str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     paths = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, *program, *options],
+        [*command, *program],
         check=False,
         capture_output=True,
         text=True,
@@ -38,8 +51,19 @@ def losses(*program: str, save_dir: Path, steps: int) -> dict[int, str]:
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"^step +(\d+) +loss ([\d.]+)$", done.stdout, re.MULTILINE)
-    return {int(step): loss for step, loss in lines}
+    return losses(done.stdout)
+
+
+def in_new_processes(*arguments: str) -> dict[int, str]:
+    """The example on two ranks that need not import torch first."""
+    return losses(ranks.run(2, example, arguments, timeout=120)[0])
+
+
+def example(rank: int, world: int, arguments: tuple[str, ...]) -> str:
+    sys.argv, sys.path[:0] = [str(EXAMPLE), *arguments], [str(EXAMPLES)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return out.getvalue()
 
 
 def test_the_loop_learns(tmp_path: Path) -> None:
@@ -55,10 +79,15 @@ def test_the_loop_goes_on_where_it_was_and_is_the_same_program_under_deepspeeds_
     assert text.count(IMPORT) == 1 and "zerort" not in text.split(IMPORT)[1]
     program = tmp_path / "program.py"
     program.write_text(text.replace(IMPORT, "import deepspeed\n"))
-    whole = losses("-m", "zerort.compat.run", str(program), save_dir=tmp_path / "whole", steps=20)
+    start = ("-m", "zerort.compat.run", str(program))
+    whole = under_torchrun(*start, *options(tmp_path / "whole", steps=20))
     assert list(whole) == [1, 10, 20] and float(whole[20]) < float(whole[1]) - 1
-    halves = tmp_path / "halves"
-    first = losses(str(EXAMPLE), save_dir=halves, steps=10)
-    second = losses(str(EXAMPLE), save_dir=halves, steps=10)
+    half = options(tmp_path / "halves", steps=10)
+    first, second = in_new_processes(*half), in_new_processes(*half)
     assert first == {1: whole[1], 10: whole[10]}
     assert list(second) == [11, 20] and second[20] == whole[20]
+
+
+@pytest.mark.slow
+def test_the_example_itself_is_started_by_torchrun(tmp_path: Path) -> None:
+    assert list(under_torchrun(str(EXAMPLE), *options(tmp_path, steps=10))) == [1, 10]
