@@ -20,10 +20,6 @@ pytestmark = doors.needs("accelerate", "transformers")
 Numbers = dict[str, Any]
 
 
-def prepare(rank: int, world: int, place: str) -> None:
-    doors.tiny_llama(place)
-
-
 def settings() -> dict[str, Any]:
     return {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -81,9 +77,10 @@ def train(engine: Any, step: int) -> float:
 
 
 def plain(rank: int, world: int, place: str) -> Numbers:
-    """The same on one process: both ranks' samples."""
+    """Makes the model, and does the same on one process: both ranks' samples."""
     from transformers import AutoModelForCausalLM
 
+    doors.tiny_llama(place)
     model = AutoModelForCausalLM.from_pretrained(place)
     found: Numbers = {
         "loaded": {name: value.clone() for name, value in model.state_dict().items()},
@@ -105,10 +102,8 @@ def plain(rank: int, world: int, place: str) -> Numbers:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Numbers], Numbers]:
     place: Path = tmp_path_factory.mktemp("pretrained") / "model"
-    ranks.run(1, prepare, str(place), timeout=150)
-    return ranks.run(2, born, str(place), timeout=150), ranks.run(
-        1, plain, str(place), timeout=150
-    )[0]
+    [alone] = ranks.run(1, plain, str(place), timeout=150)
+    return ranks.run(2, born, str(place), timeout=150), alone
 
 
 Found = tuple[list[Numbers], Numbers]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import doors
 import ranks
@@ -131,6 +132,10 @@ def enter(rank: int, world: int, case: Case) -> None:
 
 
 def trainings(rank: int, world: int, cases: list[Case], folder: str) -> dict[Case, Numbers]:
+    doors.enter(rank, world)
+    if rank == 0:
+        doors.tiny_llama(f"{folder}/model")
+    dist.barrier()
     found = {}
     for case in cases:
         enter(rank, world, case)
@@ -146,13 +151,7 @@ def trained(cases: tuple[Case, ...], folder: str) -> list[dict[Case, Numbers]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("trainer")
-    ranks.run(1, prepare, str(place / "model"))
-    return place
-
-
-def prepare(rank: int, world: int, place: str) -> None:
-    doors.tiny_llama(place)
+    return tmp_path_factory.mktemp("trainer")
 
 
 @pytest.fixture(
