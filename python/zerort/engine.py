@@ -35,6 +35,7 @@ from zerort.step.getters import Getters
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
+from zerort.step.states import MovableStates, States
 from zerort.step.transaction import Transaction
 from zerort.utils.held import Owner
 
@@ -54,7 +55,7 @@ its backward is over.
 """
 
 
-class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
+class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Module):
     """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
     `module.*`; unknown attributes are looked up there.
     """
@@ -66,6 +67,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, nn.Module):
         self._parts = parts
         self._events = open_features(Site(module, parts, self.counters))
         self._transaction = _transaction(parts, self.counters, self._events)
+        self._states = States(self._transaction, parts)
         self._owner = Owner(self._transaction, parts)
         self._checkpoints = Checkpoints(_state(self), _policy(parts))
         # An engine that is dropped without `destroy` leaves no hook on the model.

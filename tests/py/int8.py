@@ -53,6 +53,9 @@ class Int8Encoder:
         assert buffers.send.tensor.dtype == torch.uint8
         self._buffers = buffers
 
+    def release(self) -> None:
+        del self._buffers
+
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         self._staged.zero_()
         came = [(v, g) for v, g in zip(self._views, gradients, strict=True) if g is not None]

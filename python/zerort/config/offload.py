@@ -6,13 +6,45 @@ room and time for copies are ignored: buckets have homes, and a copy belongs to 
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from zerort.config.section import Section, lower, number
 
-__all__ = ["CPU_ADAMS", "OffloadOptimizer", "OffloadParam", "refuse_unfit"]
+__all__ = [
+    "CPU_ADAMS",
+    "OffloadDeviceEnum",
+    "OffloadOptimizer",
+    "OffloadParam",
+    "OffloadStateTypeEnum",
+    "refuse_unfit",
+]
+
+
+class OffloadDeviceEnum(str, Enum):
+    """Where something may be offloaded to; DeepSpeed's."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OffloadStateTypeEnum(str, Enum):
+    """What `engine.offload_states` may be asked for; DeepSpeed's."""
+
+    optim_states = "optim_states"
+    """What the optimizer keeps."""
+    hp_params = "hp_params"
+    """Masters that are memory of their own."""
+    lp_params = "lp_params"
+    """Parameters, or this rank's shards of them; their masters too, where they are their own."""
+    lp_grads = "lp_grads"
+    """Gradient sums."""
+    contiguous_grad_buffer = "contiguous_grad_buffer"
+    """Memory of gradients on their way, which holds nothing between steps."""
+
 
 CPU_ADAMS = frozenset({"cpuadam", "deepspeedcpuadam"})
 """Names of DeepSpeed's Adam that steps on the host, in lower case."""

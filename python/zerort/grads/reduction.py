@@ -304,6 +304,21 @@ class Reduction:
             gatherer.told()
         gatherer.load(self.plan)
 
+    @unintercepted
+    def unload(self) -> None:
+        """Gives the memory of gradients on their way back, until `reload`. Nothing is under way."""
+        self._executor.unload()
+
+    @unintercepted
+    def reload(self) -> None:
+        """Takes such memory again."""
+        self._executor.load(self.plan)
+
+    @unintercepted
+    def follow_memory(self) -> None:
+        """Sums lie elsewhere; no gradient waits."""
+        self._executor.follow()
+
     def close(self) -> None:
         """Takes the hooks off the model."""
         self.listener.close()

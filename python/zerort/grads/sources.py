@@ -49,6 +49,9 @@ class FromGrad:
         fits = all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=False))
         self._slots = slots if fits else []
 
+    def follow(self) -> None:
+        """It has none of it."""
+
     def collect(self) -> None:
         """Moves what is not there yet into the send buffer, in one batch."""
         moving = [
@@ -100,6 +103,12 @@ class LocalSum:
 
     def rest_in(self, slots: Sequence[Tensor]) -> None:
         """Declined: the wire is narrower than the sum."""
+
+    def follow(self) -> None:
+        """The sum's own memory is the bucket's."""
+        self._spare = None
+        if self._bucket.local is not None:
+            self._local = _Sum.over(self._bucket.local, self._bucket)
 
     def _sum(self) -> _Sum:
         if self._local is not None and not self._taken:

@@ -22,6 +22,7 @@ from zerort.errors import StepError
 from zerort.memory.fingerprint import first_of, line_prints
 from zerort.memory.homes import Homes
 from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, SameMaster
+from zerort.memory.moved import Carrier
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
@@ -222,6 +223,18 @@ class HeldBucket:
         if isinstance(self.values, Freeable) and self.values.is_aliased:
             self.values.leave(self.params)
 
+    def move_values(self, carry: Carrier) -> None:
+        """What lies on the device of the parameters, elsewhere, and parameters that are whole with
+        it. Nothing is under way, and nothing sharded is whole.
+        """
+        if isinstance(self.values, Resident):
+            self.values.move(carry)
+            for parameter, view in zip(self.params, self.values.views(), strict=True):
+                parameter.data = view
+        elif self._host is None:
+            self.owned.move(carry)
+        self.master = self.owned.tensor
+
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces what this rank keeps, (n,) from `start` of the owned part on."""
         self.ready()
@@ -319,6 +332,25 @@ class FlatBucket(HeldBucket):
         """And the masters follow."""
         super().keep()
         self._masters.follow()
+
+    def move_values(self, carry: Carrier) -> None:
+        """And the masters, where they are the same memory."""
+        super().move_values(carry)
+        self._masters.parted()
+        self.master = self._masters.tensor
+
+    def move_masters(self, carry: Carrier) -> None:
+        """Masters that are memory of their own on the device, elsewhere."""
+        if self._host is None or not self.is_on_host:
+            self._masters.move(carry)
+            self.master = self._masters.tensor
+
+    def move_sums(self, carry: Carrier) -> None:
+        """Sums on the device, elsewhere: those over micro-batches are the same memory."""
+        if self.local is None:
+            self.sums.move(carry)
+        else:
+            self.local.move(carry)
 
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""

@@ -45,6 +45,10 @@ class HostRoom:
             self._landing = Memory.zeros(self._reserved, torch.uint8, self._place)
         return self._landing.typed(dtype, 0, numel)
 
+    def release(self) -> None:
+        """Gives the landing back, until it is asked for again."""
+        self._landing = None
+
     def send_cast(self, there: Tensor, here: Tensor) -> None:
         """Casts `here`, on the host, to what `there` is, and copies it to the device. Returns with
         the cast: the host may go on writing into `here`.

@@ -16,6 +16,7 @@ from torch import Tensor
 from zerort.device import Host, Mark, device_for
 from zerort.memory.fingerprint import fingerprint
 from zerort.memory.homes import HostRoom
+from zerort.memory.moved import Carrier
 from zerort.memory.values import Memory
 
 __all__ = ["DeviceMaster", "HostMaster", "Master", "OwnMaster", "SameMaster"]
@@ -54,15 +55,22 @@ class Master(Protocol):
     def ready(self) -> None:
         """The host may write the copy."""
 
+    def move(self, carry: Carrier) -> None:
+        """What it has on the device of its own, elsewhere: `tensor` is another then."""
+
+    def parted(self) -> None:
+        """The parameters' part has moved."""
+
 
 class SameMaster:
     """Where parameters are as precise as the optimizer needs: they are the copy."""
 
-    __slots__ = ("tensor",)
+    __slots__ = ("_owned", "tensor")
 
     is_own = False
 
     def __init__(self, owned: Memory) -> None:
+        self._owned = owned
         self.tensor = owned.tensor
 
     def follow(self) -> None:
@@ -86,6 +94,13 @@ class SameMaster:
 
     def ready(self) -> None:
         """Always."""
+
+    def move(self, carry: Carrier) -> None:
+        """It has nothing."""
+
+    def parted(self) -> None:
+        """It is they."""
+        self.tensor = self._owned.tensor
 
 
 class OwnMaster:
@@ -144,6 +159,16 @@ class OwnMaster:
 
     def ready(self) -> None:
         """Always."""
+
+    def move(self, carry: Carrier) -> None:
+        """And what was noted."""
+        self._memory.move(carry)
+        self.tensor = self._memory.tensor
+        if self._noted is not None:
+            self._noted = carry(self._noted)
+
+    def parted(self) -> None:
+        """It is asked where that is."""
 
 
 class HostMaster:
@@ -225,6 +250,14 @@ class HostMaster:
             self._mark.wait()
             self._mark = None
 
+    def move(self, carry: Carrier) -> None:
+        """What was noted: all else is on the host."""
+        if self._noted is not None:
+            self._noted = carry(self._noted)
+
+    def parted(self) -> None:
+        """It is asked where that is."""
+
     def _see(self) -> None:
         self._seen = fingerprint(self._owned.tensor)
 
@@ -281,6 +314,13 @@ class DeviceMaster:
 
     def ready(self) -> None:
         """The host writes nothing here."""
+
+    def move(self, carry: Carrier) -> None:
+        """All of it."""
+        self.tensor = carry(self.tensor)
+
+    def parted(self) -> None:
+        """It is asked where that is."""
 
     def _sent(self) -> Tensor:
         here = self._owned.tensor

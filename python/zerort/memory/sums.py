@@ -12,6 +12,7 @@ import torch
 
 from zerort.device import Mark
 from zerort.memory.homes import HostRoom
+from zerort.memory.moved import Carrier
 from zerort.memory.values import Memory
 
 __all__ = ["HostSums", "Sums", "SumsHere"]
@@ -36,6 +37,12 @@ class Sums(Protocol):
     def close(self) -> None:
         """It has been written."""
 
+    def move(self, carry: Carrier) -> None:
+        """What lies on the device, elsewhere."""
+
+    def release(self) -> None:
+        """Gives back what is needed only while something is written."""
+
 
 class SumsHere:
     """On the device."""
@@ -52,6 +59,13 @@ class SumsHere:
 
     def close(self) -> None:
         """It is there."""
+
+    def move(self, carry: Carrier) -> None:
+        """The whole, and with it the shard."""
+        self.whole.move(carry)
+
+    def release(self) -> None:
+        """Nothing is."""
 
 
 class HostSums:
@@ -95,3 +109,11 @@ class HostSums:
         """A copy."""
         assert self._landing is not None
         self._mark = self._room.host.receive(self._memory.tensor, self._landing.tensor)
+
+    def move(self, carry: Carrier) -> None:
+        """It is on the host."""
+
+    def release(self) -> None:
+        """The shared memory."""
+        self._landing = None
+        self._room.release()

@@ -12,7 +12,7 @@ What it does not do: no communication, no arithmetic, no knowledge of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
+from zerort.memory.moved import Carrier
 
 __all__ = ["Alone", "Extent", "Form", "Freeable", "Memory", "Resident", "guards"]
 
@@ -37,11 +38,18 @@ class Memory:
     same bytes.
     """
 
-    __slots__ = ("buffer", "tensor")
+    __slots__ = ("_over", "_shards", "buffer", "tensor")
 
-    def __init__(self, tensor: Tensor, buffer: _core.Buffer) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        buffer: _core.Buffer,
+        over: Callable[[Tensor], _core.Buffer] = _core.Buffer,
+    ) -> None:
         self.tensor = tensor
         self.buffer = buffer
+        self._over = over
+        self._shards: list[tuple[int, Memory]] = []
 
     @classmethod
     def of(cls, tensor: Tensor) -> Memory:
@@ -61,7 +69,11 @@ class Memory:
     ) -> Memory:
         """Fresh memory for a whole bucket, which knows the bucket's shards and fragments."""
         tensor = torch.empty(bucket.numel, dtype=dtype, device=device).zero_()
-        return cls(tensor, _core.Buffer(tensor, plan, bucket.id))
+
+        def over(tensor: Tensor) -> _core.Buffer:
+            return _core.Buffer(tensor, plan, bucket.id)
+
+        return cls(tensor, over(tensor), over)
 
     @classmethod
     def over(cls, buffer: _core.Buffer) -> Memory:
@@ -69,8 +81,20 @@ class Memory:
         return cls(from_dlpack(buffer), buffer)
 
     def shard(self, rank: int) -> Memory:
-        """One rank's slice of a bucket's memory."""
-        return Memory.over(self.buffer.shard(rank))
+        """One rank's slice of a bucket's memory; it follows where that moves."""
+        shard = Memory.over(self.buffer.shard(rank))
+        self._shards.append((rank, shard))
+        return shard
+
+    def move(self, carry: Carrier) -> None:
+        """From now on this is what `carry` brings, and so are its shards. What else was made of the
+        old memory keeps that.
+        """
+        self.tensor = carry(self.tensor)
+        self.buffer = self._over(self.tensor)
+        for rank, shard in self._shards:
+            shard.buffer = self.buffer.shard(rank)
+            shard.tensor = from_dlpack(shard.buffer)
 
     def typed(self, dtype: torch.dtype, start: int, length: int) -> Memory:
         """Elements start..start+length of these bytes, read as `dtype`."""
@@ -111,7 +135,7 @@ class Form:
 class Resident:
     """A bucket's parameters, whole, in their own dtype and on this rank for good."""
 
-    __slots__ = ("_views", "memory")
+    __slots__ = ("_forms", "_params", "_views", "memory")
 
     def __init__(
         self,
@@ -122,9 +146,13 @@ class Resident:
         device: torch.device,
     ) -> None:
         self.memory = Memory.of_bucket(plan, spec, dtype, device)
+        self._params, self._forms = spec.params, forms
+        self._cut()
+
+    def _cut(self) -> None:
         self._views = [
             form.over(from_dlpack(self.memory.buffer.fragment(param)))
-            for param, form in zip(spec.params, forms, strict=True)
+            for param, form in zip(self._params, self._forms, strict=True)
         ]
 
     is_whole = True
@@ -141,6 +169,11 @@ class Resident:
     def views(self) -> Sequence[Tensor]:
         """One for each parameter, in its form."""
         return self._views
+
+    def move(self, carry: Carrier) -> None:
+        """Elsewhere; there are new views."""
+        self.memory.move(carry)
+        self._cut()
 
     def bring(self) -> None:
         """Nothing: there is memory."""

@@ -109,6 +109,10 @@ class Segment:
         self.form.over(flat).copy_(value)
         return flat
 
+    def follow(self) -> None:
+        """The bucket's masters lie elsewhere; the optimizer goes on with the same tensor."""
+        self.tensor.data = self.of(self.bucket.master)
+
     def widen(self) -> None:
         """Shows the optimizer the masters in the dtype that it computes in, until `narrow`."""
         if self.active and self.tensor.dtype != self.bucket.state_dtype:

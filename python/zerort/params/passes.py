@@ -58,6 +58,8 @@ class Resident:
     is_open = False
     pinned = 0
     owner: Owner
+    refusal: str | None = None
+    evaluates = True
 
     def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
         """Nothing."""
@@ -125,6 +127,9 @@ class Passes:
         self._news = False
         self._met = False
         self._thread = 0
+        self.refusal: str | None = None
+        """Why nothing can be done with the parameters; but an evaluation, if it `evaluates`."""
+        self.evaluates = True
 
     # What needs parameters.
 
@@ -159,6 +164,8 @@ class Passes:
             kind = "evaluation"
         if kind == "evaluation" and self.rests:
             return
+        if kind != "evaluation" or not self.evaluates:
+            self._refuse("a forward or a backward")
         self._refuse_other_threads()
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
         self._thread = threading.get_ident()
@@ -181,6 +188,10 @@ class Passes:
         if not in_backward:
             self._refuse_other_threads()
         return self.is_open
+
+    def _refuse(self, call: str) -> None:
+        if self.refusal is not None:
+            raise StepError(f"{call} {self.refusal}")
 
     def _refuse_other_threads(self) -> None:
         if self._thread not in (0, threading.get_ident()):
@@ -226,6 +237,7 @@ class Passes:
         """
         if call == "step()" and self._met:
             return
+        self._refuse(call)
         self._refuse_other_threads()
         self._thread = threading.get_ident()
         try:

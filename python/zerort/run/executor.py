@@ -109,6 +109,23 @@ class Executor:
         self._actions.load(self._table())
         self._cursor = self._allowed = 0
 
+    def unload(self) -> None:
+        """Gives the memory of buckets in flight back, until `load`. Nothing is under way."""
+        for flight in self._program.flights:
+            flight.before = None
+        self._program = Program(units=self._program.units)
+        self._actions.load(self._table())
+        for transport in self._transports.values():
+            transport.source.rest_in([])
+            transport.encoder.release()
+        for bucket in self._flat.trained:
+            bucket.sums.release()
+
+    def follow(self) -> None:
+        """Buckets' memory lies elsewhere."""
+        for transport in self._transports.values():
+            transport.source.follow()
+
     def _flights(self, plan: _core.Plan) -> dict[int, Inflight]:
         """By bucket. The n-th launch uses lane n modulo the window."""
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]

@@ -41,6 +41,11 @@ class Source(Protocol):
         until it is packed. Without slots there is no such memory.
         """
 
+    def follow(self) -> None:
+        """The bucket's memory lies elsewhere; nothing waits. What is needed only where gradients
+        have to is given back.
+        """
+
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
 

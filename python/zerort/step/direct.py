@@ -42,6 +42,7 @@ class DirectBackwards(Settling):
     def reached(self) -> None:
         """A backward comes to the module."""
         if self._listener.is_deaf or not isinstance(self._phase, Idle | Settled):
+            self.refuse_away("a backward")
             return
         refuse_foreign()
         running = running_here(self)

@@ -63,6 +63,10 @@ class ForwardOnly(Transaction):
         """Refused."""
         self._refuse("join()")
 
+    def check_departure(self) -> None:
+        """Refused: what there is are the parameters."""
+        self._refuse("offload_states()")
+
     def _refuse(self, call: str) -> NoReturn:
         self._demand(call)
         raise StepError(f"{call} of an engine that only runs forward: {self._reason}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from zerort.grads.tasks import GraphTask, LossScaling
 
 __all__ = [
+    "Away",
     "Backward",
     "Destroyed",
     "Idle",
@@ -57,6 +58,14 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Away:
+    """Between steps, with states on the host until `reload_states`."""
+
+    values: bool
+    """Parameters are among them."""
+
+
+@dataclass(frozen=True)
 class Settled:
     """A backward, or its forward, has raised and its peers have been told: the `step` that
     belongs to it is void.
@@ -75,7 +84,7 @@ class Destroyed:
     """The engine has given everything back."""
 
 
-Phase = Idle | Reached | Backward | Settled | Lost | Destroyed
+Phase = Idle | Reached | Backward | Away | Settled | Lost | Destroyed
 
 
 def between(phase: Phase) -> Idle:

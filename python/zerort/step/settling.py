@@ -16,6 +16,7 @@ from zerort.params.roll import Diverged
 from zerort.step.join import JoinEnded
 from zerort.step.participation import Participation
 from zerort.step.phases import (
+    Away,
     Backward,
     Destroyed,
     Idle,
@@ -25,7 +26,9 @@ from zerort.step.phases import (
     owes_pass,
 )
 
-__all__ = ["Settling"]
+__all__ = ["AWAY", "Settling"]
+
+AWAY = "while states are offloaded by engine.offload_states(): call engine.reload_states() first"
 
 
 class Settling:
@@ -46,6 +49,11 @@ class Settling:
         if self._interrupted():
             self._settle("a direct loss.backward() raised", owes=True)
 
+    def refuse_away(self, call: str) -> None:
+        """Raises `StepError` where states are offloaded."""
+        if isinstance(self._phase, Away):
+            raise StepError(f"{call} {AWAY}")
+
     def _demand(self, call: str, *, recovering: bool = True) -> None:
         """Raises where `call` cannot be."""
         match self._phase:
@@ -56,6 +64,8 @@ class Settling:
                     f"{call} after ranks have parted: restart the job from a checkpoint. What "
                     f"parted them: {reason}"
                 )
+            case Away():
+                self.refuse_away(call)
             case Backward(task=None):
                 raise StepError(f"{call} while engine.backward(loss) runs: wait until it is over")
             case Reached() | Backward() if in_backward():

@@ -33,7 +33,8 @@ from zerort.step.direct import DirectBackwards
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
-from zerort.step.phases import Backward, Destroyed, Idle, Lost, Settled, between
+from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Settled, between
+from zerort.step.settling import AWAY
 
 __all__ = ["Transaction"]
 
@@ -48,6 +49,8 @@ class Transaction(DirectBackwards):
     def __init__(self, part: Participation) -> None:
         super().__init__(part)
         self._around: Around = nullcontext
+        self._forwards = 0
+        """That run."""
 
     # The calls of a training loop.
 
@@ -57,9 +60,15 @@ class Transaction(DirectBackwards):
 
         Returns what `run` does, and hears of every backward that comes to it.
         """
+        if isinstance(self._phase, Away) and (self._phase.values or torch.is_grad_enabled()):
+            self.refuse_away("forward()")
         if torch.is_grad_enabled() and self._raised():
             self._settle("a direct loss.backward() raised", owes=True)
-        outputs = self._computed(run)
+        self._forwards += 1
+        try:
+            outputs = self._computed(run)
+        finally:
+            self._forwards -= 1
         when_backward_reaches(outputs, self._begins)
         return outputs
 
@@ -269,6 +278,46 @@ class Transaction(DirectBackwards):
             self.part.passes.meet(call)
             self._reduction.drain()
 
+    def depart(self, *, values: bool) -> None:
+        """States go to the host, parameters among them if it is `values`: until `arrive` nothing
+        can be done with them. Raises `StepError` where this is not between two steps.
+        """
+        if isinstance(self._phase, Away):
+            self._phase = Away(values or self._phase.values)
+        else:
+            self.check_departure()
+            self._phase = Away(values)
+        passes = self.part.passes
+        passes.refusal, passes.evaluates = AWAY, not self._phase.values
+
+    def check_departure(self) -> None:
+        """Raises `StepError` where this is not between two steps."""
+        call = "offload_states()"
+        if isinstance(self._phase, Away):
+            return
+        self._demand(call)
+        accumulation, passes = self.part.accumulation, self.part.passes
+        if self.part.joined or accumulation.held or passes.pinned:
+            raise StepError(
+                f"{call} inside join(), no_sync(), coalesce_grad_reduction() or "
+                "GatheredParameters: leave the context first"
+            )
+        if self._forwards or passes.is_open:
+            raise StepError(f"{call} inside a forward: call it between two steps")
+        begun = accumulation.window.taken or between(self._phase).backwards
+        if begun or not isinstance(self._phase, Idle) or self._reduction.unreduced():
+            raise StepError(
+                f"{call} in the middle of a window, whose gradients would be lost: call it right "
+                "after a step at a boundary"
+            )
+        self._reduction.drain()
+
+    def arrive(self) -> None:
+        """They are back."""
+        self.part.passes.refusal = None
+        if isinstance(self._phase, Away):
+            self._phase = Idle()
+
     def _refuse_pinned(self, call: str) -> None:
         """`call` changes the shards. What is pinned is so on all ranks, and all raise."""
         if self.part.passes.pinned:
@@ -294,6 +343,7 @@ class Transaction(DirectBackwards):
         """
         if isinstance(self._phase, Lost | Destroyed):
             return
+        self.part.passes.refusal = None
         try:
             self._reduction.abort()
             self.part.passes.meet("destroy()", FAILED if failed else 0)

@@ -50,6 +50,9 @@ class Encoder(Protocol):
     def bind(self, buffers: Buffers) -> None:
         """Takes memory, between passes. State is kept."""
 
+    def release(self) -> None:
+        """Gives that memory back: `bind` comes before anything else. State is kept."""
+
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """Writes the bucket's gradients, one per parameter, into the send buffer; None is zero. One
         that lies in its slot is there already.

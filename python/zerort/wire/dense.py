@@ -52,6 +52,11 @@ class DenseEncoder:
         self._buffers = buffers
         self._views = self._bucket.slots(buffers.send.tensor)
 
+    def release(self) -> None:
+        """All that it has."""
+        del self._buffers
+        self._views = []
+
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """One batched copy, which casts where dtypes differ."""
         if self._buffers.shared:

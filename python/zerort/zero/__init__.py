@@ -1,5 +1,6 @@
 """DeepSpeed's public names of stage 3."""
 
+from zerort.config.offload import OffloadDeviceEnum, OffloadStateTypeEnum
 from zerort.params.sharded import ZeroParamStatus
 from zerort.zero.compatible import register_external_parameter, unregister_external_parameter
 from zerort.zero.estimates import (
@@ -14,6 +15,8 @@ from zerort.zero.init import Init
 __all__ = [
     "GatheredParameters",
     "Init",
+    "OffloadDeviceEnum",
+    "OffloadStateTypeEnum",
     "ZeroParamStatus",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",

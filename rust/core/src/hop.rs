@@ -23,8 +23,8 @@
 //! - *Several copies of the model state*: an all-reduce on `replica` follows the reduce-scatter.
 //! - *Parameters kept on their host* between forward and backward: what publish's first hop leaves
 //!   is contiguous, so the second use needs its last hop alone.
-//! - *State that lives elsewhere*, in the host's memory: a copy behind the reduce hops and one
-//!   before the publish hops.
+//! - *State that lives elsewhere*, in the host's memory: nothing is planned for it. A copy behind the
+//!   reduce hops and one before the publish hops are a rank's own matter.
 //!
 //! - **HOP-1** The reduce hops leave every rank the sum over all ranks, each once: of the shard
 //!   with its number where the optimizer is sharded, of everything where it is not. The publish
