@@ -101,6 +101,12 @@ _zero = {
     **_of(zerort.zero, ("GatheredParameters", "Init", "ZeroParamStatus")),
     **_of(zerort.zero, ("register_external_parameter", "unregister_external_parameter")),
 }
+_partition = {
+    **_zero,
+    **_of(accelerator, ("get_accelerator", "set_accelerator")),
+    "_orig_torch_arange": torch.arange,
+    "zero_wrapper_for_fp_tensor_constructor": pieces.zero_wrapper_for_fp_tensor_constructor,
+}
 _leaves = {name: getattr(zerort.utils, name) for name in dir(zerort.utils) if "z3_leaf" in name}
 _safe = {name: getattr(zerort.utils, name) for name in dir(zerort.utils) if name.startswith("safe")}
 _accelerator = _of(accelerator, ("get_accelerator", "set_accelerator"))
@@ -191,12 +197,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.runtime.utils": _memory,
     "deepspeed.runtime.zero": _zero,
     "deepspeed.runtime.zero.offload_config": _of(pieces, ("OffloadDeviceEnum",)),
-    "deepspeed.runtime.zero.partition_parameters": {
-        **_zero,
-        **_accelerator,
-        "_orig_torch_arange": torch.arange,
-        "zero_wrapper_for_fp_tensor_constructor": pieces.zero_wrapper_for_fp_tensor_constructor,
-    },
+    "deepspeed.runtime.zero.partition_parameters": _partition,
     "deepspeed.runtime.zero.stage3": {
         **_of(optimizer, ("DeepSpeedZeroOptimizer_Stage3",)),
         **{name: call for name, call in _estimates.items() if "zero3" in name},
@@ -219,6 +220,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.utils.z3_leaf_module": _leaves,
     "deepspeed.utils.zero_to_fp32": _of(zero_to_fp32),
     "deepspeed.zero": _zero,
+    "deepspeed.zero.partition_parameters": _partition,  # both names are one there
 }
 """Module -> its names."""
 
