@@ -1,6 +1,7 @@
 """Buckets' memory, of which the module's parameters are views."""
 
 from zerort.memory.buckets import FlatBucket, FlatModel, HeldBucket, Layout
+from zerort.memory.fingerprint import digest
 from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
@@ -24,6 +25,7 @@ __all__ = [
     "Present",
     "Resident",
     "Signature",
+    "digest",
     "plannable",
     "undisturbed",
     "unintercepted",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "first_of", "line_prints"]
+__all__ = ["digest", "fingerprint", "first_of", "line_prints"]
 
+_PIECE = 1 << 24
 _FACTOR = -7046029254386353131
 """Odd, and without a pattern: 2 to the power of 64 by the golden ratio."""
 
@@ -20,6 +21,19 @@ def fingerprint(values: Tensor) -> Tensor:
     words = _mixed(values)
     places = torch.arange(1, 2 * words.numel(), 2, device=words.device)
     return words.mul_(places).sum()
+
+
+def digest(values: Tensor) -> int:
+    """A number over a tensor's elements, in the order of indices, of any shape and dtype. Reads the
+    device. Takes memory for a piece of it at a time, and a copy where it is not contiguous.
+    """
+    found = values.numel()
+    flat = values.detach().contiguous().view(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE]
+        padded = torch.nn.functional.pad(piece, (0, -piece.numel() % 8))
+        found = (found * _FACTOR + int(fingerprint(padded))) % 2**63
+    return found
 
 
 def line_prints(values: Tensor, line: int) -> Tensor:

@@ -46,8 +46,9 @@ _running: list[Init] = []
 class Init(ContextDecorator):
     """Within, a module's parameters are cut into equal parts, one a rank, when its constructor is
     over: while the model is built a rank holds its part of it, and one module. All ranks build the
-    same model at the same time, on rank 0's random numbers. What a constructor does to the
-    parameters of modules that it has made is right, whatever it is.
+    same model at the same time, on rank 0's random numbers; where a constructor has made other
+    values on another rank, rank 0's count. What a constructor does to the parameters of modules
+    that it has made is right, whatever it is, if all ranks do it.
 
     `module` is cut at once, with rank 0's values. The dtype is `dtype`, else the configuration's
     (`bf16`, `fp16`, `amp`), else each parameter's own; constructors see each parameter's own, and
@@ -149,11 +150,15 @@ class Init(ContextDecorator):
     def complete(self, module: nn.Module, made_here: Callable[[nn.Parameter], bool]) -> None:
         """A module's constructor is over."""
         assert _nursery is not None
-        for name, parameter in module._parameters.items():
-            if parameter is not None and _can_be_born(_nursery, parameter):
-                source = None if made_here(parameter) else 0
-                dtype = self._dtype_in(module, parameter)
-                _nursery.bear(parameter, f"{type(module).__name__}.{name}", dtype, source=source)
+        kind = type(module).__name__
+        own = {id(one): (name, one) for name, one in module._parameters.items() if one is not None}
+        ready = {name: one for name, one in own.values() if _can_be_born(_nursery, one)}
+        made = {name: one for name, one in ready.items() if made_here(one)}
+        alike = made.keys() - (_nursery.differing(kind, made) if made else set())
+        for name, parameter in ready.items():
+            source = None if name in alike else 0
+            dtype = self._dtype_in(module, parameter)
+            _nursery.bear(parameter, f"{kind}.{name}", dtype, source=source)
 
     def _dtype_in(self, module: nn.Module, parameter: nn.Parameter) -> torch.dtype:
         kept = self._keeps_norms and is_affine_batch_norm(module)

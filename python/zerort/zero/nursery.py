@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import compress
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zerort.errors import CommError, PlanError, StepError
+from zerort.memory import digest, unintercepted
 from zerort.mesh import Mesh, connect
 from zerort.params import sharded
 from zerort.zero.born import Born
@@ -60,6 +61,8 @@ class Nursery:
         self._endings: dict[int, weakref.finalize[Any, Any]] = {}
         self._lent: list[Born] = []
         self._serial = 0
+        self._writes, self._last_write = 0, "nothing"
+        """A sum over what was written without asking the others, and the last of it."""
 
     # Births.
 
@@ -85,6 +88,20 @@ class Nursery:
         born = Born(parameter, self.mesh.job, self._number(), parameter.dtype)
         born.make(self.mesh.device, read)
         self._enter(born, name)
+
+    @unintercepted
+    def differing(self, kind: str, named: Mapping[str, nn.Parameter]) -> set[str]:
+        """Which of the parameters that a constructor has made have other values on some rank. All
+        ranks call it, behind each constructor: most make the same, and then it is one small
+        all-reduce.
+        """
+        own = {name: digest(parameter) for name, parameter in named.items()}
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in named.items()]
+        every = zlib.crc32(repr(own).encode())
+        if self.meet(f"has made a {kind} with {_shaped(shapes)}", digest=every):
+            return set()
+        found = self.mesh.job.control.gather_objects(own)
+        return {name for name in own if any(other[name] != own[name] for other in found)}
 
     def _level(self, parameter: nn.Parameter, name: str, source: int) -> None:
         """Brings rank `source`'s values to all ranks."""
@@ -152,7 +169,10 @@ class Nursery:
         held = self._held(access.params, f"are written by {access.what}")
         written = [self._born[id(parameter)] for parameter in access.written]
         alone = access.what in _NEEDS_NO_OTHERS and len(held) == len(written)
-        if not alone:
+        if alone:
+            self._last_write = f"{_listed(held)} by {access.what}"
+            self._writes = zlib.crc32(self._last_write.encode(), self._writes)
+        else:
             self.meet(f"writes {_listed(held)}")
         with self._whole(held, gathers=not alone), torch.no_grad():
             try:
@@ -259,40 +279,60 @@ class Nursery:
             born.settle(ends=ends)
         self._lent = [born for born in lent if born.lent]
 
-    def meet(self, place: str, detail: Any = None, failure: str | None = None) -> None:
+    def meet(
+        self, place: str, detail: Any = None, failure: str | None = None, digest: int = 0
+    ) -> bool:
         """Before a collective: raises `Parted` where the ranks are not all at the same place, or
-        one has failed.
+        one has failed or written what another has not. Returns whether all have one `digest`.
         """
         job = self.mesh.job
-        rows = torch.zeros(job.world, 2, dtype=torch.int64)
+        rows = torch.zeros(job.world, 4, dtype=torch.int64)
         mark = zlib.crc32(repr((place, detail)).encode())
-        rows[job.rank] = torch.tensor([mark, failure is not None])
+        rows[job.rank] = torch.tensor([mark, failure is not None, self._writes, digest])
         job.control.all_reduce(rows)
-        if not rows[:, 1].any() and bool((rows[:, 0] == rows[0, 0]).all()):
-            return
-        places = job.control.gather_objects(failure or place)
-        listed = "; ".join(f"rank {rank} {place}" for rank, place in enumerate(places))
-        raise Parted(
-            f"ranks do not build the same model, or do not use it alike before zerort.initialize: "
-            f"{listed}"
-        )
+        same = (rows == rows[0]).all(0)
+        if rows[:, 1].any() or not same[0]:
+            self._part(
+                "ranks do not build the same model, or do not use it alike before "
+                "zerort.initialize",
+                failure or place,
+            )
+        if not same[2]:
+            self._part(
+                "ranks do not write the parameters of modules that are made alike: write them on "
+                "all ranks, or inside zerort.zero.GatheredParameters(parameters, modifier_rank=0)",
+                f"wrote {self._last_write} last",
+            )
+        return bool(same[3])
+
+    def _part(self, headline: str, own: str) -> None:
+        told = self.mesh.job.control.gather_objects(own)
+        listed = "; ".join(f"rank {rank} {one}" for rank, one in enumerate(told))
+        raise Parted(f"{headline}: {listed}")
 
     def finish(self, error: BaseException | None) -> None:
         """Building is over on this rank, with an `error` or without: the others raise with its
         reason where they meet next. All ranks call it, but for one whose error all have.
         """
-        self.settle(ends=True)
-        if error is None:
-            self.cast()
-            self.meet("has its model")
-        elif not isinstance(error, CommError | Parted):
-            with suppress(CommError, Parted):
-                failure = f"raised {type(error).__name__}: {error}"
-                self.meet("", failure=failure)
+        try:
+            self.settle(ends=True)
+            if error is None:
+                self.cast()
+                self.meet("has its model")
+            elif not isinstance(error, CommError | Parted):
+                with suppress(CommError, Parted):
+                    failure = f"raised {type(error).__name__}: {error}"
+                    self.meet("", failure=failure)
+        finally:
+            self._writes, self._last_write = 0, "nothing"
 
     def close(self) -> None:
         """Gives the process groups back."""
         self.mesh.close()
+
+
+def _shaped(named: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in named)
 
 
 def _listed(held: Sequence[Born]) -> str:

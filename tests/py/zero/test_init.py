@@ -20,6 +20,7 @@ from built import WIDTH, Again, Layer, Net, Reparametrised, bytes_held
 from training import keep
 from zerort.zero import GatheredParameters, Init
 from zerort.zero.born import Born
+from zerort.zero.nursery import Nursery
 
 
 def settings(stage: int = 3, dtype: str = "fp32") -> dict[str, Any]:
@@ -343,6 +344,66 @@ def test_a_rank_that_raises_or_builds_another_model_is_named_on_all() -> None:
         assert found["again"] == {torch.bfloat16}
     assert "KeyError" in first["at the end"]
     assert "rank 0 raised KeyError" in other["at the end"]
+
+
+class ReadByOne(nn.Module):
+    """As a constructor does that reads a file on rank 0, or sets nothing at all."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.read = nn.Parameter(torch.zeros(5, 3))
+        self.alike = nn.Parameter(torch.ones(7))
+        if rank == 0:
+            with torch.no_grad():
+                self.read[2:] = torch.arange(9.0).view(3, 3)
+        else:
+            self.unset = nn.Parameter(self.read.detach().clone().fill_(torch.nan))
+            del self.unset
+        self.inner = nn.Linear(3, 3)
+
+
+class WrittenByOne(nn.Module):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.other = nn.Linear(2, 2)
+        if rank == 1:
+            nn.init.zeros_(self.inner.weight)
+
+
+def of_one_rank(rank: int, world: int) -> dict[str, Any]:
+    sent = []
+    original = Nursery._level
+
+    def level(self: Nursery, parameter: nn.Parameter, name: str, source: int) -> None:
+        sent.append(name)
+        original(self, parameter, name, source)
+
+    Nursery._level = level  # type: ignore[method-assign]
+    with Init():
+        model = ReadByOne(rank)
+    found: dict[str, Any] = {"values": values(model)["read"], "sent": sent}
+    try:
+        with Init():
+            WrittenByOne(rank)
+    except zerort.PlanError as error:
+        found["written"] = str(error)
+    with Init():  # nothing of that is left
+        found["next"] = values(nn.Linear(2, 2))
+    return found
+
+
+def test_rank_zeros_values_count_where_a_constructor_makes_others_and_other_writes_are_named() -> (
+    None
+):
+    for found in ranks.run(2, of_one_rank):
+        assert found["values"][2:].flatten().tolist() == list(range(9))
+        assert not found["values"][:2].any()
+        assert found["sent"] == ["ReadByOne.read"]
+        assert "rank 0 wrote nothing last" in found["written"]
+        assert "rank 1 wrote Linear.weight (number" in found["written"]
+        assert "by zero_ last" in found["written"]
+        assert found["next"]["weight"].shape == (2, 2)
 
 
 def frozen_base(rank: int, world: int) -> dict[str, Any]:
