@@ -1,8 +1,9 @@
 """Buckets' memory, of which the module's parameters are views."""
 
-from zerort.memory.buckets import FlatBucket, FlatModel, HeldBucket, Layout
+from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
 from zerort.memory.fingerprint import digest
 from zerort.memory.homes import Homes, HostRoom
+from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of

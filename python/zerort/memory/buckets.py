@@ -1,36 +1,30 @@
-"""Buckets' memory on this rank, and all buckets of a model.
+"""Buckets' memory on this rank.
 
 What this guarantees: the module's parameters are views of their buckets' values for as long as the
-engine lives, and one that has left its bucket or its module is found and named before its gradient
-is lost. What it does not do: no communication, no knowledge of steps.
+engine lives. What it does not do: no communication, no knowledge of steps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zerort import _core
 from zerort.device import LINE, Mark, device_for
-from zerort.errors import StepError
 from zerort.memory.fingerprint import first_of, line_prints
 from zerort.memory.homes import Homes
 from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, SameMaster
 from zerort.memory.moved import Carrier
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
-from zerort.memory.registry import LEAVING, Registry
 from zerort.memory.sums import HostSums, Sums, SumsHere
-from zerort.memory.unintercepted import unintercepted
 from zerort.memory.values import Freeable, Memory, Resident
 
-__all__ = ["FlatBucket", "FlatModel", "HeldBucket", "Layout"]
+__all__ = ["FlatBucket", "HeldBucket", "Layout"]
 
 
 @dataclass(frozen=True)
@@ -404,118 +398,3 @@ class FlatBucket(HeldBucket):
         """
         pieces = zip(self.spec.offsets, self.spec.numels, self.forms, strict=True)
         return [form.over(send.narrow(0, start, length)).data for start, length, form in pieces]
-
-
-class FlatModel:
-    """All buckets of a model. Construction moves every planned parameter into its bucket, but for
-    those that are or have been sharded: their values move one bucket at a time, by
-    `FlatBucket.adopt`.
-    """
-
-    def __init__(
-        self, module: nn.Module, planned: Sequence[PlannedParameter], layout: Layout
-    ) -> None:
-        self.names = [member.name for member in planned]
-        self.params = [member.tensor for member in planned]
-        self.buckets: list[HeldBucket] = [
-            _kind(spec)(layout, spec, [planned[index] for index in spec.params])
-            for spec in layout.plan.buckets
-        ]
-        self.trained = [bucket for bucket in self.buckets if isinstance(bucket, FlatBucket)]
-        """Those that an optimizer has."""
-        self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
-        held = [bucket for bucket in self.buckets if not isinstance(bucket, FlatBucket)]
-        self._held = [parameter for bucket in held for parameter in bucket.params]
-        self._frozen = [
-            (name, parameter)
-            for bucket in held
-            for name, parameter in zip(bucket.names, bucket.params, strict=True)
-            if not parameter.requires_grad
-        ]
-        self._numels = [parameter.numel() for parameter in self.params]
-        self._homes, self._offsets = self._layout()
-        self._bases: list[int] = []
-        self._places: list[int] = []
-        self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
-
-    def _layout(self) -> tuple[list[int], list[int]]:
-        """By parameter, its bucket and how many bytes it lies behind that one's first. What has no
-        element is in none, whose address is 0.
-        """
-        homes, offsets = [len(self.buckets)] * len(self.params), [0] * len(self.params)
-        for home, bucket in enumerate(self.buckets):
-            for param, offset in zip(bucket.spec.params, bucket.spec.offsets, strict=True):
-                if self._numels[param]:
-                    homes[param], offsets[param] = home, offset * bucket.owned.tensor.itemsize
-        return homes, offsets
-
-    @unintercepted
-    def active(self) -> list[bool]:
-        """Which parameters require grad now."""
-        return [parameter.requires_grad for parameter in self.params]
-
-    @unintercepted
-    def check(self) -> None:
-        """Raises `StepError` naming the first parameter that has left its module or its bucket, or
-        that nothing would train.
-        """
-        self._registry.check()
-        unfrozen = next((name for name, held in self._frozen if held.requires_grad), None)
-        if unfrozen is not None:
-            raise StepError(
-                f"parameter {unfrozen} requires grad now, but at zerort.initialize it was frozen "
-                "and in no group of the optimizer, so that only its values are kept, in shards: "
-                "give it to the optimizer, frozen, before zerort.initialize, and unfreeze it then; "
-                "or freeze it again with requires_grad_(False)"
-            )
-        self._locate()
-        with ExitStack() as stack:
-            for bucket in self.buckets:
-                stack.enter_context(bucket.values.unguarded())
-            places = list(map(Tensor.data_ptr, self.params))
-        numels = list(map(Tensor.numel, self.params))
-        if places != self._places or numels != self._numels:
-            rows = zip(self.names, places, self._places, numels, self._numels, strict=True)
-            moved = next(row[0] for row in rows if row[1] != row[2] or row[3] != row[4])
-            raise StepError(
-                f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
-            )
-
-    def _locate(self) -> None:
-        """Where parameters have to be. As long as a bucket holds its values, nothing else can have
-        their addresses; while it does not, an address is an offset.
-        """
-        bases = [*(bucket.values.address for bucket in self.buckets), 0]
-        if bases != self._bases:
-            # sharded values are elsewhere in every step, so the loop is in C
-            self._bases = bases
-            self._places = list(map(add, map(bases.__getitem__, self._homes), self._offsets))
-
-    def take_writes(self) -> None:
-        """Brings to the masters what something outside a step has written into parameters, in
-        whatever way.
-        """
-        asked = [(bucket, bucket.doubt) for bucket in self.trained]
-        doubted = [(bucket, doubt) for bucket, doubt in asked if doubt is not None]
-        written = torch.stack([doubt for _, doubt in doubted]).tolist() if doubted else []
-        found = [bucket for (bucket, _), has in zip(doubted, written, strict=True) if has]
-        found += [bucket for bucket, doubt in asked if doubt is None and bucket.finds_writes]
-        for bucket in found:
-            bucket.take_writes()
-
-    @unintercepted
-    def drop_strays(self) -> None:
-        """Forgets gradients of parameters that no optimizer has."""
-        for parameter in self._held:
-            parameter.grad = None
-
-    @unintercepted
-    def published(self) -> None:
-        """Tells autograd that the parameters were written through their flat buffers, which it
-        cannot see.
-        """
-        torch.autograd.graph.increment_version(self._updated)
-
-
-def _kind(spec: _core.Bucket) -> type[HeldBucket]:
-    return HeldBucket if spec.group is None else FlatBucket

@@ -196,7 +196,9 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
     "deepspeed.runtime.utils": _memory,
     "deepspeed.runtime.zero": _zero,
-    "deepspeed.runtime.zero.offload_config": _of(pieces, ("OffloadDeviceEnum",)),
+    "deepspeed.runtime.zero.offload_config": _of(
+        pieces, ("OffloadDeviceEnum", "OffloadStateTypeEnum")
+    ),
     "deepspeed.runtime.zero.partition_parameters": _partition,
     "deepspeed.runtime.zero.stage3": {
         **_of(optimizer, ("DeepSpeedZeroOptimizer_Stage3",)),

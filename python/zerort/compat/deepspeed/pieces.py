@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor
 from zerort.compat.deepspeed import comm
 from zerort.config import Config, load
 from zerort.errors import ConfigError
+from zerort.zero import OffloadDeviceEnum, OffloadStateTypeEnum
 
 __all__ = [
     "TORCH_INFO",
     "DeepSpeedConfig",
     "OffloadDeviceEnum",
+    "OffloadStateTypeEnum",
     "clone_tensors_for_torch_save",
     "command",
     "is_compile_supported",
@@ -41,14 +42,6 @@ class DeepSpeedConfig:
         batch = loaded.resolve_batch(comm.get_world_size())
         sizes = (batch.train, batch.micro, batch.accumulation)
         return loaded.model_copy(update=dict(zip(_SIZES, sizes, strict=True)))
-
-
-class OffloadDeviceEnum(str, Enum):
-    """Where `offload_optimizer.device` and `offload_param.device` may be."""
-
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
 
 
 TORCH_INFO = {
