@@ -67,7 +67,7 @@ def example(rank: int, world: int, arguments: tuple[str, ...]) -> str:
 
 
 def test_the_loop_learns(tmp_path: Path) -> None:
-    found = losses(str(EXAMPLE), save_dir=tmp_path, steps=10)
+    found = in_new_processes(*options(tmp_path, steps=10))
     assert list(found) == [1, 10] and float(found[10]) < float(found[1]) - 0.5
 
 

@@ -27,7 +27,7 @@ from zerort_as_deepspeed.version import SURFACE, VERSION
 TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ROOT = Path(__file__).parents[3]
 ALIAS = ROOT / "compat" / "alias"
-PYTHON = ROOT / "python"
+PYTHON = Path(zerort_as_deepspeed.__file__).parents[1]  # sources, or where the wheel is
 INSTALL = "import zerort.compat.deepspeed as shim; shim.install()\n"
 
 

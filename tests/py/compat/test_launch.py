@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import doors
+import zerort_as_deepspeed
 
 pytestmark = [pytest.mark.slow, doors.needs("accelerate"), pytest.mark.timeout(200)]
 
-PYTHON = Path(__file__).parents[3] / "python"
+PYTHON = Path(zerort_as_deepspeed.__file__).parents[1]  # sources, or where the wheel is
 PROGRAM = """
 import torch
 from accelerate import Accelerator, PartialState

@@ -8,6 +8,7 @@ torch's own kernels, so that a difference can only be the engine's.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,47 @@ def test_a_compiled_backward_trains_to_the_bits_of_the_plain_one(
 ) -> None:
     jobs = [("linear", gas, at_stage(stage)) for stage in stages]
     assert ranks.run(world, differing, jobs, timeout=170.0) == [[]] * world
+
+
+def not_resumed(rank: int, world: int, jobs: list[Job], folder: str) -> list[Job]:
+    """Those that a checkpoint in the middle makes end otherwise."""
+    return [
+        job
+        for number, job in enumerate(jobs)
+        if digest(_history(rank, job, "eager")) != digest(_halves(rank, job, f"{folder}/{number}"))
+    ]
+
+
+def _halves(rank: int, job: Job, folder: str) -> History:
+    """As `_history`, over two engines."""
+    name, gas, changes = job
+    case, history = CASES[name], History()
+    middle = case.steps // 2
+    torch._dynamo.reset()
+    for steps in (range(middle), range(middle, case.steps)):
+        engine = compile_with(engine_for(case, config_of(case, gas, changes)))
+        if steps.start:
+            engine.load_checkpoint(folder)
+        for step in steps:
+            case.before(engine.module, step)
+            take_step(engine, case, rank, step, gas)
+            history.weights.append(weights(engine))
+            history.norms.append(float(engine.get_global_grad_norm()))
+        if not steps.start:
+            engine.save_checkpoint(folder)
+        engine.destroy()
+    return history
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_resumed_run_with_compiled_backwards_ends_as_the_uninterrupted_one(
+    world: int, tmp_path: Path
+) -> None:
+    jobs = [("linear", gas, at_stage(stage)) for gas in (1, 3) for stage in STAGES]
+    found = ranks.run(world, not_resumed, jobs, str(tmp_path), timeout=580.0)
+    assert found == [[]] * world
 
 
 def test_freezing_between_steps_and_masters_change_nothing_of_that() -> None:

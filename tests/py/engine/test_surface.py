@@ -124,6 +124,24 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
     ("flops_profiler_profile_step", 3, {"flops_profiler": {"profile_step": 3}}),
     ("eigenvalue_enabled", False, {}),
     ("eigenvalue_max_iter", 7, {"eigenvalue": {"max_iter": 7}}),
+    ("log_level", "warning", {"log_level": "warning"}),
+    ("log_level", None, {}),
+    *(
+        (f"{kind}_master_weights_and_gradients", True, {kind: {"enabled": True, key: True}})
+        for kind in ("fp16", "bf16")
+        for key in (f"{kind}_master_weights_and_grads",)
+    ),
+    (
+        "bf16_optimizer_states",
+        True,
+        {
+            "bf16": {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            }
+        },
+    ),
     ("amp_enabled", True, {"amp": {"enabled": True}}),
     ("amp_params", {"opt_level": "O2"}, {"amp": {"enabled": True, "opt_level": "O2"}}),
     ("amp_params", False, {}),

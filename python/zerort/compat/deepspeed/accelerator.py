@@ -16,7 +16,16 @@ import torch
 
 from zerort.device import default_place
 
-__all__ = ["Accelerator", "get_accelerator", "set_accelerator"]
+__all__ = ["TORCH_INFO", "Accelerator", "get_accelerator", "set_accelerator"]
+
+TORCH_INFO = {
+    "version": ".".join(torch.__version__.split(".")[:2]),
+    "cuda_version": torch.version.cuda or "0.0",
+    "hip_version": torch.version.hip or "0.0",
+    "nccl_version": "0.0",
+    "bf16_support": True,
+}
+"""What DeepSpeed's extensions were built against: here torch as it is; "0.0" is what is unknown."""
 
 _PASSED = (
     "current_stream",

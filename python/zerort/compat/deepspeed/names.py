@@ -162,7 +162,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         "git_hash": None,
         "git_branch": None,
         "compatible_ops": ops.COMPATIBLE,
-        "torch_info": pieces.TORCH_INFO,
+        "torch_info": accelerator.TORCH_INFO,
     },
     "deepspeed.launcher": {},
     "deepspeed.launcher.launch": {"main": pieces.launch},

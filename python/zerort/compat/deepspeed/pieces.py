@@ -15,7 +15,6 @@ from zerort.errors import ConfigError
 from zerort.zero import OffloadDeviceEnum, OffloadStateTypeEnum
 
 __all__ = [
-    "TORCH_INFO",
     "DeepSpeedConfig",
     "OffloadDeviceEnum",
     "OffloadStateTypeEnum",
@@ -42,16 +41,6 @@ class DeepSpeedConfig:
         batch = loaded.resolve_batch(comm.get_world_size())
         sizes = (batch.train, batch.micro, batch.accumulation)
         return loaded.model_copy(update=dict(zip(_SIZES, sizes, strict=True)))
-
-
-TORCH_INFO = {
-    "version": ".".join(torch.__version__.split(".")[:2]),
-    "cuda_version": torch.version.cuda or "0.0",
-    "hip_version": torch.version.hip or "0.0",
-    "nccl_version": "0.0",
-    "bf16_support": True,
-}
-"""What DeepSpeed's extensions were built against: here torch as it is; "0.0" is what is unknown."""
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
