@@ -124,6 +124,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(folder: Path) -
     check(seen, SAVED)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_gone_for_good_is_done_without(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -98,7 +98,9 @@ def same_arithmetic(source: str, target: str) -> bool:
     return world == new_world and not rounded
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world", [1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 4))]
+)
 def test_every_world_and_stage_resumes_from_every_other_to_the_bit(
     world: int, saved: Any, tmp_path: Path
 ) -> None:

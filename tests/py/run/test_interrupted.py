@@ -173,7 +173,7 @@ def break_everywhere(
     ("stage", "window", "kind"),
     [
         pytest.param(0, 2, KeyboardInterrupt, marks=pytest.mark.slow),
-        (2, 1, KeyError),
+        pytest.param(2, 1, KeyError, marks=pytest.mark.slow),
         (2, "all", KeyboardInterrupt),
     ],
 )

@@ -86,7 +86,16 @@ def _expected(counts: list[int], gas: int, by_initial: bool) -> tuple[float, int
 
 
 @pytest.mark.parametrize("by_initial", [False, True])
-@pytest.mark.parametrize("counts", [[2, 5], [4, 1], [3, 3], [0, 2], [2, 5, 4]], ids=str)
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2, 5],
+        [4, 1],
+        [0, 2],
+        *(pytest.param(more, marks=pytest.mark.slow) for more in ([3, 3], [2, 5, 4])),
+    ],
+    ids=str,
+)
 def test_a_rank_out_of_data_completes_the_steps_of_the_others(
     counts: list[int], by_initial: bool
 ) -> None:

@@ -248,7 +248,10 @@ def resume(rank: int, world: int, folder: str, stage: int, other: int) -> dict[s
     return found
 
 
-@pytest.mark.parametrize(("stage", "other"), [(2, 3), (3, 0), (0, 1)])
+@pytest.mark.parametrize(
+    ("stage", "other"),
+    [(2, 3), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((3, 0), (0, 1)))],
+)
 def test_a_checkpoint_goes_on_to_the_bit_and_into_any_other_precision(
     tmp_path: Path, stage: int, other: int
 ) -> None:

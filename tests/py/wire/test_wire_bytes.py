@@ -104,7 +104,7 @@ def of_every_rank(world: int, variant: Variant) -> list[Traffic]:
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-every_world = pytest.mark.parametrize("world", [2, 3, 4])
+every_world = pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 
 
 @every_variant
