@@ -83,11 +83,20 @@ def _switch(options: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
+@functools.cache
+def _fused_sgd_updates_16_bits() -> bool:
+    """Not on the CPU in torch 2.6, where it leaves them as they are."""
+    parameter = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], lr=1.0, fused=True).step()
+    return bool((parameter == -1).all())
+
+
 def _fused(kind: type[Optimizer]) -> Callable[..., Optimizer]:
     @functools.wraps(kind, updated=())  # so that the signature, which messages show, is the class's
     def construct(params: Params, **options: Any) -> Optimizer:
         if not {"fused", "foreach", "differentiable"} & options.keys():
-            options["fused"] = True
+            options["fused"] = kind is not torch.optim.SGD or _fused_sgd_updates_16_bits()
         return kind(params, **options)
 
     return construct
