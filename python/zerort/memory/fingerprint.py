@@ -7,7 +7,10 @@ from torch import Tensor
 
 __all__ = ["digest", "fingerprint", "first_of", "line_prints"]
 
-_PIECE = 1 << 24
+_PIECE = 1 << 16
+"""Bytes. Larger ones that come and go teach the C library to keep what is freed, and a model that
+is built under a limit of memory no longer fits.
+"""
 _FACTOR = -7046029254386353131
 """Odd, and without a pattern: 2 to the power of 64 by the golden ratio."""
 
