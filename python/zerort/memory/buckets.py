@@ -212,10 +212,15 @@ class HeldBucket:
             self.values.free(self.params)
             self._lines = None
 
+    @property
+    def is_aliased(self) -> bool:
+        """Whether anything but the parameters may have views of sharded values that are whole."""
+        return isinstance(self.values, Freeable) and self.values.is_aliased
+
     def part_with_aliases(self) -> None:
-        """Before `free`: what has views of sharded parameters' values keeps that memory."""
-        if isinstance(self.values, Freeable) and self.values.is_aliased:
-            self.values.leave(self.params)
+        """What has views of the values keeps that memory."""
+        assert isinstance(self.values, Freeable)
+        self.values.leave(self.params)
 
     def move_values(self, carry: Carrier) -> None:
         """What lies on the device of the parameters, elsewhere, and parameters that are whole with

@@ -125,8 +125,8 @@ class Pins:
             unit.note_writes()
             unit.pinned -= 1
             self._passes.pinned -= not unit.pinned
-            for bucket in unit.buckets if not unit.pinned else ():
-                bucket.part_with_aliases()
+            if not unit.pinned:
+                unit.part_with_aliases(self._executor.changes)
         self._executor.enqueue([Verb.FREE.of(number) for number in units])
         self._executor.reach()
         if modifier is None and not writes:

@@ -90,6 +90,15 @@ class UnitFlight:
                 changes.look(bucket)
             bucket.free()
 
+    def part_with_aliases(self, changes: Changes) -> None:
+        """Before `free`: who has a view of the values keeps that memory, and what was written into
+        it is heard of now.
+        """
+        for bucket in self.buckets:
+            if bucket.is_aliased:
+                changes.look(bucket)
+                bucket.part_with_aliases()
+
     @unintercepted
     def note_writes(self) -> None:
         """What has been written so far is known of."""

@@ -175,6 +175,16 @@ def elsewhere(rank: int, world: int, waits: bool) -> list[str]:
 
     said.append(str(caught(write) or ""))
     said.append(_step(engine))
+    kept = []
+
+    def write_what_is_kept() -> None:
+        with GatheredParameters([model.second.weight]):
+            kept.append(model.second.weight.data)
+            kept[-1].mul_(2)
+
+    said.append(str(caught(write_what_is_kept) or ""))
+    said.append(_step(engine))
+    said.append(_step(engine))
     return said
 
 
@@ -194,6 +204,9 @@ def test_so_it_is_in_a_backward_in_an_evaluation_and_where_values_are_looked_at(
         assert waits or looked in leaving
         assert following == "" and said[9] == ""
         assert looked in said[10] and said[11] == ""  # what a version has told of is told once
+        leaving, following = (said[13], said[12]) if waits else (said[12], said[13])
+        assert (named if waits else "second.weight was written inside Gathered") in leaving
+        assert following == said[14] == ""
 
 
 def kept(rank: int, world: int, stage: int) -> Any:
