@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ import zerort.compat.deepspeed as shim
 
 shim.install()  # before what imports deepspeed
 
-from accelerate import Accelerator, PartialState  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import DeepSpeedPlugin, set_seed  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from corpus import Corpus  # noqa: E402
+from llama import CONTEXT, begin, tiny_llama  # noqa: E402
 
-CONTEXT, MICRO_BATCH, ACCUMULATION = 64, 8, 2
+MICRO_BATCH, ACCUMULATION = 8, 2
 OUTPUT = Path("runs/accelerate_loop")
 
 
@@ -53,10 +52,7 @@ def loader(rows: Tensor, *, shuffled: bool = False) -> torch.utils.data.DataLoad
 
 def accelerator_of(stage: int) -> Accelerator:
     """Over a plugin, as for DeepSpeed."""
-    # Accelerate chooses a backend for accelerators alone: on the CPU it is to be said.
-    on_cpu = "RANK" in os.environ and not torch.accelerator.is_available()
-    os.environ.setdefault("ACCELERATE_USE_DEEPSPEED", "true")
-    PartialState(**({"backend": "gloo"} if on_cpu else {}))
+    begin()
     plugin = DeepSpeedPlugin(
         zero_stage=stage,
         gradient_accumulation_steps=ACCUMULATION,
@@ -89,16 +85,7 @@ def main() -> None:
 
     accelerator = accelerator_of(args.stage)
     set_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-        )
-    )
+    model: Any = tiny_llama()
     corpus = Corpus.load(None)
     each = args.steps * ACCUMULATION * MICRO_BATCH * accelerator.num_processes
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,11 @@ import zerort.compat.deepspeed as shim
 
 shim.install()  # before what imports deepspeed
 
-from accelerate import PartialState  # noqa: E402
-from transformers import (  # noqa: E402
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 
 from corpus import Corpus  # noqa: E402
+from llama import CONTEXT, begin, tiny_llama  # noqa: E402
 
-CONTEXT = 64
 OUTPUT = Path("runs/hf_trainer")
 
 
@@ -96,25 +88,12 @@ def training(args: argparse.Namespace) -> TrainingArguments:
 
 def main() -> None:
     args = arguments()
-    # Accelerate chooses a backend for accelerators alone: on the CPU it is to be said.
-    on_cpu = "RANK" in os.environ and not torch.accelerator.is_available()
-    os.environ.setdefault("ACCELERATE_USE_DEEPSPEED", "true")
-    PartialState(**({"backend": "gloo"} if on_cpu else {}))
+    begin()
     given = training(args)
     set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-        )
-    )
     corpus = Corpus.load(None)
     trainer = Trainer(
-        model,
+        tiny_llama(),
         given,
         train_dataset=Windows(corpus.train, 20_000),
         eval_dataset=Windows(corpus.validation, 64),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from zerort.checkpoint.calls import Saving
 from zerort.checkpoint.checkpoints import Checkpoints, SavePolicy
 from zerort.checkpoint.state import EngineState
-from zerort.errors import ConfigError, StepError
+from zerort.errors import CommError, ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
 from zerort.grads.compiled import around
@@ -239,6 +239,20 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         """
         # by its name: importing torch._dynamo for its class would add a second to every start
         return "_orig_mod" in self.module._modules or self.module._compiled_call_impl is not None
+
+    def meet(self, call: str) -> None:
+        """Before a collective of the caller's own, which errors name as `call` and all ranks make:
+        takes part in the evaluations that other ranks still run, until all have called this. Below
+        stage 3, within a forward and behind `destroy` nothing.
+        """
+        if not (self._transaction.closed or self._transaction.part.passes.is_open):
+            self._transaction.pause(call)
+
+    def failure(self, what: str, error: Exception) -> CommError:
+        """What became of `what`, a collective of the caller's own that raised `error`, in the words
+        of the engine's own: which rank has gone, and the reason it left.
+        """
+        return self._parts.mesh.job.failure(what, error)
 
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.

@@ -8,7 +8,7 @@ from zerort.mesh.comm import Comm, Control, Work
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import meet
 from zerort.mesh.last_words import leave as leave_last_words
-from zerort.mesh.mesh import Mesh, connect, usual_device
+from zerort.mesh.mesh import Mesh, connect, job_rank, usual_device
 from zerort.mesh.patience import Patience
 from zerort.mesh.rendezvous import init_distributed, is_whole_job
 
@@ -22,6 +22,7 @@ __all__ = [
     "connect",
     "init_distributed",
     "is_whole_job",
+    "job_rank",
     "leave_last_words",
     "meet",
     "usual_device",

@@ -37,7 +37,7 @@ from zerort.mesh.groups import Members, Partition
 from zerort.mesh.local import LocalComm
 from zerort.mesh.nccl import NcclComm
 
-__all__ = ["Mesh", "connect"]
+__all__ = ["Mesh", "connect", "job_rank", "usual_device"]
 
 RESERVED = frozenset({"job", "own", "inner", "outer"})
 
@@ -127,6 +127,11 @@ def connect(
     """
     control = meet(timeout)
     return Mesh(control, device or usual_device(), timeout, groups)
+
+
+def job_rank() -> int | None:
+    """This process's rank in the default process group; None where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
 
 
 def usual_device() -> torch.device:

@@ -109,7 +109,7 @@ class Boundary:
         failure = failure or self.broken or self.reduction.failure
         scale, applied, self.overflow = self.loss_scale.scale, False, False
         try:
-            written = self.reduction.lost()  # is told once, also where there is another failure
+            written = self.reduction.lost()  # is said once, also where there is another failure
             verdict = self._agree(divide_factor, failure or (written and lost(written)))
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
@@ -195,9 +195,9 @@ class Boundary:
 
     def _refuse(self, verdict: Verdict, failure: str | None) -> None:
         if verdict.poisoned:
-            told = self.mesh.control.gather_objects((failure, self.standby.begun))
-            self.standby.level([begun for _, begun in told])
-            message = "; ".join(f"rank {rank}: {told[rank][0]}" for rank in verdict.poisoned)
+            reasons = self.mesh.control.gather_objects((failure, self.standby.begun))
+            self.standby.level([begun for _, begun in reasons])
+            message = "; ".join(f"rank {rank}: {reasons[rank][0]}" for rank in verdict.poisoned)
             raise StepError(
                 f"the step was not applied on any rank, because some rank failed. {message}"
             )

@@ -10,11 +10,10 @@ import logging
 from collections.abc import Iterable
 from functools import cache
 
-import torch.distributed as dist
-
 from zerort import log
 from zerort.device import default_place, device_for
 from zerort.errors import ConfigError
+from zerort.mesh import job_rank
 from zerort.platforms import HERE
 
 __all__ = [
@@ -34,11 +33,11 @@ def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logg
     """Logs a message, with the rank before it, on `ranks`: all where the first of them is -1, none
     where there are none. Without a process group it is logged.
     """
-    wanted = list(ranks or ())
-    if not _grouped():
+    wanted, rank = list(ranks or ()), job_rank()
+    if rank is None:
         logger.log(level, "%s", message)
-    elif wanted and (wanted[0] == -1 or dist.get_rank() in wanted):
-        logger.log(level, "[Rank %d] %s", dist.get_rank(), message)
+    elif wanted and (wanted[0] == -1 or rank in wanted):
+        logger.log(level, "[Rank %d] %s", rank, message)
 
 
 def log_dist_once(
@@ -76,18 +75,14 @@ def see_memory_usage(message: str, force: bool = False) -> None:
     """Logs on rank 0, where `force` is given, what this process has of its device's memory and had
     at most, in GiB, and on the host at most; the device's peak is counted anew from there on.
     """
-    if not force or (_grouped() and dist.get_rank() != 0):
+    if not force or job_rank():
         return
     gc.collect()
     device = device_for(default_place())
     found, host = device.memory(), HERE.peak_memory()
-    told = [] if found is None else [
+    parts = [] if found is None else [
         f"{found.allocated / _GIB:.2f} GiB allocated, {found.peak / _GIB:.2f} GiB at most"
     ]  # fmt: skip
-    told += [] if host is None else [f"on the host {host / _GIB:.2f} GiB at most"]
-    logger.info("%s: %s", message, ", ".join(told) or "not known here")
+    parts += [] if host is None else [f"on the host {host / _GIB:.2f} GiB at most"]
+    logger.info("%s: %s", message, ", ".join(parts) or "not known here")
     device.forget_peak()
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()

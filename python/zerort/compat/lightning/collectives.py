@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 import zerort
-from zerort.compat.lightning.modules import await_evaluations
 from zerort.errors import CommError
 
 __all__ = ["Collectives"]
@@ -53,11 +52,10 @@ class Collectives:
             yield
             return
         if engine.optimizer is None:
-            await_evaluations(engine)
+            engine.meet("a collective of Lightning's")
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, CommError):
                 raise
-            control = engine._parts.mesh.job
-            raise control.failure(f"{what} of Lightning's", error) from error
+            raise engine.failure(f"{what} of Lightning's", error) from error

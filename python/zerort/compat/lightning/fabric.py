@@ -81,7 +81,7 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
         timeout: timedelta | None = _timeout,
         start_method: str = "popen",
     ) -> None:
-        self._data, self.stage = stage_of(config, stage)
+        self._data, self.zero = stage_of(config, stage)
         self._engines: weakref.WeakSet[zerort.Engine] = weakref.WeakSet()
         """Of models that are in use."""
         self.exclude_frozen_parameters = exclude_frozen_parameters
@@ -116,7 +116,7 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """`fabric.init_module()`: at stage 3 parameters are born in shards."""
-        if self.stage != 3:
+        if not self.zero.shards_parameters:
             return super().module_init_context(empty_init=empty_init)  # type: ignore[no-any-return]
         stack = ExitStack()
         stack.enter_context(self.precision.module_init_context())

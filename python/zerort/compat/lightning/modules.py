@@ -12,7 +12,7 @@ import zerort
 from zerort.params.sharded import Gone, keeper_of
 from zerort.zero import GatheredParameters
 
-__all__ = ["Whole", "await_evaluations", "forward_only", "is_gone", "is_sharded"]
+__all__ = ["Whole", "forward_only", "is_gone", "is_sharded"]
 
 _OF_TRAINING = ("optimizer", "scheduler")
 
@@ -31,15 +31,6 @@ def forward_only(module: nn.Module, settings: Mapping[str, Any]) -> zerort.Engin
     """An engine over `module` that trains nothing, whatever `settings` say of an optimizer."""
     kept = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
     return zerort.initialize(model=module, config=kept)[0]
-
-
-def await_evaluations(engine: zerort.Engine) -> None:
-    """Takes part in the forwards that other ranks still run, until all ranks call this; ranks run
-    as many evaluations as they have batches. Within a forward nothing.
-    """
-    transaction = engine._transaction
-    if not (transaction.closed or transaction.part.passes.is_open):
-        transaction.pause("a collective of Lightning's")
 
 
 class Whole:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zerort.config import load
+from zerort.config.model import Zero
 from zerort.config.reading import ConfigLike, read
 from zerort.errors import ConfigError
 
@@ -29,8 +30,8 @@ _SECTIONS = ("bf16", "fp16", "torch_autocast", "amp")
 _DEFAULT_STAGE = 2
 
 
-def stage_of(config: Given, stage: int | None) -> tuple[dict[str, Any], int]:
-    """A configuration's data with the stage in it, and the stage: `stage`, else the
+def stage_of(config: Given, stage: int | None) -> tuple[dict[str, Any], Zero]:
+    """A configuration's data with the stage in it, and what that stands for: `stage`, else the
     configuration's, else 2.
 
     Raises `ConfigError` for a configuration that cannot be read and one of another stage.
@@ -45,8 +46,8 @@ def stage_of(config: Given, stage: int | None) -> tuple[dict[str, Any], int]:
     if given is None:
         given = _DEFAULT_STAGE if stage is None else stage
     data["zero_optimization"] = {**zero, "stage": given}
-    load(_sized(data))  # a mistake is named where the strategy is made, before ranks start
-    return data, int(given)
+    # a mistake is named where the strategy is made, before ranks start
+    return data, load(_sized(data)).zero_optimization
 
 
 def _known(data: Mapping[str, Any]) -> dict[str, Any]:

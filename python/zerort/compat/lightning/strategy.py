@@ -84,7 +84,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         timeout: timedelta | None = _timeout,
         start_method: str = "popen",
     ) -> None:
-        self._data, self.stage = stage_of(config, stage)
+        self._data, self.zero = stage_of(config, stage)
         self._engine: zerort.Engine | None = None
         self._failed = False
         self._full: Mapping[str, Any] | None = None
@@ -133,7 +133,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Around `configure_model`: at stage 3 parameters are born in shards."""
-        with Init(config_dict_or_path=self._settings(), enabled=self.stage == 3):
+        with Init(config_dict_or_path=self._settings()):  # below it does nothing
             yield
 
     def setup(self, trainer: Any) -> None:
@@ -148,7 +148,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
                 self.model_to_device()
             self.setup_optimizers(trainer)
             self._open(trainer)
-        elif self.stage == 3 and any(True for _ in self.model.parameters()):
+        elif self.zero.shards_parameters and any(True for _ in self.model.parameters()):
             if not is_sharded(self.model):
                 self.model_to_device()
             self.model = self._engine = forward_only(self.model, self._settings())
