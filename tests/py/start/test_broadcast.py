@@ -13,6 +13,8 @@ import ranks
 import zerort
 from catching import assert_told, caught
 from zerort.errors import PlanError, PlanMismatch
+from zerort.mesh.gloo import GlooComm
+from zerort.start.broadcast import ROOM
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -162,3 +164,60 @@ def test_what_cannot_be_brought_to_all_ranks_is_refused_by_name(name: str) -> No
     _, kind, words = REFUSED[name]
     for found in refused():
         assert_told(found[name], kind, *words)
+
+
+# ---- how it is sent
+
+
+class Loose(nn.Module):
+    """Many small frozen tensors of several dtypes, empty ones among them, and one large one."""
+
+    def __init__(self, rank: int) -> None:
+        torch.manual_seed(1 + rank)
+        super().__init__()
+        kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+        for number in range(120):
+            value = drawn(kinds[number % 4], number % 7, 5)
+            frozen = nn.Parameter(value, requires_grad=False)
+            self.register_parameter(f"small_{number}", frozen)
+        self.register_parameter("large", nn.Parameter(torch.randn(ROOM // 4 + 3)))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.full((3,), float(rank)))
+        self.register_buffer("statistics", drawn(torch.float64, 9))
+
+
+def sent(rank: int, world: int) -> tuple[list[int], dict[str, Any], dict[str, int]]:
+    """The sizes of what an engine that only runs forward sends, what it has then, and where."""
+    model, sizes = Loose(rank), []
+    places = {name: tensor.data_ptr() for name, tensor in state_tensors(model).items()}
+    send = GlooComm.broadcast
+
+    def counted(self: GlooComm, buffer: Tensor, source: int = 0) -> None:
+        sizes.append(buffer.nbytes)
+        send(self, buffer, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GlooComm, "broadcast", counted)
+        patch.setattr("zerort.start.broadcast.ROOM", 4000)
+        engine = zerort.initialize(model=model, config=CONFIG)[0]
+    assert engine.optimizer is None
+    del model.large
+    moved = [n for n, t in state_tensors(model).items() if t.data_ptr() != places[n]]
+    assert not moved, moved
+    return sizes, state_of(model), {n: t.nbytes for n, t in state_tensors(model).items()}
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def test_small_tensors_are_sent_together_in_messages_of_a_buckets_size() -> None:
+    (sizes, first, nbytes), (others, second, _) = ranks.run(2, sent)
+    assert first == second
+    assert sizes == others
+    large = (ROOM // 4 + 3) * 4
+    assert sum(sizes) == sum(nbytes.values()) + large, "each byte once, and no other"
+    small = [size for size in sizes if size != large]
+    assert max(small) <= 4000
+    assert len(small) <= -(-sum(nbytes.values()) // 3500) + 1
+    assert len(small) < 10 < len(nbytes)
