@@ -39,7 +39,7 @@ from zerort.start.connect import connected, started
 from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
-from zerort.start.optimizer import Chosen, choose_optimizer
+from zerort.start.optimizer import Chosen, choose_optimizer, log_members
 from zerort.start.place import gather_loose, move
 from zerort.start.units import in_units, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
@@ -64,7 +64,7 @@ _SHARDED_WINDOW = 4
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,
-    optimizer: Optimizer | Callable[[Iterable[Any]], Optimizer] | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | Callable[[Iterable[Any]], Optimizer] | None = None,
     model_parameters: Iterable[Any] | None = None,
     training_data: Dataset[Any] | None = None,
     lr_scheduler: Any = None,
@@ -78,10 +78,11 @@ def initialize(
 ) -> tuple[Engine, Optimizer | None, TrainingLoader | None, Any]:
     """Makes an engine, on every rank alike. Mirrors deepspeed.initialize.
 
-    `optimizer` is an instance or a callable over parameters, and wins over the configuration's;
-    where there is neither, the engine only runs forward. `lr_scheduler` is an instance or a
-    callable over the optimizer. `model_parameters` are parameters or group dicts, all of the
-    model's when left out. `config` is a dict, a path to JSON, or base64 JSON.
+    `optimizer` is an instance, a list of instances over different parameters, or a callable over
+    parameters, and wins over the configuration's; where there is none, the engine only runs
+    forward. `lr_scheduler` is an instance or a callable over the optimizer. `model_parameters` are
+    parameters or group dicts, all of the model's when left out. `config` is a dict, a path to JSON,
+    or base64 JSON.
 
     Returns (engine, optimizer or None, training loader or None, scheduler or None). The model is
     moved, cast, broadcast from rank 0, and its parameters become views of flat buffers. Raises
@@ -143,8 +144,8 @@ class Setup:
     loader: TrainingLoader | None
     collate_fn: Callable[[Any], Any] | None
     scheduler: Any
-    abilities: Abilities | None
-    """What the optimizer can be given, if there is one."""
+    abilities: Sequence[Abilities]
+    """What each optimizer can be given."""
     times: RangeTimes | None
 
     @property
@@ -262,6 +263,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     update = setup.chosen.over(flat, setup.abilities)
     update.split()
+    update.settle_rates()
     transports = {
         bucket.spec.id: transport_of(bucket, precision.predivide) for bucket in flat.trained
     }
@@ -367,6 +369,7 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
         _log.info("the engine only runs forward, %s", setup.chosen.reason)
     else:
         _log_training(settings, engine, [name for name, p in left if p.requires_grad])
+        log_members(setup.chosen.optimizer, flat)
     zero = settings.zero_optimization
     large = [(name, p) for name, p in left if p.numel() > zero.stage3_param_persistence_threshold]
     if large and zero.shards_parameters:

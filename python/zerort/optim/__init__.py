@@ -1,4 +1,5 @@
-"""Optimizers: any `torch.optim.Optimizer` that treats each element alone works on a shard.
+"""Optimizers: any `torch.optim.Optimizer` that treats each element alone works on a shard, and one
+that looks at whole parameters where they lie whole.
 
 A configured name is looked up in `NAMED`, then among torch.optim's classes. To add one: a file here
 and a row.
@@ -13,11 +14,14 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from zerort.errors import ConfigError
+from zerort.optim.chain import Chain, members_of, name_of
 from zerort.optim.initial import has_stepped
 from zerort.optim.lion import Lion
+from zerort.optim.muon import muon
 from zerort.optim.nothing import ALL_FROZEN, NONE_GIVEN, NoOptimizer
 from zerort.optim.probe import Abilities, examine
 from zerort.optim.shard import ShardOptimizer
@@ -27,6 +31,7 @@ __all__ = [
     "NAMED",
     "NONE_GIVEN",
     "Abilities",
+    "Chain",
     "Lion",
     "NoOptimizer",
     "ShardOptimizer",
@@ -34,6 +39,8 @@ __all__ = [
     "build",
     "examine",
     "has_stepped",
+    "members_of",
+    "name_of",
 ]
 
 Params = Iterable[Any]
@@ -112,14 +119,15 @@ NAMED: dict[str, Callable[..., Optimizer]] = {
     "adagrad": _fused(torch.optim.Adagrad),
     "lion": Lion,
     "fusedlion": Lion,
+    "muon": muon,
 }
 
 _NEVER = ("LBFGS", "SparseAdam")
 """Refused at every stage, so no guess at what was meant."""
 
 
-def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
-    """The optimizer that a configuration names, over `params` (tensors or group dicts).
+def build(name: str, params: Params, options: dict[str, Any], model: nn.Module) -> Optimizer:
+    """The optimizer that a configuration names, over `params` of `model` (tensors or group dicts).
 
     Raises `ConfigError` for an unknown name or option.
     """
@@ -136,15 +144,16 @@ def build(name: str, params: Params, options: dict[str, Any]) -> Optimizer:
         raise ConfigError(
             f"optimizer.type: {name!r} is no optimizer known here or in torch.optim{hint}"
         )
+    knows = {"model": model} if "model" in inspect.signature(construct).parameters else {}
     try:
-        return construct(params, **options)
+        return construct(params, **options, **knows)
     except ConfigError:
         raise
     except Exception as error:  # of any kind: the values come from a file
         takes = [
             key
             for key in inspect.signature(construct).parameters
-            if key not in ("params", "options")
+            if key not in ("params", "options", "model")
         ]
         hint = f"; it takes {', '.join(takes)}" if isinstance(error, TypeError) else ""
         raise ConfigError(

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from zerort.optim.schedule import HasGroups, Schedule, at_least_0, count, per_group
+from zerort.optim.schedule import HasGroups, Schedule, at_least_0, count, per_group, rates_for
 
 __all__ = ["LRRangeTest", "OneCycle"]
 
@@ -35,7 +35,7 @@ class LRRangeTest(Schedule):
         lr_range_test_staircase: bool = False,
         last_batch_iteration: int = -1,
     ) -> None:
-        self.min_lrs = per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
+        self.min_lrs = rates_for(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
         self.step_size = count("lr_range_test_step_size", lr_range_test_step_size)
         self.step_rate = at_least_0("lr_range_test_step_rate", lr_range_test_step_rate)
         self.staircase = lr_range_test_staircase
@@ -59,7 +59,7 @@ class OneCycle(Schedule):
     and the beta multiplied, by one plus its rate for every `decay_step_size` steps.
 
     Momenta too are one, or one a group. Where they are cycled the second beta is 0.99, as in
-    DeepSpeed. An optimizer without betas keeps its momentum.
+    DeepSpeed. A group without betas keeps its momentum.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class OneCycle(Schedule):
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
-        self.min_lrs = per_group(optimizer, "cycle_min_lr", cycle_min_lr)
-        self.max_lrs = per_group(optimizer, "cycle_max_lr", cycle_max_lr)
+        self.min_lrs = rates_for(optimizer, "cycle_min_lr", cycle_min_lr)
+        self.max_lrs = rates_for(optimizer, "cycle_max_lr", cycle_max_lr)
         self.min_moms = per_group(optimizer, "cycle_min_mom", cycle_min_mom)
         self.max_moms = per_group(optimizer, "cycle_max_mom", cycle_max_mom)
         first = count("cycle_first_step_size", cycle_first_step_size)
@@ -94,7 +94,7 @@ class OneCycle(Schedule):
             at_least_0("decay_lr_rate", decay_lr_rate),
             at_least_0("decay_mom_rate", decay_mom_rate),
         )
-        self.cycle_momentum = cycle_momentum and "betas" in optimizer.param_groups[0]
+        self.cycle_momentum = cycle_momentum and any("betas" in g for g in optimizer.param_groups)
         if cycle_momentum and not self.cycle_momentum:
             _log.warning(
                 "OneCycle leaves the momentum alone: %s has no betas", type(optimizer).__name__

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zerort.optim.chain import members_of
+
 __all__ = ["InitialState", "has_stepped"]
 
 State = dict[str, Any]
@@ -64,11 +66,14 @@ class InitialState:
     def __init__(self, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> None:
         states: list[State] = [optimizer.state.get(parameter, {}) for parameter in params]
         elementwise = _elementwise(params, states)
-        self._shared = {
-            owner: copy.deepcopy(state)
-            for owner, state in optimizer.state.items()
-            if not isinstance(owner, Tensor)
-        }
+        self._shared = [
+            {
+                owner: copy.deepcopy(state)
+                for owner, state in member.state.items()
+                if not isinstance(owner, Tensor)
+            }
+            for member in members_of(optimizer)
+        ]
         self._kinds: list[State] = [{}]
         self._labels = [
             self._label(_recipe(parameter, state, elementwise))
@@ -77,8 +82,9 @@ class InitialState:
 
     def begin(self, optimizer: Optimizer) -> None:
         """Leaves the optimizer with what belongs to no parameter, as the constructor made it."""
-        optimizer.state.clear()
-        optimizer.state.update(copy.deepcopy(self._shared))
+        for member, shared in zip(members_of(optimizer), self._shared, strict=True):
+            member.state.clear()
+            member.state.update(copy.deepcopy(shared))
 
     def label(self, param: int) -> int:
         """Which state parameter `param` of the list begins with; 0 is none."""

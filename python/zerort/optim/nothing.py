@@ -42,6 +42,9 @@ class NoOptimizer:
     def restart(self, label: Callable[[int], Hashable]) -> None:
         """There is no state."""
 
+    def settle_rates(self) -> None:
+        """There is no rate."""
+
     def batches(self) -> Sequence[Sequence[FlatBucket]]:
         """No bucket is trained."""
         return ()

@@ -1,10 +1,10 @@
 """What an optimizer can do, found out by letting a twin of it step.
 
-The engine gives an optimizer other tensors than it was made with: flat pieces of fp32, or at stage
-0 whole parameters. Whether that is right depends on what its step does, and neither its class nor
-its signature tells. So a twin steps over small tensors. It has copies of all the optimizer's own
-attributes; the optimizer itself, its parameters and the random numbers of the process stay as they
-were.
+The engine gives an optimizer other tensors than it was made with: flat pieces of fp32, or whole
+parameters, and on each rank its part of them. Whether that is right depends on what its step does,
+and neither its class nor its signature tells. So a twin steps over small tensors. It has copies of
+all the optimizer's own attributes; the optimizer itself, its parameters and the random numbers of
+the process stay as they were.
 
 What this does not see: anything that shows only with the values of a real training, and what a step
 does to the world outside, which the twin's step does too.
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zerort.memory import DTYPES
+from zerort.optim.chain import members_of
 from zerort.optim.initial import InitialState
 from zerort.optim.lion import Lion
 
 __all__ = ["Abilities", "examine", "is_known"]
 
-_KNOWN = (
+_ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
     torch.optim.Adam,
@@ -43,10 +45,19 @@ _KNOWN = (
     torch.optim.SGD,
     Lion,
 )
+_OF_WHOLE = tuple(
+    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+)
 
 STEPS = 3
 NUMEL = 256
 """Elements of a flat tensor of the probe, and of two halves of it."""
+SCALES = (1e-10, 1e6)
+"""Of gradients, when it is looked for what parameters have to do with each other: a limit on a norm
+shows only above it, a floor only below.
+"""
+TOGETHER = 3
+"""Tensors that step together and alone."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +66,28 @@ class Abilities:
 
     never: str | None = None
     """Why it may run at no stage."""
-    shards: str | None = None
-    """Why it may not run on shards, only on whole parameters."""
+    across: str | None = None
+    """Why it must have all parameters on every rank."""
+    whole: Mapping[int, str] = field(default_factory=dict)
+    """Groups of which it must have whole parameters, and why."""
     gaps: bool = True
     """It steps where groups are empty or tensors have no gradient."""
 
 
 def is_known(optimizer: Optimizer) -> bool:
     """Whether nothing has to be tried. A subclass may have changed `step`."""
-    return type(optimizer) in _KNOWN
+    known = _ELEMENTWISE + _OF_WHOLE
+    return all(type(member) in known for member in members_of(optimizer))
 
 
 def examine(optimizer: Optimizer) -> Abilities:
     """Lets twins of `optimizer`, which holds the module's parameters still, step."""
-    if is_known(optimizer):
+    if type(optimizer) in _ELEMENTWISE:
         return Abilities()
+    if type(optimizer) in _OF_WHOLE:
+        return Abilities(whole=dict.fromkeys(range(len(optimizer.param_groups)), _LOOKS_AT_WHOLE))
     with _undisturbed(optimizer):
-        probe = _Probe(optimizer)
-        shards = _failure(probe.flat)
-        never = None if shards is None else _failure(probe.shaped)
-        gaps = never is None and _failure(probe.nothing) is None
-    return Abilities(None if never is None else _advised(never), shards, gaps)
+        return _Probe(optimizer).found()
 
 
 @contextmanager
@@ -95,7 +107,11 @@ class _Unfit(Exception):
     """A reason in words of ours."""
 
 
-def _failure(attempt: Callable[[], None]) -> str | None:
+_LOOKS_AT_WHOLE = "it looks at whole tensors"
+_IDLE = f"{STEPS} steps of it move nothing, so nothing shows what it looks at"
+
+
+def _failure(attempt: Callable[[], object]) -> str | None:
     """Why `attempt` fails; whatever an optimizer raises is an answer."""
     try:
         attempt()
@@ -119,6 +135,36 @@ def _advised(reason: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A tensor that the twin steps over."""
+
+    model: nn.Parameter
+    """The parameter that it stands for."""
+    value: Tensor
+    gradients: Sequence[Tensor]
+    """Of each step."""
+
+    @classmethod
+    def drawn(cls, model: nn.Parameter, shape: tuple[int, ...]) -> _Start:
+        """Random numbers, wide enough for the parameter's."""
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        value, *gradients = (
+            torch.randn(shape, dtype=dtype).to(model.device) for _ in range(1 + STEPS)
+        )
+        return cls(model, value, gradients)
+
+    def halves(self) -> list[_Start]:
+        """A flat one's, as two."""
+        gradients = zip(*(gradient.chunk(2) for gradient in self.gradients), strict=True)
+        pairs = zip(self.value.chunk(2), gradients, strict=True)
+        return [_Start(self.model, value, half) for value, half in pairs]
+
+
+Starts = Sequence[Sequence[_Start]]
+"""For each group."""
+
+
 class _Probe:
     """Tensors for each group, like what the engine would give."""
 
@@ -129,79 +175,153 @@ class _Probe:
             for group in optimizer.param_groups
         ]
         self._params = [parameter for group in self._groups for parameter in group]
+        self._position = {id(parameter): at for at, parameter in enumerate(self._params)}
         self._initial = InitialState(optimizer, self._params)
+        self._shaped = [
+            [
+                _Start.drawn(p, _small(p))
+                for p in list({p.dim(): p for p in group}.values())[:TOGETHER]
+            ]
+            for group in self._groups
+        ]
 
-    def flat(self) -> None:
-        """Steps over flat tensors must equal the same steps over their halves."""
-        models = [group[:1] for group in self._groups]
-        whole = [[_drawn((NUMEL,), model) for model in group] for group in models]
-        halves = [[half for start in group for half in start.chunk(2)] for group in whole]
-        twins = [[model for model in group for _ in range(2)] for group in models]
-        once, twice = self._run(models, whole), self._run(twins, halves)
-        if torch.equal(once, torch.cat([start.reshape(-1) for group in whole for start in group])):
-            raise _Unfit(f"{STEPS} steps of it move nothing, so nothing shows what it looks at")
-        if not torch.allclose(once, twice, rtol=1e-5, atol=1e-7):
-            raise _Unfit(
-                f"{STEPS} steps over {NUMEL} elements differ from the same steps over two halves "
-                f"of {NUMEL // 2}: it looks at whole tensors"
-            )
+    def found(self) -> Abilities:
+        """What the optimizer can be given."""
+        whole = self._whole()
+        never = _failure(self._steps_over_shapes) if whole else None
+        if never is not None:
+            return Abilities(_advised(never), whole=whole)
+        gaps = _failure(self._nothing) is None
+        across = _failure(lambda: self._apart(whole, gaps=gaps))
+        return Abilities(across=across, whole=whole, gaps=gaps)
 
-    def shaped(self) -> None:
+    def _whole(self) -> dict[int, str]:
+        """Groups in which tensors may not be cut, and why."""
+        groups = [index for index, group in enumerate(self._groups) if group]
+        try:
+            return self._cut(groups)
+        except Exception:  # which of them it was shows one by one
+            found: dict[int, str] = {}
+            for index in groups:
+                reason = _failure(partial(self._cut_into, found, index))
+                if reason is not None:
+                    found[index] = reason
+            return found
+
+    def _cut_into(self, found: dict[int, str], index: int) -> None:
+        found.update(self._cut([index]))
+
+    def _cut(self, groups: Sequence[int]) -> dict[int, str]:
+        """Which of `groups` step otherwise over halves of flat tensors than over the tensors. The
+        other groups have parameters of their own shapes.
+        """
+        once: list[Sequence[_Start]] = list(self._shaped)
+        twice: list[Sequence[_Start]] = list(self._shaped)
+        for index in groups:
+            model = self._groups[index][0]
+            flat = _Start.drawn(model, (NUMEL,))
+            once[index], twice[index] = [flat], flat.halves()
+        one, two = self._run(once), self._run(twice)
+        if not any(_moved(ends, starts) for ends, starts in zip(one, once, strict=True)):
+            return {}
+        found = {}
+        for index in groups:
+            left, right = torch.cat(one[index]), torch.cat(two[index])
+            if not torch.allclose(left, right, rtol=1e-5, atol=1e-7, equal_nan=True):
+                found[index] = (
+                    f"{STEPS} steps over {NUMEL} elements differ from the same steps over two "
+                    f"halves of {NUMEL // 2}: {_LOOKS_AT_WHOLE}"
+                )
+        return found
+
+    def _steps_over_shapes(self) -> None:
         """Steps over tensors with as many dimensions as the parameters."""
-        models = [list({p.dim(): p for p in group}.values()) for group in self._groups]
-        self._run(models, [[_drawn(_small(p), p) for p in group] for group in models])
+        self._run(self._shaped)
 
-    def nothing(self) -> None:
+    def _nothing(self) -> None:
         """Steps where a group is empty, and where no tensor has a gradient."""
         _Twin(self._optimizer).step()
         twin = _Twin(self._optimizer)
         for index, group in enumerate(self._groups):
-            twin.give(index, [nn.Parameter(_drawn((NUMEL,), p)) for p in group[:1]])
+            drawn = [_Start.drawn(p, (NUMEL,)) for p in group[:1]]
+            twin.give(index, [nn.Parameter(start.value) for start in drawn])
         twin.step()
 
-    def _run(
-        self, models: Sequence[Sequence[nn.Parameter]], starts: Sequence[Sequence[Tensor]]
-    ) -> Tensor:
-        """All elements after the steps; each start has the initial state of its model."""
+    def _apart(self, whole: Mapping[int, str], *, gaps: bool) -> None:
+        """A few tensors must step together as each does alone, with tiny and with huge
+        gradients.
+        """
+        starts = self._few(whole)
+        pairs = zip(self._run(starts), starts, strict=True)
+        if not any(_moved(ends, group) for ends, group in pairs):
+            raise _Unfit(_IDLE)
+        for scale in SCALES:
+            together = self._run(starts, scale)
+            for index, group in enumerate(starts):
+                for at, start in enumerate(group):
+                    alone: list[Sequence[_Start]] = [[] for _ in starts]
+                    alone[index] = [start]
+                    end = self._run(alone, scale, gaps=gaps)[index][0]
+                    if not _alike(start.value, together[index][at], end):
+                        raise _Unfit(
+                            f"{STEPS} steps over several tensors together, with gradients of about "
+                            f"{scale:g}, differ from the same steps over each alone: it looks "
+                            "across parameters, of which a rank would have its own alone"
+                        )
+
+    def _few(self, whole: Mapping[int, str]) -> Starts:
+        """A tensor of each of the first groups, and a second of the first."""
+        found: list[list[_Start]] = [[] for _ in self._groups]
+        occupied = [index for index, group in enumerate(self._groups) if group]
+        for index in (occupied[:1] + occupied)[:TOGETHER]:
+            model = self._groups[index][0]
+            shape = _small(model) if index in whole else (NUMEL // 2,)
+            found[index].append(_Start.drawn(model, shape))
+        return found
+
+    def _run(self, starts: Starts, scale: float = 1.0, *, gaps: bool = True) -> list[list[Tensor]]:
+        """The tensors of each group after the steps, flat; each begins with the initial state of
+        its model. Without `gaps` there are no groups that are empty.
+        """
         twin = _Twin(self._optimizer)
         self._initial.begin(twin.optimizer)
-        params = [[nn.Parameter(start.clone()) for start in group] for group in starts]
-        position = {id(parameter): index for index, parameter in enumerate(self._params)}
-        for index, (group, alike) in enumerate(zip(params, models, strict=True)):
+        params = [[nn.Parameter(start.value.clone()) for start in group] for group in starts]
+        for index, (group, alike) in enumerate(zip(params, starts, strict=True)):
             twin.give(index, group)
-            for parameter, model in zip(group, alike, strict=True):
-                state = self._initial.of(position[id(model)], parameter)
+            for parameter, start in zip(group, alike, strict=True):
+                state = self._initial.of(self._position[id(start.model)], parameter)
                 if state:
                     twin.optimizer.state[parameter] = state
-        every = [parameter for group in params for parameter in group]
+        if not gaps:
+            twin.drop_empty()
         torch.default_generator.manual_seed(0)
         for step in range(STEPS):
-            _give_gradients(every, step)
+            for group, alike in zip(params, starts, strict=True):
+                for parameter, start in zip(group, alike, strict=True):
+                    parameter.grad = start.gradients[step] * scale
             twin.step()
         if twin.has_moved_others():
             raise _Unfit("its step() changes parameters that are not in its param_groups")
-        return torch.cat([parameter.detach().reshape(-1) for parameter in every])
+        return [[p.detach().reshape(-1) for p in group] for group in params]
 
 
-def _drawn(shape: tuple[int, ...], like: nn.Parameter) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.randn(shape, dtype=dtype).to(like.device)
+def _moved(ends: Sequence[Tensor], starts: Sequence[_Start]) -> bool:
+    return any(
+        not torch.equal(end, start.value.reshape(-1))
+        for end, start in zip(ends, starts, strict=True)
+    )
+
+
+def _alike(start: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether two ends are the same but for roundings: of the way gone, and of the values."""
+    way = (one - start.reshape(-1)).abs().max()
+    tolerance = 1e-4 * way + 4 * torch.finfo(start.dtype).eps * start.abs().max()
+    same = ((one - other).abs() <= tolerance) | (one.isnan() & other.isnan()) | (one == other)
+    return bool(same.all())
 
 
 def _small(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(min(size, 8) for size in parameter.shape)
-
-
-def _give_gradients(params: Sequence[nn.Parameter], step: int) -> None:
-    """The same ones for the same elements, however they are cut."""
-    generator = torch.Generator().manual_seed(step)
-    numel = sum(parameter.numel() for parameter in params)
-    drawn = torch.randn(numel, generator=generator, dtype=torch.float64)
-    at = 0
-    for parameter in params:
-        piece = drawn.narrow(0, at, parameter.numel())
-        parameter.grad = piece.reshape(parameter.shape).to(parameter)
-        at += parameter.numel()
 
 
 class _Twin:
@@ -224,6 +344,10 @@ class _Twin:
     def give(self, index: int, params: list[nn.Parameter]) -> None:
         """Puts `params` into a group, in place: the optimizer may hold the very list."""
         self.optimizer.param_groups[index]["params"][:] = params
+
+    def drop_empty(self) -> None:
+        """Leaves out groups without parameters."""
+        self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g["params"]]
 
     def step(self) -> None:
         """What the class does, without what schedulers have put before it on the instance."""

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from zerort.errors import ConfigError
+from zerort.optim.chain import Chain
 
-__all__ = ["HasGroups", "Schedule", "at_least_0", "count", "per_group", "rates_of"]
+__all__ = ["HasGroups", "Schedule", "at_least_0", "count", "per_group", "rates_for", "rates_of"]
 
 
 class HasGroups(Protocol):
@@ -87,7 +88,8 @@ class Schedule:
         betas = self._written_momentum()
         if betas is not None:
             for group, pair in zip(groups, betas, strict=True):
-                group["betas"] = pair
+                if "betas" in group:
+                    group["betas"] = pair
 
     def _written_momentum(self) -> list[tuple[float, float]] | None:
         return self.momentum(self.last_batch_iteration)
@@ -96,6 +98,16 @@ class Schedule:
 def rates_of(optimizer: HasGroups) -> list[float]:
     """The groups' learning rates as they stand."""
     return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def rates_for(optimizer: HasGroups, name: str, value: float | Sequence[float]) -> list[float]:
+    """The rate `name`, one or one a group, for each group. One is the first group's where several
+    optimizers are one: the others' keep their ratio to it. Raises `ConfigError`.
+    """
+    rates = per_group(optimizer, name, value)
+    if isinstance(optimizer, Chain) and not isinstance(value, list | tuple):
+        return [rate * ratio for rate, ratio in zip(rates, optimizer.ratios, strict=True)]
+    return rates
 
 
 def per_group(optimizer: HasGroups, name: str, value: float | Sequence[float]) -> list[float]:

@@ -148,8 +148,13 @@ def flat_segments(bucket: FlatBucket) -> list[Segment]:
     return [] if first is None else [Segment(bucket, first.param, 0, bucket.master.numel())]
 
 
-def shaped_segments(bucket: FlatBucket) -> list[Segment]:
-    """One for each parameter, in its form. The whole bucket must be owned."""
+def shaped_segments(
+    bucket: FlatBucket, form_of: Callable[[str, Form], Form] = lambda _, form: form
+) -> list[Segment]:
+    """One for each parameter, in its form, or what `form_of` makes of its name and that. The whole
+    bucket must be owned.
+    """
     spec = bucket.spec
-    pieces = zip(spec.params, spec.offsets, spec.numels, bucket.forms, strict=True)
+    forms = map(form_of, bucket.names, bucket.forms)
+    pieces = zip(spec.params, spec.offsets, spec.numels, forms, strict=True)
     return [Segment(bucket, *piece) for piece in pieces]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from zerort.errors import StepError
-from zerort.memory import FlatBucket, FlatModel
+from zerort.memory import FlatBucket, FlatModel, Form
+from zerort.optim.chain import Chain, members_of, name_of
 from zerort.optim.initial import InitialState
+from zerort.optim.muon import is_muon, matrix
 from zerort.optim.probe import Abilities, is_known
 from zerort.optim.segments import Segment, flat_segments, runs, shaped_segments
 
@@ -32,28 +34,27 @@ __all__ = ["ShardOptimizer"]
 class ShardOptimizer:
     """Steps `optimizer` over segments instead of the module's parameters.
 
-    One that cannot run on shards gets a shaped segment for each parameter; that needs a replicated
-    optimizer, where every rank owns every bucket. One that cannot step over gaps is shown only
-    groups and tensors that have a gradient.
+    A group that is of whole parameters gets a shaped segment for each; that needs a replicated
+    optimizer, where every rank owns every bucket. An optimizer that cannot step over gaps is shown
+    only groups and tensors that have a gradient.
     """
 
-    def __init__(self, optimizer: Optimizer, flat: FlatModel, abilities: Abilities) -> None:
+    def __init__(
+        self, optimizer: Optimizer, flat: FlatModel, abilities: Sequence[Abilities]
+    ) -> None:
         self.optimizer = optimizer
-        self._buckets, self._gaps = flat.trained, abilities.gaps
-        self._whole_tensors = abilities.shards is not None
-        # Said by torch of its own classes; a subclass may do without.
-        self._scales_itself = (
-            is_known(optimizer)
-            and getattr(optimizer, "_step_supports_amp_scaling", False)
-            and all(group.get("fused") for group in optimizer.param_groups)
-        )
+        self._buckets = flat.trained
+        self._parts: list[_Part] = []
+        for member, can in zip(members_of(optimizer), abilities, strict=True):
+            first = self._parts[-1].groups.stop if self._parts else 0
+            self._parts.append(_Part(member, range(first, first + len(member.param_groups)), can))
         self._initial = InitialState(optimizer, flat.params)
         self.restart(lambda _: None)
 
     @property
     def name(self) -> str | None:
-        """Of the optimizer's class."""
-        return type(self.optimizer).__qualname__
+        """Of the optimizer's class, or of several."""
+        return name_of(self.optimizer)
 
     @property
     def groups(self) -> Sequence[dict[str, Any]]:
@@ -94,8 +95,11 @@ class ShardOptimizer:
                 self.optimizer.state[segment.tensor] = state
 
     def _uncut(self) -> list[Segment]:
-        uncut = shaped_segments if self._whole_tensors else flat_segments
-        return [segment for bucket in self._buckets for segment in uncut(bucket)]
+        return [segment for bucket in self._buckets for segment in self._part(bucket).cut(bucket)]
+
+    def _part(self, bucket: FlatBucket) -> _Part:
+        """Who updates a bucket."""
+        return next(part for part in self._parts if bucket.group in part.groups)
 
     def _cut(self, label: Callable[[int], Hashable]) -> None:
         along = {id(bucket): runs(bucket, label) for bucket in self._buckets}
@@ -110,6 +114,11 @@ class ShardOptimizer:
                 segments += parts
         self.segments = segments
         self._regroup()
+
+    def settle_rates(self) -> None:
+        """Something may have written learning rates."""
+        if isinstance(self.optimizer, Chain):
+            self.optimizer.keep_ratios()
 
     def batches(self) -> list[list[FlatBucket]]:
         """Buckets that are updated together, in the order of the plan. One on the host is updated
@@ -126,19 +135,13 @@ class ShardOptimizer:
         return found
 
     def _steps_in_parts(self) -> bool:
-        optimizer = self.optimizer
-        own = vars(optimizer).get("step")
-        listened = [
-            getattr(optimizer, "_optimizer_step_pre_hooks", None),
-            getattr(optimizer, "_optimizer_step_post_hooks", None),
-            _global_optimizer_pre_hooks,
-            _global_optimizer_post_hooks,
-        ]
-        counted = own is None or hasattr(own, "_wrapped_by_lr_sched")
-        return is_known(optimizer) and counted and not any(listened)
+        stepped = {self.optimizer, *members_of(self.optimizer)}
+        heard = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+        return is_known(self.optimizer) and not any(heard) and not any(map(_is_watched, stepped))
 
     def step(self, factor: float, batch: Sequence[FlatBucket]) -> None:
         """One update of these buckets, with the reduced gradients times `factor`."""
+        self.settle_rates()
         chosen = set(map(id, batch))
         segments = [segment for segment in self.segments if id(segment.bucket) in chosen]
         for bucket in batch:
@@ -161,30 +164,18 @@ class ShardOptimizer:
                 segment.tensor.grad = None
 
     def _step(self, segments: Sequence[Segment], factor: float) -> None:
-        gradients = [segment.tensor.grad for segment in segments if segment.tensor.grad is not None]
-        if factor != 1.0 and gradients and self._scales_itself:
-            self._step_scaled(1.0 / factor, gradients[0].device)
-            return
-        if factor != 1.0 and gradients:
-            torch._foreach_mul_(gradients, factor)
-        # A rank that owns frozen parameters only steps too: hooks, counters and schedulers go the
-        # same way on every rank.
-        if self._gaps:
-            self.optimizer.step()
-        elif gradients:
-            with _without_gaps(self.optimizer):
+        shown = [segment for segment in segments if segment.tensor.grad is not None]
+        with ExitStack() as stack:
+            for part in self._parts:
+                held = [segment for segment in shown if segment.bucket.group in part.groups]
+                if factor != 1.0 and held:
+                    part.scale([segment.tensor.grad for segment in held], factor, stack)
+                if not part.gaps:
+                    stack.enter_context(_without_gaps(part.optimizer))
+            # A rank that owns frozen parameters only steps too: hooks, counters and schedulers go
+            # the same way on every rank.
+            if self.optimizer.param_groups:
                 self.optimizer.step()
-
-    def _step_scaled(self, divisor: float, device: torch.device) -> None:
-        # Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses
-        # the same attributes.
-        scaled: Any = self.optimizer
-        scaled.grad_scale = torch.full((), divisor, dtype=torch.float32, device=device)
-        scaled.found_inf = None
-        try:
-            self.optimizer.step()
-        finally:
-            del scaled.grad_scale, scaled.found_inf
 
     def _regroup(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
@@ -206,6 +197,56 @@ class ShardOptimizer:
                 else copy.deepcopy(value)
                 for key, value in state.items()
             }
+
+
+class _Part:
+    """An optimizer, with its `groups` among those of all; it may be the only one."""
+
+    def __init__(self, optimizer: Optimizer, groups: range, abilities: Abilities) -> None:
+        self.optimizer, self.groups, self.gaps = optimizer, groups, abilities.gaps
+        self._whole = {groups[index] for index in abilities.whole}
+        self._form: Callable[[str, Form], Form] = matrix if is_muon(optimizer) else _as_it_is
+        # Said by torch of its own classes; a subclass may do without.
+        self._scales_itself = (
+            is_known(optimizer)
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and all(group.get("fused") for group in optimizer.param_groups)
+        )
+
+    def cut(self, bucket: FlatBucket) -> list[Segment]:
+        """What the optimizer sees of a bucket of its own."""
+        if bucket.group in self._whole:
+            return shaped_segments(bucket, self._form)
+        return flat_segments(bucket)
+
+    def scale(self, gradients: list[Any], factor: float, stack: ExitStack) -> None:
+        """The optimizer's next step is over `gradients` times `factor`; `stack` takes that back.
+
+        Fused kernels divide on the way, which saves a pass over the gradients; GradScaler uses the
+        same attributes.
+        """
+        if not self._scales_itself:
+            torch._foreach_mul_(gradients, factor)
+            return
+        scaled: Any = self.optimizer
+        scaled.grad_scale = torch.full(
+            (), 1.0 / factor, dtype=torch.float32, device=gradients[0].device
+        )
+        scaled.found_inf = None
+        stack.callback(vars(scaled).pop, "grad_scale")
+        stack.callback(vars(scaled).pop, "found_inf")
+
+
+def _as_it_is(name: str, form: Form) -> Form:
+    return form
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Whether somebody would see it step in parts."""
+    own = vars(optimizer).get("step")
+    counted = own is None or hasattr(own, "_wrapped_by_lr_sched")
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return not counted or any(getattr(optimizer, name, None) for name in hooks)
 
 
 def _goes_alone(bucket: FlatBucket) -> bool:

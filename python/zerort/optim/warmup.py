@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from zerort.errors import ConfigError
-from zerort.optim.schedule import HasGroups, Schedule, at_least_0, count, per_group, rates_of
+from zerort.optim.schedule import HasGroups, Schedule, at_least_0, count, rates_for, rates_of
 
 __all__ = ["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
@@ -57,8 +57,8 @@ class WarmupLR(_Warmup):
         last_batch_iteration: int = -1,
     ) -> None:
         top = rates_of(optimizer) if warmup_max_lr is None else warmup_max_lr
-        self.min_lrs = per_group(optimizer, "warmup_min_lr", warmup_min_lr)
-        self.max_lrs = per_group(optimizer, "warmup_max_lr", top)
+        self.min_lrs = rates_for(optimizer, "warmup_min_lr", warmup_min_lr)
+        self.max_lrs = rates_for(optimizer, "warmup_max_lr", top)
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
 
     def lr(self, iteration: int) -> list[float]:

@@ -18,6 +18,7 @@ from zerort.config import Config
 from zerort.errors import PlanMismatch
 from zerort.memory import PlannedParameter, Signature
 from zerort.mesh import Control
+from zerort.optim import name_of
 from zerort.start import gathered
 from zerort.start.loader import TrainingLoader
 
@@ -64,7 +65,7 @@ def compare_optimizers(control: Control, optimizer: Optimizer | None) -> None:
     def facts() -> dict[str, Any]:
         if optimizer is None:
             return {"optimizer": "none"}
-        found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+        found: dict[str, Any] = {"optimizer": name_of(optimizer)}
         for index, group in enumerate(optimizer.param_groups):
             found |= {f"{key} of optimizer group {index}": value for key, value in _numbers(group)}
         return found

@@ -13,6 +13,7 @@ from zerort.config import Config
 from zerort.device import device_for
 from zerort.errors import ConfigError
 from zerort.memory import FlatModel, Homes, HostRoom
+from zerort.optim import name_of
 
 __all__ = ["Traffic", "homes_for", "log_homes"]
 
@@ -34,7 +35,7 @@ def homes_for(
         return Homes(shards_host=shards_host)
     if any(group.get("capturable") for group in optimizer.param_groups):
         raise ConfigError(
-            f"zero_optimization.offload_optimizer: {type(optimizer).__name__} was made with "
+            f"zero_optimization.offload_optimizer: {name_of(optimizer)} was made with "
             "capturable=True and steps on an accelerator only; leave one of the two out"
         )
     chosen = Homes.chosen(plan.buckets, state.ratio)

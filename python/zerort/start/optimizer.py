@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,19 @@ from zerort.optim import (
     ALL_FROZEN,
     NONE_GIVEN,
     Abilities,
+    Chain,
     NoOptimizer,
     ShardOptimizer,
     Update,
     examine,
     has_stepped,
+    members_of,
+    name_of,
 )
 
-__all__ = ["Chosen", "choose_optimizer"]
+__all__ = ["Chosen", "choose_optimizer", "log_members"]
+
+_log = logging.getLogger("zerort")
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,17 @@ class Chosen:
         groups = enumerate(self.optimizer.param_groups)
         return {id(p): index for index, group in groups for p in group["params"]}
 
-    def able(self, *, shards: bool) -> Abilities | None:
-        """What the optimizer can be given; `shards` says what the stage gives it.
+    def able(self, *, shards: bool) -> Sequence[Abilities]:
+        """What each optimizer can be given that it is made of; `shards` says what the stage gives.
 
         Raises `ConfigError` where that is more than it can do.
         """
-        return None if self.optimizer is None else _abilities_of(self.optimizer, shards=shards)
+        every = () if self.optimizer is None else members_of(self.optimizer)
+        return [_abilities_of(member, shards=shards) for member in every]
 
-    def over(self, flat: FlatModel, abilities: Abilities | None) -> Update:
+    def over(self, flat: FlatModel, abilities: Sequence[Abilities]) -> Update:
         """What updates the buckets."""
-        if self.optimizer is None or abilities is None:
+        if self.optimizer is None:
             return NoOptimizer(self.reason)
         return ShardOptimizer(self.optimizer, flat, abilities)
 
@@ -73,16 +80,19 @@ def choose_optimizer(
         return Chosen(None, ALL_FROZEN)
     _refuse_empty(model)
     params = list(model.parameters() if model_parameters is None else model_parameters)
-    if isinstance(optimizer, Optimizer):
+    if isinstance(optimizer, list | tuple):
+        chosen = _chained(optimizer, model)
+    elif isinstance(optimizer, Optimizer):
         chosen = optimizer
     elif callable(optimizer):
         chosen = optimizer(params)
     elif optimizer is None and settings.optimizer is not None:
-        chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params)
+        chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params, model)
     else:
         raise ConfigError(
             "initialize(optimizer=...): expected a torch.optim.Optimizer or a callable that makes "
-            f"one of parameters, got {type(optimizer).__name__}"
+            "one of parameters, or a list of optimizers over different parameters, got "
+            f"{type(optimizer).__name__}"
         )
     _refuse_strangers(chosen, model)
     if has_stepped(chosen):
@@ -92,6 +102,66 @@ def choose_optimizer(
             "may be zeros, or one number for all elements"
         )
     return Chosen(chosen)
+
+
+def _chained(optimizers: Sequence[Any], model: nn.Module) -> Optimizer:
+    """Several optimizers as one; between them they have every parameter that requires grad, once.
+
+    Raises `ConfigError` for what is none, `PlanError` naming a parameter in two or in none.
+    """
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise ConfigError(
+                "initialize(optimizer=[...]): expected optimizers, each made over parameters of "
+                f"its own, got {type(each).__name__}"
+            )
+    if not optimizers:
+        raise ConfigError("initialize(optimizer=[]): expected at least one optimizer")
+    chain = Chain(optimizers)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    holders: dict[int, str] = {}
+    for member in chain.members:
+        held = {id(p) for group in member.param_groups for p in group["params"]}
+        for twice in held & holders.keys():
+            raise PlanError(
+                f"parameter {named.get(twice, '?')} is in two of the optimizers, "
+                f"{holders[twice]} and {type(member).__name__}: give it to one"
+            )
+        holders.update(dict.fromkeys(held, type(member).__name__))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    left = [name for name, p in trained if id(p) not in holders]
+    if left:
+        raise PlanError(
+            f"parameter {left[0]} requires grad and is in none of the optimizers, "
+            f"{name_of(chain)}: give it to one, or freeze it with requires_grad_(False); there are "
+            f"{len(left)} such parameters"
+        )
+    return chain
+
+
+def log_members(optimizer: Optimizer, flat: FlatModel) -> None:
+    """Says which optimizer updates what, where there are several."""
+    if not isinstance(optimizer, Chain):
+        return
+    first = 0
+    for member in optimizer.members:
+        groups = range(first, first + len(member.param_groups))
+        first = groups.stop
+        buckets = [bucket for bucket in flat.trained if bucket.group in groups]
+        held = {p: name for b in buckets for p, name in zip(b.spec.params, b.names, strict=True)}
+        names = [held[param] for param in sorted(held)]
+        _log.info(
+            "%s updates %d parameters of %d elements: %s%s",
+            type(member).__name__,
+            len(names),
+            sum(sum(bucket.spec.numels) for bucket in buckets),
+            ", ".join(names[:_NAMED]),
+            f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "",
+        )
+
+
+_NAMED = 12
+"""Names in a line of the log."""
 
 
 def _refuse_empty(model: nn.Module) -> None:
@@ -119,9 +189,10 @@ def _abilities_of(optimizer: Optimizer, *, shards: bool) -> Abilities:
     name, can = type(optimizer).__name__, examine(optimizer)
     if can.never is not None:
         raise ConfigError(f"optimizer {name} is refused at every stage: {can.never}")
-    if can.shards is not None and shards:
+    reason = can.across or next(iter(can.whole.values()), None)
+    if reason is not None and shards:
         raise ConfigError(
-            f"optimizer {name} cannot run on shards: {can.shards}. Use zero_optimization.stage 0, "
+            f"optimizer {name} cannot run on shards: {reason}. Use zero_optimization.stage 0, "
             "which keeps the optimizer whole"
         )
     return can

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from zerort.config import Config
 from zerort.config.quantize import Eigenvalue, QuantizeTraining
+from zerort.optim import name_of
 
 __all__ = ["Getters"]
 
@@ -127,7 +128,7 @@ class Getters:
         """
         if self.config.optimizer is not None:
             return str(self.config.optimizer.type)
-        return None if self.optimizer is None else type(self.optimizer).__name__
+        return None if self.optimizer is None else name_of(self.optimizer)
 
     optimizer_params = _key(
         "Arguments of the configured optimizer; None where none is configured.",

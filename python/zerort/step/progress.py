@@ -101,6 +101,7 @@ class Progress:
             return
         try:
             self.scheduler.step(**arguments)
+            self.boundary.optimizer.settle_rates()
         except BaseException as error:
             message = (
                 f"{self._stands()}; then the learning rate scheduler raised "

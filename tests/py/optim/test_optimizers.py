@@ -16,7 +16,7 @@ from zerort.optim import Lion, build
 
 
 def built(name: str, **options: Any) -> torch.optim.Optimizer:
-    return build(name, [nn.Parameter(torch.zeros(4))], options)
+    return build(name, [nn.Parameter(torch.zeros(4))], options, nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

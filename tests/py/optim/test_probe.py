@@ -173,6 +173,66 @@ class SecondGroupWhole(Plain):
         parameter.sub_(gradient * lr)
 
 
+class SecondGroupOfMatrices(Plain):
+    """One class for both kinds, as Muon with its AdamW is often written."""
+
+    def update(self, parameter: nn.Parameter, lr: Any) -> None:
+        second = any(parameter is other for other in self.param_groups[-1]["params"])
+        gradient = torch.linalg.qr(parameter.grad)[0] if second else parameter.grad
+        parameter.sub_(gradient * lr)
+
+
+class ClipsTogether(Plain):
+    """Elementwise but for a factor: halves of a tensor have the norm of the whole."""
+
+    def norm(self, group: int) -> Tensor:
+        return torch.stack([p.grad.norm() for p, _ in self.tensors()]).norm()
+
+    def factor(self, norm: Tensor) -> Tensor:
+        return torch.clamp(1000.0 / norm, max=1.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        factors = [self.factor(self.norm(at)) for at in range(len(self.param_groups))]
+        for group, factor in zip(self.param_groups, factors, strict=True):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad * factor * group["lr"])
+
+    def tensors(self) -> list[tuple[nn.Parameter, Any]]:
+        return [(p, lr) for p, lr in super().tensors() if p.grad is not None]
+
+
+class ClipsGroup(ClipsTogether):
+    """Each group by its own norm."""
+
+    def norm(self, group: int) -> Tensor:
+        members = self.param_groups[group]["params"]
+        return torch.stack([p.grad.norm() for p in members] or [torch.zeros(())]).norm()
+
+
+class SkipsTiny(ClipsTogether):
+    """A direction of a length that all have together: with tiny gradients."""
+
+    def factor(self, norm: Tensor) -> Tensor:
+        return 1.0 / norm if norm < 1e-6 else torch.ones(())
+
+
+class TrustsModel(ClipsTogether):
+    """As LAMB, over all parameters at once."""
+
+    def factor(self, norm: Tensor) -> Tensor:
+        weights = torch.stack([p.norm() for p, _ in self.tensors()]).norm()
+        return weights / norm
+
+
+class TrustsWhole(TrustsModel):
+    """And by parameter too."""
+
+    def factor(self, norm: Tensor) -> Tensor:
+        return super().factor(norm) / max(p.numel() for p, _ in self.tensors())
+
+
 class KeepsParameters(Plain):
     """Goes on with the parameters it was made from."""
 
@@ -228,8 +288,6 @@ ELEMENTWISE: dict[str, Callable[[Any], Optimizer]] = {
 WHOLE: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
     "norm": (Whole, "it looks at whole tensors"),
     "matrices": (OnlyMatrices, "ValueError: matrices only, got 1 dimensions"),
-    "second group": (SecondGroupWhole, "it looks at whole tensors"),
-    "idle": (Idle, "move nothing"),
 }
 NEVER: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
     "closure": (NeedsClosure, "needs a closure. A closure repeats forward and backward"),
@@ -256,12 +314,55 @@ def test_one_that_treats_each_element_alone_may_have_shards(name: str) -> None:
     assert found == Abilities(gaps=name != "only where there are gradients")
 
 
+ACROSS: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
+    "idle": (Idle, "move nothing"),
+    "limit on the norm of all": (ClipsTogether, "it looks across parameters"),
+    "limit on a group's norm": (ClipsGroup, "gradients of about 1e+06"),
+    "trust ratio of the model": (TrustsModel, "it looks across parameters"),
+    "trust ratio of all, of whole parameters": (TrustsWhole, "it looks across parameters"),
+    "floor under the norm of all": (SkipsTiny, "gradients of about 1e-10"),
+}
+
+
+def over_two_groups(make: Callable[[Any], Optimizer]) -> Optimizer:
+    parts = list(of_matrices().parameters())
+    return make([{"params": parts[:2]}, {"params": parts[2:]}])
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_one_that_looks_at_whole_parameters_may_have_those(name: str) -> None:
     make, reason = WHOLE[name]
-    parts = list(of_matrices().parameters())
-    found = examine(make([{"params": parts[:2]}, {"params": parts[2:]}]))
-    assert found.never is None and found.shards is not None and reason in found.shards
+    found = examine(over_two_groups(make))
+    assert found.never is None and found.across is None and found.gaps
+    assert found.whole.keys() == {0, 1} and all(reason in why for why in found.whole.values())
+
+
+@pytest.mark.parametrize("takes", [SecondGroupWhole, SecondGroupOfMatrices])
+def test_each_group_is_looked_at_by_itself(takes: Callable[[Any], Optimizer]) -> None:
+    found = examine(over_two_groups(takes))
+    assert found.whole.keys() == {1} and found.across is None
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_one_that_looks_across_parameters_is_found_and_refused_where_ranks_have_parts(
+    name: str,
+) -> None:
+    make, reason = ACROSS[name]
+    found = examine(over_two_groups(make))
+    assert found.never is None and found.across is not None and reason in found.across
+    for stage in (1, 2, 3):
+        start = partial(engine_over_terms, {"zero_optimization": {"stage": stage}})
+        error = caught(partial(start, model=of_matrices(), optimizer=over_two_groups_of(make)))
+        assert_told(error, ConfigError, "cannot run on shards", "Use zero_optimization.stage 0")
+    engine_over_terms({"zero_optimization": {"stage": 0}}, model=of_matrices(), optimizer=make)
+
+
+def over_two_groups_of(make: Callable[[Any], Optimizer]) -> Callable[[Any], Optimizer]:
+    def over(params: Iterable[Any]) -> Optimizer:
+        parts = list(params)
+        return make([{"params": parts[:2]}, {"params": parts[2:]}])
+
+    return over
 
 
 @pytest.mark.parametrize("name", NEVER)
