@@ -7,8 +7,8 @@ use std::sync::Arc;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use zerort_core::roll::OWN;
 use zerort_core::{
-    At, Cap, Dtype, Gatherer, GroupId, Key, Mesh, Param, PassKind, Plan, PlanSpec, Rank, Reading,
-    Reducer, Route, SetId, Stage, Stop, UnitId, WireId,
+    At, Cap, Dtype, Gatherer, Grain, GroupId, Key, Mesh, Param, PassKind, Plan, PlanSpec, Rank,
+    Reading, Reducer, Route, SetId, Stage, Stop, UnitId, WHOLE_PADDING, WireId,
 };
 
 const UNITS: u32 = 1000;
@@ -16,13 +16,22 @@ const ROOM: u64 = 100 << 10;
 
 fn plan() -> Plan {
     let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
-    let param = |unit| Param { numel: 1 << 10, dtype, group, wire, unit: Some(UnitId(unit)) };
+    let param = |unit| Param {
+        numel: 1 << 10,
+        dtype,
+        group,
+        wire,
+        unit: Some(UnitId(unit)),
+        grain: Grain::Element,
+        cost: 0,
+    };
     let spec = PlanSpec {
         params: (0..UNITS).map(param).collect(),
         mesh: Mesh::flat(1).unwrap(),
         rules: Stage::Three.rules(),
         cap: Cap::Elements(1 << 10),
         window: Some(4),
+        whole_padding: WHOLE_PADDING,
     };
     Plan::new(spec).unwrap()
 }

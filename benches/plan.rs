@@ -5,7 +5,8 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use zerort_core::{
-    Bucket, Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage, WireId, reshard,
+    Bucket, Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage,
+    WHOLE_PADDING, WireId, reshard,
 };
 
 const PARAMS: u32 = 100_000;
@@ -20,6 +21,8 @@ fn spec(world: u32) -> PlanSpec {
             group: Some(GroupId(group)),
             wire: WireId(0),
             unit: None,
+            grain: Grain::Element,
+            cost: 0,
         }
     };
     let params = (0..PARAMS).map(param).collect();
@@ -29,6 +32,7 @@ fn spec(world: u32) -> PlanSpec {
         rules: Stage::Two.rules(),
         cap: Cap::Bytes(25 << 20),
         window: Some(4),
+        whole_padding: WHOLE_PADDING,
     }
 }
 

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use zerort_core::{
-    Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId,
+    Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage,
+    WHOLE_PADDING, WireId,
 };
 
 const PARAMS: u32 = 8000;
@@ -18,13 +19,25 @@ fn plan(per_bucket: u64) -> Arc<Plan> {
             dtype: Dtype::F32,
             group: Some(GroupId(0)),
             wire: WireId(0),
-            unit: None
+            unit: None,
+            grain: Grain::Element,
+            cost: 0
         };
         PARAMS as usize
     ];
     let (mesh, rules) = (Mesh::flat(8).unwrap(), Stage::Two.rules());
     let cap = Cap::Elements(16 * per_bucket);
-    Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window: Some(4) }).unwrap())
+    Arc::new(
+        Plan::new(PlanSpec {
+            params,
+            mesh,
+            rules,
+            cap,
+            window: Some(4),
+            whole_padding: WHOLE_PADDING,
+        })
+        .unwrap(),
+    )
 }
 
 /// In a pass of the given order, the one that observes behind it.

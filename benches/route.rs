@@ -5,21 +5,30 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use zerort_core::{
-    BucketId, Cap, Dtype, GroupId, Key, Mesh, Param, PassKind, Plan, PlanSpec, Route, Stage, Stop,
-    UnitId, WireId,
+    BucketId, Cap, Dtype, Grain, GroupId, Key, Mesh, Param, PassKind, Plan, PlanSpec, Route, Stage,
+    Stop, UnitId, WHOLE_PADDING, WireId,
 };
 
 const UNITS: u32 = 10_000;
 
 fn plan() -> Plan {
     let (dtype, group, wire) = (Dtype::BF16, Some(GroupId(0)), WireId(0));
-    let param = |unit| Param { numel: 1 << 20, dtype, group, wire, unit: Some(UnitId(unit)) };
+    let param = |unit| Param {
+        numel: 1 << 20,
+        dtype,
+        group,
+        wire,
+        unit: Some(UnitId(unit)),
+        grain: Grain::Element,
+        cost: 0,
+    };
     Plan::new(PlanSpec {
         params: (0..UNITS).map(param).collect(),
         mesh: Mesh::flat(8).unwrap(),
         rules: Stage::Three.rules(),
         cap: Cap::Bytes(25 << 20),
         window: Some(4),
+        whole_padding: WHOLE_PADDING,
     })
     .unwrap()
 }

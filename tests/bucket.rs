@@ -7,10 +7,18 @@ use std::cmp::Reverse;
 use arbitrary::{cap, ids, model};
 use proptest::prelude::*;
 use zerort_core::bucket::assign;
-use zerort_core::{Bucket, Cap, Dtype, GroupId, Kind, Param, ParamId, WireId};
+use zerort_core::{Bucket, Cap, Dtype, Grain, GroupId, Kind, Param, ParamId, WireId};
 
 fn param(numel: u64, dtype: Dtype, group: u32) -> Param {
-    Param { numel, dtype, group: Some(GroupId(group)), wire: WireId(0), unit: None }
+    Param {
+        numel,
+        dtype,
+        group: Some(GroupId(group)),
+        wire: WireId(0),
+        unit: None,
+        grain: Grain::Element,
+        cost: 0,
+    }
 }
 
 fn f32(numel: u64) -> Param {
@@ -41,8 +49,8 @@ proptest! {
     fn a_bucket_holds_one_dtype_one_optimizer_group_and_one_wire_format(
         params in model(), cap in cap(),
     ) {
-        for Bucket { dtype, group, wire, unit, params: ids, .. } in assign(&params, cap) {
-            let kind = Kind { dtype, group, wire, unit };
+        for Bucket { dtype, group, wire, unit, grain, params: ids, .. } in assign(&params, cap) {
+            let kind = Kind { dtype, group, wire, unit, grain };
             prop_assert!(ids.iter().all(|id| params[id.index()].kind() == kind));
         }
     }

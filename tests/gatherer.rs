@@ -12,7 +12,7 @@ use proptest::sample::Index;
 use zerort_core::roll::OWN;
 use zerort_core::{
     Action, Answer, At, Command, Key, Mesh, Plan, PlanSpec, Residence, Route, SetId, StepError,
-    Stop, UnitId,
+    Stop, UnitId, WHOLE_PADDING,
 };
 
 #[test]
@@ -303,6 +303,7 @@ proptest! {
             rules: plan.rules(),
             cap: zerort_core::Cap::Elements(500),
             window: Some(plan.window()),
+            whole_padding: WHOLE_PADDING,
         };
         let plan = Plan::new(spec).unwrap();
         let mut alone = Alone::over(Arc::new(plan.clone()), room);

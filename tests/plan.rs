@@ -6,8 +6,8 @@ use arbitrary::{ids, plan, spec, uniform};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
-    Bucket, BucketId, BucketLayout, Cap, Dtype, Group, GroupId, Mesh, Param, ParamId, Placement,
-    Plan, PlanError, PlanSpec, Rank, Rules, Stage, WireId,
+    Bucket, BucketId, BucketLayout, Cap, Dtype, Grain, Group, GroupId, Mesh, Param, ParamId,
+    Placement, Plan, PlanError, PlanSpec, Rank, Rules, Stage, WHOLE_PADDING, WireId,
 };
 
 fn sample() -> PlanSpec {
@@ -17,6 +17,8 @@ fn sample() -> PlanSpec {
         group: Some(GroupId(group)),
         wire: WireId(0),
         unit: None,
+        grain: Grain::Element,
+        cost: 0,
     };
     let params = vec![
         param(1000, Dtype::F32, 0),
@@ -31,6 +33,7 @@ fn sample() -> PlanSpec {
         rules: Stage::Two.rules(),
         cap: Cap::Elements(512),
         window: Some(2),
+        whole_padding: WHOLE_PADDING,
     }
 }
 

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use arbitrary::{dtype, model, spec_of};
 use proptest::prelude::*;
 use zerort_core::{
-    Bucket, BucketId, Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanError, PlanSpec, Rank,
-    Segment, Stage, WireId, reshard,
+    Bucket, BucketId, Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanError, PlanSpec,
+    Rank, Segment, Stage, WHOLE_PADDING, WireId, reshard,
 };
 
 /// All shards of a job. An element is (parameter, position in it), so that a misplaced one is seen;
@@ -106,10 +106,20 @@ fn small(numels: &[u64], world: u32) -> Plan {
             group: Some(GroupId(0)),
             wire: WireId(0),
             unit: None,
+            grain: Grain::Element,
+            cost: 0,
         })
         .collect();
     let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Two.rules());
-    Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(1 << 20), window: None }).unwrap()
+    Plan::new(PlanSpec {
+        params,
+        mesh,
+        rules,
+        cap: Cap::Elements(1 << 20),
+        window: None,
+        whole_padding: WHOLE_PADDING,
+    })
+    .unwrap()
 }
 
 proptest! {

@@ -7,8 +7,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use zerort_core::{
-    Cap, Dtype, Group, GroupId, Mesh, Module, Param, ParamId, Placement, Plan, PlanError, PlanSpec,
-    Stage, UnitId, WireId, units,
+    Cap, Dtype, Grain, Group, GroupId, Mesh, Module, Param, ParamId, Placement, Plan, PlanError,
+    PlanSpec, Stage, UnitId, WHOLE_PADDING, WireId, units,
 };
 
 fn module(parent: Option<usize>, params: &[u32]) -> Module {
@@ -82,14 +82,22 @@ fn a_tree_that_is_none_is_refused() {
 
 fn spec(units: &[Option<u32>]) -> PlanSpec {
     let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
-    let param =
-        |unit: &Option<u32>| Param { numel: 600, dtype, group, wire, unit: unit.map(UnitId) };
+    let param = |unit: &Option<u32>| Param {
+        numel: 600,
+        dtype,
+        group,
+        wire,
+        unit: unit.map(UnitId),
+        grain: Grain::Element,
+        cost: 0,
+    };
     PlanSpec {
         params: units.iter().map(param).collect(),
         mesh: Mesh::flat(2).unwrap(),
         rules: Stage::Three.rules(),
         cap: Cap::Elements(1300),
         window: Some(2),
+        whole_padding: WHOLE_PADDING,
     }
 }
 

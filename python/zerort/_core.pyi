@@ -11,6 +11,7 @@ __version__: str
 __all__ = [
     "Bucket",
     "Buffer",
+    "Exchange",
     "Finished",
     "Fragment",
     "Gatherer",
@@ -37,6 +38,8 @@ _Pass = Literal["forward", "backward", "local_backward", "evaluation"]
 _At = Literal["forward", "backward", "local_backward", "evaluation", "boundary", "need", "serve"]
 _Op = Literal["reduce_scatter", "all_reduce", "all_gather", "copy"]
 _Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
+_Grain = Literal["element", "whole"] | int
+_Way = Literal["owned", "exchanged"]
 
 @final
 class Bucket:
@@ -61,6 +64,16 @@ class Bucket:
     def sharded(self) -> bool:
         """Whether its parameters are sharded between their uses."""
     @property
+    def grain(self) -> _Grain:
+        """What of its parameters no border between shards cuts: a block of so many elements, or a
+        whole parameter, see `way`.
+        """
+    @property
+    def way(self) -> _Way | None:
+        """How whole gradients reach their owners: its shards hold whole parameters, or cut them and
+        ranks exchange the parts. None where the grain is not "whole".
+        """
+    @property
     def params(self) -> list[int]:
         """Parameter ids in the order in which they lie in the buffer."""
     @property
@@ -70,7 +83,9 @@ class Bucket:
     def numels(self) -> list[int]: ...
     @property
     def numel(self) -> int:
-        """Padded length: a multiple of world x 128."""
+        """Padded length: a multiple of world x 128. Where shards hold whole parameters there is
+        padding behind the last of each, and one may hold nothing else.
+        """
     @property
     def shard_numel(self) -> int: ...
     @property
@@ -114,7 +129,14 @@ class Plan:
     the parameter's id. One that no optimizer has is only held: its group is None. The cap of a
     bucket is given in bytes or in elements, never both. `window` is how many launched buckets may
     be unretired; None means all. `units` has an entry for each parameter, as `cut_units` gave it;
-    at stage 3 a parameter without a unit is replicated. Raises `PlanError`.
+    at stage 3 a parameter without a unit is replicated.
+
+    `grains` says for each parameter what of it a shard must not cut: nothing ("element"), blocks of
+    so many elements from its start, or "whole"; `costs` what its update costs the rank that owns it
+    where it is whole, in any measure; by default its length. Whole parameters are packed whole into
+    the shards where their bucket is not longer for it by more than the share `whole_padding` of its
+    length when it is cut evenly; else it is cut evenly, and the plan has `exchanges`. Grains mean
+    nothing where the optimizer is not sharded, or does not have the parameter. Raises `PlanError`.
     """
 
     def __new__(
@@ -127,6 +149,9 @@ class Plan:
         cap_elements: int | None = None,
         window: int | None = None,
         units: Sequence[int | None] | None = None,
+        grains: Sequence[_Grain] | None = None,
+        costs: Sequence[int] | None = None,
+        whole_padding: float = 0.1,
     ) -> Plan: ...
     @staticmethod
     def restore(
@@ -182,10 +207,54 @@ class Plan:
     def units(self) -> list[Unit]:
         """What is gathered and freed together, by id; empty unless parameters are sharded."""
     def fragments(self, bucket: int, rank: int) -> list[Fragment]: ...
+    def owner(self, param: int) -> int | None:
+        """The rank that steps a parameter; None where its grain is not "whole"."""
+    @property
+    def costs(self) -> list[int]:
+        """What the updates of the parameters cost that each rank owns, by rank."""
+    def exchanges(self, rank: int) -> list[Exchange]:
+        """What `rank` sends and receives at the boundary where buckets are exchanged: an entry for
+        each dtype, the same dtypes on all ranks.
+        """
     def reordered(self, observed: Sequence[int]) -> Plan:
         """The same layout, launched in the order in which `observed` (parameter ids by arrival)
         fills the buckets.
         """
+
+@final
+class Exchange:
+    """One rank's part in bringing reduced gradients of one dtype whole to their owners; parameters
+    come back along the same rows the other way round.
+
+    An owner keeps its parameters in a flat room. A row is a run of elements of one parameter:
+    `(bucket, parameter, start in the holder's shard, start in the owner's room, length)`. What one
+    rank sends to another is, row by row, what that receives from it. All figures are in elements.
+    """
+
+    @property
+    def dtype(self) -> _Dtype:
+        """Of the parameters."""
+    @property
+    def room(self) -> int:
+        """Length of this rank's room; 0 where it owns nothing."""
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """The parameters that it owns, and where each starts in its room: on 64 bytes."""
+    @property
+    def send_splits(self) -> list[int]:
+        """How many elements of gradients go to each rank, and of parameters come from it."""
+    @property
+    def recv_splits(self) -> list[int]:
+        """How many elements of gradients come from each rank, and of parameters go to it."""
+    @property
+    def send(self) -> list[tuple[int, int, int, int, int]]:
+        """What it holds and another rank owns, by rank."""
+    @property
+    def recv(self) -> list[tuple[int, int, int, int, int]]:
+        """What it owns and another rank holds, by rank."""
+    @property
+    def kept(self) -> list[tuple[int, int, int, int, int]]:
+        """What it holds and owns: it only moves from shard to room."""
 
 @final
 class List:

@@ -1,13 +1,14 @@
 //! Generators of valid models and plans, shared by the tests.
 #![allow(dead_code, reason = "every test file takes what it needs")]
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::{
-    BucketId, Cap, Dtype, Group, GroupId, Key, Mesh, Param, ParamId, PassKind, Plan, PlanSpec,
-    Rank, Route, Stage, Stop, UnitId, WireId,
+    BucketId, Cap, Dtype, Grain, Group, GroupId, Key, Mesh, Param, ParamId, PassKind, Plan,
+    PlanSpec, Rank, Route, Stage, Stop, UnitId, WHOLE_PADDING, WireId,
 };
 
 /// A length: empty, scalar, small, or larger than most caps.
@@ -19,19 +20,41 @@ pub fn dtype() -> impl Strategy<Value = Dtype> {
     prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::BF16), Just(Dtype::F64)]
 }
 
-pub fn param() -> impl Strategy<Value = Param> {
-    let group = prop::option::weighted(0.8, 0..3_u32);
-    (numel(), dtype(), group, 0..2_u32).prop_map(|(numel, dtype, group, wire)| Param {
-        numel,
-        dtype,
-        group: group.map(GroupId),
-        wire: WireId(wire),
-        unit: None,
+pub fn grain() -> impl Strategy<Value = Grain> {
+    let block = prop_oneof![1..9_u64, 1..700_u64, Just(128), Just(2048)];
+    let block = block.prop_map(|length| Grain::Block(NonZeroU64::new(length).unwrap()));
+    prop_oneof![4 => Just(Grain::Element), 1 => block, 3 => Just(Grain::Whole)]
+}
+
+/// Mostly cheap, sometimes free, sometimes as dear as can be.
+pub fn cost() -> impl Strategy<Value = u64> {
+    prop_oneof![8 => 0..1000_u64, 1 => Just(0), 1 => Just(u64::MAX)]
+}
+
+/// A grain of each group, as optimizers have one, or of each parameter.
+pub fn model() -> impl Strategy<Value = Vec<Param>> {
+    let of_groups = (vec(grain(), 4), any::<bool>());
+    (vec(param(), 1..24), of_groups).prop_map(|(mut params, (grains, alike))| {
+        for param in params.iter_mut().filter(|_| alike) {
+            param.grain = grains[param.group.map_or(3, |group| group.0 as usize)];
+        }
+        params
     })
 }
 
-pub fn model() -> impl Strategy<Value = Vec<Param>> {
-    vec(param(), 1..24)
+pub fn param() -> impl Strategy<Value = Param> {
+    let group = prop::option::weighted(0.8, 0..3_u32);
+    (numel(), dtype(), group, 0..2_u32, grain(), cost()).prop_map(
+        |(numel, dtype, group, wire, grain, cost)| Param {
+            numel,
+            dtype,
+            group: group.map(GroupId),
+            wire: WireId(wire),
+            unit: None,
+            grain,
+            cost,
+        },
+    )
 }
 
 pub fn cap() -> impl Strategy<Value = Cap> {
@@ -60,10 +83,11 @@ pub fn mesh() -> impl Strategy<Value = Mesh> {
 
 /// A specification for `params`, everything else at random.
 pub fn spec_of(params: Vec<Param>) -> impl Strategy<Value = PlanSpec> {
-    (Just(params), mesh(), 0..=3_u8, cap(), prop::option::of(1..5_u32)).prop_map(
-        |(params, mesh, stage, cap, window)| {
+    let padding = prop_oneof![Just(0), Just(WHOLE_PADDING), Just(1_000_000), Just(u32::MAX)];
+    (Just(params), mesh(), 0..=3_u8, cap(), prop::option::of(1..5_u32), padding).prop_map(
+        |(params, mesh, stage, cap, window, whole_padding)| {
             let rules = Stage::new(stage).unwrap().rules();
-            PlanSpec { params, mesh, rules, cap, window }
+            PlanSpec { params, mesh, rules, cap, window, whole_padding }
         },
     )
 }
@@ -89,13 +113,18 @@ pub fn uniform(n: usize, per_bucket: usize, window: Option<u32>) -> Arc<Plan> {
             dtype: Dtype::F32,
             group: Some(GroupId(0)),
             wire: WireId(0),
-            unit: None
+            unit: None,
+            grain: Grain::Element,
+            cost: 0
         };
         n
     ];
     let cap = Cap::Elements(16 * per_bucket as u64);
     let (mesh, rules) = (Mesh::flat(2).unwrap(), Stage::Two.rules());
-    Arc::new(Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap())
+    Arc::new(
+        Plan::new(PlanSpec { params, mesh, rules, cap, window, whole_padding: WHOLE_PADDING })
+            .unwrap(),
+    )
 }
 
 pub fn ids(ids: &[u32]) -> Vec<ParamId> {
@@ -141,13 +170,29 @@ pub enum Makeup {
 /// others, so that unit n's own has number n.
 pub fn partly_trained(units: &[Makeup], window: Option<u32>, world: u32) -> Plan {
     let (dtype, wire, trained) = (Dtype::F32, WireId(0), Some(GroupId(0)));
-    let param = |unit, group| Param { numel: 200, dtype, group, wire, unit: Some(UnitId(unit)) };
+    let param = |unit, group| Param {
+        numel: 200,
+        dtype,
+        group,
+        wire,
+        unit: Some(UnitId(unit)),
+        grain: Grain::Element,
+        cost: 0,
+    };
     let own = (0..).zip(units);
     let own = own.map(|(unit, &kind)| param(unit, trained.filter(|_| kind != Makeup::Held)));
     let second = (0..).zip(units).filter(|&(_, &kind)| kind == Makeup::Both);
     let params = own.chain(second.map(|(unit, _)| param(unit, None))).collect();
     let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Three.rules());
-    Plan::new(PlanSpec { params, mesh, rules, cap: Cap::Elements(256), window }).unwrap()
+    Plan::new(PlanSpec {
+        params,
+        mesh,
+        rules,
+        cap: Cap::Elements(256),
+        window,
+        whole_padding: WHOLE_PADDING,
+    })
+    .unwrap()
 }
 
 /// A plan of stage 3, routes of its passes in the order in which they ran, and bounds.
@@ -172,11 +217,14 @@ fn unit_plan() -> impl Strategy<Value = Plan> {
                 group,
                 wire,
                 unit: unit.map(UnitId),
+                grain: Grain::Element,
+                cost: 0,
             };
             let params = params.into_iter().map(param).collect();
             let (mesh, rules) = (Mesh::flat(world).unwrap(), Stage::Three.rules());
             let cap = Cap::Elements(cap);
-            Plan::new(PlanSpec { params, mesh, rules, cap, window }).unwrap()
+            Plan::new(PlanSpec { params, mesh, rules, cap, window, whole_padding: WHOLE_PADDING })
+                .unwrap()
         },
     )
 }

@@ -7,7 +7,8 @@
 //! Backward makes gradients roughly in reverse registration order, so parameters are assigned in
 //! that order. A bucket holds one dtype, because a buffer has one, one optimizer group, because a
 //! shard is updated with one set of hyperparameters, one wire format, because it is encoded as a
-//! whole, and one unit, because a unit is gathered and freed as a whole: it is one or more buckets.
+//! whole, one unit, because a unit is gathered and freed as a whole: it is one or more buckets, and
+//! one grain, because a bucket is cut by one rule.
 //!
 //! Parameters that no optimizer has share buckets too. Those are *held*: gathered and freed with
 //! their unit like the others, and nothing is reduced in them.
@@ -18,6 +19,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
+use crate::grain::Grain;
 use crate::ids::{BucketId, Dtype, GroupId, ParamId, UnitId, WireId};
 use crate::stage::Placement;
 
@@ -34,6 +36,11 @@ pub struct Param {
     pub wire: WireId,
     /// What it is gathered and freed with; None where every rank keeps it whole.
     pub unit: Option<UnitId>,
+    /// What of it may not be cut.
+    pub grain: Grain,
+    /// What its update costs the rank that owns it, in any measure; read where the grain is
+    /// [`Grain::Whole`].
+    pub cost: u64,
 }
 
 /// What the parameters of a bucket have in common.
@@ -47,12 +54,15 @@ pub struct Kind {
     pub wire: WireId,
     /// What they are gathered and freed with.
     pub unit: Option<UnitId>,
+    /// What of them may not be cut.
+    pub grain: Grain,
 }
 
 impl Param {
     /// What it has in common with the other parameters of its bucket.
     pub const fn kind(&self) -> Kind {
-        Kind { dtype: self.dtype, group: self.group, wire: self.wire, unit: self.unit }
+        let Self { dtype, group, wire, unit, grain, .. } = *self;
+        Kind { dtype, group, wire, unit, grain }
     }
 }
 
@@ -89,6 +99,8 @@ pub struct Bucket {
     pub wire: WireId,
     /// The unit that it belongs to.
     pub unit: Option<UnitId>,
+    /// What of its parameters a shard border does not cut.
+    pub grain: Grain,
     /// In the order in which they lie in the buffer.
     pub params: Vec<ParamId>,
 }
@@ -96,8 +108,8 @@ pub struct Bucket {
 impl Bucket {
     /// A bucket of `params`, which are of this kind.
     pub(crate) fn new(id: BucketId, kind: Kind, params: Vec<ParamId>) -> Self {
-        let Kind { dtype, group, wire, unit } = kind;
-        Self { id, dtype, group, wire, unit, params }
+        let Kind { dtype, group, wire, unit, grain } = kind;
+        Self { id, dtype, group, wire, unit, grain, params }
     }
 
     /// Whether an optimizer updates its parameters, so that their gradients are reduced.

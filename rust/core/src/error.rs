@@ -116,9 +116,9 @@ pub enum PlanError {
         /// The bucket.
         bucket: BucketId,
     },
-    /// A written-down bucket of several dtypes, optimizer groups or wire formats.
+    /// A written-down bucket of several dtypes, optimizer groups, wire formats or grains.
     #[error(
-        "parameter {} has another dtype, group or wire format than the first of bucket {}",
+        "parameter {} has another dtype, group, wire format or grain than the first of bucket {}",
         .param.0,
         .bucket.0
     )]
@@ -135,6 +135,14 @@ pub enum PlanError {
         .bucket.0
     )]
     Overlap {
+        /// The bucket.
+        bucket: BucketId,
+        /// The parameter.
+        param: ParamId,
+    },
+    /// A written-down bucket in which a border between shards cuts a block.
+    #[error("a border between shards of bucket {} cuts a block of parameter {}", .bucket.0, .param.0)]
+    CutBlock {
         /// The bucket.
         bucket: BucketId,
         /// The parameter.

@@ -16,6 +16,10 @@
 //! what of a parameter lies in a shard is a [`Fragment`]. How much is sharded, of optimizer state,
 //! gradients and parameters, is a ZeRO [`Stage`], in other words three [`Rules`].
 //!
+//! Some optimizers look at a whole matrix. What of a parameter may not be cut is its [`Grain`], and
+//! no border between shards cuts one: matrices are packed whole into equal shards, or where that
+//! would take too much padding, brought to one owner each by an [`Exchange`].
+//!
 //! # One order, written down
 //!
 //! A collective pairs with whatever its peers start at the same position. If one process launched
@@ -39,18 +43,21 @@
 //! ```
 //! use std::sync::Arc;
 //! use zerort_core::{
-//!     Cap, Dtype, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage, WireId,
+//!     Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Reducer, Stage,
+//!     WHOLE_PADDING, WireId,
 //! };
 //!
 //! // Four parameters, two ranks, at most 1024 elements a bucket: b0 = {p3, p2}, b1 = {p1, p0}.
 //! let (dtype, group, wire) = (Dtype::F32, Some(GroupId(0)), WireId(0));
-//! let param = Param { numel: 512, dtype, group, wire, unit: None };
+//! let grain = Grain::Element;
+//! let param = Param { numel: 512, dtype, group, wire, unit: None, grain, cost: 0 };
 //! let plan = Arc::new(Plan::new(PlanSpec {
 //!     params: vec![param; 4],
 //!     mesh: Mesh::flat(2)?,
 //!     rules: Stage::new(2)?.rules(),
 //!     cap: Cap::Elements(1024),
 //!     window: Some(1),
+//!     whole_padding: WHOLE_PADDING,
 //! })?);
 //! let mut reducer = Reducer::new(Arc::clone(&plan));
 //!
@@ -84,12 +91,15 @@ pub mod bucket;
 pub mod command;
 mod cursor;
 pub mod error;
+pub mod exchange;
 pub mod gatherer;
+pub mod grain;
 pub mod hop;
 pub mod ids;
 pub mod kernels;
 pub mod life;
 pub mod mesh;
+pub mod packing;
 pub mod partition;
 pub mod plan;
 pub mod reducer;
@@ -105,13 +115,15 @@ pub mod units;
 pub use bucket::{Bucket, Cap, Kind, Param};
 pub use command::{Action, Command, Op};
 pub use error::{Phase, PlanError, StepError};
+pub use exchange::{Exchange, Piece, Way};
 pub use gatherer::{Answer, Gatherer, Residence, SetId};
+pub use grain::Grain;
 pub use hop::{Hop, Hops};
 pub use ids::{BucketId, Dtype, GroupId, ParamId, Rank, UnitId, WireId};
 pub use life::Life;
 pub use mesh::{Group, Mesh};
 pub use partition::{BucketLayout, Fragment, Partition};
-pub use plan::{Plan, PlanSpec};
+pub use plan::{Plan, PlanSpec, WHOLE_PADDING};
 pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
 pub use roll::{At, Reading, Row};

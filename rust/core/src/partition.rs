@@ -13,11 +13,29 @@
 //!   scalar tail in another layout. (Both change the last bits of a result.) A bucket is never
 //!   empty, even if all its parameters are.
 //!
+//! - **PAR-4** No border between shards cuts a grain, but where matrices are exchanged
+//!   ([`Way::Exchanged`](crate::exchange::Way)).
+//!
 //! Every bucket is cut evenly, not every parameter, so that each collective is balanced. A fragment
 //! is computed when it is asked for: a plan for a thousand ranks costs no more than one for two.
+//!
+//! # Padding
+//!
+//! It never reaches a bound that follows from the grain. Let N be the shards, e where the last
+//! parameter ends when each starts at the first 64 bytes behind the one before, T the sum of lengths
+//! rounded up to 64 bytes, m the longest of them.
+//!
+//! - *Element*: the bucket is shorter than e + 128 N, as it is e rounded up.
+//! - *Block of k*: with u = lcm(128, k) it is shorter than e + 2 N u. Only a parameter across one of
+//!   the N - 1 inner borders is moved, by less than u. So what is e rounded up to N u, and one u a
+//!   shard more, always suffices.
+//! - *Whole*: it is shorter than T + (N - 1) m + 128 N. The last parameter of the fullest shard came
+//!   when no shard was emptier, at most (T - m') / N, and is m' <= m long. So the fullest shard is at
+//!   most T / N + m (N - 1) / N, and all are as long, rounded up; see [`crate::packing`].
 
 use crate::bucket::{Bucket, Param};
 use crate::error::PlanError;
+use crate::grain::Grain;
 use crate::ids::{BucketId, ParamId};
 
 /// Shards are multiples of this many elements.
@@ -49,6 +67,15 @@ pub struct Fragment {
     pub length: u64,
 }
 
+/// A [`Fragment`] without the names of parameter and bucket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cut {
+    pub(crate) shard: u32,
+    pub(crate) param_start: u64,
+    pub(crate) shard_start: u64,
+    pub(crate) length: u64,
+}
+
 /// A bucket's layout as it was written down, to be restored by [`crate::Plan::restore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BucketLayout {
@@ -74,8 +101,8 @@ impl BucketLayout {
 }
 
 impl Partition {
-    /// Takes `layout` as it is, after checking that its parameters follow one another and that
-    /// `shards` shards tile it.
+    /// Takes `layout` as it is, after checking that its parameters follow one another, that
+    /// `shards` shards tile it and that no border cuts a block.
     pub(crate) fn restore(
         bucket: &Bucket,
         params: &[Param],
@@ -83,10 +110,7 @@ impl Partition {
         shards: u32,
     ) -> Result<Self, PlanError> {
         let BucketLayout { params: placed, numel } = layout;
-        if numel == 0
-            || numel % u64::from(shards) != 0
-            || numel > i64::MAX as u64 / bucket.dtype.size()
-        {
+        if numel == 0 || numel % u64::from(shards) != 0 || numel > limit(bucket) {
             return Err(PlanError::UnevenBucket { bucket: bucket.id, numel, world: shards });
         }
         let mut end = 0;
@@ -98,10 +122,16 @@ impl Partition {
         }
         let numels = placed.iter().map(|&(param, _)| params[param.index()].numel).collect();
         let offsets = placed.into_iter().map(|(_, start)| start).collect();
-        Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(shards) })
+        let restored = Self { offsets, numels, numel, shard_numel: numel / u64::from(shards) };
+        match (bucket.grain, restored.cut(bucket)) {
+            (Grain::Block(_), Some(param)) => Err(PlanError::CutBlock { bucket: bucket.id, param }),
+            _ => Ok(restored),
+        }
     }
 
-    /// Lays `bucket` out for `shards` ranks. `params` are all parameters, by id.
+    /// Lays `bucket` out evenly for `shards` ranks, in the order of its parameters. A border cuts
+    /// no block; it may cut a parameter whose grain is [`Grain::Whole`]. `params` are all
+    /// parameters, by id.
     ///
     /// # Errors
     /// [`PlanError::BadWorld`] for no shard, [`PlanError::TooLarge`] when the buffer would
@@ -111,7 +141,16 @@ impl Partition {
         if shards == 0 {
             return Err(PlanError::BadWorld);
         }
-        let limit = i64::MAX as u64 / bucket.dtype.size();
+        let even = Self::in_order(bucket, params, shards)?;
+        match bucket.grain {
+            Grain::Block(_) => even.between_blocks(bucket, shards),
+            Grain::Element | Grain::Whole => Ok(even),
+        }
+    }
+
+    /// Parameters one behind the other, whatever a border cuts.
+    fn in_order(bucket: &Bucket, params: &[Param], shards: u32) -> Result<Self, PlanError> {
+        let limit = limit(bucket);
         let unit = u64::from(shards) * SHARD_UNIT;
         let mut offsets = Vec::with_capacity(bucket.params.len());
         let mut numels = Vec::with_capacity(bucket.params.len());
@@ -130,6 +169,92 @@ impl Partition {
             numel = padded;
         }
         Ok(Self { offsets, numels, numel, shard_numel: numel / u64::from(shards) })
+    }
+
+    /// The same parameters in the same order, where no border cuts a block: shards are whole blocks
+    /// long, and what would be cut starts at the next one.
+    fn between_blocks(self, bucket: &Bucket, shards: u32) -> Result<Self, PlanError> {
+        let last = bucket.params.last().copied().unwrap_or(ParamId(0));
+        let too_large = PlanError::TooLarge { param: last };
+        let step = bucket.grain.step();
+        let align = multiple_of_both(bucket.dtype.align(), step).ok_or(too_large)?;
+        let unit = multiple_of_both(SHARD_UNIT, step).ok_or(too_large)?;
+        let shards = u64::from(shards);
+        let end = self.end().max(1).div_ceil(shards);
+        let mut shard_numel = end.checked_next_multiple_of(unit).ok_or(too_large)?;
+        loop {
+            let numel = shard_numel.checked_mul(shards).filter(|&numel| numel <= limit(bucket));
+            let numel = numel.ok_or(too_large)?;
+            if let Some(offsets) = self.starts(bucket, shard_numel, align, numel) {
+                return Ok(Self { offsets, numels: self.numels, numel, shard_numel });
+            }
+            shard_numel += unit;
+        }
+    }
+
+    /// Where each parameter starts behind its predecessor, or at the next multiple of `align` where
+    /// a grain would be cut; None if the last ends behind `numel`.
+    fn starts(
+        &self,
+        bucket: &Bucket,
+        shard_numel: u64,
+        align: u64,
+        numel: u64,
+    ) -> Option<Vec<u64>> {
+        let mut end = 0_u64;
+        let start = |&length: &u64| {
+            let mut start = end.checked_next_multiple_of(bucket.dtype.align())?;
+            start.checked_add(length)?;
+            if bucket.grain.is_cut(start, length, shard_numel) {
+                start = start.checked_next_multiple_of(align)?;
+            }
+            end = start.checked_add(length).filter(|&end| end <= numel)?;
+            Some(start)
+        };
+        self.numels.iter().map(start).collect()
+    }
+
+    /// The bucket with parameters at these places, its shards of `shard_numel` elements.
+    pub(crate) fn placed(
+        (offsets, numels): (Vec<u64>, Vec<u64>),
+        shard_numel: u64,
+        shards: u32,
+    ) -> Self {
+        Self { offsets, numels, numel: shard_numel * u64::from(shards), shard_numel }
+    }
+
+    /// The first of the bucket's parameters of which a border between shards cuts a grain.
+    pub(crate) fn cut(&self, bucket: &Bucket) -> Option<ParamId> {
+        let mut extents = bucket.params.iter().zip(self.offsets.iter().zip(&self.numels));
+        extents
+            .find(|&(_, (&start, &numel))| bucket.grain.is_cut(start, numel, self.shard_numel))
+            .map(|(&param, _)| param)
+    }
+
+    /// The parts of the parameter at `position` of the bucket, shard by shard.
+    pub(crate) fn cuts(&self, position: usize) -> impl Iterator<Item = Cut> + '_ {
+        let (offset, numel) = (self.offsets[position], self.numels[position]);
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let start = offset + done;
+            let (shard, shard_start) = (start / self.shard_numel, start % self.shard_numel);
+            let length = (numel - done).min(self.shard_numel - shard_start);
+            let cut = Cut { shard: shard as u32, param_start: done, shard_start, length };
+            done += length;
+            (length > 0).then_some(cut)
+        })
+    }
+
+    /// The shard in which the parameter at `position` of the bucket starts. One without an element
+    /// may lie behind the last, and counts as the last's.
+    pub(crate) fn shard_at(&self, position: usize) -> u32 {
+        let last = self.numel / self.shard_numel - 1;
+        (self.offsets[position] / self.shard_numel).min(last) as u32
+    }
+
+    /// Where its last parameter ends.
+    fn end(&self) -> u64 {
+        self.offsets.last().zip(self.numels.last()).map_or(0, |(start, numel)| start + numel)
     }
 
     /// Start of each of the bucket's parameters.
@@ -177,6 +302,20 @@ impl Partition {
             },
         )
     }
+}
+
+/// How many elements of a bucket can be addressed.
+pub(crate) const fn limit(bucket: &Bucket) -> u64 {
+    i64::MAX as u64 / bucket.dtype.size()
+}
+
+/// The least common multiple, where it can be counted.
+fn multiple_of_both(one: u64, other: u64) -> Option<u64> {
+    let (mut divisor, mut rest) = (one, other);
+    while rest != 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    (one / divisor).checked_mul(other)
 }
 
 /// Where a parameter of `numel` elements starts behind `end`, and the padded length of the bucket

@@ -13,21 +13,25 @@
 //!
 //! A plan knows lengths and identifiers, never a name, a tensor or a device.
 
+mod check;
 mod digest;
 
 use std::fmt;
 use std::sync::Arc;
 
+use self::check::{check, check_once, drop_grains};
 use crate::bucket::{Bucket, Cap, Param, assign};
 use crate::command::Command;
 use crate::error::PlanError;
+use crate::exchange::{Exchange, Owners, Way};
 use crate::hop::Hops;
 use crate::ids::{BucketId, ParamId, Rank};
 use crate::mesh::{Group, Mesh};
+use crate::packing::lay_out;
 use crate::partition::{BucketLayout, Fragment, Partition};
 use crate::route::{self, Bounds, List, Route};
 use crate::schedule::Schedule;
-use crate::stage::{Placement, Rules};
+use crate::stage::Rules;
 use crate::units::{Unit, units};
 
 /// What a plan is made from.
@@ -43,7 +47,13 @@ pub struct PlanSpec {
     pub cap: Cap,
     /// How many launched buckets may be unretired; `None` means all.
     pub window: Option<u32>,
+    /// How much longer, in millionths, a bucket may become than it is when it is cut evenly, so that
+    /// its shards hold whole parameters where they may not be cut: see [`Way`].
+    pub whole_padding: u32,
 }
+
+/// What a bucket may become longer by default: a tenth.
+pub const WHOLE_PADDING: u32 = 100_000;
 
 /// The immutable result of planning.
 #[derive(Clone)]
@@ -65,6 +75,7 @@ struct Layout {
     units: Vec<Unit>,
     /// Bucket of each parameter and its position there.
     homes: Vec<(BucketId, u32)>,
+    owners: Owners,
     digest: u64,
 }
 
@@ -73,12 +84,13 @@ impl Plan {
     ///
     /// # Errors
     /// A [`PlanError`] that names what is wrong with the specification.
-    pub fn new(spec: PlanSpec) -> Result<Self, PlanError> {
+    pub fn new(mut spec: PlanSpec) -> Result<Self, PlanError> {
         check(&spec)?;
-        let buckets = assign(&spec.params, spec.cap);
-        let shards = spec.mesh.size(Group::Shard);
-        let partition = |bucket| Partition::new(bucket, &spec.params, shards);
-        let partitions = buckets.iter().map(partition).collect::<Result<Vec<_>, _>>()?;
+        drop_grains(&mut spec);
+        let mut buckets = assign(&spec.params, spec.cap);
+        let mut spent = vec![0; spec.mesh.size(Group::Shard) as usize];
+        let partition = |bucket| lay_out(bucket, &spec.params, spec.whole_padding, &mut spent);
+        let partitions = buckets.iter_mut().map(partition).collect::<Result<Vec<_>, _>>()?;
         Ok(Self::laid_out(spec, buckets, partitions))
     }
 
@@ -91,7 +103,7 @@ impl Plan {
     /// # Errors
     /// What [`Plan::new`] refuses; [`PlanError::NotOnce`], [`PlanError::EmptyBucket`],
     /// [`PlanError::MixedBucket`], [`PlanError::Overlap`] and [`PlanError::UnevenBucket`] for
-    /// buckets that the parameters and ranks do not tile.
+    /// buckets that the parameters and ranks do not tile, [`PlanError::CutBlock`].
     pub fn restore(
         params: Vec<Param>,
         layouts: Vec<BucketLayout>,
@@ -99,8 +111,11 @@ impl Plan {
         rules: Rules,
     ) -> Result<Self, PlanError> {
         let mesh = Mesh::flat(world)?;
-        let spec = PlanSpec { params, mesh, rules, cap: Cap::Bytes(u64::MAX), window: None };
+        let cap = Cap::Bytes(u64::MAX);
+        let mut spec =
+            PlanSpec { params, mesh, rules, cap, window: None, whole_padding: WHOLE_PADDING };
         check(&spec)?;
+        drop_grains(&mut spec);
         check_once(&layouts, spec.params.len())?;
         let mut buckets = Vec::with_capacity(layouts.len());
         let mut partitions = Vec::with_capacity(layouts.len());
@@ -119,6 +134,7 @@ impl Plan {
         let PlanSpec { params, mesh, rules, .. } = spec;
         let hops = buckets.iter().map(|bucket| Hops::of(bucket, rules, &mesh)).collect();
         let units = units(&buckets, &partitions);
+        let owners = Owners::new(&buckets, &partitions, &params, mesh.size(Group::Shard));
         let mut layout = Layout {
             params,
             mesh,
@@ -129,6 +145,7 @@ impl Plan {
             hops,
             units,
             homes,
+            owners,
             digest: 0,
         };
         layout.digest = layout.hash();
@@ -279,6 +296,39 @@ impl Plan {
         Ok(self.partition(bucket)?.fragments(self.bucket(bucket)?, shard))
     }
 
+    /// How a bucket's whole gradients reach their owners; None for a bucket whose parameters may be
+    /// cut.
+    ///
+    /// # Errors
+    /// [`PlanError::UnknownBucket`].
+    pub fn way(&self, id: BucketId) -> Result<Option<Way>, PlanError> {
+        self.bucket(id).map(|bucket| self.layout.owners.way(bucket.id))
+    }
+
+    /// The number of the shard whose rank steps a parameter; None for one that may be cut.
+    ///
+    /// # Errors
+    /// [`PlanError::UnknownParam`].
+    pub fn owner(&self, param: ParamId) -> Result<Option<u32>, PlanError> {
+        self.home(param).map(|_| self.layout.owners.of(param))
+    }
+
+    /// What the updates of parameters that may not be cut cost, by shard.
+    pub fn costs(&self) -> &[u128] {
+        self.layout.owners.costs()
+    }
+
+    /// What `rank` sends and receives where its shard group exchanges gradients: one entry for each
+    /// dtype, the same dtypes on all ranks.
+    ///
+    /// # Errors
+    /// [`PlanError::UnknownRank`].
+    pub fn exchanges(&self, rank: Rank) -> Result<Vec<Exchange>, PlanError> {
+        let Layout { mesh, buckets, partitions, owners, .. } = &*self.layout;
+        let shard = mesh.position(Group::Shard, rank)?;
+        Ok(owners.exchanges(buckets, partitions, shard))
+    }
+
     /// The static list of a pass.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
@@ -319,41 +369,6 @@ impl fmt::Debug for Plan {
             .field("buckets", &self.buckets().len())
             .field("units", &units)
             .finish_non_exhaustive()
-    }
-}
-
-fn check(spec: &PlanSpec) -> Result<(), PlanError> {
-    let count = spec.params.len();
-    if u32::try_from(count).is_err() {
-        return Err(PlanError::TooManyParameters { count });
-    }
-    if matches!(spec.cap, Cap::Bytes(0) | Cap::Elements(0)) {
-        return Err(PlanError::BadCap);
-    }
-    if spec.window == Some(0) {
-        return Err(PlanError::BadWindow);
-    }
-    (0..).map(ParamId).zip(&spec.params).try_for_each(|(param, one)| {
-        let Some(unit) = one.unit else { return Ok(()) };
-        if spec.rules.parameter == Placement::Replicated {
-            return Err(PlanError::UnitNotSharded { param });
-        }
-        if unit.index() < count { Ok(()) } else { Err(PlanError::UnknownUnit { param, unit }) }
-    })
-}
-
-/// Whether every parameter lies in exactly one bucket.
-fn check_once(layouts: &[BucketLayout], params: usize) -> Result<(), PlanError> {
-    let mut seen = vec![false; params];
-    for &(param, _) in layouts.iter().flat_map(|layout| &layout.params) {
-        let slot = seen.get_mut(param.index()).ok_or(PlanError::UnknownParam { param, params })?;
-        if std::mem::replace(slot, true) {
-            return Err(PlanError::NotOnce { param });
-        }
-    }
-    match seen.iter().position(|seen| !seen) {
-        Some(index) => Err(PlanError::NotOnce { param: ParamId(index as u32) }),
-        None => Ok(()),
     }
 }
 

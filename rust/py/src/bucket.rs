@@ -1,9 +1,11 @@
 //! `Bucket`, `Hop` and `Fragment`: what a plan is made of, read-only.
 
 use pyo3::prelude::*;
-use zerort_core::{BucketId, Group, Hops, Op, Partition, Placement};
+use zerort_core::{BucketId, Group, Hops, Op, Partition, Placement, Way};
 
 use crate::errors::refused;
+use crate::exchange::way_name;
+use crate::grain::Grain;
 use crate::names::dtype_name;
 
 /// Parameters reduced together in one flat buffer; all offsets and lengths are in elements.
@@ -12,6 +14,7 @@ pub struct Bucket {
     inner: zerort_core::Bucket,
     partition: Partition,
     hops: Hops,
+    way: Option<Way>,
 }
 
 impl Bucket {
@@ -20,7 +23,8 @@ impl Bucket {
         let inner = plan.bucket(id).map_err(refused)?.clone();
         let partition = plan.partition(id).map_err(refused)?.clone();
         let hops = plan.hops(id).map_err(refused)?.clone();
-        Ok(Self { inner, partition, hops })
+        let way = plan.way(id).map_err(refused)?;
+        Ok(Self { inner, partition, hops, way })
     }
 }
 
@@ -58,6 +62,18 @@ impl Bucket {
     #[getter]
     fn sharded(&self) -> bool {
         self.inner.parameter() == Placement::Sharded
+    }
+
+    /// What of its parameters no border between shards cuts.
+    #[getter]
+    fn grain(&self) -> Grain {
+        self.inner.grain.into()
+    }
+
+    /// How whole gradients reach their owners; None where its parameters may be cut.
+    #[getter]
+    fn way(&self) -> Option<&'static str> {
+        self.way.map(way_name)
     }
 
     /// Parameter ids in the order in which they lie in the buffer.

@@ -16,7 +16,9 @@ mod descriptor;
 #[allow(unsafe_code)]
 mod dlpack;
 mod errors;
+mod exchange;
 mod gatherer;
+mod grain;
 mod ids;
 mod kernels;
 mod list;
@@ -40,6 +42,8 @@ mod _core {
     use super::bucket::Hop;
     #[pymodule_export]
     use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::exchange::Exchange;
     #[pymodule_export]
     use super::gatherer::Gatherer;
     #[pymodule_export]

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use zerort_core::{
-    Action, BucketId, BucketLayout, Cap, Dtype, GroupId, Mesh, Param, ParamId, Placement, PlanSpec,
-    Rank, Route, Rules, Stage, UnitId, WireId,
+    Action, BucketId, BucketLayout, Cap, Dtype, Group, GroupId, Mesh, Param, ParamId, Placement,
+    PlanSpec, Rank, Route, Rules, Stage, UnitId, WireId,
 };
 
 use crate::bucket::{Bucket, Fragment};
 use crate::errors::{PlanError, refused};
+use crate::exchange::Exchange;
+use crate::grain::Grain;
 use crate::ids::number;
 use crate::list::List;
 use crate::names::{dtype_name, kind};
@@ -37,7 +39,8 @@ impl Plan {
     #[new]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     #[pyo3(signature = (
-        params, *, world, stage, cap_bytes=None, cap_elements=None, window=None, units=None
+        params, *, world, stage, cap_bytes=None, cap_elements=None, window=None, units=None,
+        grains=None, costs=None, whole_padding=0.1
     ))]
     fn new(
         params: Vec<Spec>,
@@ -47,6 +50,9 @@ impl Plan {
         cap_elements: Option<u64>,
         window: Option<i64>,
         units: Option<Vec<Option<i64>>>,
+        grains: Option<Vec<Grain>>,
+        costs: Option<Vec<u64>>,
+        whole_padding: f64,
     ) -> PyResult<Self> {
         let rules = rules(stage)?;
         let cap = match (cap_bytes, cap_elements) {
@@ -65,7 +71,7 @@ impl Plan {
         };
         let world = number("world", world).map_err(PlanError::new_err)?;
         let spec = PlanSpec {
-            params: with_units(params, units)?,
+            params: with_grains(with_units(params, units)?, grains, costs)?,
             mesh: Mesh::flat(world).map_err(refused)?,
             rules,
             cap,
@@ -73,6 +79,7 @@ impl Plan {
                 .map(|window| number("window", window))
                 .transpose()
                 .map_err(PlanError::new_err)?,
+            whole_padding: millionths(whole_padding)?,
         };
         zerort_core::Plan::new(spec).map(Self::wrap).map_err(refused)
     }
@@ -191,6 +198,26 @@ impl Plan {
         Ok(self.inner.fragments(bucket, rank).map_err(refused)?.map(Fragment).collect())
     }
 
+    /// The rank that steps a parameter; None for one that may be cut.
+    fn owner(&self, param: i64) -> PyResult<Option<u32>> {
+        let param = ParamId(number("parameter", param).map_err(PlanError::new_err)?);
+        self.inner.owner(param).map_err(refused)
+    }
+
+    /// What the updates of parameters that may not be cut cost, by rank.
+    #[getter]
+    fn costs(&self) -> Vec<u128> {
+        self.inner.costs().to_vec()
+    }
+
+    /// What `rank` sends and receives at the boundary, one entry for each dtype.
+    fn exchanges(&self, rank: i64) -> PyResult<Vec<Exchange>> {
+        let rank = Rank(number("rank", rank).map_err(PlanError::new_err)?);
+        let shards = self.inner.mesh().size(Group::Shard);
+        let exchanges = self.inner.exchanges(rank).map_err(refused)?;
+        Ok(exchanges.into_iter().map(|inner| Exchange { inner, shards }).collect())
+    }
+
     /// The same layout, launched in the order in which `observed` (parameter ids by arrival) fills
     /// the buckets.
     fn reordered(&self, observed: Vec<i64>) -> PyResult<Self> {
@@ -242,7 +269,8 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
     let group = group.map(|group| number("optimizer group", group)).transpose();
     let group = group.map_err(PlanError::new_err)?.map(GroupId);
     let wire = WireId(number("wire format", wire).map_err(PlanError::new_err)?);
-    Ok(Param { numel, dtype, group, wire, unit: None })
+    let (unit, grain) = (None, zerort_core::Grain::Element);
+    Ok(Param { numel, dtype, group, wire, unit, grain, cost: numel })
 }
 
 /// All parameters of a specification, each in its unit.
@@ -258,6 +286,38 @@ fn with_units(params: Vec<Spec>, units: Option<Vec<Option<i64>>>) -> PyResult<Ve
         param.unit = id.map(UnitId);
     }
     Ok(params)
+}
+
+/// The same parameters with what of them may not be cut, and what their updates cost; their length
+/// where nothing else is said.
+fn with_grains(
+    mut params: Vec<Param>,
+    grains: Option<Vec<Grain>>,
+    costs: Option<Vec<u64>>,
+) -> PyResult<Vec<Param>> {
+    let lengths = [grains.as_ref().map(Vec::len), costs.as_ref().map(Vec::len)];
+    if let Some(got) = lengths.into_iter().flatten().find(|&got| got != params.len()) {
+        let params = params.len();
+        return Err(refused(zerort_core::PlanError::WrongLength { params, got }));
+    }
+    for (param, grain) in params.iter_mut().zip(grains.unwrap_or_default()) {
+        param.grain = grain.read()?;
+    }
+    for (param, cost) in params.iter_mut().zip(costs.unwrap_or_default()) {
+        param.cost = cost;
+    }
+    Ok(params)
+}
+
+/// A share in millionths, as the core counts it; more than it can count is as much as it can.
+fn millionths(share: f64) -> PyResult<u32> {
+    if share.is_nan() || share < 0.0 {
+        return Err(PlanError::new_err(format!(
+            "whole_padding can not be {share}: expected a share from 0 on"
+        )));
+    }
+    #[allow(clippy::cast_sign_loss)] // it is not negative, and a cast saturates
+    Ok((share * 1e6).round() as u32)
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {

@@ -5,8 +5,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::Layout;
 use crate::command::{Command, Op};
+use crate::grain::Grain;
 use crate::hop::Hop;
-use crate::ids::{BucketId, Dtype, UnitId};
+use crate::ids::{BucketId, Dtype, ParamId, UnitId};
 use crate::mesh::{Group, Mesh};
 use crate::route::List;
 use crate::schedule::Schedule;
@@ -41,7 +42,27 @@ impl Layout {
                 bucket.unit.map_or(0, |unit| 1 + u64::from(unit.0)),
             ]);
         }
+        self.hash_grains(&mut hash);
         hash.finish()
+    }
+
+    /// Nothing where all is elementwise, so that grains left the digests of such plans as they were.
+    fn hash_grains(&self, hash: &mut Digest) {
+        let grained = || (0..).zip(&self.params).filter(|(_, one)| one.grain != Grain::Element);
+        let count = grained().count() as u64;
+        if count > 0 {
+            hash.0.update(b"grains");
+            hash.words([count]);
+        }
+        for (id, param) in grained() {
+            let owner = self.owners.of(ParamId(id));
+            hash.words([
+                u64::from(id),
+                grain_code(param.grain),
+                param.cost,
+                owner.map_or(0, |owner| 1 + u64::from(owner)),
+            ]);
+        }
     }
 }
 
@@ -134,6 +155,15 @@ const fn dtype_code(dtype: Dtype) -> u64 {
         Dtype::F16 => 1,
         Dtype::BF16 => 2,
         Dtype::F64 => 3,
+    }
+}
+
+/// 0 is a block of no elements, which there is not.
+const fn grain_code(grain: Grain) -> u64 {
+    match grain {
+        Grain::Element => 1,
+        Grain::Block(block) => block.get(),
+        Grain::Whole => 0,
     }
 }
 
