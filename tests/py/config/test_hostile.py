@@ -188,6 +188,7 @@ def test_no_optimizer_ends_in_an_error_of_another_kind(name: str) -> None:
     for options in ({}, {"lr": -1.0}, {"lr": "x"}, {"lr": [1]}, {"betas": 3}, {"nonsense": 1},
                     {"lr": 0.1, "fused": "x"}, {"lr": None}):  # fmt: skip
         try:
-            build(name, [nn.Parameter(torch.ones(2))], options)
+            model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            build(name, model.parameters(), options, model)
         except ConfigError as error:
             str(error).encode()

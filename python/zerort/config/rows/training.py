@@ -127,7 +127,7 @@ ROWS: Sequence[Key] = (
     ignored("amp.verbosity", "nothing is printed that it would silence"),
     # optimizer and scheduler
     same("optimizer", "the optimizer, unless initialize is given one"),
-    same("optimizer.type", "Adam, AdamW, SGD, Adagrad, Lion or a name of torch.optim"),
+    same("optimizer.type", "Adam, AdamW, SGD, Adagrad, Lion, Muon or a name of torch.optim"),
     same("optimizer.params", "keyword arguments of its constructor"),
     ignored("optimizer.legacy_fusion", "torch's fused implementation is used where there is one"),
     same("scheduler", "the learning-rate schedule, unless initialize is given one"),
