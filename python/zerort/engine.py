@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from zerort.errors import CommError, ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
 from zerort.grads.compiled import around
-from zerort.mesh import leave_last_words
+from zerort.mesh import Gate
 from zerort.optim import NoOptimizer
 from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
@@ -240,13 +241,32 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         # by its name: importing torch._dynamo for its class would add a second to every start
         return "_orig_mod" in self.module._modules or self.module._compiled_call_impl is not None
 
+    def open_gate(self, timeout: timedelta) -> None:
+        """For a caller with collectives of its own beside the engine, which then `meet`s before
+        each: who waits for this rank there hears of its failure at once, and nobody waits longer
+        than `timeout`. All ranks call it, once.
+
+        From here on a micro-batch that fails on this rank is the engine's last: the other ranks
+        raise its reason at their next call, and only `destroy` is left.
+        """
+        self._transaction.gate = Gate(self._parts.mesh.control, timeout)
+
     def meet(self, call: str) -> None:
         """Before a collective of the caller's own, which errors name as `call` and all ranks make:
-        takes part in the evaluations that other ranks still run, until all have called this. Below
-        stage 3, within a forward and behind `destroy` nothing.
+        returns when all have come to it, at stage 3 between passes as a part of the evaluations
+        that others still run. Nothing behind `destroy`, and without `open_gate` nothing below stage
+        3 and within a forward or a backward.
+
+        Raises `CommError` with the reason of a rank that has failed, and at stage 3 `StepError`
+        where ranks are at different places.
         """
-        if not (self._transaction.closed or self._transaction.part.passes.is_open):
-            self._transaction.pause(call)
+        self._transaction.meet(call)
+
+    def announce(self, error: BaseException) -> None:
+        """This rank has failed outside the engine's calls, and `meet`s once more because of it: who
+        waits there, or comes, raises `CommError` with this reason.
+        """
+        self._transaction.announce(f"{type(error).__name__}: {error}", error)
 
     def failure(self, what: str, error: Exception) -> CommError:
         """What became of `what`, a collective of the caller's own that raised `error`, in the words
@@ -262,11 +282,9 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         that still wait for this one hear of it. A second call does nothing.
         """
         if not self._transaction.closed:
-            if (error := sys.exc_info()[1]) is not None:
-                leave_last_words(error)
-            self._transaction.finish(failed=error is not None)
+            together = self._transaction.finish(sys.exc_info()[1])
             self._give_back()
-            self._parts.mesh.close()
+            self._parts.mesh.close(waits=together)
 
     # Data.
 

@@ -7,6 +7,7 @@
 from zerort.mesh.comm import Comm, Control, Work
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import meet
+from zerort.mesh.gate import Gate
 from zerort.mesh.last_words import leave as leave_last_words
 from zerort.mesh.mesh import Mesh, connect, job_rank, usual_device
 from zerort.mesh.patience import Patience
@@ -16,6 +17,7 @@ __all__ = [
     "Comm",
     "Consensus",
     "Control",
+    "Gate",
     "Mesh",
     "Patience",
     "Work",

@@ -123,8 +123,10 @@ class Control(Protocol):
     def set_timeout(self, timeout: timedelta) -> None:
         """How long a rank waits for its peers from now on."""
 
-    def close(self) -> None:
-        """Gives the group back; a second call does nothing."""
+    def close(self, *, waits: bool = True) -> None:
+        """Gives the group back, and `waits` for what is under way on it, at most as long as for any
+        peer. A second call does nothing.
+        """
 
 
 class Comm(Protocol):
@@ -167,5 +169,5 @@ class Comm(Protocol):
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
 
-    def close(self) -> None:
-        """Gives the groups back; a second call does nothing."""
+    def close(self, *, waits: bool = True) -> None:
+        """Gives the groups back, as those of `control`; a second call does nothing."""

@@ -26,7 +26,7 @@ from zerort.mesh.process import this_process
 from zerort.mesh.rendezvous import init_distributed
 from zerort.mesh.roster import Roster
 
-__all__ = ["GlooControl", "meet", "open_control"]
+__all__ = ["GlooControl", "meet", "open_control", "open_groups"]
 
 _CONTROL = "control"
 _PAUSE = 0.0005  # seconds
@@ -72,9 +72,9 @@ class GlooControl:
         """For what starts from now on."""
         self.groups.set_timeout(timeout)
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Gives the group back, once."""
-        self.groups.close()
+        self.groups.close(waits=waits)
 
 
 def meet(timeout: timedelta) -> Control:
@@ -113,21 +113,26 @@ def meet(timeout: timedelta) -> Control:
 
 
 def open_control(members: Members, known: Peers, timeout: timedelta) -> GlooControl:
-    """A control group over each part of `members`. Raises `CommError` naming the variable that
-    tells gloo which interface to use.
+    """A control group over each part of `members`. Raises as `open_groups`."""
+    return GlooControl(open_groups(_CONTROL, members, known, timeout))
+
+
+def open_groups(name: str, members: Members, known: Peers, timeout: timedelta) -> Groups:
+    """Groups of gloo's of that name, one over each part of `members`. Raises `CommError` naming the
+    variable that tells gloo which interface to use.
     """
     groups = Groups(members, known)
     try:
-        groups.open(_CONTROL, "gloo", timeout)
+        groups.open(name, "gloo", timeout)
     except (RuntimeError, ValueError) as error:
         groups.close()
         raise CommError(
-            f"rank {members.job_rank}: cannot make the control group, which is gloo's on every "
+            f"rank {members.job_rank}: cannot make the {name} group, which is gloo's on every "
             f"device: {error}. If no rank has died, gloo may have found no network interface that "
             "the other ranks reach: name one in GLOO_SOCKET_IFNAME, for example the one of "
             "NCCL_SOCKET_IFNAME"
         ) from error
-    return GlooControl(groups)
+    return groups
 
 
 def _board() -> Board | None:

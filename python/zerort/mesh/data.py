@@ -44,7 +44,7 @@ class GroupComm:
         """The error to raise when `what`, a collective, failed with `error`."""
         return self._groups.failure(what, error)
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Gives the groups back, once; the job's own stays."""
-        self._groups.close()
-        self.control.close()
+        self._groups.close(waits=waits)
+        self.control.close(waits=waits)

@@ -113,11 +113,11 @@ class Groups:
         for group in self._groups.values():
             _set_timeout(timeout, group)
 
-    def close(self) -> None:
-        """Waits for what is under way, at most as long as the time-out, and gives the groups back.
-        A second call does nothing.
+    def close(self, *, waits: bool = True) -> None:
+        """Waits for what is under way, at most as long as the time-out, unless it is not to, and
+        gives the groups back. A second call does nothing.
         """
-        deadline = time.monotonic() + self._patience.total_seconds()
+        deadline = time.monotonic() + (self._patience.total_seconds() if waits else 0.0)
         while _busy(self._under_way) and self._groups and time.monotonic() < deadline:
             time.sleep(_POLL)
         self._given_back()

@@ -38,7 +38,7 @@ class LocalControl:
     def set_timeout(self, timeout: timedelta) -> None:
         """There is no peer to wait for."""
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Nothing to give back."""
 
 
@@ -72,5 +72,5 @@ class LocalComm:
         """One rank has no peers to name."""
         return self.control.failure(what, error)
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         """Nothing to give back."""

@@ -109,10 +109,12 @@ class Mesh:
         """
         return all(self[name].rank == 0 for name in ("replica", *replicated))
 
-    def close(self) -> None:
-        """Gives all groups back; a second call does nothing."""
+    def close(self, *, waits: bool = True) -> None:
+        """Gives all groups back. Where no peer is left that takes part in what is under way, there
+        is nothing to wait for. A second call does nothing.
+        """
         for comm in self._comms.values():
-            comm.close()
+            comm.close(waits=waits)
 
 
 def connect(

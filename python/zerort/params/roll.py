@@ -19,9 +19,10 @@ from zerort.grads.course import Routed
 from zerort.mesh import Control
 from zerort.run.executor import Executor
 
-__all__ = ["FAILED", "UTILITY", "Diverged", "Left", "RollCall", "code_of"]
+__all__ = ["COLLECTIVE", "FAILED", "UTILITY", "Absent", "Diverged", "Left", "RollCall", "code_of"]
 
 UTILITY = "a function of zerort.utils"
+COLLECTIVE = "a collective of its own"
 
 _CALLS = (
     "step()",
@@ -32,7 +33,7 @@ _CALLS = (
     "destroy()",
     "GatheredParameters",
     UTILITY,
-    "a collective of Lightning's",
+    COLLECTIVE,
 )
 """What all ranks call together outside passes, by its number in a row."""
 
@@ -49,6 +50,10 @@ def code_of(call: str) -> int:
 
 class Diverged(StepError):
     """Ranks are at different places of their programs. All raise it, at the same roll call."""
+
+
+class Absent(Diverged):
+    """Among them one that has failed, or is out of data."""
 
 
 class Left(Diverged):
@@ -149,7 +154,8 @@ class RollCall:
         if absent:
             reason += f", and rank {absent[0]} has failed or is out of data"
         self.abandon()
-        raise Diverged(f"all ranks have to make this call together, {reason}")
+        kind = Absent if absent else Diverged
+        raise kind(f"all ranks have to make this call together, {reason}")
 
     def take_news(self) -> None:
         """All ranks learn what rank 0 has seen."""

@@ -7,12 +7,15 @@ Only then does its exception go on.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from zerort.errors import CommError, StepError
 from zerort.grads.tasks import GraphTask, in_backward
-from zerort.params.roll import Diverged
+from zerort.mesh import Gate, leave_last_words
+from zerort.params.roll import FAILED, Diverged, Left
 from zerort.step.join import JoinEnded
 from zerort.step.participation import Participation
 from zerort.step.phases import (
@@ -28,6 +31,8 @@ from zerort.step.phases import (
 
 __all__ = ["AWAY", "Settling"]
 
+_log = logging.getLogger("zerort")
+
 AWAY = "while states are offloaded by engine.offload_states(): call engine.reload_states() first"
 
 
@@ -38,6 +43,8 @@ class Settling:
         self.part = part
         self._reduction, self._listener = part.reduction, part.reduction.listener
         self._phase: Phase = Idle()
+        self.gate: Gate | None = None
+        """Where ranks meet before collectives of the caller's own, if it has any."""
 
     @property
     def closed(self) -> bool:
@@ -114,6 +121,11 @@ class Settling:
         if not isinstance(self._phase, Lost | Destroyed):
             self._phase = Idle(backwards)
 
+    def _rest_at(self, phase: Phase) -> None:
+        """After a failure that has been settled, unless there is no peer left."""
+        if not isinstance(self._phase, Lost):
+            self._phase = phase
+
     @contextmanager
     def _parting(self) -> Iterator[None]:
         """Within, a collective that fails is the last one."""
@@ -137,11 +149,12 @@ class Settling:
         except BaseException as error:
             self._settle(f"{type(error).__name__}: {error}", owes=owes_pass(self._phase))
             if self.part.accumulation.ends_on_failure:
-                self._phase = after
+                self._rest_at(after)
             raise
 
     def _settle(self, failure: str, *, owes: bool) -> None:
         """After a failure: takes part in what is left of the micro-batch."""
+        self.announce(failure, sys.exc_info()[1])
         try:
             with self._parting():
                 self.part.fail(failure, owes=owes)
@@ -151,6 +164,8 @@ class Settling:
         except StepError:
             pass  # the verdict on our own failure, which the caller sees at first hand
         except BaseException as error:
+            if isinstance(error, CommError) and self.gate is not None:
+                return  # the peers have heard of it there, and have left
             if not isinstance(self._phase, Lost):  # Ctrl-C, while peers wait
                 self._phase = Lost(
                     f"{type(error).__name__} before the others had heard of: {failure}"
@@ -160,6 +175,44 @@ class Settling:
             self._advance()
         else:  # the step that ends the window is still to come, and votes
             self._rest(backwards=1)
+
+    def announce(self, failure: str, error: BaseException | None) -> None:
+        """To peers that wait before a collective of the caller's own, or are about to."""
+        if self.gate is not None:
+            if error is not None:
+                leave_last_words(error)
+            self.gate.fail(failure)
+
+    def finish(self, error: BaseException | None) -> bool:
+        """Before all ranks give the engine back: ends what a backward without a `step` has begun,
+        which a peer further along its list may wait for. Of `error`, which is being handled here,
+        peers hear that go on. Returns whether there are peers that take part in this.
+        """
+        if error is not None:
+            leave_last_words(error)
+            if self.gate is not None:
+                self.gate.fail(f"{type(error).__name__}: {error}")
+        if self.gate is not None:
+            self.gate.close()
+        if isinstance(self._phase, Lost):
+            return False
+        self._end_together(failed=error is not None)
+        return True
+
+    def _end_together(self, *, failed: bool) -> None:
+        passes = self.part.passes
+        passes.refusal = None
+        try:
+            self._reduction.abort()
+            passes.close(complete=False)
+            passes.meet("destroy()", FAILED if failed else 0)
+            self._reduction.drain()
+        except Left:
+            return
+        except (CommError, Diverged) as error:
+            if failed:
+                return  # who raises knows why
+            _log.warning("destroy(): what was under way could not be ended: %s", error)
 
     def _abandon(self) -> None:
         """No rank goes on with this window."""

@@ -12,7 +12,6 @@ micro-batch starts clean on all. A backward that this engine has not begun is fo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from zerort.grads.tasks import (
     announce,
     in_backward,
 )
-from zerort.params.roll import FAILED, Diverged, Left
+from zerort.params.roll import COLLECTIVE, Absent, Diverged
 from zerort.step.direct import DirectBackwards
 from zerort.step.join import JoinEnded
 from zerort.step.loss import refuse_unfit, scaled
@@ -37,8 +36,6 @@ from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Settled, b
 from zerort.step.settling import AWAY
 
 __all__ = ["Transaction"]
-
-_log = logging.getLogger("zerort")
 
 T = TypeVar("T")
 
@@ -88,7 +85,7 @@ class Transaction(DirectBackwards):
                 # the peers, whose forwards went through, go on to a backward
                 self._settle(f"{type(error).__name__}: {error}", owes=True)
                 if self.part.accumulation.ends_on_failure:
-                    self._phase = Settled()
+                    self._rest_at(Settled())
             raise
 
     def scale(self, loss: Tensor, *, divides: bool) -> Tensor:
@@ -185,7 +182,7 @@ class Transaction(DirectBackwards):
                 known = isinstance(error, CommError | JoinEnded | Diverged)
                 if not known and not isinstance(self._phase, Settled | Lost | Destroyed):
                     self._settle(f"{type(error).__name__}: {error}", owes=True)
-                    self._phase = Settled()
+                    self._rest_at(Settled())
                 raise
         if not isinstance(self._phase, Settled):
             with self._settling(Settled()):
@@ -278,6 +275,31 @@ class Transaction(DirectBackwards):
             self.part.passes.meet(call)
             self._reduction.drain()
 
+    def meet(self, call: str) -> None:
+        """Before `call`, a collective of the caller's own: at the gate. Between passes over
+        shards, ranks first take part in the evaluations of those that have not come.
+        """
+        passes = self.part.passes
+        if self.closed:
+            return
+        if self._raised():
+            self._settle("a direct loss.backward() raised", owes=True)
+        if isinstance(self._phase, Lost):
+            self._demand(call)
+        with self._parting():
+            between_passes = isinstance(self._phase, Idle) and not passes.is_open
+            if passes.shards and between_passes and not self.part.joined:
+                self._meet_between_passes(call)
+            if self.gate is not None:
+                self.gate.pass_through(call)
+
+    def _meet_between_passes(self, call: str) -> None:
+        try:
+            self.part.passes.meet(COLLECTIVE)
+            self._reduction.drain()
+        except Absent as error:
+            raise self.part.boundary.mesh.job.failure(call, error) from error
+
     def depart(self, *, values: bool) -> None:
         """States go to the host, parameters among them if it is `values`: until `arrive` nothing
         can be done with them. Raises `StepError` where this is not between two steps.
@@ -335,23 +357,6 @@ class Transaction(DirectBackwards):
         self.part.boundary.mend()
         self.part.accumulation.realign()
         self.part.events.restored()
-
-    def finish(self, *, failed: bool) -> None:
-        """Before all ranks give the engine back: ends what a backward without a `step` has begun,
-        which a peer further along its list may wait for. `failed`: because of an exception, of
-        which peers hear that go on.
-        """
-        if isinstance(self._phase, Lost | Destroyed):
-            return
-        self.part.passes.refusal = None
-        try:
-            self._reduction.abort()
-            self.part.passes.meet("destroy()", FAILED if failed else 0)
-            self._reduction.drain()
-        except Left:
-            return
-        except (CommError, Diverged) as error:
-            _log.warning("destroy(): what was under way could not be ended: %s", error)
 
     def close(self) -> None:
         """Takes the hooks off the model; no call but `forward` works afterwards."""

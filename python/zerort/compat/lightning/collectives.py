@@ -1,12 +1,13 @@
 """Lightning's own collectives, on the default process group, beside an engine.
 
-What it guarantees: they wait for the evaluations that other ranks still run, and one that fails
-because a rank has gone says which and why, in the words that it has left. What it does not do: a
-rank that has failed and whose process goes on is waited for, until the time-out.
+What it guarantees: they wait for the evaluations that other ranks still run, and none waits for a
+rank that has failed or gone: it raises that one's reason. What it does not do: where there is no
+engine, which is outside `fit` below stage 3, they are as under DDP.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 import zerort
-from zerort.errors import CommError
+from zerort.errors import ZerortError
 
 __all__ = ["Collectives"]
 
@@ -23,6 +24,7 @@ class Collectives:
     """Mixed into a strategy, before Lightning's class."""
 
     _engine: zerort.Engine | None
+    _failed: bool
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's. Raises `CommError` where a rank has gone."""
@@ -45,17 +47,33 @@ class Collectives:
             gathered: Tensor = super().all_gather(tensor, group, sync_grads)  # type: ignore[misc]
             return gathered
 
+    def _announce(self) -> None:
+        """Where an exception is handled that the engine has not seen, as a callback's: the others
+        hear of it before this rank makes a collective of its handling.
+        """
+        error = sys.exc_info()[1]
+        if self._engine is not None and error is not None and self._interrupted:
+            if not self._failed:
+                self._engine.announce(error)
+            self._failed = True
+
+    @property
+    def _interrupted(self) -> bool:
+        return bool(self.lightning_module.trainer.interrupted)  # type: ignore[attr-defined]
+
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
         engine = self._engine
         if engine is None:
             yield
             return
-        if engine.optimizer is None:
-            engine.meet("a collective of Lightning's")
+        self._announce()
         try:
+            engine.meet(f"{what} of Lightning's")
             yield
         except RuntimeError as error:
-            if isinstance(error, CommError):
+            if self._interrupted:
+                engine.destroy()  # what a callback raises by then keeps Lightning from doing it
+            if isinstance(error, ZerortError):
                 raise
             raise engine.failure(f"{what} of Lightning's", error) from error

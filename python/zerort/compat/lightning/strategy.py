@@ -152,6 +152,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
             if not is_sharded(self.model):
                 self.model_to_device()
             self.model = self._engine = forward_only(self.model, self._settings())
+            self._engine.open_gate(self._timeout or _timeout)
         else:
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
@@ -188,6 +189,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
             model_parameters=None if optimizer is not None else trainable,
             config=settings,
         )
+        self._engine.open_gate(self._timeout or _timeout)
         self.optimizers = [optimizer]
         self.precision_plugin.clipping = self._engine.gradient_clipping()
         self.model = self._engine
@@ -370,7 +372,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
 
     def on_exception(self, exception: BaseException) -> None:
         """The peers hear of it where they wait next, and the engine is given back."""
-        self._failed = True
+        self._announce()
         super().on_exception(exception)
         if self._engine is not None:
             self._engine.destroy()
