@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
-from zerort.start.place import gather_loose, move
+from zerort.start.place import gather_loose, meet_heirs, move
 from zerort.start.units import in_units, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
@@ -52,7 +53,7 @@ from zerort.trace.communication import CommunicationWatch
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.nvtx import NvtxSink
 from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
-from zerort.zero.init import close_if_empty, origin_of
+from zerort.zero.init import close_if_empty, inherit, origin_of
 
 __all__ = ["initialize"]
 
@@ -103,10 +104,15 @@ def initialize(
         log.show(mesh.rank)
         if settings.log_level is not None:
             log.set_level(settings.log_level)
+        meet_heirs(
+            model if isinstance(model, nn.Module) else None,
+            mesh.control,
+            timedelta(seconds=settings.zerort.timeout),
+        )
         if isinstance(model, nn.Module):
             give_values(model, settings, mesh)
         setup = _set_up(settings, mesh, given, undo)
-        flat = _move(setup)
+        flat = _move(setup, undo)
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
         started(mesh, settings)
         undo.pop_all()
@@ -149,6 +155,11 @@ class Setup:
     times: RangeTimes | None
 
     @property
+    def timeout(self) -> timedelta:
+        """How long a rank waits for its peers."""
+        return timedelta(seconds=self.config.zerort.timeout)
+
+    @property
     def layout(self) -> Layout:
         """Where the model's memory will lie."""
         every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
@@ -178,11 +189,12 @@ def _set_up(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     return setup
 
 
-def _move(setup: Setup) -> FlatModel:
+def _move(setup: Setup, undo: ExitStack) -> FlatModel:
     """Parameters into buckets, with rank 0's values on all ranks."""
-    job = setup.mesh.job
+    mesh, job = setup.mesh, setup.mesh.job
     gather_loose(setup.model, [member.tensor for member in setup.planned])
     flat = agreed(job.control, lambda: FlatModel(setup.model, setup.planned, setup.layout))
+    undo.callback(lambda: inherit(flat.sharded, mesh, flat.state, setup.timeout))
     broadcast(job, setup.model, flat)
     close_if_empty(job.control)
     return flat
@@ -274,7 +286,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     elements = None if room is None else room.elements
     reduction = Reduction(setup.plan, flat, mesh, transports, watch, elements)
     undo.callback(reduction.close)
-    passes = passes_over(setup.model, flat, reduction, mesh, room)
+    passes = passes_over(setup.model, flat, reduction, mesh, room, setup.timeout)
     undo.callback(passes.detach)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(mesh, flat, reduction, update, precision.loss_scale, policy, sink)

@@ -61,6 +61,7 @@ class HeldBucket:
         "_lines",
         "_origins",
         "forms",
+        "has_parted",
         "is_common",
         "master",
         "names",
@@ -85,6 +86,8 @@ class HeldBucket:
         self._host = layout.homes.shard_host_of(spec)
         self._crossing: Mark | None = None
         self._lines: Tensor | None = None
+        self.has_parted = False
+        """Who has the parameters now has this rank's part of them too."""
         self.values: Resident | Freeable
         if spec.sharded:
             first, last = self.names[0], self.names[-1]
@@ -109,6 +112,12 @@ class HeldBucket:
     def is_adopted(self) -> bool:
         """Whether the parameters' values have been taken over."""
         return not self._origins
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the values are in this memory, and only in shards now."""
+        here = self.is_adopted and not self.has_parted
+        return self.spec.sharded and here and not self.values.is_whole
 
     def adopt(self) -> None:
         """Takes the parameters' values from where they are, once, and makes the parameters views of
@@ -221,6 +230,20 @@ class HeldBucket:
         """What has views of the values keeps that memory."""
         assert isinstance(self.values, Freeable)
         self.values.leave(self.params)
+
+    def part_with_shard(self) -> Tensor:
+        """What this rank keeps of sharded values (shard_numel,), for who has the parameters from
+        now on. They are views of memory that is given back.
+        """
+        self.ready()
+        self.has_parted = True
+        shard = self.owned.tensor
+        if self.master is shard:
+            self.owned = Memory.zeros(0, shard.dtype, shard.device)
+            self.master = self.owned.tensor
+        if self.values.is_whole:
+            self.part_with_aliases()
+        return shard
 
     def move_values(self, carry: Carrier) -> None:
         """What lies on the device of the parameters, elsewhere, and parameters that are whole with

@@ -40,6 +40,8 @@ class FlatModel:
         ]
         self.trained = [bucket for bucket in self.buckets if isinstance(bucket, FlatBucket)]
         """Those that an optimizer has."""
+        self.state = 0
+        """How often values have been published."""
         self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
         held = [bucket for bucket in self.buckets if not isinstance(bucket, FlatBucket)]
         self._held = [parameter for bucket in held for parameter in bucket.params]
@@ -54,6 +56,11 @@ class FlatModel:
         self._bases: list[int] = []
         self._places: list[int] = []
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
+
+    @property
+    def sharded(self) -> list[HeldBucket]:
+        """Buckets whose parameters' values are in shards, and nowhere else."""
+        return [bucket for bucket in self.buckets if bucket.is_sharded]
 
     def _layout(self) -> tuple[list[int], list[int]]:
         """By parameter, its bucket and how many bytes it lies behind that one's first. What has no
@@ -131,6 +138,7 @@ class FlatModel:
         """Tells autograd that the parameters were written through their flat buffers, which it
         cannot see.
         """
+        self.state += 1
         torch.autograd.graph.increment_version(self._updated)
 
 

@@ -105,6 +105,10 @@ class Control(Protocol):
     def world(self) -> int:
         """How many ranks the group has."""
 
+    @property
+    def name(self) -> str:
+        """The same on all ranks, and no other group's; empty where there is one rank."""
+
     idle: Callable[[], None] | None
     """Called again and again while `all_reduce` waits for a peer, where there is one to call."""
 

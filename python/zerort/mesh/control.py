@@ -40,6 +40,11 @@ class GlooControl:
         self.rank, self.world = groups.members.rank, len(groups.members.ranks)
         self.idle: Callable[[], None] | None = None
 
+    @property
+    def name(self) -> str:
+        """Rank 0 has given it when the ranks met."""
+        return self.groups.peers.name
+
     def all_reduce(self, values: Tensor) -> None:
         """Sums in place; blocks the host, unless there is something to do meanwhile."""
         idle = self.idle

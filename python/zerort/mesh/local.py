@@ -19,6 +19,7 @@ class LocalControl:
     """There is no peer."""
 
     rank, world = 0, 1
+    name = ""
     idle: Callable[[], None] | None = None
 
     def all_reduce(self, values: Tensor) -> None:

@@ -1,12 +1,18 @@
-"""What a pass asks of others: of the hooks that are on the model, and of the engine whose window it
-is.
+"""What a pass asks of others: of the hooks that are on the model, of the engine whose window it is,
+and of who has the parameters behind that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-__all__ = ["NOBODY", "Hooked", "Owner"]
+from zerort.memory import HeldBucket
+
+__all__ = ["NOBODY", "Heir", "Hooked", "Owner"]
+
+Heir = Callable[[Sequence[HeldBucket]], None]
+"""Takes sharded buckets' parameters with their values, when their engine has gone."""
 
 
 class Hooked(Protocol):
@@ -18,8 +24,10 @@ class Hooked(Protocol):
     def rehook(self) -> None:
         """Makes the hooks anew, not to be traced by compiled autograd."""
 
-    def detach(self) -> None:
-        """Takes them off."""
+    def detach(self, *, whole: bool = True) -> None:
+        """Takes them off; the values are nobody's any more where they are not the `whole` of one
+        state.
+        """
 
 
 class Owner(Protocol):
@@ -41,7 +49,7 @@ class Nobody:
     def rehook(self) -> None:
         """There is none."""
 
-    def detach(self) -> None:
+    def detach(self, *, whole: bool = True) -> None:
         """There is none."""
 
     def dropped(self) -> None:

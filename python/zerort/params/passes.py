@@ -91,7 +91,7 @@ class Resident:
     def abandon(self) -> None:
         """Nothing."""
 
-    def detach(self) -> None:
+    def detach(self, *, whole: bool = True) -> None:
         """Nothing."""
 
     def shield(self) -> None:
@@ -142,9 +142,11 @@ class Passes:
         """The parameter was written while it was whole for the pass: the change goes with it."""
         self._executor.changes.note(name_of(parameter))
 
-    def detach(self) -> None:
-        """Takes the hooks off the model."""
-        self.hooks.detach()
+    def detach(self, *, whole: bool = True) -> None:
+        """Takes the hooks off the model, which its parameters' values stay with, if they are the
+        `whole` of one state.
+        """
+        self.hooks.detach(whole=whole)
 
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""

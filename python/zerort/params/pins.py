@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from zerort.errors import StepError
-from zerort.memory import undisturbed, unintercepted, version_of
+from zerort.memory import HeldBucket, undisturbed, unintercepted, version_of
 from zerort.mesh import Comm
 from zerort.params import sharded
 from zerort.params.passes import Passes
@@ -37,6 +37,18 @@ class Pins:
         self._units = units
         self.exposed: dict[int, int] = {}
         """How often each parameter that is kept whole is, by its id."""
+        self._is_over = False
+
+    def end(self) -> None:
+        """The engine is gone: what is kept whole stays so, and who leaves a context finds nothing
+        to do.
+        """
+        self._is_over = True
+
+    def keep(self, bucket: HeldBucket) -> bool:
+        """Whether a sharded bucket is kept whole."""
+        assert bucket.spec.unit is not None
+        return self._executor.unit(bucket.spec.unit).pinned > 0
 
     @contextmanager
     def hold(
@@ -63,10 +75,11 @@ class Pins:
         try:
             yield
         finally:
-            self._conceal(params)
-            if modifier is not None:
-                self._spread(whole, modifier)
-            self._leave(units, params, modifier, writes=writes)
+            if not self._is_over:
+                self._conceal(params)
+                if modifier is not None:
+                    self._spread(whole, modifier)
+                self._leave(units, params, modifier, writes=writes)
 
     def _use(
         self, params: Sequence[nn.Parameter], units: Sequence[int], modifier: int | None
@@ -84,11 +97,12 @@ class Pins:
         try:
             yield
         finally:
-            self._conceal(params)
-            for parameter, old, new in zip(params, before, _versions(params), strict=True):
-                if new != old:
-                    self._passes.lose(parameter)
-            gatherer.release(number)
+            if not self._is_over:
+                self._conceal(params)
+                for parameter, old, new in zip(params, before, _versions(params), strict=True):
+                    if new != old:
+                        self._passes.lose(parameter)
+                gatherer.release(number)
 
     @undisturbed
     def _enter(self, units: Sequence[int], modifier: int) -> None:

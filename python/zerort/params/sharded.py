@@ -255,7 +255,9 @@ def enter(parameter: nn.Parameter, keeper: Keeper, name: str) -> Home:
 
 
 class Gone(Sharded):
-    """A parameter whose values went with the engine that had them. Metadata is answered."""
+    """A parameter whose values went with an engine that had broken off in the middle of an update,
+    so that shards of two states were left. Metadata is answered.
+    """
 
     @classmethod
     def __torch_function__(
@@ -270,9 +272,8 @@ class Gone(Sharded):
                 return func(*args, **(kwargs or {}))
         raise StepError(
             f"{_name(func)} of a parameter of shape {next(_shapes(args, kwargs))}, whose values "
-            "went with its engine, which has been destroyed or collected: copy them before, inside "
-            "zerort.zero.GatheredParameters(parameters), or build the model anew and load a "
-            "checkpoint"
+            "went with its engine, which had broken off in the middle of an update: build the "
+            "model anew and load a checkpoint"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

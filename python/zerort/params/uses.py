@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zerort.memory import FlatModel
 from zerort.params import sharded
 from zerort.params.calls import Call, eager, unseen
+from zerort.params.contract import Heir
 from zerort.params.leaves import get_z3_leaf_modules, z3_leaf_module
 from zerort.params.nodes import Nodes, any_trains, shares_memory
 from zerort.params.outside import Outside
@@ -36,7 +37,9 @@ __all__ = ["Uses"]
 
 
 class Uses:
-    """Of a model's sharded parameters, until `detach`. `units` maps id(parameter) to its unit."""
+    """Of a model's sharded parameters, until `detach`. `units` maps id(parameter) to its unit;
+    behind it they are the `heir`'s.
+    """
 
     def __init__(
         self,
@@ -45,8 +48,10 @@ class Uses:
         passes: Passes,
         pins: Pins,
         units: Mapping[int, int],
+        heir: Heir,
     ) -> None:
         self.pins = pins
+        self._heir = heir
         self._passes = passes
         passes.hooks = self
         self._nodes = Nodes(passes)
@@ -55,7 +60,8 @@ class Uses:
         self._units = units
         self._handles: list[Any] = []
         self._calls: list[Call] = []
-        self._params = [p for bucket in flat.buckets if bucket.spec.sharded for p in bucket.params]
+        self._sharded = [bucket for bucket in flat.buckets if bucket.spec.sharded]
+        self._params = [parameter for bucket in self._sharded for parameter in bucket.params]
         names = {id(p): name for name, p in module.named_parameters()}
         self._whole = [p for p in module.parameters() if id(p) not in units]
         keeper = Outside(passes, self._nodes, pins, units)
@@ -98,13 +104,22 @@ class Uses:
         # What it traces of `__torch_function__` is a table by function, which does not change.
         warnings.filterwarnings("ignore", r"Dynamo detected a call to [^']*'sharded\.py")
 
-    def detach(self) -> None:
-        """Takes the hooks off; parameters whose values are not there have none any more."""
+    def detach(self, *, whole: bool = True) -> None:
+        """Takes the hooks off; values that are not here are the heir's, or nobody's where they are
+        not the `whole` of one state. A second call does nothing.
+        """
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        for parameter in (*self._params, *self._whole):
+        self.pins.end()
+        left = [bucket for bucket in self._sharded if not self.pins.keep(bucket)]
+        lost = [] if whole else [parameter for bucket in left for parameter in bucket.params]
+        for parameter in lost:
             sharded.lose(parameter)
+        for parameter in (*self._params, *self._whole):
+            sharded.leave(parameter)
+        self._handles, self._sharded, self._params, self._whole = [], [], [], []
+        if whole:
+            self._heir(left)
 
     def settle(self) -> None:
         """Behind a pass: no call is open, however it ended."""

@@ -69,9 +69,9 @@ def refuse_unready(module: nn.Module) -> None:
             )
         if isinstance(parameter, Gone):
             raise PlanError(
-                f"parameter {name} has no values: they went with an engine of stage 3 that has "
-                "been destroyed or collected, or with an initialize that failed; build the model "
-                "anew"
+                f"parameter {name} has no values: they went with an engine of stage 3 that had "
+                "broken off in the middle of an update; build the model anew, and load a "
+                "checkpoint"
             )
         if keeper_of(parameter) is not None and isinstance(origin_of(parameter), Present):
             raise PlanError(

@@ -1,16 +1,59 @@
-"""Where a model's tensors go before they are planned."""
+"""Where a model's values are before an engine has them, and where its tensors go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
+from zerort.errors import PlanError
 from zerort.memory import Present
-from zerort.zero.init import origin_of, stay_whole
+from zerort.mesh import Control
+from zerort.params.sharded import keeper_of
+from zerort.start import gathered
+from zerort.zero.init import born_of, opened, origin_of, stay_whole
 
-__all__ = ["gather_loose", "move"]
+__all__ = ["gather_loose", "meet_heirs", "move"]
+
+
+def meet_heirs(model: nn.Module | None, control: Control, timeout: timedelta) -> None:
+    """All ranks, before an engine takes the parameters of `model`: what engines that have gone have
+    left of them may come together from now on.
+
+    Raises `PlanError` on all ranks where values are not at like places, or do not make one model.
+    """
+    params = {} if model is None else dict(model.named_parameters())
+    _compare(gathered(control, lambda: _whereabouts(params)))
+    found = [born for p in params.values() if (born := born_of(p)) is not None]
+    if any(born.legacy is not None for born in found):
+        opened(timeout).meet_heirs(found)
+
+
+def _whereabouts(params: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Where the values are of those that do not have them."""
+    found = {}
+    for name, parameter in params.items():
+        born = born_of(parameter)
+        if born is not None and born.legacy is not None:
+            found[name] = f"in the shards of engine {born.legacy.engine}"
+        elif born is not None:
+            found[name] = "in the parts that zero.Init has made"
+        elif keeper_of(parameter) is not None:
+            found[name] = "with an engine that is alive"
+    return found
+
+
+def _compare(views: Sequence[Mapping[str, str]]) -> None:
+    for rank, theirs in enumerate(views):
+        for name in {**views[0], **theirs}:
+            here, there = (view.get(name, "whole") for view in (views[0], theirs))
+            if here != there:
+                raise PlanError(
+                    f"the values of parameter {name} are {here} on rank 0 and {there} on rank "
+                    f"{rank}: give zerort.initialize the same model on all ranks"
+                )
 
 
 def move(model: nn.Module, device: torch.device) -> None:

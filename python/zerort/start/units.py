@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from zerort.params.passes import Passes, Resident, Room
 from zerort.params.pins import Pins
 from zerort.params.roll import RollCall
 from zerort.params.uses import Uses
+from zerort.zero.init import inherit
 
 __all__ = ["in_units", "passes_over", "room_for"]
 
@@ -85,7 +87,12 @@ def room_for(settings: Config, plan: _core.Plan, names: Sequence[str] | None) ->
 
 
 def passes_over(
-    model: nn.Module, flat: FlatModel, reduction: Reduction, mesh: Mesh, room: Room | None
+    model: nn.Module,
+    flat: FlatModel,
+    reduction: Reduction,
+    mesh: Mesh,
+    room: Room | None,
+    timeout: timedelta,
 ) -> Passes | Resident:
     """What gathers the model's parameters, with its hooks on the model."""
     if room is None:
@@ -106,7 +113,7 @@ def passes_over(
         for parameter in bucket.params
     }
     pins = Pins(passes, reduction.executor, mesh.shard, units)
-    Uses(model, flat, passes, pins, units)
+    Uses(model, flat, passes, pins, units, lambda left: inherit(left, mesh, flat.state, timeout))
     return passes
 
 

@@ -363,7 +363,7 @@ class Transaction(DirectBackwards):
         if not isinstance(self._phase, Destroyed):
             self._phase = Destroyed()
             self._reduction.close()
-            self.part.passes.detach()
+            self.part.passes.detach(whole=self.part.boundary.half_updated is None)
 
     # The end of a micro-batch.
 

@@ -1,4 +1,5 @@
-"""A parameter that is sharded from its birth: an equal part on each rank, until an engine takes it.
+"""A parameter that is sharded and in no engine: a part on each rank, until an engine takes it. It
+has been so from its birth, or since its last engine has gone.
 
 What it guarantees: the parameter stays the object it is, with its shape, its strides and its hooks,
 and a view of one storage whose memory comes and goes; an alias of that memory that is still held
@@ -14,20 +15,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zerort.memory import Alone, Form, Freeable, unintercepted
+from zerort.memory import Form, Freeable, unintercepted
 from zerort.mesh import Comm
 from zerort.params import sharded
+from zerort.zero.cuts import Cut, Even
+from zerort.zero.legacy import Legacy
 
-__all__ = ["Born", "exchange"]
+__all__ = ["Born", "Serial", "exchange"]
+
+Serial = tuple[str, int]
+"""Of a parameter, and equal on all ranks: the engine that it had, if any, and its number there."""
 
 
 class Born:
-    """`part` (each,) holds this rank's elements in the order in which they lie in memory, with
-    padding behind the last. An `Origin`: a bucket takes its values by `fill`.
+    """`part` holds this rank's elements in the order in which they lie in memory, with padding
+    behind the last where parts are equal. An `Origin`: a bucket takes its values by `fill`.
     """
 
     __slots__ = (
-        "_comm",
+        "_cut",
         "_form",
         "_parameter",
         "_users",
@@ -41,7 +47,7 @@ class Born:
     is_common = True
 
     def __init__(
-        self, parameter: nn.Parameter, comm: Comm, serial: int, dtype: torch.dtype
+        self, parameter: nn.Parameter, cut: Cut, serial: Serial, dtype: torch.dtype
     ) -> None:
         self._parameter = weakref.ref(parameter)  # a model that is dropped goes
         self.serial = serial
@@ -49,7 +55,7 @@ class Born:
         """In which it is when its model is complete."""
         self.lent = False
         """There has been an alias of the values, and may have written to it."""
-        self._comm = comm
+        self._cut = cut
         self._users = 0
 
     @property
@@ -67,16 +73,14 @@ class Born:
     @unintercepted
     def take(self, device: torch.device) -> None:
         """Keeps this rank's part of what the parameter holds, on `device`."""
-        parameter, dtype = self.parameter, self.parameter.dtype
+        parameter = self.parameter
         self._form = Form.of(parameter)
-        extent = Alone.of(parameter.numel(), self._comm.world)
-        self.part = torch.zeros(extent.numel // self._comm.world, dtype=dtype, device=device)
-        lo, hi = self._own(parameter.numel())
+        self.part = self._nothing(parameter.dtype, device)
+        lo, hi = self._within(parameter.numel())
         flat = _flat(parameter.detach(), self._form)
         with torch.no_grad():
             self.part.narrow(0, 0, hi - lo).copy_(flat.narrow(0, lo, hi - lo))
-        self._values = Freeable(extent, [self._form], dtype, device)
-        self._values.leave([parameter])
+        self._settle_in(parameter.dtype, device)
 
     def make(self, device: torch.device, read: Callable[[int, int], Tensor]) -> None:
         """Keeps this rank's part of what `read(lo, hi)` gives, elements in the order of indices;
@@ -84,9 +88,8 @@ class Born:
         """
         parameter = self.parameter
         self._form, numel, dtype = Form.of(parameter), parameter.numel(), parameter.dtype
-        extent = Alone.of(numel, self._comm.world)
-        self.part = torch.zeros(extent.numel // self._comm.world, dtype=dtype, device=device)
-        lo, hi = self._own(numel)
+        self.part = self._nothing(dtype, device)
+        lo, hi = self._within(numel)
         if self._form.order:  # elements lie in another order than they are read in
             whole = read(0, numel).reshape(self._form.shape)
             own = _flat(whole, self._form).narrow(0, lo, hi - lo)
@@ -94,37 +97,57 @@ class Born:
             own = read(lo, hi)
         self.part.narrow(0, 0, hi - lo).copy_(own)
         exchange(parameter, torch.empty(0, dtype=dtype, device=device))
-        self._values = Freeable(extent, [self._form], dtype, device)
-        self._values.leave([parameter])
-
-    def _own(self, numel: int) -> tuple[int, int]:
-        """Which elements are this rank's."""
-        lo = min(self._comm.rank * self.part.numel(), numel)
-        return lo, min(lo + self.part.numel(), numel)
+        self._settle_in(dtype, device)
 
     @unintercepted
-    def copy(self, parameter: nn.Parameter, serial: int) -> Born:
+    def inherit(self, part: Tensor) -> None:
+        """This rank's part is here already; the parameter is a view of what is not."""
+        self._form, self.part = Form.of(self.parameter), part
+        self._settle_in(part.dtype, self.parameter.device)
+
+    def _nothing(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for this rank's part."""
+        lo, hi = self._cut.own
+        return torch.zeros(hi - lo, dtype=dtype, device=device)
+
+    def _within(self, numel: int) -> tuple[int, int]:
+        """Which elements are this rank's, without padding."""
+        lo, hi = self._cut.own
+        return min(lo, numel), min(hi, numel)
+
+    def _settle_in(self, dtype: torch.dtype, device: torch.device) -> None:
+        """The parameter is a view of memory of its own, which is empty."""
+        self._values = Freeable(self._cut.extent, [self._form], dtype, device)
+        self._values.leave([self.parameter])
+
+    @unintercepted
+    def copy(self, parameter: nn.Parameter, serial: Serial) -> Born:
         """The same part for a new `parameter`, which has no values."""
-        twin = Born(parameter, self._comm, serial, self.dtype)
+        twin = Born(parameter, self._cut, serial, self.dtype)
         twin._form, twin.part = self._form, self.part.clone()
-        extent = Alone.of(parameter.numel(), self._comm.world)
-        twin._values = Freeable(extent, [self._form], self.part.dtype, self.part.device)
-        twin._values.leave([parameter])
+        twin._settle_in(self.part.dtype, self.device)
         return twin
 
     @unintercepted
     def cast(self, dtype: torch.dtype) -> None:
         """In another dtype from now on."""
         if self.part.dtype != dtype:
-            values = self.part.to(dtype)
-            self._values = Freeable(
-                Alone.of(self.parameter.numel(), self._comm.world),
-                [self._form],
-                dtype,
-                values.device,
-            )
-            self._values.leave([self.parameter])
-            self.part = values
+            self.part = self.part.to(dtype)
+            self._settle_in(dtype, self.device)
+
+    @property
+    def legacy(self) -> Legacy | None:
+        """Of which engine it is, if of one."""
+        return self._cut.legacy
+
+    @property
+    def device(self) -> torch.device:
+        """Where its values are when they are whole."""
+        return self._values.tensor.device
+
+    @property
+    def _comm(self) -> Comm:
+        return self._cut.comm
 
     # Whole for a while.
 
@@ -135,8 +158,8 @@ class Born:
         self._users += 1
         if self._users == 1:
             self._bring()
-            if values and self.part.numel():
-                self._comm.all_gather(self._values.tensor).start().wait()
+            if values:
+                self._cut.gather(self._values.tensor)
 
     def spread(self, source: int) -> None:
         """Rank `source`'s values are everybody's."""
@@ -146,7 +169,8 @@ class Born:
     def keep(self) -> None:
         """This rank's part is what the values are now, whatever memory they are in."""
         if not self.is_in_place:
-            self.take(self.part.device)
+            self._cut = Even(self._comm, self.parameter.numel())
+            self.take(self.device)
         elif self._values.is_whole:
             with torch.no_grad():
                 self.part.copy_(self._slice())
@@ -230,8 +254,8 @@ class Born:
         sharded.leave(self.parameter)
 
     def _slice(self) -> Tensor:
-        each = self.part.numel()
-        return self._values.tensor.narrow(0, self._comm.rank * each, each)
+        lo, hi = self._cut.own
+        return self._values.tensor.narrow(0, lo, hi - lo)
 
 
 def exchange(parameter: nn.Parameter, values: Tensor) -> None:

@@ -5,7 +5,7 @@ deepspeed.zero.Init.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from datetime import timedelta
 from types import TracebackType
@@ -17,16 +17,20 @@ from torch import nn
 from zerort.config import Config, load_part
 from zerort.device.random import random_states, restore_random_states
 from zerort.errors import ConfigError
-from zerort.memory import DTYPES, Origin, Present
-from zerort.mesh import Control, is_whole_job
+from zerort.memory import DTYPES, HeldBucket, Origin, Present
+from zerort.mesh import Control, Mesh, is_whole_job
+from zerort.zero.born import Born
 from zerort.zero.building import Building
+from zerort.zero.legacy import Legacy
 from zerort.zero.norms import is_affine_batch_norm
 from zerort.zero.nursery import Nursery
 
 __all__ = [
     "Init",
+    "born_of",
     "cast_born",
     "close_if_empty",
+    "inherit",
     "opened",
     "origin_of",
     "rank_zeros_numbers",
@@ -191,7 +195,13 @@ def _can_be_born(nursery: Nursery, parameter: nn.Parameter) -> bool:
 
 
 def opened(timeout: timedelta) -> Nursery:
-    """The process's nursery. All ranks call it."""
+    """The process's nursery, connected. All ranks call it."""
+    nursery = _made(timeout)
+    nursery.connect()
+    return nursery
+
+
+def _made(timeout: timedelta) -> Nursery:
     global _nursery  # noqa: PLW0603
     if _nursery is None:
         _nursery = Nursery(timeout)
@@ -242,31 +252,51 @@ def _refuse(refused: Mapping[str, Any], group: Any, sequence_group: Any, remote:
 
 def origin_of(parameter: nn.Parameter) -> Origin:
     """Where a parameter's values are."""
-    born = None if _nursery is None else _nursery.born(parameter)
+    born = born_of(parameter)
     return Present(parameter) if born is None else born
 
 
 def stay_whole(parameter: nn.Parameter) -> None:
     """Makes a parameter whole for good, if it is sharded. All ranks call it."""
-    born = None if _nursery is None else _nursery.born(parameter)
+    born = born_of(parameter)
     if born is not None:
         born.stay()
 
 
 def cast_born(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
     """Casts a parameter that is sharded; False where it is not."""
-    born = None if _nursery is None else _nursery.born(parameter)
+    born = born_of(parameter)
     if born is not None:
         born.cast(dtype)
     return born is not None
 
 
 def close_if_empty(control: Control) -> None:
-    """Gives back what parameters without an engine need, if no rank has any."""
+    """Gives back what parameters without an engine need, if no rank has any. All ranks call it."""
     global _nursery  # noqa: PLW0603
-    if _nursery is None or _running:
+    if _running:
         return
-    left = control.gather_objects(_nursery.part())
-    if not any(left):
+    # a rank may have none, because an engine that others have collected is still there
+    left = control.gather_objects(_nursery is not None and _nursery.part())
+    if not any(left) and _nursery is not None:
         _nursery.close()
         _nursery = None
+
+
+# What engines leave.
+
+
+def inherit(buckets: Sequence[HeldBucket], mesh: Mesh, state: int, timeout: timedelta) -> None:
+    """The engine of `mesh` has gone, when values had been published `state` times: its sharded
+    parameters keep their values in `buckets`' shards. No other rank is asked.
+    """
+    if buckets:
+        left = Legacy(mesh.control.name, mesh.shard.rank, mesh.shard.world, state)
+        nursery = _made(timeout)
+        for bucket in buckets:
+            nursery.inherit(bucket, left)
+
+
+def born_of(parameter: nn.Parameter) -> Born | None:
+    """What is held of a parameter that is sharded and in no engine; else None."""
+    return None if _nursery is None else _nursery.born(parameter)

@@ -1,10 +1,11 @@
-"""The parameters that are sharded and belong to no engine yet, and what is done with them while
-their model is built.
+"""The parameters that are sharded and belong to no engine, and what is done with them while their
+model is built.
 
 Within `zero.Init` a constructor may do anything with them: what it reads is gathered, what it
 writes is run on all ranks alike, and each keeps its part. An operation that needs no other
 element's value, as `normal_` and `mul_` do not, costs no communication. Afterwards values are there
-in `GatheredParameters` alone, until `initialize` takes them.
+in `GatheredParameters` alone, until `initialize` takes them. So it is with a model whose engine has
+gone: each rank has the shards that the engine had.
 
 What this guarantees: before every collective the ranks have compared what they are at, so that
 ranks which build different models, or one that has raised, are found and named, and none waits.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import compress
@@ -26,10 +27,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zerort.errors import CommError, PlanError, StepError
-from zerort.memory import digest, unintercepted
+from zerort.memory import HeldBucket, digest, unintercepted
 from zerort.mesh import Mesh, connect
 from zerort.params import sharded
-from zerort.zero.born import Born
+from zerort.zero import legacy
+from zerort.zero.born import Born, Serial
+from zerort.zero.cuts import AsInBucket, Even
+from zerort.zero.legacy import Legacy
 
 __all__ = ["Nursery", "Parted"]
 
@@ -54,7 +58,8 @@ class Nursery:
     """Of this process. `timeout` is how long a rank waits for its peers."""
 
     def __init__(self, timeout: timedelta) -> None:
-        self.mesh: Mesh = connect(timeout)
+        self.timeout = timeout
+        self._mesh: Mesh | None = None
         self.building = 0
         """How many `Init`s are open."""
         self._born: dict[int, Born] = {}
@@ -63,6 +68,17 @@ class Nursery:
         self._serial = 0
         self._writes, self._last_write = 0, "nothing"
         """A sum over what was written without asking the others, and the last of it."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks, since `connect`."""
+        assert self._mesh is not None, "the ranks are not connected"
+        return self._mesh
+
+    def connect(self) -> None:
+        """All ranks call it, before they ask one another anything; a second call does nothing."""
+        if self._mesh is None:
+            self._mesh = connect(self.timeout)
 
     # Births.
 
@@ -75,7 +91,7 @@ class Nursery:
         """
         if source is not None:
             self._level(parameter, name, source)
-        born = Born(parameter, self.mesh.job, self._number(), dtype)
+        born = Born(parameter, self._evenly(parameter), self._number(), dtype)
         born.take(self.mesh.device)
         self._enter(born, name)
 
@@ -85,7 +101,7 @@ class Nursery:
         """A parameter on the meta device gets its values from `read(lo, hi)`, which gives elements
         lo..hi (hi - lo,) in the order of its indices.
         """
-        born = Born(parameter, self.mesh.job, self._number(), parameter.dtype)
+        born = Born(parameter, self._evenly(parameter), self._number(), parameter.dtype)
         born.make(self.mesh.device, read)
         self._enter(born, name)
 
@@ -118,9 +134,23 @@ class Nursery:
             if born.is_alive and self.born(born.parameter) is born:
                 born.cast(born.dtype)
 
-    def _number(self) -> int:
+    def _evenly(self, parameter: nn.Parameter) -> Even:
+        return Even(self.mesh.job, parameter.numel())
+
+    def _number(self) -> Serial:
         self._serial += 1
-        return self._serial
+        return "", self._serial
+
+    def inherit(self, bucket: HeldBucket, left: Legacy) -> None:
+        """A bucket's engine has gone, and its sharded parameters' values stay in its shards."""
+        shard, spec = bucket.part_with_shard(), bucket.spec
+        for index, parameter in enumerate(bucket.params):
+            cut = AsInBucket(left, spec.offsets[index], spec.numels[index], spec.shard_numel)
+            born = Born(parameter, cut, (left.engine, spec.params[index]), shard.dtype)
+            start = spec.offsets[index] + cut.own[0] - left.rank * spec.shard_numel
+            lo, hi = cut.own
+            born.inherit(shard.narrow(0, start if lo < hi else 0, hi - lo))
+            self._enter(born, bucket.names[index])
 
     def _enter(self, born: Born, name: str) -> None:
         parameter = born.parameter
@@ -131,7 +161,7 @@ class Nursery:
         ending.atexit = False
         self._endings[id(parameter)] = ending
 
-    def _forget(self, key: int, serial: int) -> None:
+    def _forget(self, key: int, serial: Serial) -> None:
         """The parameter is no more."""
         born = self._born.get(key)
         if born is not None and born.serial == serial:
@@ -150,6 +180,13 @@ class Nursery:
                 self._endings.pop(key).detach()
                 del self._born[key]
         return bool(self._born)
+
+    def meet_heirs(self, held: Iterable[Born]) -> None:
+        """All ranks, before what engines have left comes together, for the same parameters. Raises
+        `PlanError` on all where it cannot.
+        """
+        found = {id(born.legacy): born.legacy for born in held if born.legacy is not None}
+        legacy.meet(sorted(found.values(), key=lambda one: one.engine), self.mesh.job)
 
     # `sharded.Keeper`.
 
@@ -191,7 +228,7 @@ class Nursery:
         born, name = self._born[id(parameter)], sharded.name_of(parameter)
         with torch._C.DisableTorchFunctionSubclass():
             empty = torch.empty_strided(
-                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=born.part.device
+                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=born.device
             )
             kind = sharded.kind_of(parameter)
             twin = torch.Tensor._make_subclass(kind, empty, parameter.requires_grad)
@@ -204,8 +241,10 @@ class Nursery:
         """Within, `params` are whole; see `GatheredParameters`."""
         held = self._in_order(params)
         self.settle(ends=False)
+        self.connect()
         numbers = [born.serial for born in held]
         self.meet(f"enters GatheredParameters of {_listed(held)}", (modifier, numbers))
+        self.meet_heirs(held)
         with self._whole(held):
             before = [born.version for born in held]
             try:
@@ -257,10 +296,10 @@ class Nursery:
     def _held(self, params: Sequence[nn.Parameter], what: str) -> list[Born]:
         if not self.building:
             raise StepError(
-                f"parameter {sharded.name_of(params[0])} is sharded since its model was made, and "
-                f"its values {what} before zerort.initialize has the model: do it inside "
-                "zerort.zero.GatheredParameters(parameters, modifier_rank=0), which all ranks "
-                "enter together"
+                f"parameter {sharded.name_of(params[0])} is sharded and in no engine, and its "
+                f"values {what}: do it inside zerort.zero.GatheredParameters(parameters, "
+                "modifier_rank=0), which all ranks enter together, or give the model to "
+                "zerort.initialize first"
             )
         self.settle(ends=False)
         return self._in_order(params)
@@ -328,7 +367,8 @@ class Nursery:
 
     def close(self) -> None:
         """Gives the process groups back."""
-        self.mesh.close()
+        if self._mesh is not None:
+            self._mesh.close()
 
 
 def _shaped(named: Sequence[tuple[str, tuple[int, ...]]]) -> str:
@@ -337,7 +377,7 @@ def _shaped(named: Sequence[tuple[str, tuple[int, ...]]]) -> str:
 
 def _listed(held: Sequence[Born]) -> str:
     """Names, which may be many modules', with numbers, which are not."""
-    named = [f"{sharded.name_of(born.parameter)} (number {born.serial})" for born in held[:4]]
+    named = [f"{sharded.name_of(born.parameter)} (number {born.serial[1]})" for born in held[:4]]
     more = f" and {len(held) - 4} more" if len(held) > 4 else ""
     return f"{', '.join(named)}{more}"
 

@@ -62,9 +62,9 @@ def test_shards_give_the_scores_of_ddp_and_whole_weights_behind(ours: str, flow:
             assert torch.equal(value, whole[name])
 
 
-def test_without_keep_weights_they_are_gone() -> None:
+def test_without_keep_weights_they_stay_in_shards() -> None:
     for found in result("evaluated"):
-        assert "whose values went with its engine" in found["gone"]
+        assert "is sharded and in no engine" in found["gone"]
 
 
 def test_ranks_predict_and_validate_different_numbers_of_batches() -> None:

@@ -9,22 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import zerort
-from zerort.params.sharded import Gone, keeper_of
+from zerort.params.sharded import keeper_of
 from zerort.zero import GatheredParameters
 
-__all__ = ["Whole", "forward_only", "is_gone", "is_sharded"]
+__all__ = ["Whole", "forward_only", "is_sharded"]
 
 _OF_TRAINING = ("optimizer", "scheduler")
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether any parameter's values are spread over the ranks."""
+    """Whether any parameter's values are spread over the ranks, by an engine or behind one."""
     return any(keeper_of(parameter) is not None for parameter in module.parameters())
-
-
-def is_gone(module: nn.Module) -> bool:
-    """Whether any parameter's values went with an engine."""
-    return any(isinstance(parameter, Gone) for parameter in module.parameters())
 
 
 def forward_only(module: nn.Module, settings: Mapping[str, Any]) -> zerort.Engine:

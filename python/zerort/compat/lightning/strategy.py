@@ -25,7 +25,6 @@ from zerort.compat.lightning.collectives import Collectives
 from zerort.compat.lightning.modules import (
     Whole,
     forward_only,
-    is_gone,
     is_sharded,
 )
 from zerort.compat.lightning.packages import fabric, pytorch
@@ -55,7 +54,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
     configuration's, else 2. With `load_full_weights` a checkpoint that is one file, such as DDP's,
     may be fitted on, without its optimizer's state. `keep_weights`: at stage 3 every rank has the
     whole model in host memory behind `fit`, `validate`, `test` and `predict`, as it has below; else
-    its parameters are gone.
+    its parameters stay in shards, for the next of these.
     `weights_only=False` lets `torch.load` make any object of Lightning's part of a checkpoint.
     The rest is `DDPStrategy`'s.
 
@@ -387,8 +386,8 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
             self._engine, self.model = None, module
             if whole is not None:
                 whole.give_back(module)
-        if module is not None and is_gone(module):
-            self._lightning_module = None  # there is nothing to move to the host
+        if module is not None and is_sharded(module):
+            self._lightning_module = None  # shards stay where they are
         try:
             super().teardown()
         finally:
