@@ -1,7 +1,9 @@
 # Everything is built inside the clone: .venv holds Python's side, target Rust's, dist the wheel. `make help` lists the targets.
 
-PYTHON ?= python3
-RANKS  ?= 2
+PYTHON  ?= python3
+RANKS   ?= 2
+# Processes that run tests; most tests run two ranks of their own, which wait for each other half of the time.
+WORKERS ?= 2
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -19,7 +21,10 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all wheel sdist bench lint all help clean
+.PHONY: demo test test-rust test-all wheel sdist bench lint lint-rust lint-python all help clean
+
+# A file's tests stay together, in order: they share the ranks that were started for the first of them.
+PYTEST = $(BIN)/python -m pytest $(if $(filter-out 0 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile)
 
 # On Linux the wheel for others is linked by zig against a glibc older than this machine's.
 ifeq ($(shell uname -s),Linux)
@@ -33,12 +38,14 @@ demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESU
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py \
 	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE)) $(if $(MONITORS),--monitors)
 
-test: lint  ## lint, the Rust tests, then pytest against the installed wheel
+test: lint test-rust  ## lint, the Rust tests, then pytest against the installed wheel; WORKERS=1 runs one test at a time
+	$(PYTEST)
+
+test-rust: | lint-rust
 	cargo test --locked
-	$(BIN)/python -m pytest
 
 test-all: test wheel sdist $(SERVICES)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
-	$(BIN)/python -m pytest -m 'slow or distribution'
+	$(PYTEST) -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on
 	rm -f dist/zerort-*.whl
@@ -56,9 +63,14 @@ bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundan
 	$(BIN)/python benches/py/step_time.py
 	$(BIN)/python benches/py/checkpoint.py
 
-lint: $(WHEEL)  ## formatting, clippy, ruff, mypy, and the stub against the built module
+lint: lint-rust lint-python  ## formatting, clippy, ruff, mypy, and the stub against the built module
+
+# With make --jobs=2 these are done while the wheel is built and installed.
+lint-rust:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+lint-python: $(WHEEL)
 	$(BIN)/python packaging/licenses.py --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -11,10 +11,18 @@ from typing import Any
 
 import ranks
 from cases import CASES
-from reference import History
+from reference import History, ReduceAt
 from training import Config, at_stage, train_each
 
-__all__ = ["EVERYTHING", "FAR_APART", "STAGES", "Batches", "Job", "trained_in_every_way"]
+__all__ = [
+    "EVERYTHING",
+    "FAR_APART",
+    "STAGES",
+    "Batches",
+    "Job",
+    "reduction",
+    "trained_in_every_way",
+]
 
 STAGES = [0, 1, 2]
 EVERYTHING = 10**9
@@ -51,6 +59,11 @@ class Batches:
 
 def train_jobs(rank: int, world: int, jobs: list[Job]) -> list[list[History]]:
     return [train_each(rank, world, *job) for job in jobs]
+
+
+def reduction(stage: int) -> ReduceAt:
+    """When a stage's gradients are reduced by default."""
+    return "micro_batch" if stage >= 2 else "boundary"
 
 
 def _way(stage: int, bucket: int, window: int | str) -> Config:

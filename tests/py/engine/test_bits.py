@@ -8,9 +8,8 @@ own against the first.
 import pytest
 
 import ranks
-from cases import CASES
-from table import EVERYTHING, FAR_APART, trained_in_every_way
-from training import Config, at_stage, digest, train_all
+from table import EVERYTHING
+from training import Config, train_all
 
 BUCKETS = {"one_parameter_a_bucket": 1, "small_buckets": 150, "one_bucket": EVERYTHING}
 WINDOWS = [1, 2, "all"]
@@ -79,31 +78,6 @@ def test_with_one_micro_batch_both_times_of_reduction_agree(variant: str) -> Non
     assert digest_of(variant, 2, "gpt_clipped", 1, "micro_batch") == digest_of(
         first, 2, "gpt_clipped", 1, "boundary"
     )
-
-
-# Which bucket has left when a gradient comes more often than it did depends on the buckets; the
-# rest is summed later.
-ALIKE = [name for name in CASES if name != "reused_more_often_checkpointed_reentrant"]
-
-
-@pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("name", ALIKE)
-def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
-    at_boundary: list[str | int] = [0, 1, 2] if gas == 1 else [0, 1, *FAR_APART]
-    if name == "mixed_dtypes":
-        # What is not fp32 is rounded once more at stage 0, where the sums are gathered.
-        at_boundary = [way for way in at_boundary if str(way).removeprefix("stage_")[0] != "0"]
-    found = trained_in_every_way(name, gas)
-    digests = {way: [digest(history) for history in found[way]] for way in at_boundary}
-    assert len({each for of_all in digests.values() for each in of_all}) == 1, digests
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALIKE)
-def test_no_case_of_the_table_changes_a_bit_far_apart_with_one_micro_batch(name: str) -> None:
-    ways = [way for label, way in FAR_APART.items() if name != "mixed_dtypes" or "_0" not in label]
-    found = ranks.run(2, train_all, name, 1, [at_stage(1), *ways])
-    assert len({each for of_rank in found for each in of_rank}) == 1
 
 
 def test_the_comparison_notices_another_number() -> None:

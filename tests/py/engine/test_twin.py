@@ -1,5 +1,5 @@
-"""Every case of the table, trained by the engine and by the naive twin: the weights after every
-step are the same.
+"""Cases of the table, trained by the engine and by the naive twin: the weights after every step are
+the same. Other numbers of ranks than two, and what no other file trains on two (test_table.py).
 
 The stages of a case are trained one after another in one group; every stage is a test of its own
 against the twin.
@@ -8,9 +8,8 @@ against the twin.
 import pytest
 
 import ranks
-from cases import CASES, WHOLE
-from reference import Precision, ReduceAt
-from table import STAGES, trained_in_every_way
+from cases import WHOLE
+from table import STAGES, reduction
 from training import History, assert_same, at_stage, train, train_each, twin_of
 
 FEW = [
@@ -23,11 +22,6 @@ FEW = [
 ]
 
 
-def reduction(stage: int) -> ReduceAt:
-    """When a stage's gradients travel by default."""
-    return "micro_batch" if stage >= 2 else "boundary"
-
-
 @ranks.once(maxsize=1)
 def at_every_stage(world: int, name: str, gas: int) -> dict[int, list[History]]:
     """By stage, every rank's history."""
@@ -36,14 +30,6 @@ def at_every_stage(world: int, name: str, gas: int) -> dict[int, list[History]]:
         stage: list(histories)
         for stage, histories in zip(STAGES, zip(*results, strict=True), strict=True)
     }
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
-    expected = twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage))
-    assert_same(trained_in_every_way(name, gas)[stage], expected)
 
 
 @pytest.mark.parametrize("gas", [1, 3])

@@ -521,7 +521,7 @@ ALL = {f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias")}
         ({}, {"communication_data_type": "bf16"}, ALL),
         ({"enabled": False, "lower_precision_safe_modules": ["torch.nn.Linear"]}, {}, set()),
     ],
-    ids=str,
+    ids=lambda part: str(sorted(part) if isinstance(part, set) else part),
 )
 def test_gradients_of_safe_modules_travel_in_autocasts_dtype(
     autocast: Config, more: Config, low: set[str]
