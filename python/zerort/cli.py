@@ -20,6 +20,7 @@ from zerort.checkpoint.commands import add_commands
 from zerort.config import describe
 from zerort.doctor import findings
 from zerort.errors import ZerortError
+from zerort.forecast.commands import add_arguments, is_asked, print_forecast
 from zerort.trace.summary import summarise
 
 __all__ = ["main"]
@@ -49,7 +50,11 @@ def _config(args: argparse.Namespace, console: Console) -> int:
             *map(Text, row)
         )  # a value may hold brackets, which are markup in a plain string
     console.print(table)
-    return 1 if any(effect.startswith("error") for _, _, effect in rows) else 0
+    if any(effect.startswith("error") for _, _, effect in rows):
+        return 1
+    if is_asked(args):
+        print_forecast(args, console)
+    return 0
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> int:
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="what each key of a configuration does")
     config.add_argument("file", metavar="FILE", help="a configuration in JSON")
+    add_arguments(config)
     config.set_defaults(run=_config)
 
     doctor = commands.add_parser(

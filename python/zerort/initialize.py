@@ -24,8 +24,8 @@ from zerort.errors import ConfigError
 from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
-from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
-from zerort.mesh import Comm, Mesh
+from zerort.memory import FlatModel, Layout, PlannedParameter
+from zerort.mesh import Mesh
 from zerort.optim import Abilities, schedules
 from zerort.params.leaves import mark_configured
 from zerort.start import agreed, checks, first
@@ -42,7 +42,8 @@ from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
 from zerort.start.place import gather_loose, meet_heirs, move
-from zerort.start.units import in_units, passes_over, room_for
+from zerort.start.planning import plan_of
+from zerort.start.units import passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
@@ -58,8 +59,6 @@ from zerort.zero.init import close_if_empty, inherit, origin_of
 __all__ = ["initialize"]
 
 _log = logging.getLogger("zerort")
-
-_SHARDED_WINDOW = 4
 
 
 def initialize(
@@ -214,7 +213,15 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     precision.cast(model)
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
-    planned, plan = _planned(settings, mesh.shard, model, chosen, precision)
+    members, plan = plan_of(
+        settings,
+        model,
+        chosen.groups,
+        precision.wires(model),
+        origin_of,
+        world=mesh.shard.world,
+        window=mesh.shard.window,
+    )
     abilities = chosen.able(shards=plan.shards_optimizer)
     times = RangeTimes() if settings.breaks_down else None
     sink = _open_sink(settings, mesh, times)
@@ -226,7 +233,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         batch,
         precision,
         chosen,
-        planned,
+        members,
         plan,
         sink,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
@@ -235,40 +242,6 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         abilities=abilities,
         times=times,
     )
-
-
-def _planned(
-    settings: Config, comm: Comm, model: nn.Module, chosen: Chosen, precision: Precision
-) -> tuple[Sequence[PlannedParameter], _core.Plan]:
-    planned, units = in_units(
-        settings,
-        model,
-        plannable(
-            list(model.named_parameters()),
-            chosen.groups,
-            precision.wires(model),
-            origin_of,
-            holds=settings.zero_optimization.shards_parameters,
-        ),
-    )
-    plan = _core.Plan(
-        [member.spec() for member in planned],
-        world=comm.world,
-        stage=settings.zero_optimization.stage,
-        cap_bytes=settings.cap_bytes,
-        cap_elements=settings.cap_elements,
-        window=_window(settings, comm),
-        units=units,
-    )
-    return planned, plan
-
-
-def _window(settings: Config, comm: Comm) -> int | None:
-    """Buckets in flight. All of them at once would hold a model whole that is sharded."""
-    window = settings.zerort.window
-    if window is None:
-        return _SHARDED_WINDOW if settings.zero_optimization.shards_parameters else comm.window
-    return None if window == "all" else window
 
 
 def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:

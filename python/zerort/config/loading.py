@@ -64,7 +64,8 @@ def load_part(config: ConfigLike, sections: Collection[str]) -> Config:
     if it were left out. Raises `ConfigError` for what is wrong in them.
     """
     data = read(config).data
-    return load({k: _known(v) for k, v in data.items() if _canonical(k) in sections})
+    chosen = {k: v for k, v in data.items() if _canonical(k) in sections and v != "auto"}
+    return load({k: _known(v) for k, v in chosen.items()})
 
 
 def _known(value: Any, depth: int = _DEEPEST) -> Any:

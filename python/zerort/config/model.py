@@ -48,6 +48,8 @@ from zerort.log import LEVELS
 __all__ = ["Checkpoint", "Config", "Optimizer", "Scheduler", "Zero"]
 
 DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
+LEAST_ROOM = 50_000_000
+"""Elements that may be whole at once, unless the file says how many."""
 
 
 def _without_clipping(params: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +263,12 @@ class Config(Given):
         return self.low_masters and not (self.bf16.enabled and self.bf16.bf16_optimizer_states)
 
     @property
+    def sums(self) -> DtypeName:
+        """What gradients are added up in."""
+        by_masters = self.compute_dtype if self.low_masters else "fp32"
+        return self.data_types.grad_accum_dtype or by_masters
+
+    @property
     def keeps_norms(self) -> bool:
         """Whether batch norms are not cast to it."""
         return self.amp.enabled and self.amp.level.casts and self.amp.keeps_norms
@@ -294,6 +302,18 @@ class Config(Given):
             pinned = bool(zero.cpu_offload_use_pin_memory)
             state = OffloadOptimizer(device="cpu", pin_memory=pinned)
         return state, shards
+
+    def room(self, whole: int, largest: int) -> int:
+        """Elements that may be whole at once where parameters are sharded, `whole` in all and
+        `largest` of them in one unit, which is gathered alone where that is more.
+        """
+        match self.zerort.reshard_after_forward:
+            case True:
+                return 3 * largest
+            case False:
+                return whole
+        given = self.zero_optimization.stage3_max_live_parameters
+        return max(3 * largest, LEAST_ROOM) if given is None else given
 
     def reduces_every_micro_batch(self, by_stage: bool) -> bool:
         """Whether gradients are reduced in every backward; `by_stage` is what the stage's rules say

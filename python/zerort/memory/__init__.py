@@ -6,12 +6,15 @@ from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
+from zerort.memory.sizes import Asked, Dtypes, Kind, Piece, Places, Shape, pieces, shared_pieces
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
 from zerort.memory.values import Alone, Form, Freeable, Memory, Resident
 
 __all__ = [
     "DTYPES",
     "Alone",
+    "Asked",
+    "Dtypes",
     "FlatBucket",
     "FlatModel",
     "Form",
@@ -19,15 +22,21 @@ __all__ = [
     "HeldBucket",
     "Homes",
     "HostRoom",
+    "Kind",
     "Layout",
     "Memory",
     "Origin",
+    "Piece",
+    "Places",
     "PlannedParameter",
     "Present",
     "Resident",
+    "Shape",
     "Signature",
     "digest",
+    "pieces",
     "plannable",
+    "shared_pieces",
     "undisturbed",
     "unintercepted",
     "version_of",

@@ -21,6 +21,7 @@ from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, S
 from zerort.memory.moved import Carrier
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
+from zerort.memory.sizes import Dtypes
 from zerort.memory.sums import HostSums, Sums, SumsHere
 from zerort.memory.values import Freeable, Memory, Resident
 
@@ -296,15 +297,12 @@ class FlatBucket(HeldBucket):
         self.group = spec.group
         self._make_room()
         dtype, device = members[0].tensor.dtype, members[0].tensor.device
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        kept = dtype if layout.low_masters else precise
-        self._masters = self._master_in(kept, layout.homes, device)
+        kinds = Dtypes.of(dtype, layout)
+        self._masters = self._master_in(kinds.master, layout.homes, device)
         self.master = self._masters.tensor
-        self.state_dtype = precise if layout.wide_states else self.master.dtype
-        sums = layout.sums if precise == torch.float32 else precise
-        self.widens = dtype not in (precise, sums)
+        self.state_dtype, self.widens = kinds.state, kinds.widens
         local = layout.local_sums and self.widens
-        self.sums, self.local = self._sums_in(sums, layout, device, local=local)
+        self.sums, self.local = self._sums_in(kinds.sums, layout, device, local=local)
         self.squares: float | Tensor = 0.0
 
     def _master_in(self, precise: torch.dtype, homes: Homes, device: torch.device) -> Master:

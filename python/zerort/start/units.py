@@ -29,7 +29,6 @@ __all__ = ["in_units", "passes_over", "room_for"]
 
 _log = logging.getLogger("zerort")
 
-_LEAST_ROOM = 50_000_000
 _MOST_STOPS_AHEAD = 8
 
 
@@ -61,15 +60,7 @@ def room_for(settings: Config, plan: _core.Plan, names: Sequence[str] | None) ->
     """
     zero, largest = settings.zero_optimization, max((unit.numel for unit in plan.units), default=1)
     whole = sum(unit.numel for unit in plan.units)
-    match settings.zerort.reshard_after_forward, zero.stage3_max_live_parameters:
-        case True, _:
-            elements = 3 * largest
-        case False, _:
-            elements = whole
-        case None, None:
-            elements = max(3 * largest, _LEAST_ROOM)
-        case None, given:
-            elements = given
+    elements = settings.room(whole, largest)
     ahead = min(_MOST_STOPS_AHEAD, -(-zero.stage3_prefetch_bucket_size // largest))
     if largest > elements and names is not None:
         unit = max(plan.units, key=lambda unit: unit.numel)

@@ -84,13 +84,12 @@ class Precision:
         if wire is not None and wire not in FORMATS:
             raise ConfigError(f"zerort.wire: expected one of {', '.join(FORMATS)}, got {wire!r}")
         mode = Mode.of(config)
-        by_masters = config.compute_dtype if config.low_masters else "fp32"
         return cls(
             mode=mode,
             loss_scale=_loss_scale(config, mode),
             low_modules=_low_modules(config, mode, wire),
             wire=wire,
-            sums=DTYPES[config.data_types.grad_accum_dtype or by_masters],
+            sums=DTYPES[config.sums],
             predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
             low_masters=config.low_masters,
             wide_states=config.wide_states,

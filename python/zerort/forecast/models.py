@@ -1,0 +1,71 @@
+"""Models without memory: a user's own on the meta device, or one of a given size."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerort.config import Config
+from zerort.errors import ConfigError
+
+__all__ = ["made_by", "of_size"]
+
+
+def made_by(name: str) -> nn.Module:
+    """What the callable MODULE:NAME makes, called without arguments on the meta device. The module
+    is looked for in the working directory too.
+
+    Raises `ConfigError` where there is no such callable, where it raises, and for anything but a
+    module.
+    """
+    module, colon, path = name.partition(":")
+    if not (module and colon and path):
+        raise ConfigError(f"--model {name}: expected MODULE:FACTORY, as in train:make_model")
+    factory = _imported(name, module, path)
+    try:
+        with torch.device("meta"):
+            model = factory() if not isinstance(factory, nn.Module) else factory
+    except Exception as error:
+        raise ConfigError(
+            f"--model {name}: it raised {type(error).__name__}: {error}; it is called without "
+            "arguments, on the meta device, where tensors have no values: give a factory that "
+            "reads none, or --numel"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"--model {name}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model.to("meta")
+
+
+def _imported(name: str, module: str, path: str) -> Any:
+    sys.path.insert(0, "")
+    try:
+        return reduce(getattr, path.split("."), importlib.import_module(module))
+    except Exception as error:  # of any kind: it is the user's file
+        raise ConfigError(
+            f"--model {name}: it cannot be imported ({type(error).__name__}: {error}); looked for "
+            "in the working directory and where Python looks"
+        ) from error
+    finally:
+        sys.path.remove("")
+
+
+def of_size(numel: int, largest: int | None, settings: Config) -> nn.Module:
+    """A model of `numel` elements, with `largest` of them in one layer, the others in layers that
+    fill a bucket.
+    """
+    item = 4 if settings.compute_dtype == "fp32" else 2
+    cap = settings.cap_elements or max(1, (settings.cap_bytes or 0) // item)
+    first = min(numel, largest or 0)
+    rest = numel - first
+    sizes = [first] * bool(first) + [cap] * (rest // cap) + [rest % cap] * bool(rest % cap)
+    model = nn.Module()
+    for index, size in enumerate(sizes):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.empty(size, device="meta"))
+        model.add_module(str(index), layer)
+    return model

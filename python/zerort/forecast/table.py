@@ -1,0 +1,93 @@
+"""Forecasts of several stages as one table, in sizes that are read at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zerort.forecast.figures import Forecast
+from zerort.memory import Kind
+
+__all__ = ["show", "size"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def size(nbytes: float) -> str:
+    """Bytes with four digits."""
+    power = 0
+    while nbytes >= 1024 and power < len(_UNITS) - 1:
+        nbytes, power = nbytes / 1024, power + 1
+    if not power:
+        return f"{nbytes:.0f} B"
+    return f"{nbytes:.{3 - len(str(int(nbytes))) + 1}f} {_UNITS[power]}"
+
+
+def show(title: str, forecasts: Sequence[Forecast], chosen: int, console: Console) -> None:
+    """One column a stage; a star at the `chosen` one. Rows without anything are left out."""
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("a rank")
+    for one in forecasts:
+        star = "*" if one.stage == chosen else ""
+        table.add_column(f"stage {one.stage}{star}", justify="right")
+    _plan(table, forecasts)
+    places = [("on the device", False), ("on the host", True)]
+    for heading, on_host in places:
+        if any(one.taken(on_host=on_host) for one in forecasts):
+            _memory(table, heading, forecasts, on_host)
+    if any(one.locked for one in forecasts):
+        _row(table, "  page-locked, as torch rounds it", forecasts, lambda one: one.locked)
+    rows: list[tuple[str, Callable[[Forecast], int]]] = [
+        ("  gradients", lambda one: one.sent["gradients"]),
+        ("  parameters", lambda one: one.sent["parameters"]),
+        ("  to the host", lambda one: one.to_host),
+        ("  to the device", lambda one: one.to_device),
+    ]
+    for heading, part in (("sent in a step", rows[:2]), ("copied in a step", rows[2:])):
+        if any(count(one) for _, count in part for one in forecasts):
+            table.add_section()
+            table.add_row(heading)
+            for name, count in part:
+                _row(table, name, forecasts, count)
+    console.print(table)
+
+
+def _plan(table: Table, forecasts: Sequence[Forecast]) -> None:
+    table.add_row("buckets", *(f"{len(one.plan.buckets):,}" for one in forecasts))
+    largest = [
+        max((s.numel * _item(s.dtype) for s in one.plan.buckets), default=0) for one in forecasts
+    ]
+    table.add_row("  the largest", *map(size, largest))
+    if any(one.plan.units for one in forecasts):
+        table.add_row(
+            "units", *(f"{len(one.plan.units):,}" * bool(one.plan.units) for one in forecasts)
+        )
+
+
+def _item(dtype: str) -> int:
+    return {"f64": 8, "f32": 4}.get(dtype, 2)
+
+
+def _memory(table: Table, heading: str, forecasts: Sequence[Forecast], on_host: bool) -> None:
+    table.add_section()
+    table.add_row(heading)
+    for kind in Kind:
+        _row(
+            table,
+            f"  {kind.value}",
+            forecasts,
+            lambda one, kind=kind: one.taken(kind, on_host=on_host),  # type: ignore[misc]
+        )
+    _row(table, "  together", forecasts, lambda one: one.taken(on_host=on_host))
+
+
+def _row(
+    table: Table, name: str, forecasts: Sequence[Forecast], count: Callable[[Forecast], int]
+) -> None:
+    counts = [count(one) for one in forecasts]
+    if any(counts):
+        table.add_row(name, *(size(each) if each else "-" for each in counts))

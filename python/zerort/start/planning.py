@@ -1,0 +1,67 @@
+"""The plan of a model: which parameters it has, in which units, with how many buckets in flight.
+
+It asks a module for shapes and dtypes alone, so that it is the same on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from zerort import _core
+from zerort.config import Config
+from zerort.memory import Origin, PlannedParameter, plannable
+from zerort.start.units import in_units
+
+__all__ = ["plan_of"]
+
+_SHARDED_WINDOW = 4
+
+
+def plan_of(
+    settings: Config,
+    model: nn.Module,
+    groups: Mapping[int, int] | None,
+    wire_of: Callable[[nn.Parameter], int],
+    origin_of: Callable[[nn.Parameter], Origin],
+    *,
+    world: int,
+    window: int | None,
+) -> tuple[Sequence[PlannedParameter], _core.Plan]:
+    """What is planned of `model`, which has been cast, and the plan for `world` ranks that hold
+    shards of it; `groups` and the next two as in `plannable`, `window` what the ranks' communicator
+    has in flight.
+
+    Raises `PlanError` naming the parameter that cannot be planned.
+    """
+    zero = settings.zero_optimization
+    members, units = in_units(
+        settings,
+        model,
+        plannable(
+            list(model.named_parameters()),
+            groups,
+            wire_of,
+            origin_of,
+            holds=zero.shards_parameters,
+        ),
+    )
+    plan = _core.Plan(
+        [member.spec() for member in members],
+        world=world,
+        stage=zero.stage,
+        cap_bytes=settings.cap_bytes,
+        cap_elements=settings.cap_elements,
+        window=_window(settings, window),
+        units=units,
+    )
+    return members, plan
+
+
+def _window(settings: Config, usual: int | None) -> int | None:
+    """Buckets in flight. All of them at once would hold a model whole that is sharded."""
+    window = settings.zerort.window
+    if window is None:
+        return _SHARDED_WINDOW if settings.zero_optimization.shards_parameters else usual
+    return None if window == "all" else window
