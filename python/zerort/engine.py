@@ -151,9 +151,9 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         """Within, backwards add up on this rank; at its end they are reduced in one pass, where
         this micro-batch's gradients are to be reduced at all. `step` comes behind it.
 
-        All ranks enter it. What leaves it by an exception fails the micro-batch on all of them, as
-        one in a backward does. Raises `StepError` within `no_sync`, and where the block had no
-        backward.
+        All ranks enter it. Without a backward in this micro-batch nothing is reduced. What leaves
+        it by an exception fails the micro-batch on all ranks, as one in a backward does. Raises
+        `StepError` within `no_sync`.
         """
         return self._transaction.coalesce()
 

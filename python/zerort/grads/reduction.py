@@ -54,7 +54,7 @@ class Reduction:
         """Passes since the beginning, empty ones included; equal on all ranks behind a vote."""
         self._flat = flat
         self._comm = mesh.shard
-        self._sources = [transport.source for transport in transports.values()]
+        self._sources = {bucket: transport.source for bucket, transport in transports.items()}
         self._encoders = [transport.encoder for transport in transports.values()]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
@@ -195,7 +195,15 @@ class Reduction:
     @unintercepted
     def unreduced(self) -> int:
         """How many parameters hold a gradient that no pass has taken."""
-        return sum(source.unreduced() for source in self._sources)
+        return sum(source.unreduced() for source in self._sources.values())
+
+    @unintercepted
+    def local_gradient(self, bucket: int, position: int) -> torch.Tensor | None:
+        """What no pass has taken of the parameter at that position in the bucket: the memory
+        itself. None where there is nothing.
+        """
+        gradient = self._sources[bucket].waiting(position)
+        return None if gradient is None else gradient.detach()
 
     @unintercepted
     def written(self) -> str | None:
@@ -246,7 +254,7 @@ class Reduction:
     @unintercepted
     def drop(self) -> None:
         """Forgets every gradient that no pass has taken."""
-        for source in self._sources:
+        for source in self._sources.values():
             source.drop()
         self._flat.drop_strays()
 
@@ -258,7 +266,7 @@ class Reduction:
         """
         self.passes = 0
         self._executor.reset()
-        for source in self._sources:
+        for source in self._sources.values():
             source.reset()
         for encoder in self._encoders:
             encoder.close(applied=applied, growth=growth)

@@ -67,6 +67,10 @@ class FromGrad:
         for parameter, slot in moving:
             parameter.grad = slot
 
+    def waiting(self, position: int) -> Tensor | None:
+        """What is in `.grad`."""
+        return self._params[position].grad
+
     def pack(self, encoder: Encoder) -> list[int]:
         """What is in `.grad`."""
         return _pack(self._params, encoder)
@@ -134,6 +138,13 @@ class LocalSum:
             torch._foreach_add_([view for view, _ in more], [gradient for _, gradient in more])
         for i, _ in arrived:
             self._came[i] = True
+
+    def waiting(self, position: int) -> Tensor | None:
+        """The sum, which what is in `.grad` is added to before."""
+        if not self._came[position]:
+            return self._params[position].grad
+        self.collect()
+        return self._sum().views[position]
 
     def pack(self, encoder: Encoder) -> list[int]:
         """Adds what is in `.grad` to what has waited, and encodes the sum."""

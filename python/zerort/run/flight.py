@@ -49,6 +49,11 @@ class Source(Protocol):
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
 
+    def waiting(self, position: int) -> Tensor | None:
+        """What waits of the parameter at that position in the bucket, in its shape: the memory
+        itself, in the dtype in which it waits. None where nothing does.
+        """
+
     def pack(self, encoder: Encoder) -> list[int]:
         """Encodes the gradient; `.grad` is None afterwards.
 

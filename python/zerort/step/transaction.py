@@ -166,7 +166,8 @@ class Transaction(DirectBackwards):
     @contextmanager
     def coalesce(self) -> Iterator[None]:
         """Within, backwards add up on this rank, and are reduced in one pass behind it. What leaves
-        it by an exception fails the micro-batch, for the peers expect that pass.
+        it by an exception fails the micro-batch, for the peers expect that pass. Where none has
+        been, there is none to reduce.
         """
         call, accumulation = "coalesce_grad_reduction()", self.part.accumulation
         self._demand(call)
@@ -176,15 +177,14 @@ class Transaction(DirectBackwards):
         with accumulation.coalesce():
             try:
                 yield
-                if not isinstance(self._phase, Settled):
-                    self._check_backwards(call)
+                waits = not isinstance(self._phase, Settled) and self._has_backwards()
             except BaseException as error:
                 known = isinstance(error, CommError | JoinEnded | Diverged)
                 if not known and not isinstance(self._phase, Settled | Lost | Destroyed):
                     self._settle(f"{type(error).__name__}: {error}", owes=True)
                     self._rest_at(Settled())
                 raise
-        if not isinstance(self._phase, Settled):
+        if waits:
             with self._settling(Settled()):
                 self._reduce_waiting()
 
@@ -377,22 +377,24 @@ class Transaction(DirectBackwards):
                 "step() under torch.inference_mode(): what it made could not be trained on; "
                 "leave it"
             )
-        self._check_backwards("step()")
+        if not self._has_backwards():
+            raise StepError(
+                "step() without backward() in this micro-batch: call engine.backward(loss) first"
+            )
         if accumulation.defers and not self._reduction.passes:
             self._reduce_waiting()
         if accumulation.boundary:
             self.part.progress.check(arguments)
             self.part.meet()  # what is raised here reaches the vote
 
-    def _check_backwards(self, call: str) -> None:
-        """Raises `StepError` where no backward of this micro-batch came to its end."""
+    def _has_backwards(self) -> bool:
+        """Whether a backward of this micro-batch came to its end. Raises `StepError` where one of
+        the user's own raised.
+        """
         if self._interrupted():
             self._phase = Backward(between(self._phase))
             raise StepError(
                 "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
             )
         self._find_backward()
-        if not between(self._phase).backwards:
-            raise StepError(
-                f"{call} without backward() in this micro-batch: call engine.backward(loss) first"
-            )
+        return between(self._phase).backwards > 0

@@ -54,14 +54,17 @@ def safe_get_full_grad(param: Any) -> Tensor | None:
     gradients are added up: the mean over ranks and accumulation steps, before clipping, in fp16
     still times `engine.loss_scale`.
 
-    Between backward and step. In a micro-batch whose gradients are not reduced it is this rank's
-    `.grad`; None where there is none, for a frozen parameter, and for one of no engine.
+    Between backward and step. Before a window's first reduction (within `no_sync`, in a micro-batch
+    whose gradients wait for the boundary's) it is what waits on this rank: the sum of its
+    micro-batches, over the accumulation steps as `backward` divides. None where there is none, for
+    a frozen parameter, and for one of no engine. A copy.
     """
     mine = held(param)
     if mine is None or mine.owner.has_sums:
         return _read("safe_get_full_grad()", param, GRADIENT)
     mine.owner.together("safe_get_full_grad()", mine.name, _nothing)
-    return mine.grad
+    gradient = mine.local_gradient
+    return None if gradient is None else gradient.clone()
 
 
 def safe_set_full_grad(param: Any, value: Tensor) -> None:
@@ -76,7 +79,7 @@ def safe_set_full_grad(param: Any, value: Tensor) -> None:
     if mine.owner.has_sums:
         _write("safe_set_full_grad()", mine, GRADIENT, value)
         return
-    mine.owner.together("safe_set_full_grad()", mine.name, lambda: mine.write_grad(value))
+    mine.owner.together("safe_set_full_grad()", mine.name, lambda: mine.write_local_gradient(value))
 
 
 def safe_update_full_grad_vectorized(

@@ -33,13 +33,16 @@ _owners: dict[int, Owner] = {}
 
 @dataclass(frozen=True)
 class Held:
-    """One parameter in its engine's memory; `start` and `numel` are elements of its bucket."""
+    """One parameter in its engine's memory: at `position` in its bucket, whose elements `start` and
+    `numel` count.
+    """
 
     owner: Owner
     parameter: nn.Parameter
     name: str
     bucket: FlatBucket
     form: Form
+    position: int
     start: int
     numel: int
 
@@ -89,21 +92,20 @@ class Held:
             return self.parameter.requires_grad
 
     @property
-    def grad(self) -> Tensor | None:
-        """What autograd has left on this rank."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.parameter.grad
+    def local_gradient(self) -> Tensor | None:
+        """What waits on this rank to be reduced: the memory itself."""
+        return self.owner.reduction.local_gradient(self.bucket.spec.id, self.position)
 
-    def write_grad(self, value: Tensor) -> None:
-        """Replaces what autograd has left on this rank. Raises `StepError` where that is none."""
-        gradient = self.grad
+    def write_local_gradient(self, value: Tensor) -> None:
+        """Replaces what waits on this rank. Raises `StepError` where nothing does."""
+        gradient = self.local_gradient
         if gradient is None:
             raise StepError(
                 f"parameter {self.name} has no gradient on this rank: there is one between "
                 "backward and step"
             )
         with torch.no_grad():
-            gradient.copy_(value)
+            gradient.copy_(value.reshape(gradient.shape))
 
     def replace(self, value: Tensor) -> None:
         """Writes a whole `value` where the parameter is whole on this rank."""
@@ -130,8 +132,8 @@ class Owner:
         self.comm = parts.mesh.shard
         self.optimizer = parts.boundary.optimizer
         self.is_sharded = parts.reduction.plan.shards_optimizer
+        self.reduction = parts.reduction
         self._flat = parts.boundary.flat
-        self._reduction = parts.reduction
         self._transaction = transaction
         self._consensus = Consensus(parts.mesh.control, StepError)
         self._places = {
@@ -158,6 +160,7 @@ class Owner:
             bucket.names[index],
             bucket,
             bucket.forms[index],
+            index,
             spec.offsets[index],
             spec.numels[index],
         )
@@ -165,7 +168,7 @@ class Owner:
     @property
     def has_sums(self) -> bool:
         """Whether the accumulators hold reduced gradients of the window under way."""
-        return self._reduction.passes > 0
+        return self.reduction.passes > 0
 
     def together(self, call: str, name: str, attempt: Callable[[], T]) -> list[T]:
         """What `attempt` gave on each rank. Nothing is under way any more, and sums are complete.

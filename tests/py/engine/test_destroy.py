@@ -259,3 +259,35 @@ def test_at_stage_3_ranks_that_go_on_hear_the_exception_wherever_they_are() -> N
         assert lines == [], place
     assert [innocent[place] for place in PLACES[-2:]] == [("", [])] * 2
     assert [culprit[place] for place in PLACES] == [("", [])] * len(PLACES)
+
+
+def _raise_in_a_direct_backward(rank: int, world: int) -> dict[str, str]:
+    found = {}
+    for case, raising in (("before it reduces", (0, 1)), ("on one rank", (1,))):
+        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+        engine = engine_over_terms({**settings, "zerort": {"timeout": 20.0}})
+        step_with(engine, 1.0, 2.0)
+        loss = engine(1.0, 2.0)
+        if rank in raising:
+            last = engine.module.a if case == "on one rank" else loss
+            last.register_hook(_raise)
+            try:
+                loss.backward()
+            except ArithmeticError:
+                engine.destroy()
+            found[case] = ""
+        else:
+            loss.backward()
+            found[case] = str(caught(engine.step))
+            engine.destroy()
+    return found
+
+
+def _raise(_: torch.Tensor) -> None:
+    raise ArithmeticError("the user's own backward")
+
+
+def test_at_stage_3_a_direct_backward_that_raised_is_no_hindrance_to_destroy() -> None:
+    innocent, culprit = ranks.run(2, _raise_in_a_direct_backward)
+    assert culprit == {"before it reduces": "", "on one rank": ""}
+    assert "gave its engine back after ArithmeticError" in innocent["on one rank"]

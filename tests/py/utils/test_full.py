@@ -234,6 +234,68 @@ def test_a_gradient_is_that_of_the_window_so_far_times_the_loss_scale(stage: int
         assert found["reduced"] is None
 
 
+HELD = [(0, "bf16"), (1, "fp16"), (2, "fp32"), (3, "bf16")]
+
+
+def held_back(rank: int, world: int) -> list[dict[str, Any]]:
+    return [hold_back(rank, world, stage, dtype) for stage, dtype in HELD]
+
+
+def hold_back(rank: int, world: int, stage: int, dtype: str) -> dict[str, Any]:
+    """Two backwards within `no_sync`, reduced behind it."""
+    scaled = {"fp16": {"enabled": True, "loss_scale": 8.0}} if dtype == "fp16" else {}
+    engine = engine_over(
+        stage, dtype, optimizer=lambda params: torch.optim.SGD(params, lr=RATE), **scaled
+    )
+    numbers = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    params = list(engine.module.parameters())
+    weight, scale = params[2], engine.loss_scale
+    torch.manual_seed(3)
+    twin = mlp().to(numbers)
+    read, own, total = [], [], torch.zeros(weight.shape)
+    with engine.no_sync():
+        for step in range(2):
+            x = batch(rank, step, numbers)
+            engine.backward(engine(x).float().square().mean())
+            read.append(utils.safe_get_full_grad(weight))
+            twin.zero_grad()
+            (twin(x).float().square().mean() * scale).backward()
+            total = total + list(twin.parameters())[2].grad.float()
+            own.append(total)
+        frozen = utils.safe_get_full_grad(params[1])
+        utils.safe_set_full_grad(weight, torch.full((weight.numel(),), scale * (rank + 1)))
+        utils.safe_set_full_grad(params[3], torch.zeros(params[3].shape))
+    engine.allreduce_gradients()
+    reduced = [utils.safe_get_full_grad(p) for p in params[2:]]
+    before = whole(engine)
+    engine.step()
+    moved = [(a - b).float() for a, b in zip(before, whole(engine), strict=True)]
+    return {"read": read, "own": own, "frozen": frozen, "reduced": reduced, "moved": moved} | {
+        "scale": scale
+    }
+
+
+@pytest.mark.parametrize("case", range(len(HELD)), ids=[f"{d}-{s}" for s, d in HELD])
+def test_what_no_sync_keeps_on_a_rank_can_be_read_and_replaced(case: int) -> None:
+    for found in (by_rank[case] for by_rank in held_back_on_two()):
+        for got, want in zip(found["read"], found["own"], strict=True):
+            torch.testing.assert_close(got.float(), want, rtol=0.01, atol=1e-3)
+        assert found["frozen"] is None
+        weight, bias = found["reduced"]
+        torch.testing.assert_close(weight.float(), torch.full(weight.shape, 1.5 * found["scale"]))
+        assert not bias.any()
+        moved = found["moved"]
+        torch.testing.assert_close(
+            moved[2], torch.full(moved[2].shape, 1.5 * RATE), rtol=0.02, atol=0.0
+        )
+        assert not moved[3].any()
+
+
+@ranks.once(None)
+def held_back_on_two() -> list[list[dict[str, Any]]]:
+    return ranks.run(2, held_back)
+
+
 def misused(rank: int, world: int) -> dict[str, Any]:
     engine = engine_over(2)
     params = list(engine.module.parameters())
