@@ -260,7 +260,18 @@ class Config(Given):
     @property
     def wide_states(self) -> bool:
         """Whether the optimizer computes, and keeps its state, in more than such masters are."""
-        return self.low_masters and not (self.bf16.enabled and self.bf16.bf16_optimizer_states)
+        narrow = self.bf16.bf16_optimizer_states or self._states_like_masters
+        return self.low_masters and not (self.bf16.enabled and narrow)
+
+    @property
+    def _states_like_masters(self) -> bool:
+        """Whether DeepSpeed's Adam for the CPU is to keep its state in the dtype of masters."""
+        chosen = self.optimizer
+        return (
+            chosen is not None
+            and chosen.type.lower() in CPU_ADAMS
+            and chosen.params.get("fp32_optimizer_states") is False
+        )
 
     @property
     def sums(self) -> DtypeName:
@@ -365,6 +376,15 @@ class Config(Given):
             raise ValueError(
                 f"data_types.param_dtype is {wanted}, and parameters are {self.compute_dtype}: "
                 "fp16.enabled and bf16.enabled decide it; enable one of them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_states_of_fp16(self) -> Config:
+        if self._states_like_masters and self.low_masters and self.fp16.enabled:
+            raise ValueError(
+                "optimizer.params.fp32_optimizer_states is false, and masters are fp16, by "
+                "fp16_master_weights_and_grads: state beside them is kept in fp32; leave one out"
             )
         return self
 

@@ -73,12 +73,10 @@ def _adam(*, decoupled: bool) -> Callable[..., Optimizer]:
 
 
 def _cpu_adam(params: Params, **options: Any) -> Optimizer:
-    """DeepSpeed's Adam for the CPU: the same with a spelling of its own, and fp32 states."""
-    if not _switch(options, "fp32_optimizer_states", True):
-        raise ConfigError(
-            "optimizer.params.fp32_optimizer_states: expected true, got false: states are kept in "
-            "the masters' fp32"
-        )
+    """DeepSpeed's Adam for the CPU: the same with a spelling of its own. What its state is kept in
+    is decided with the masters', by the configuration.
+    """
+    _switch(options, "fp32_optimizer_states", True)
     decoupled = _switch(options, "adamw_mode", True)
     return _adam(decoupled=False)(params, **{"adam_w_mode": decoupled, **options})
 

@@ -41,8 +41,11 @@ class Averaging:
         """
         if scaling is None and self.loss_scale.scale != 1.0:
             raise StepError(
-                "a direct loss.backward() would not be loss-scaled. Loss scaling is required: use "
-                "engine.backward(loss), or engine.scale(loss).backward()"
+                "a direct loss.backward(), and gradients put into .grad by hand, would not be "
+                "loss-scaled. Loss scaling is required: use engine.backward(loss), or "
+                "engine.scale(loss).backward(); gradients of your own go in the place of a "
+                "backward's by zerort.utils.safe_set_full_grad(parameter, gradient * "
+                "engine.loss_scale)"
             )
         steps = self.accumulation.steps
         if scaling is None:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from zerort.config import Config
+from zerort.config.offload import OffloadParam
 from zerort.config.quantize import Eigenvalue, QuantizeTraining
 from zerort.optim import name_of
 
 __all__ = ["Getters"]
 
 T = TypeVar("T")
+Home = TypeVar("Home", bound=OffloadParam)
 
 
 def _key(text: str, read: Callable[[Config], T]) -> Callable[[Any], T]:
@@ -31,6 +33,11 @@ def _eigenvalue(config: Config) -> Eigenvalue:
     """The section, wherever it stands."""
     inner = config.quantize_training.eigenvalue
     return inner if config.quantize_training.enabled and inner.enabled else config.eigenvalue
+
+
+def _given(section: Home | None, meant: Home) -> Home | None:
+    """A section, by the old spellings too."""
+    return meant if section is None and meant.on_host else section
 
 
 def _quantize_training(section: QuantizeTraining) -> tuple[Any, ...]:
@@ -73,6 +80,23 @@ class Getters:
     zero_gather_16bit_weights_on_model_save = _key(
         "Whether `save_16bit_model` writes the weights at stage 3.",
         lambda c: c.zero_optimization.gathers_weights,
+    )
+
+    zero_offload_optimizer = _key(
+        "The section `offload_optimizer`, in whichever spelling; None where neither is given.",
+        lambda c: _given(c.zero_optimization.offload_optimizer, c.zero_optimization.offloads[0]),
+    )
+    zero_offload_param = _key(
+        "The section `offload_param`, likewise.",
+        lambda c: _given(c.zero_optimization.offload_param, c.zero_optimization.offloads[1]),
+    )
+    zero_cpu_offload = _key(
+        "Whether masters, sums and optimizer state are at home on the host.",
+        lambda c: c.zero_optimization.offloads[0].on_host,
+    )
+    zero_use_cpu_optimizer = _key(
+        "The same: what is at home there is updated there.",
+        lambda c: c.zero_optimization.offloads[0].on_host,
     )
 
     # Gradients.

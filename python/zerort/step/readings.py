@@ -24,6 +24,7 @@ from zerort.step.transaction import Transaction
 from zerort.trace import TraceSink
 from zerort.trace.breakdown import RangeTimes
 from zerort.trace.communication import CommunicationWatch
+from zerort.wire import format_of
 
 __all__ = ["Components", "Readings", "momentum"]
 
@@ -84,6 +85,23 @@ class Readings:
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: Any) -> None:
         self._transaction.part.progress.follow(scheduler)
+
+    @property
+    def communication_data_type(self) -> torch.dtype | None:
+        """Element type in which gradients are sent; None where not all are sent in one. Assigning
+        another raises `StepError`: buffers are planned for this one.
+        """
+        sent = {format_of(bucket.spec.wire).dtype for bucket in self._parts.boundary.flat.trained}
+        return sent.pop() if len(sent) == 1 else None
+
+    @communication_data_type.setter
+    def communication_data_type(self, dtype: torch.dtype) -> None:
+        if dtype != self.communication_data_type:
+            raise StepError(
+                f"engine.communication_data_type cannot be assigned {dtype}: buffers are planned "
+                f"for {self.communication_data_type}; give communication_data_type in the "
+                "configuration"
+            )
 
     @property
     def training_dataloader(self) -> Any:

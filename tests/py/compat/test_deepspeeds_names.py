@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import zerort
-from zerort.compat.deepspeed import accelerator, adam, comm, experts, names, pieces
+from zerort.compat.deepspeed import accelerator, adam, comm, experts, names, pieces, settings
 from zerort.compat.deepspeed import logging as said
 from zerort.compat.deepspeed.placeholder import placeholder
 from zerort.errors import NotBuiltError
@@ -35,6 +35,9 @@ profiling.flops_profiler FlopsProfiler get_model_profile
 runtime.activation_checkpointing.checkpointing checkpoint configure
 runtime.base_optimizer DeepSpeedOptimizer ZeROOptimizer
 runtime.config DeepSpeedConfig DeepSpeedConfigError ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER
+runtime.config get_gradient_clipping get_log_level
+runtime.constants GRADIENT_CLIPPING_DEFAULT LOG_LEVEL_DEFAULT
+runtime.precision_config DeepSpeedFP16Config DeepSpeedBF16Config get_bfloat16_config
 runtime.dataloader RepeatingLoader DeepSpeedDataLoader
 runtime.engine DeepSpeedEngine
 runtime.lr_schedules VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest
@@ -61,6 +64,18 @@ def test_what_integrations_import_is_answered_for(line: str) -> None:
     module, *asked = line.split()
     missing = [name for name in asked if name not in names.MODULES[f"deepspeed.{module}"]]
     assert missing == []
+
+
+def test_single_keys_and_sections_are_read_as_a_files_are() -> None:
+    assert settings.get_gradient_clipping({}) == settings.DEFAULTS["GRADIENT_CLIPPING_DEFAULT"] == 1
+    assert settings.get_gradient_clipping({"gradient_clipping": 0.0}) == 0
+    assert settings.get_log_level({}) is None
+    assert settings.get_log_level({"log_level": "ERROR"}) == "ERROR"
+    assert settings.get_bfloat16_config({"bfloat16": {"enabled": True}}).enabled
+    assert not settings.get_bfloat16_config({}).enabled
+    assert settings.get_float16_config({"fp16": {"loss_scale": "3"}}).loss_scale == 3
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        settings.PRECISIONS["DeepSpeedFP16Config"](loss_scale=-1)
 
 
 def test_the_top_has_what_loops_call() -> None:

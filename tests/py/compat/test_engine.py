@@ -152,16 +152,88 @@ def test_a_loss_that_is_none_is_an_assertion_wherever_it_is_given() -> None:
     engine.destroy()
 
 
+def test_what_gradients_are_sent_in_can_be_read_and_not_changed() -> None:
+    engine = engine_of(bf16={"enabled": True})
+    engine.communication_data_type = torch.bfloat16  # as loops do that cast the model
+    assert engine.communication_data_type == torch.bfloat16
+    with pytest.raises(zerort.StepError, match=r"planned for torch\.bfloat16"):
+        engine.communication_data_type = torch.float32
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [
+        ({}, None),
+        ({"offload_optimizer": {"device": "none"}}, "none"),
+        ({"cpu_offload": True}, "cpu"),
+    ],
+)
+def test_who_asks_where_the_optimizer_is_at_home_is_answered(asked: Any, where: Any) -> None:
+    engine = engine_of(zero_optimization={"stage": 2, **asked})
+    section = engine.zero_offload_optimizer()
+    assert (section and section.device) == where
+    assert engine.zero_offload_param() is None
+    assert engine.zero_cpu_offload() is engine.zero_use_cpu_optimizer() is (where == "cpu")
+    assert not engine.pipeline_parallelism
+    assert not engine.has_moe_layers
+    engine.destroy()
+
+
+def test_a_parameter_says_whether_it_stays_whole() -> None:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 4}
+    engine = engine_of(zero_optimization=zero)
+    assert engine.module.bias.ds_persist
+    assert not engine.module.weight.ds_persist
+    step(engine)
+    assert not engine.module.weight.ds_persist
+    engine.destroy()
+
+
+def test_calls_that_cannot_be_are_assertions() -> None:
+    engine = engine_of(managed_gradient_accumulation=False)
+    with pytest.raises(AssertionError, match="set_gradient_accumulation_boundary"):
+        engine.set_gradient_accumulation_boundary(True)
+    with (
+        pytest.raises(AssertionError, match="coalesce_grad_reduction"),
+        engine.coalesce_grad_reduction(),
+    ):
+        pass
+    engine.destroy()
+
+
 def test_what_callers_look_for_in_an_error_is_in_it() -> None:
     engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8})
     batch = torch.ones(2, 4, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="Loss scaling is required"):
         engine(batch).sum().backward()
+    with pytest.raises(AssertionError, match="raised in this micro-batch"):
+        engine.step()
+    engine.module.weight.grad = torch.ones_like(engine.module.weight)
+    with pytest.raises(AssertionError, match=r"gradients put into \.grad by hand"):
+        engine.step()
     illegal = r"It is illegal to call Engine.step\(\) inside no_sync context manager"
     with engine.no_sync():
         engine.backward(engine(batch).sum())
         with pytest.raises(AssertionError, match=illegal):
             engine.step()
+        with (
+            pytest.raises(AssertionError, match="no_sync"),
+            engine.coalesce_grad_reduction(),
+        ):
+            pass
+    engine.destroy()
+
+
+def test_gradients_of_ones_own_take_a_backwards_place_under_a_loss_scale() -> None:
+    more = {"optimizer": {"type": "SGD", "params": {"lr": 0.5}}, "gradient_clipping": 0}
+    engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8}, **more)
+    before = engine.module.weight.detach().clone()
+    engine.backward(engine(torch.ones(2, 4, dtype=torch.float16)).sum())
+    mine = torch.full_like(before, 0.25)
+    zerort.utils.safe_set_full_grad(engine.module.weight, mine * engine.loss_scale)
+    engine.step()
+    torch.testing.assert_close(before - engine.module.weight, mine / 2, atol=1e-3, rtol=0)
     engine.destroy()
 
 

@@ -142,6 +142,10 @@ READ: list[tuple[str, Any, dict[str, Any]]] = [
             }
         },
     ),
+    ("zero_offload_optimizer", None, {}),
+    ("zero_offload_param", None, {}),
+    ("zero_cpu_offload", True, {"zero_optimization": {"stage": 1, "cpu_offload": True}}),
+    ("zero_use_cpu_optimizer", False, {"zero_optimization": {"stage": 1, "offload_optimizer": {}}}),
     ("amp_enabled", True, {"amp": {"enabled": True}}),
     ("amp_params", {"opt_level": "O2"}, {"amp": {"enabled": True, "opt_level": "O2"}}),
     ("amp_params", False, {}),

@@ -338,6 +338,21 @@ def test_the_keys_mean_nothing_where_their_section_is_off() -> None:
     assert not load({**LOWEST, "train_batch_size": 1}).wide_states
 
 
+CPU_ADAM = {
+    "optimizer": {"type": "DeepSpeedCPUAdam", "params": {"fp32_optimizer_states": False}},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("full", torch.float32), ("low", torch.bfloat16), ("lowest", torch.bfloat16)]
+)
+def test_states_that_need_not_be_fp32_are_what_masters_are(kind: str, kept: torch.dtype) -> None:
+    engine = engine_of(kind, 0, **CPU_ADAM)
+    advance(engine, 0, range(1))
+    assert {state["exp_avg"].dtype for state in engine.optimizer.state.values()} == {kept}
+    engine.destroy()
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -353,6 +368,7 @@ def test_the_keys_mean_nothing_where_their_section_is_off() -> None:
             {**LOW, "torch_autocast": {"enabled": True, "dtype": "fp16"}},
             "bf16 and torch_autocast cannot be enabled together",
         ),
+        ({**HALF, **CPU_ADAM}, "fp32_optimizer_states is false, and masters are fp16"),
         ({"bf16": {"bf16_master_weights_and_grads": 1}}, "expected true or false, got 1"),
     ],
 )

@@ -5,10 +5,11 @@ that an engine of `zerort.initialize` is given afterwards.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from zerort.compat.deepspeed.failures import as_deepspeed_fails
+from zerort.compat.deepspeed.failures import as_deepspeed_fails, deepspeeds_failures
 from zerort.compat.deepspeed.optimizer import follow
 from zerort.engine import Engine
 
@@ -19,6 +20,9 @@ class DeepSpeedEngine(Engine):
     """zerort's engine. Where DeepSpeed's does another thing with the same arguments, so does this
     one; its errors are also the `AssertionError` that DeepSpeed's callers catch.
     """
+
+    pipeline_parallelism = has_moe_layers = False
+    """Neither is built."""
 
     @as_deepspeed_fails
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +39,22 @@ class DeepSpeedEngine(Engine):
         """As the engine's own; the optimizer then says whether its step was skipped."""
         super().step(lr_kwargs)
         follow(self)
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """As the engine's own."""
+        with deepspeeds_failures(), super().coalesce_grad_reduction():
+            yield
+
+    @as_deepspeed_fails
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """As the engine's own."""
+        super().set_gradient_accumulation_boundary(is_boundary)
+
+    @as_deepspeed_fails
+    def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
+        """As the engine's own."""
+        super().allreduce_gradients(bucket_size)
 
     def get_global_grad_norm(self) -> float | None:
         """As the engine's own, but of the last step that was not skipped: 0 where all were."""

@@ -5,12 +5,13 @@ each error of a call becomes one that is an `AssertionError` too, of the same cl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from zerort import errors
 
-__all__ = ["ConfigError", "StepError", "as_deepspeed_fails"]
+__all__ = ["ConfigError", "StepError", "as_deepspeed_fails", "deepspeeds_failures"]
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -29,17 +30,24 @@ _KINDS: dict[type[Exception], type[Exception]] = {
 }
 
 
+@contextmanager
+def deepspeeds_failures() -> Iterator[None]:
+    """Within, `ConfigError`s and `StepError`s are assertions too."""
+    try:
+        yield
+    except (errors.ConfigError, errors.StepError) as error:
+        kind = _KINDS.get(type(error))
+        if kind is None:
+            raise  # a class of its own, which callers of zerort know
+        raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
+
+
 def as_deepspeed_fails(call: Call) -> Call:
-    """`call`, whose `ConfigError`s and `StepError`s are assertions too."""
+    """`call`, whose errors are."""
 
     @functools.wraps(call)
     def calling(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with deepspeeds_failures():
             return call(*args, **kwargs)
-        except (errors.ConfigError, errors.StepError) as error:
-            kind = _KINDS.get(type(error))
-            if kind is None:
-                raise  # a class of its own, which callers of zerort know
-            raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
     return calling  # type: ignore[return-value]

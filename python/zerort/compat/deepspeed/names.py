@@ -19,6 +19,7 @@ from zerort.compat.deepspeed import (
     ops,
     optimizer,
     pieces,
+    settings,
     start,
 )
 from zerort.compat.deepspeed.groups import GROUPS
@@ -189,10 +190,19 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
         **_optimizer,
         "ZeROOptimizer": optimizer.ZeROOptimizer,
     },
-    "deepspeed.runtime.config": {**_config, **_OPTIMIZERS},
+    "deepspeed.runtime.config": {
+        **_config,
+        **_OPTIMIZERS,
+        **_of(settings, ("get_gradient_clipping", "get_log_level")),
+    },
+    "deepspeed.runtime.constants": settings.DEFAULTS,
     "deepspeed.runtime.dataloader": _loaders,
     "deepspeed.runtime.engine": _engine,
     "deepspeed.runtime.lr_schedules": _schedules,
+    "deepspeed.runtime.precision_config": {
+        **settings.PRECISIONS,
+        **_of(settings, ("get_bfloat16_config", "get_float16_config")),
+    },
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
     "deepspeed.runtime.utils": _memory,
     "deepspeed.runtime.zero": _zero,

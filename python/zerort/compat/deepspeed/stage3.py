@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from zerort.params.sharded import ZeroParamStatus
+from zerort.params.sharded import Sharded, ZeroParamStatus
 
 __all__ = ["ParameterOffload", "mark_parameters"]
 
@@ -25,6 +25,7 @@ def mark_parameters(module: nn.Module) -> None:
             ds_shape=parameter.shape,
             ds_numel=parameter.numel(),
             ds_id=id(parameter),
+            ds_persist=not isinstance(parameter, Sharded),
         )
 
 
