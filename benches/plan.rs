@@ -5,8 +5,8 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use zerort_core::{
-    Bucket, Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank, Stage,
-    WHOLE_PADDING, WireId, reshard,
+    Bucket, BucketId, Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanSpec, Rank,
+    Stage, WHOLE_PADDING, Way, WireId, reshard,
 };
 
 const PARAMS: u32 = 100_000;
@@ -34,6 +34,43 @@ fn spec(world: u32) -> PlanSpec {
         window: Some(4),
         whole_padding: WHOLE_PADDING,
     }
+}
+
+/// 10^4 matrices of a few shapes that may not be cut, for 1024 ranks.
+fn whole(cap: Cap, whole_padding: u32) -> PlanSpec {
+    let shapes = [(4096_u64, 4096_u64), (14336, 4096), (4096, 1024), (4096, 4096)];
+    let param = |index: usize| {
+        let (rows, columns) = shapes[index % shapes.len()];
+        let (dtype, group, wire) = (Dtype::BF16, Some(GroupId(0)), WireId(0));
+        let (numel, grain) = (rows * columns + index as u64 % 7, Grain::Whole);
+        Param { numel, dtype, group, wire, unit: None, grain, cost: numel * rows.min(columns) }
+    };
+    let (mesh, rules) = (Mesh::flat(1024).unwrap(), Stage::Two.rules());
+    let params = (0..10_000).map(param).collect();
+    PlanSpec { params, mesh, rules, cap, window: Some(4), whole_padding }
+}
+
+fn matrices(c: &mut Criterion) {
+    let specs = [
+        ("packed into one bucket", whole(Cap::Bytes(u64::MAX), 1_000_000), Way::Owned),
+        ("exchanged in one bucket", whole(Cap::Bytes(u64::MAX), 0), Way::Exchanged),
+        ("exchanged in buckets of 400 MB", whole(Cap::Bytes(400 << 20), 0), Way::Exchanged),
+        ("exchanged in buckets of their own", whole(Cap::Bytes(1), 0), Way::Exchanged),
+    ];
+    for (name, spec, way) in specs {
+        assert_eq!(Plan::new(spec.clone()).unwrap().way(BucketId(0)), Ok(Some(way)));
+        c.bench_function(&format!("1e4 matrices for 1024 ranks, {name}"), |b| {
+            b.iter_batched(
+                || spec.clone(),
+                |spec| Plan::new(spec).unwrap().digest(),
+                BatchSize::LargeInput,
+            );
+        });
+    }
+    let plan = Plan::new(whole(Cap::Bytes(u64::MAX), 0)).unwrap();
+    c.bench_function("exchanges of one rank of 1024", |b| {
+        b.iter(|| plan.exchanges(black_box(Rank(511))).unwrap().len());
+    });
 }
 
 fn plan(c: &mut Criterion) {
@@ -70,5 +107,5 @@ fn plan(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, plan);
+criterion_group!(benches, plan, matrices);
 criterion_main!(benches);

@@ -2,6 +2,8 @@
 
 mod arbitrary;
 
+use std::num::NonZeroU64;
+
 use arbitrary::{ids, plan, spec, uniform};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -47,6 +49,10 @@ fn changed(change: impl FnOnce(&mut PlanSpec)) -> Result<Plan, PlanError> {
 fn mesh<const COPIES: usize, const HOSTS: usize>(copies: [[&[u32]; HOSTS]; COPIES]) -> Mesh {
     let host = |ranks: &[u32]| ranks.iter().copied().map(Rank).collect();
     Mesh::new(&copies.map(|hosts| hosts.map(host).to_vec())).unwrap()
+}
+
+fn block(length: u64) -> Grain {
+    Grain::Block(NonZeroU64::new(length).unwrap())
 }
 
 fn launches(plan: &Plan) -> Vec<u32> {
@@ -126,8 +132,33 @@ const LAYOUT_DIGEST: u64 = 0xf8a4_3072_1141_9809;
 const DIGEST: u64 = 0xf850_fe96_f475_1645;
 
 #[test]
+fn packing_and_owners_are_the_same_on_every_platform() {
+    let param = |index: u64| Param {
+        numel: 3000 + index * index % 7001,
+        dtype: Dtype::BF16,
+        group: Some(GroupId(0)),
+        wire: WireId(0),
+        unit: None,
+        grain: Grain::Whole,
+        cost: index * 37 % 11,
+    };
+    let digest = |whole_padding| {
+        let plan = changed(|spec| {
+            spec.params = (0..40).map(param).collect();
+            spec.mesh = Mesh::flat(3).unwrap();
+            spec.cap = Cap::Elements(60_000);
+            spec.whole_padding = whole_padding;
+        });
+        plan.unwrap().layout_digest()
+    };
+    assert_eq!([digest(u32::MAX), digest(0)], [PACKED_DIGEST, EXCHANGED_DIGEST]);
+}
+const PACKED_DIGEST: u64 = 0x020e_a97b_8406_c826;
+const EXCHANGED_DIGEST: u64 = 0x6347_d390_2c8f_52e9;
+
+#[test]
 fn a_digest_covers_everything_that_a_plan_is_made_from() {
-    let changes: [fn(&mut PlanSpec); 15] = [
+    let changes: [fn(&mut PlanSpec); 21] = [
         |_| {},
         |spec| spec.params[3].numel += 1,
         |spec| spec.params[1].dtype = Dtype::F64,
@@ -143,11 +174,29 @@ fn a_digest_covers_everything_that_a_plan_is_made_from() {
         |spec| spec.rules = Stage::One.rules(),
         |spec| spec.cap = Cap::Elements(4096),
         |spec| spec.window = Some(1),
+        |spec| spec.params[1].grain = block(1),
+        |spec| spec.params[1].grain = block(2),
+        |spec| spec.params[1].grain = Grain::Whole,
+        |spec| {
+            spec.params[1].grain = Grain::Whole;
+            spec.params[1].cost = 1;
+        },
+        |spec| spec.params[0].grain = Grain::Whole, // alone in its bucket, and cut
+        |spec| {
+            spec.params[0].grain = Grain::Whole;
+            spec.whole_padding = u32::MAX;
+        },
     ];
     let mut digests: Vec<u64> = changes.map(|change| changed(change).unwrap().digest()).to_vec();
     digests.sort_unstable();
     digests.dedup();
     assert_eq!(digests.len(), changes.len());
+}
+
+#[test]
+fn what_elementwise_updates_cost_is_no_part_of_a_digest() {
+    let digest = |cost| changed(|spec| spec.params[3].cost = cost).unwrap().digest();
+    assert_eq!((digest(0), digest(7)), (DIGEST, DIGEST));
 }
 
 #[test]

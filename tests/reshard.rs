@@ -4,7 +4,7 @@ mod arbitrary;
 
 use std::collections::HashMap;
 
-use arbitrary::{dtype, model, spec_of};
+use arbitrary::{dtype, grain, model, spec_of};
 use proptest::prelude::*;
 use zerort_core::{
     Bucket, BucketId, Cap, Dtype, Grain, GroupId, Mesh, Param, ParamId, Plan, PlanError, PlanSpec,
@@ -61,21 +61,25 @@ fn carry(source: &Plan, target: &Plan, came_from: &[Option<ParamId>], shards: &S
     moved
 }
 
-/// Two plans for the same parameters in different orders, dtypes, groups, worlds and caps; and who
+/// Two plans for the same parameters in different orders, dtypes, grains, worlds and caps; and who
 /// came from where.
 fn pair() -> impl Strategy<Value = (Plan, Plan, Vec<Option<ParamId>>)> {
     let order = |n: usize| Just((0..n as u32).map(ParamId).collect::<Vec<_>>()).prop_shuffle();
-    let other = |params: Vec<Param>, order: Vec<ParamId>, dtypes: Vec<Dtype>| {
-        let moved = |(from, dtype): (&ParamId, Dtype)| Param { dtype, ..params[from.index()] };
-        spec_of(order.iter().zip(dtypes).map(moved).collect())
+    let other = |params: Vec<Param>, order: Vec<ParamId>, kinds: Vec<(Dtype, Grain)>| {
+        let moved = |(from, (dtype, grain)): (&ParamId, (Dtype, Grain))| Param {
+            dtype,
+            grain,
+            ..params[from.index()]
+        };
+        spec_of(order.iter().zip(kinds).map(moved).collect())
     };
     model()
         .prop_flat_map(move |params| {
             let n = params.len();
-            (Just(params), order(n), prop::collection::vec(dtype(), n))
+            (Just(params), order(n), prop::collection::vec((dtype(), grain()), n))
         })
-        .prop_flat_map(move |(params, order, dtypes)| {
-            (spec_of(params.clone()), other(params, order.clone(), dtypes), Just(order))
+        .prop_flat_map(move |(params, order, kinds)| {
+            (spec_of(params.clone()), other(params, order.clone(), kinds), Just(order))
         })
         .prop_map(|(source, target, order)| {
             (

@@ -12,7 +12,8 @@
 //!
 //! Owners of exchanged parameters are chosen over the whole model by what their updates cost: the
 //! costliest first, each to the rank that has least to do, ranks' owned parameters counted; among
-//! such ranks to the one that holds most of it, and then to the first.
+//! such ranks to the one that holds most of it, and then to the first. Those of one length and cost
+//! then trade owners, so that less is sent.
 //!
 //! An owner's exchanged parameters of one dtype lie in a *room*, one behind the other, each whole and
 //! each on 64 bytes. An [`Exchange`] is one rank's view of one dtype: [`Piece`]s that lie in one shard
@@ -27,13 +28,13 @@
 //!   owns without an exchange.
 //! - **EXC-5** Only ranks of one shard group exchange: a copy of the model state serves itself.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+mod owners;
 
-use crate::bucket::{Bucket, Param};
-use crate::grain::Grain;
+use crate::bucket::Bucket;
 use crate::ids::{BucketId, Dtype, ParamId};
 use crate::partition::Partition;
+
+pub(crate) use self::owners::{Owners, spend, way};
 
 /// How the whole gradient of a parameter reaches its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,109 +101,7 @@ fn splits(pieces: &[Piece], shards: u32) -> Vec<u64> {
     lengths
 }
 
-/// Owner and place of every parameter of grain Whole.
-#[derive(Clone, Debug)]
-pub(crate) struct Owners {
-    /// By bucket; None where it may be cut.
-    ways: Vec<Option<Way>>,
-    /// By parameter: the number of its owner's shard.
-    chosen: Vec<Option<u32>>,
-    /// By parameter: where it starts in its owner's room; 0 where it is not exchanged.
-    places: Vec<u64>,
-    /// Length of each owner's room, by dtype.
-    rooms: BTreeMap<Dtype, Vec<u64>>,
-    /// By shard: what its rank's updates cost.
-    costs: Vec<u128>,
-}
-
 impl Owners {
-    /// Chooses them for buckets that are laid out already.
-    pub(crate) fn new(
-        buckets: &[Bucket],
-        partitions: &[Partition],
-        params: &[Param],
-        shards: u32,
-    ) -> Self {
-        let ways = buckets.iter().zip(partitions).map(|(bucket, partition)| way(bucket, partition));
-        let mut owners = Self {
-            ways: ways.collect(),
-            chosen: vec![None; params.len()],
-            places: vec![0; params.len()],
-            rooms: BTreeMap::new(),
-            costs: vec![0; shards as usize],
-        };
-        let mut exchanged = Vec::new();
-        for (bucket, partition) in buckets.iter().zip(partitions) {
-            match owners.way(bucket.id) {
-                Some(Way::Owned) => owners.own(bucket, partition, params),
-                Some(Way::Exchanged) => exchanged.push((bucket, partition)),
-                None => {}
-            }
-        }
-        owners.choose(&exchanged, params);
-        owners.make_room(&exchanged, params);
-        owners
-    }
-
-    /// How a bucket's gradients reach their owners; None where it may be cut.
-    pub(crate) fn way(&self, bucket: BucketId) -> Option<Way> {
-        self.ways[bucket.index()]
-    }
-
-    /// The number of the owner's shard; None for a parameter that may be cut.
-    pub(crate) fn of(&self, param: ParamId) -> Option<u32> {
-        self.chosen[param.index()]
-    }
-
-    /// What the updates of each shard's rank cost.
-    pub(crate) fn costs(&self) -> &[u128] {
-        &self.costs
-    }
-
-    /// An owned bucket's parameters go to the ranks in whose shards they lie.
-    fn own(&mut self, bucket: &Bucket, partition: &Partition, params: &[Param]) {
-        spend(bucket, partition, params, &mut self.costs);
-        for (position, param) in bucket.params.iter().enumerate() {
-            self.chosen[param.index()] = Some(partition.shard_at(position));
-        }
-    }
-
-    /// The costliest first, each to the rank that has least to do.
-    fn choose(&mut self, exchanged: &[(&Bucket, &Partition)], params: &[Param]) {
-        let mut all: Vec<(Param, ParamId, &Partition, usize)> = Vec::new();
-        for (bucket, partition) in exchanged {
-            let of_bucket = bucket.params.iter().enumerate();
-            all.extend(of_bucket.map(|(at, &id)| (params[id.index()], id, *partition, at)));
-        }
-        all.sort_by_key(|&(param, id, ..)| (Reverse((param.cost, param.numel)), id));
-        let mut idlest: BTreeSet<(u128, u32)> = self.costs.iter().copied().zip(0..).collect();
-        for (param, id, partition, position) in all {
-            let Some(&(least, first)) = idlest.first() else { return };
-            let owner = most(partition, position, |shard| self.costs[shard as usize] == least);
-            let owner = owner.unwrap_or(first);
-            let cost = least + u128::from(param.cost);
-            idlest.remove(&(least, owner));
-            idlest.insert((cost, owner));
-            self.costs[owner as usize] = cost;
-            self.chosen[id.index()] = Some(owner);
-        }
-    }
-
-    /// Lays the rooms out, in the order of the buckets.
-    fn make_room(&mut self, exchanged: &[(&Bucket, &Partition)], params: &[Param]) {
-        let shards = self.costs.len();
-        for (bucket, _) in exchanged {
-            let rooms = self.rooms.entry(bucket.dtype).or_insert_with(|| vec![0; shards]);
-            for param in &bucket.params {
-                let Some(owner) = self.chosen[param.index()] else { continue };
-                let end = &mut rooms[owner as usize];
-                self.places[param.index()] = *end;
-                let past = end.saturating_add(params[param.index()].numel);
-                *end = past.checked_next_multiple_of(bucket.dtype.align()).unwrap_or(u64::MAX);
-            }
-        }
-    }
-
     /// What the rank of this shard exchanges, for each dtype that any rank does.
     pub(crate) fn exchanges(
         &self,
@@ -269,34 +168,4 @@ impl Owners {
             }));
         }
     }
-}
-
-/// Adds what the updates of an owned bucket's parameters cost to what each shard's rank has to do.
-pub(crate) fn spend(bucket: &Bucket, partition: &Partition, params: &[Param], costs: &mut [u128]) {
-    for (position, param) in bucket.params.iter().enumerate() {
-        costs[partition.shard_at(position) as usize] += u128::from(params[param.index()].cost);
-    }
-}
-
-/// How a bucket's gradients reach their owners.
-pub(crate) fn way(bucket: &Bucket, partition: &Partition) -> Option<Way> {
-    match bucket.grain {
-        Grain::Element | Grain::Block(_) => None,
-        Grain::Whole if partition.cut(bucket).is_none() => Some(Way::Owned),
-        Grain::Whole => Some(Way::Exchanged),
-    }
-}
-
-/// The shard that holds most of a parameter, of those that `may` own it; the first of several.
-fn most(partition: &Partition, position: usize, may: impl Fn(u32) -> bool) -> Option<u32> {
-    let mut best: Option<(u64, u32)> = None;
-    for cut in partition.cuts(position).filter(|cut| may(cut.shard)) {
-        if best.is_none_or(|(length, _)| cut.length > length) {
-            best = Some((cut.length, cut.shard));
-        }
-        if cut.length == partition.shard_numel() {
-            break; // no other holds more
-        }
-    }
-    best.map(|(_, shard)| shard)
 }

@@ -21,8 +21,9 @@ use crate::exchange::{self, Way};
 use crate::grain::Grain;
 use crate::partition::{Partition, SHARD_UNIT, limit};
 
-/// How many pairs of parameters are tried, for each parameter and shard.
-const TRIES: usize = 64;
+/// How many pairs of parameters are tried: so many for each parameter and shard, and so many more,
+/// which are all that a small bucket has.
+const TRIES: (usize, usize) = (8, 2000);
 
 /// What an item, or a bin, weighs: its length and its cost.
 type Weight = [u128; 2];
@@ -153,7 +154,7 @@ impl<'a> Bins<'a> {
         let total: u128 = self.weights.iter().map(|weight| weight[by]).sum();
         let largest = self.items.iter().map(|item| item[by]).max().unwrap_or(0);
         let least = enough.max(largest).max(total.div_ceil(self.weights.len() as u128));
-        let mut tries = TRIES * (self.items.len() + self.weights.len());
+        let mut tries = TRIES.0 * (self.items.len() + self.weights.len()) + TRIES.1;
         let bins = self.weights.iter().enumerate();
         let mut order: BTreeSet<(u128, usize)> = bins.map(|(bin, w)| (w[by], bin)).collect();
         while let Some((top, full)) = order.last().copied().filter(|&(top, _)| top > least) {
