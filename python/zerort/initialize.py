@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ from zerort.start.compare import (
     compare_plans,
 )
 from zerort.start.connect import connected, started
+from zerort.start.grains import grains_of
 from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
@@ -213,6 +215,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     precision.cast(model)
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
+    abilities = chosen.able(shards=settings.zero_optimization.stage > 0)
     members, plan = plan_of(
         settings,
         model,
@@ -221,8 +224,8 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         origin_of,
         world=mesh.shard.world,
         window=mesh.shard.window,
+        grains_of=partial(grains_of, chosen.optimizer, abilities),
     )
-    abilities = chosen.able(shards=plan.shards_optimizer)
     times = RangeTimes() if settings.breaks_down else None
     sink = _open_sink(settings, mesh, times)
     undo.callback(sink.close)

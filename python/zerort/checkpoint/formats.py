@@ -227,7 +227,7 @@ def _parameters(reader: Reader) -> Iterator[tuple[str, dict[str, Tensor], dict[s
         for key in kept.tensors if kept else ():
             kinds[key] = _shaped(reader, param, key)
         for key in kept.whole if kept else ():
-            kinds[key] = reader.whole(rank_file(0), f"optimizer.{param}.{key}")
+            kinds[key] = reader.of_optimizer(param, key)
         values = {k: decode(v, _no_tensor) for k, v in kept.values.items()} if kept else {}
         waiting.append((entry.name, kinds, values))
         elements += entry.numel * len(kinds)

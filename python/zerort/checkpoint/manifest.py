@@ -136,7 +136,9 @@ class ParamState(Entry):
     tensors: Annotated[tuple[str, ...], _Stop]
     """Keys of what has a value for each element; in the tensors `bucket.B.state.KEY`."""
     whole: Annotated[tuple[str, ...], _Stop] = ()
-    """Keys of tensors of other shapes; in `optimizer.P.KEY` of rank 0's file."""
+    """Keys of tensors of other shapes; in `optimizer.P.KEY` of the file of the rank that owned the
+    parameter, rank 0's where all did.
+    """
 
 
 class ParamEntry(Entry):
@@ -249,6 +251,11 @@ class Manifest(Entry):
     def tensor(self) -> dict[tuple[str, str], TensorEntry]:
         """Tensors by file and name."""
         return {(entry.file, entry.name): entry for entry in self.tensors}
+
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """For a tensor's name the first file that has it."""
+        return {entry.name: entry.file for entry in reversed(self.tensors)}
 
     @cached_property
     def param(self) -> dict[str, int]:

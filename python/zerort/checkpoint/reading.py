@@ -88,6 +88,11 @@ class Reader:
         self.want(entry, 0, into.view(-1))
         return into
 
+    def of_optimizer(self, param: int, key: str) -> Tensor:
+        """Asks for what the optimizer keeps of a parameter, as a whole."""
+        name = f"optimizer.{param}.{key}"
+        return self.whole(self.manifest.file_of.get(name, rank_file(0)), name)
+
     def entry(self, file: str, name: str) -> TensorEntry:
         """Raises `CheckpointError` when the file holds no such tensor."""
         entry = self.manifest.tensor.get((file, name))

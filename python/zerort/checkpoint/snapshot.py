@@ -136,7 +136,7 @@ def _collect_bucket(
         for region in inside:
             if region.start < window[1] and region.end > window[0]:
                 snapshot.states[region.param] = found
-            if state.comm.rank == 0:
+            if state.comm.rank == 0 or state.plan.shards_optimizer:
                 snapshot.tensors.extend(
                     Stored.of(f"optimizer.{region.param}.{key}", held[key]) for key in whole
                 )

@@ -18,6 +18,7 @@ from zerort.checkpoint.state import EngineState, extra_states, own_shard, stride
 from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
 from zerort.optim.probe import is_known
+from zerort.optim.segments import regions
 
 __all__ = ["Staged", "stage"]
 
@@ -105,6 +106,7 @@ def _stage_optimizer(
         held = {
             param: kept for param in bucket.spec.params if (kept := match.states[param]) is not None
         }
+        owned = {region.param for region in regions(bucket)}
         found = staged.states[bucket.spec.id] = {}
         for key in sorted({key for kept in held.values() for key in kept.tensors}):
             holders = {param for param, kept in held.items() if key in kept.tensors}
@@ -115,9 +117,8 @@ def _stage_optimizer(
             found[key] = into
         for param, kept in held.items():
             staged.values[param] = _decoded(kept)
-            for key in kept.whole:
-                name = f"optimizer.{match.origins[param]}.{key}"
-                staged.whole[param, key] = reader.whole(rank_file(0), name)
+            for key in kept.whole if param in owned else ():
+                staged.whole[param, key] = reader.of_optimizer(match.origins[param], key)
     kept_by = reader.manifest.optimizer
     saved = kept_by.groups if kept_by is not None else ()
     staged.options = [

@@ -66,6 +66,10 @@ class Runtime(Section):
     """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
     follows `stage3_max_live_parameters`.
     """
+    whole_padding: Annotated[float, Field(ge=0, le=1000)] = 0.1
+    """How much longer a bucket may become, as a share of its length, so that no border between
+    shards cuts a parameter which the optimizer has to see whole.
+    """
     load_from: str | None = None
     """Stage 3: a safetensors file, its index or their folder, for parameters on the meta device."""
     on_nonfinite: Literal["skip", "raise"] = "skip"

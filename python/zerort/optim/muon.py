@@ -19,7 +19,7 @@ from zerort.errors import ConfigError
 from zerort.memory import Form
 from zerort.optim.chain import Chain
 
-__all__ = ["is_muon", "matrix", "muon"]
+__all__ = ["flops", "is_muon", "matrix", "muon"]
 
 _DECIDES = "use_muon"
 """Of a parameter or of a group: whether Muon updates it."""
@@ -64,6 +64,15 @@ def muon(
         rest = (group for group in groups if not group[_DECIDES])
         made.append(_over(torch.optim.AdamW, rest, _OF_ADAM, fused=True))
     return Chain(made)
+
+
+def flops(shape: Sequence[int], steps: int) -> int:
+    """Floating-point operations of the orthogonalisation of a matrix, first dimension by all
+    others.
+    """
+    sides = shape[0], math.prod(shape[1:])
+    short, long = min(sides), max(sides)
+    return steps * (4 * short * short * long + 2 * short**3)
 
 
 def is_muon(optimizer: Optimizer) -> bool:

@@ -33,7 +33,9 @@ class Region:
 
 
 def regions(bucket: HeldBucket) -> Iterator[Region]:
-    """What tiles the bucket's owned part. Empty parameters have no region."""
+    """What tiles the bucket's owned part. Empty parameters have no region. Where parameters may not
+    be cut, those that lie in it, without padding: there may be none.
+    """
     end_of_owned = bucket.start + bucket.master.numel()
     spec = bucket.spec
     members = [
@@ -43,6 +45,12 @@ def regions(bucket: HeldBucket) -> Iterator[Region]:
         )
         if numel
     ]
+    if spec.grain == "whole":
+        for offset, param, parameter in members:
+            lo, hi = offset, offset + parameter.numel()
+            if bucket.start <= lo and hi <= end_of_owned:
+                yield Region(lo - bucket.start, hi - bucket.start, param, parameter)
+        return
     ends = [*(offset for offset, _, _ in members[1:]), spec.numel]
     for (start, param, parameter), end in zip(members, ends, strict=False):
         lo, hi = max(start, bucket.start), min(end, end_of_owned)
@@ -151,10 +159,13 @@ def flat_segments(bucket: FlatBucket) -> list[Segment]:
 def shaped_segments(
     bucket: FlatBucket, form_of: Callable[[str, Form], Form] = lambda _, form: form
 ) -> list[Segment]:
-    """One for each parameter, in its form, or what `form_of` makes of its name and that. The whole
-    bucket must be owned.
+    """One for each parameter that lies in the owned part, which cuts none, in its form or what
+    `form_of` makes of its name and that.
     """
-    spec = bucket.spec
-    forms = map(form_of, bucket.names, bucket.forms)
-    pieces = zip(spec.params, spec.offsets, spec.numels, forms, strict=True)
-    return [Segment(bucket, *piece) for piece in pieces]
+    spec, end = bucket.spec, bucket.start + bucket.master.numel()
+    pieces = zip(spec.params, spec.offsets, spec.numels, bucket.names, bucket.forms, strict=True)
+    return [
+        Segment(bucket, param, offset - bucket.start, numel, form_of(name, form))
+        for param, offset, numel, name, form in pieces
+        if bucket.start <= offset and offset + numel <= end
+    ]

@@ -34,8 +34,8 @@ __all__ = ["ShardOptimizer"]
 class ShardOptimizer:
     """Steps `optimizer` over segments instead of the module's parameters.
 
-    A group that is of whole parameters gets a shaped segment for each; that needs a replicated
-    optimizer, where every rank owns every bucket. An optimizer that cannot step over gaps is shown
+    A group that is of whole parameters gets a shaped segment for each that this rank owns, and the
+    plan cuts none. An optimizer that cannot step over gaps is shown
     only groups and tensors that have a gradient.
     """
 

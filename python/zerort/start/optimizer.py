@@ -189,10 +189,9 @@ def _abilities_of(optimizer: Optimizer, *, shards: bool) -> Abilities:
     name, can = type(optimizer).__name__, examine(optimizer)
     if can.never is not None:
         raise ConfigError(f"optimizer {name} is refused at every stage: {can.never}")
-    reason = can.across or next(iter(can.whole.values()), None)
-    if reason is not None and shards:
+    if can.across is not None and shards:
         raise ConfigError(
-            f"optimizer {name} cannot run on shards: {reason}. Use zero_optimization.stage 0, "
+            f"optimizer {name} cannot run on shards: {can.across}. Use zero_optimization.stage 0, "
             "which keeps the optimizer whole"
         )
     return can

@@ -12,6 +12,7 @@ from torch import nn
 from zerort import _core
 from zerort.config import Config
 from zerort.memory import Origin, PlannedParameter, plannable
+from zerort.start.grains import Grains, refuse_cut
 from zerort.start.units import in_units
 
 __all__ = ["plan_of"]
@@ -28,12 +29,14 @@ def plan_of(
     *,
     world: int,
     window: int | None,
+    grains_of: Callable[[Sequence[PlannedParameter]], Grains] = lambda _: (None, None),
 ) -> tuple[Sequence[PlannedParameter], _core.Plan]:
     """What is planned of `model`, which has been cast, and the plan for `world` ranks that hold
     shards of it; `groups` and the next two as in `plannable`, `window` what the ranks' communicator
-    has in flight.
+    has in flight, `grains_of` what of the parameters may not be cut.
 
-    Raises `PlanError` naming the parameter that cannot be planned.
+    Raises `PlanError` naming the parameter that cannot be planned, `ConfigError` where whole
+    parameters would have to be cut.
     """
     zero = settings.zero_optimization
     members, units = in_units(
@@ -47,15 +50,24 @@ def plan_of(
             holds=zero.shards_parameters,
         ),
     )
-    plan = _core.Plan(
-        [member.spec() for member in members],
-        world=world,
-        stage=zero.stage,
-        cap_bytes=settings.cap_bytes,
-        cap_elements=settings.cap_elements,
-        window=_window(settings, window),
-        units=units,
-    )
+    grains, costs = grains_of(members)
+
+    def padded(share: float) -> _core.Plan:
+        return _core.Plan(
+            [member.spec() for member in members],
+            world=world,
+            stage=zero.stage,
+            cap_bytes=settings.cap_bytes,
+            cap_elements=settings.cap_elements,
+            window=_window(settings, window),
+            units=units,
+            grains=grains,
+            costs=costs,
+            whole_padding=share,
+        )
+
+    plan = padded(settings.zerort.whole_padding)
+    refuse_cut(plan, [member.name for member in members], padded)
     return members, plan
 
 

@@ -42,6 +42,11 @@ ROWS: Sequence[Key] = (
         "stage 3: true for the smallest room, false for room for the whole model",
     ),
     same(
+        "zerort.whole_padding",
+        "how much longer a bucket may become so that shards hold whole parameters; 0.1 when left "
+        "out",
+    ),
+    same(
         "zerort.load_from",
         "stage 3: a .safetensors file, its index or their folder, for tensors on the meta device",
     ),

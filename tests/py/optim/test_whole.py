@@ -1,0 +1,271 @@
+"""Optimizers that look at whole parameters, where ranks hold shards: the same bits at every stage
+and on each way of resuming, each matrix updated once by one rank, in torch's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+from whole import ADAFACTOR, MUON, SMALL, counted, engine_of, flat, seeded, tokens, train
+
+import ranks
+from catching import assert_told, caught
+from reference import Moment
+from training import keep, weights
+from zerort.errors import ConfigError
+from zerort.optim import build
+from zerort.optim.muon import flops
+
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is torch 2.9's"
+)
+HIDDEN = 6
+"""Matrices that Muon updates: conv, tall, wide, square, transposed, unused."""
+
+
+class Trust(Optimizer):
+    """As LAMB: a ratio of norms for each parameter; it knows neither gaps nor empty groups."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            torch._foreach_norm([parameter.grad for parameter in group["params"]])
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(mean=torch.zeros_like(parameter), rows=torch.zeros(2, 3), count=0)
+                state["mean"].lerp_(parameter.grad, 0.1)
+                state["rows"] += parameter.norm()
+                state["count"] += 1
+                ratio = parameter.norm() / (state["mean"].norm() + 1e-6)
+                parameter.sub_(state["mean"] * ratio * group["lr"])
+
+
+OPTIMIZERS: dict[str, Any] = {"Muon": MUON, "Adafactor": ADAFACTOR, "trust ratio": Trust}
+NAMES = [pytest.param(n, marks=needs_muon if n == "Muon" else ()) for n in OPTIMIZERS]
+
+
+def ends(rank: int, world: int, name: str, accumulation: int) -> dict[int, Any]:
+    """By stage, the weights after some steps, with parameters frozen and thawed between them; the
+    matrices orthogonalised, and the elements of state on this rank.
+    """
+    found = {}
+    for stage in (0, 1, 2, 3):
+        engine = engine_of(stage, OPTIMIZERS[name], accumulation)
+        with counted() if name == "Muon" else nullcontext([]) as seen:
+            train(engine, rank)
+        engine.module.tall.weight.requires_grad_(False)
+        train(engine, rank, 1, 2)
+        engine.module.tall.weight.requires_grad_(True)
+        train(engine, rank, 1, 3)
+        kept = [
+            value.numel()
+            for state in engine.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.numel() > 1
+        ]
+        found[stage] = flat(engine), len(seen), sum(kept)
+        keep(engine)
+    return found
+
+
+CASES = [(2, 1), (2, 3)]
+SLOW = [(3, 1), (4, 3), (1, 3)]
+WORLDS = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+ended = ranks.once(None)(lambda world, name, gas: ranks.run(world, ends, name, gas, timeout=200))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_gives_the_same_bits(name: str, world: int, accumulation: int) -> None:
+    found = ended(world, name, accumulation)
+    expected = found[0][0][0]
+    assert expected.isfinite().all()
+    for rank in found:
+        for stage, (end, _, _) in rank.items():
+            assert torch.equal(end, expected), f"stage {stage}: {(end - expected).abs().max()}"
+
+
+@needs_muon
+@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
+def test_each_matrix_is_orthogonalised_once_a_boundary_by_one_rank(
+    world: int, accumulation: int
+) -> None:
+    found = ended(world, "Muon", accumulation)
+    for stage in (1, 2, 3):
+        counts = [rank[stage][1] for rank in found]
+        assert sum(counts) == 2 * HIDDEN
+        assert max(counts) < sum(counts) or world == 1
+    assert all(rank[0][1] == 2 * HIDDEN for rank in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_kept_once_among_the_ranks(name: str) -> None:
+    found = ended(2, name, 1)
+    whole = found[0][0][2]
+    for stage in (1, 2, 3):
+        kept = [rank[stage][2] for rank in found]
+        slack = 0 if name != "Muon" else 1500  # moments of a flat shard have its padding
+        assert whole <= sum(kept) <= whole + slack and max(kept) <= 0.7 * whole
+
+
+# ---- torch's own arithmetic
+
+
+Seen = tuple[tuple[int, ...], Tensor, Tensor, Tensor]
+"""A shape, a gradient, and values before and after the step."""
+
+
+def gradients_and_updates(rank: int, world: int, stage: int) -> list[Seen]:
+    """What entered the optimizer and what it made of it, for this rank's matrices."""
+    engine = engine_of(stage)
+    held = [p for g in engine.optimizer.param_groups if g["use_muon"] for p in g["params"]]
+    noted: list[tuple[Tensor, Tensor]] = []
+
+    def note(*_: Any) -> None:
+        noted.extend((p.grad.clone(), p.detach().clone()) for p in held)
+
+    engine.optimizer.register_step_pre_hook(note)
+    train(engine, rank, 1)
+    keep(engine)
+    pairs = zip(held, noted, strict=True)
+    return [(tuple(p.shape), *before, p.detach().clone()) for p, before in pairs]
+
+
+def twin(world: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """One process over all data: the model with its gradients, and values before any step."""
+    model = seeded()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for rank in range(world):
+        (model(tokens(Moment(rank, 0, 0))) / world).backward()
+    return model, before
+
+
+@needs_muon
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_update_is_torchs_own_on_the_mean_gradient(stage: int) -> None:
+    model, _ = twin(2)
+    expected = {
+        tuple(p.flatten(1).shape): p
+        for p in model.parameters()
+        if p.grad is not None and p.dim() > 1
+    }
+    seen = [piece for rank in ranks.run(2, gradients_and_updates, stage) for piece in rank]
+    assert len(seen) == HIDDEN
+    for shape, gradient, before, after in seen:
+        alone = nn.Parameter(before.clone(memory_format=torch.preserve_format))
+        alone.grad = gradient
+        torch.optim.Muon([alone], lr=0.05, weight_decay=0.01).step()
+        assert torch.equal(alone.detach(), after)
+        if shape in expected:
+            true = expected[shape].grad.reshape(shape)
+            assert (gradient - true).norm() <= 1e-6 * true.norm()
+        else:
+            assert shape == (33, 9) and not gradient.any()
+
+
+def first_step(rank: int, world: int, stage: int) -> dict[str, Tensor]:
+    engine = engine_of(stage)
+    train(engine, rank, 1)
+    keep(engine)
+    return weights(engine)
+
+
+@needs_muon
+def test_a_first_step_ends_where_one_process_ends() -> None:
+    model, before = twin(2)
+    chain = build("Muon", model.parameters(), dict(MUON["params"]), model)
+    muon, adam = (m.param_groups[0]["params"] for m in chain.members)
+    matrices = []
+    for parameter in muon:
+        if parameter.grad is not None:
+            matrices.append(nn.Parameter(parameter.detach().flatten(1)))
+            matrices[-1].grad = parameter.grad.flatten(1)
+    torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01).step()
+    torch.optim.AdamW(adam, lr=3e-3, weight_decay=0.01).step()
+    for found in ranks.run(2, first_step, 2):
+        for name, parameter in model.named_parameters():
+            way = (parameter.detach() - before[name]).norm()
+            if not name.startswith("unused"):  # a gradient of zero decays, none does not
+                assert (found[name] - parameter.detach()).norm() <= 1e-2 * way, name
+
+
+# ---- checkpoints
+
+
+def save(rank: int, world: int, name: str, stage: int, folder: str, steps: int) -> Tensor:
+    engine = engine_of(stage, OPTIMIZERS[name])
+    train(engine, rank, steps)
+    engine.save_checkpoint(folder, tag="first")
+    keep(engine)
+    return flat(engine)
+
+
+def resume(
+    rank: int, world: int, name: str, stage: int, folder: str, source: str, target: str | None
+) -> Tensor:
+    """Loads; saves what has been loaded under `target`, or trains on."""
+    bucket = SMALL if target is None else 700
+    engine = engine_of(stage, OPTIMIZERS[name], zero_optimization={"reduce_bucket_size": bucket})
+    engine.load_checkpoint(folder, tag=source)
+    if target is not None:
+        engine.save_checkpoint(folder, tag=target)
+    else:
+        train(engine, 0, 2, 2)  # all ranks on the same data: sums differ by no order
+    keep(engine)
+    return flat(engine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_saved_resumes_on_other_ranks_and_stages_to_the_bit(
+    name: str, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    before = ranks.run(2, save, name, 2, folder, 2)[0]
+    for world, stage, source, target in ((3, 1, "first", "a"), (1, 0, "a", "b"), (2, 3, "b", "c")):
+        for end in ranks.run(world, resume, name, stage, folder, source, target):
+            assert torch.equal(end, before)
+    expected = ranks.run(2, resume, name, 2, folder, "first", None)[0]
+    assert not torch.equal(expected, before)
+    for tag in ("a", "b", "c"):
+        assert torch.equal(ranks.run(2, resume, name, 2, folder, tag, None)[0], expected), tag
+
+
+# ---- what cannot be
+
+
+def test_a_plan_that_would_cut_a_parameter_says_what_would_not() -> None:
+    [error, other] = ranks.run(2, refused, {})
+    assert str(error) == str(other)
+    assert_told(error, ConfigError, "looks at whole parameters", "the largest", "whole_padding: ")
+    needed = float(str(error).split("zerort.whole_padding: ")[1].split(",")[0])
+    assert ranks.run(2, refused, {"whole_padding": needed}) == [None, None]
+    [error, _] = ranks.run(2, refused, {"whole_padding": needed - 0.02})
+    assert_told(error, ConfigError, "looks at whole parameters")
+
+
+def refused(rank: int, world: int, changes: dict[str, Any]) -> Exception | None:
+    return caught(partial(engine_of, 1, ADAFACTOR, zerort=changes))
+
+
+@needs_muon
+def test_the_cost_of_a_matrix_is_that_of_its_products() -> None:
+    """Counted by torch's own counter."""
+    for shape in ((8, 8), (8, 24), (24, 8)):
+        parameter = nn.Parameter(torch.randn(shape))
+        parameter.grad = torch.randn(shape)
+        with FlopCounterMode(display=False) as counter:
+            torch.optim.Muon([parameter]).step()
+        assert counter.get_total_flops() == flops(shape, 5)
