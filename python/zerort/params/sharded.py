@@ -61,8 +61,8 @@ __all__ = [
 
 
 class ZeroParamStatus(Enum):
-    """What `ds_status` says of a sharded parameter; DeepSpeed's. One whose values are there has no
-    such attribute.
+    """What `ds_status` says of a parameter; DeepSpeed's. One that is whole, and has ever been
+    sharded, has it as an attribute.
     """
 
     AVAILABLE = 1
@@ -251,7 +251,20 @@ def guarded(kind: type[nn.Parameter]) -> type[Sharded]:
 def enter(parameter: nn.Parameter, keeper: Keeper, name: str) -> Home:
     """From now on `keeper` answers for the parameter's values while its class is `guarded`."""
     home = HOMES[id(parameter)] = Home(keeper, name, type(parameter))
+    mark(parameter, stays_whole=False)
     return home
+
+
+def mark(parameter: nn.Parameter, *, stays_whole: bool) -> None:
+    """Lets it answer as DeepSpeed's do while it is whole, in a forward or for good."""
+    # past the class of a sharded one, which has properties of these names
+    parameter.__dict__.update(
+        ds_status=ZeroParamStatus.AVAILABLE,
+        ds_shape=parameter.shape,
+        ds_numel=parameter.numel(),
+        ds_id=id(parameter),
+        ds_persist=stays_whole,
+    )
 
 
 class Gone(Sharded):

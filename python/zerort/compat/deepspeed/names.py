@@ -20,6 +20,7 @@ from zerort.compat.deepspeed import (
     optimizer,
     pieces,
     settings,
+    stage3,
     start,
 )
 from zerort.compat.deepspeed.groups import GROUPS
@@ -101,6 +102,7 @@ _schedules = {
 _zero = {
     **_of(zerort.zero, ("GatheredParameters", "Init", "ZeroParamStatus")),
     **_of(zerort.zero, ("register_external_parameter", "unregister_external_parameter")),
+    **_of(stage3, ("unwrap_model_for_generation",)),
 }
 _partition = {
     **_zero,
@@ -212,6 +214,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.runtime.zero.partition_parameters": _partition,
     "deepspeed.runtime.zero.stage3": {
         **_of(optimizer, ("DeepSpeedZeroOptimizer_Stage3",)),
+        **_of(stage3, ("unwrap_model_for_generation",)),
         **{name: call for name, call in _estimates.items() if "zero3" in name},
     },
     "deepspeed.runtime.zero.stage_1_and_2": {

@@ -7,26 +7,30 @@ when it is whole, in a forward or for good.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from zerort.params.sharded import Sharded, ZeroParamStatus
+from zerort.params import sharded
+from zerort.zero import GatheredParameters
 
-__all__ = ["ParameterOffload", "mark_parameters"]
+__all__ = ["ParameterOffload", "mark_parameters", "unwrap_model_for_generation"]
 
 
 def mark_parameters(module: nn.Module) -> None:
     """Gives each parameter what it answers when it is whole."""
     for parameter in module.parameters():
-        # past the class of a sharded one, which has properties of these names
-        parameter.__dict__.update(
-            ds_status=ZeroParamStatus.AVAILABLE,
-            ds_shape=parameter.shape,
-            ds_numel=parameter.numel(),
-            ds_id=id(parameter),
-            ds_persist=not isinstance(parameter, Sharded),
-        )
+        sharded.mark(parameter, stays_whole=not isinstance(parameter, sharded.Sharded))
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
+    """Within, the engine's parameters are whole, so that no token gathers them; below stage 3
+    nothing is done. All ranks enter and leave it together.
+    """
+    with GatheredParameters(model.parameters()):
+        yield model
 
 
 class ParameterOffload:
