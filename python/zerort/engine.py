@@ -33,6 +33,7 @@ from zerort.step.averaging import Averaging
 from zerort.step.events import Events
 from zerort.step.forwards import ForwardOnly
 from zerort.step.getters import Getters
+from zerort.step.outside import Outside
 from zerort.step.participation import Participation
 from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
@@ -70,6 +71,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         self._transaction = _transaction(parts, self.counters, self._events)
         self._states = States(self._transaction, parts)
         self._owner = Owner(self._transaction, parts)
+        outside = Outside(self._transaction, parts)
         self._checkpoints = Checkpoints(_state(self), _policy(parts))
         # An engine that is dropped without `destroy` leaves no hook on the model.
         self._give_back = weakref.finalize(
@@ -77,6 +79,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
             _give_back,
             self._transaction,
             self._owner.close,
+            outside.close,
             self._events.close,
             parts.sink.close,
         )

@@ -179,6 +179,8 @@ class OptimizerEntry(Entry):
 
     name: str
     groups: Annotated[tuple[dict[str, JsonValue], ...], _Stop]
+    kinds: Annotated[tuple[str, ...], _Stop] = ()
+    """The class of each group's optimizer, where there are several."""
 
 
 class SchedulerEntry(Entry):

@@ -278,6 +278,7 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
             if origins[param] >= 0
         )
         sources[bucket.group].update(source for source in found if source is not None)
+    _check_kinds(manifest, state, origins)
     saved = manifest.optimizer.groups if manifest.optimizer is not None else ()
     chosen: list[int | None] = []
     for index, groups in enumerate(sources):
@@ -288,6 +289,21 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
             )
         chosen.append(min(groups, default=None))
     return chosen
+
+
+def _check_kinds(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> None:
+    """Of several optimizers, the same one has each parameter."""
+    kinds = () if manifest.optimizer is None else manifest.optimizer.kinds
+    for bucket in state.flat.trained if kinds else ():
+        for param, name in zip(bucket.spec.params, bucket.names, strict=True):
+            group = manifest.params[origins[param]].group if origins[param] >= 0 else None
+            own = state.optimizer.kinds[bucket.group]
+            if group is not None and group < len(kinds) and kinds[group] != own:
+                raise CheckpointError(
+                    f"{name} is updated by {own}, and by {kinds[group]} in the checkpoint, whose "
+                    "state means something else: divide the parameters as they were, or take the "
+                    "weights without it, by load_optimizer_states=False"
+                )
 
 
 def _loose(manifest: Manifest, state: EngineState, names: _Names) -> dict[str, int | str]:

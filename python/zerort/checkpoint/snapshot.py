@@ -299,7 +299,9 @@ def _optimizer(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Any] 
         return None
     groups = enumerate(state.optimizer.groups)
     options = tuple(_options(group, index, beside) for index, group in groups)
-    return {"name": state.optimizer.name, "groups": options}
+    kinds = tuple(state.optimizer.kinds)
+    several = {"kinds": kinds} if len(set(kinds)) > 1 else {}
+    return {"name": state.optimizer.name, "groups": options, **several}
 
 
 def _scheduler(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json] | None:

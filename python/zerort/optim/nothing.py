@@ -28,6 +28,7 @@ class NoOptimizer:
     optimizer: Any = None
     name: str | None = None
     groups: Sequence[dict[str, Any]] = ()
+    kinds: Sequence[str] = ()
     segments: Sequence[Segment] = ()
 
     def __init__(self, reason: str) -> None:

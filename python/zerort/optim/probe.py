@@ -340,6 +340,9 @@ class _Twin:
         for index, group in enumerate(self.optimizer.param_groups):
             self.give(index, [])
             _start_moving(group)
+        train = getattr(type(self.optimizer), "train", None)
+        if callable(train):  # one that is evaluated at other weights steps in training alone
+            train(self.optimizer)
 
     def give(self, index: int, params: list[nn.Parameter]) -> None:
         """Puts `params` into a group, in place: the optimizer may hold the very list."""
@@ -376,7 +379,8 @@ class _Twin:
             elif isinstance(value, Optimizer) and id(value) not in self._memo:
                 self._copied(value)
         twin.__dict__.update({key: self._copy(value) for key, value in vars(optimizer).items()})
-        twin.__dict__.pop("step", None)
+        for name in ("step", "train", "eval"):
+            twin.__dict__.pop(name, None)
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             if hooks in twin.__dict__:
                 twin.__dict__[hooks] = OrderedDict()

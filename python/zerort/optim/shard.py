@@ -57,6 +57,11 @@ class ShardOptimizer:
         return name_of(self.optimizer)
 
     @property
+    def kinds(self) -> Sequence[str]:
+        """The class of each group's optimizer."""
+        return [type(part.optimizer).__qualname__ for part in self._parts for _ in part.groups]
+
+    @property
     def groups(self) -> Sequence[dict[str, Any]]:
         """The optimizer's own."""
         return self.optimizer.param_groups

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from catching import assert_told, caught
 from models import mlp
 from terms import engine_over_terms
-from zerort.errors import ConfigError, PlanError
+from zerort.errors import CheckpointError, ConfigError, PlanError
 from zerort.optim import Chain
 
 FAST, SLOW = 0.5, 0.125
@@ -271,3 +272,29 @@ def test_only_groups_with_betas_have_them_cycled() -> None:
     step(engine)
     first, second = engine.optimizer.param_groups
     assert "betas" not in first and second["betas"] != (0.9, 0.999)
+
+
+# ---- checkpoints
+
+
+def test_state_of_one_is_not_taken_for_the_others(tmp_path: Path) -> None:
+    engine = engine_of(seeded())
+    step(engine)
+    engine.save_checkpoint(str(tmp_path))
+    model = seeded()
+    same = engine_of(model)
+    same.load_checkpoint(str(tmp_path))
+    for mine, own in zip(model.parameters(), engine.module.parameters(), strict=True):
+        assert torch.equal(mine, own)
+    assert sorted(map(sorted, same.optimizer.state.values())) == sorted(
+        map(sorted, engine.optimizer.state.values())
+    )
+    model = seeded()
+    turned = engine_of(
+        model,
+        [Normed([*model[2].parameters(), model[0].bias]), torch.optim.AdamW([model[0].weight])],
+    )
+    error = caught(partial(turned.load_checkpoint, str(tmp_path)))
+    words = "2.bias is updated by Normed, and by AdamW in the checkpoint"
+    assert_told(error, CheckpointError, words)
+    turned.load_checkpoint(str(tmp_path), load_optimizer_states=False)
