@@ -42,8 +42,11 @@ def _enter(
     }
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        # More ranks than GPUs share them, which NCCL does from 2.30 on.
+        os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+        device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:

@@ -57,6 +57,9 @@ class Workload:
 # 20.5 million parameters.
 SHAPE = Shape(vocabulary=1536, context=128, width=512, depth=6, heads=8)
 
+# 124 million parameters: what a GPU computes for longer than its host takes to launch it.
+LARGE = Shape(vocabulary=50304, context=1024, width=768, depth=12, heads=12)
+
 TINY = Shape(vocabulary=1536, context=128, width=64, depth=2, heads=2)
 
 
@@ -65,6 +68,12 @@ def _tokens(generator: torch.Generator) -> Batch:
     # loss.
     draws = torch.rand(4, SHAPE.context + 1, generator=generator)
     rows = (draws**3 * SHAPE.vocabulary).long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _long_tokens(generator: torch.Generator) -> Batch:
+    draws = torch.rand(8, LARGE.context + 1, generator=generator)
+    rows = (draws**3 * LARGE.vocabulary).long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -116,3 +125,13 @@ WORKLOADS = {
         ),
     )
 }
+if torch.cuda.is_available():
+    WORKLOADS["gpt-large"] = replace(
+        GPT_FP32,
+        name="gpt-large",
+        build=lambda: GPT(LARGE),
+        draw=_long_tokens,
+        size=8,
+        dtype=torch.bfloat16,
+        tolerance=5e-3,
+    )

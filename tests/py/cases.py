@@ -35,9 +35,9 @@ from zerort.optim import Lion
 
 def loss_of(engine: Any, at: Moment, *args: Any) -> Tensor:
     """Mean squared distance of the outputs from random targets, in fp32 or better."""
-    inputs, targets = at.randn(2, MICRO_BATCH, WIDTH)
-    dtype = next(engine.module.parameters()).dtype
-    return (engine(inputs.to(dtype), *args) - targets).square().mean()
+    first = next(engine.module.parameters())
+    inputs, targets = at.randn(2, MICRO_BATCH, WIDTH).to(first.device)
+    return (engine(inputs.to(first.dtype), *args) - targets).square().mean()
 
 
 def regress(engine: Any, at: Moment) -> None:
@@ -45,7 +45,8 @@ def regress(engine: Any, at: Moment) -> None:
 
 
 def predict_tokens(engine: Any, at: Moment) -> None:
-    engine.backward(engine(at.tokens(VOCABULARY, MICRO_BATCH, 12)))
+    device = next(engine.module.parameters()).device
+    engine.backward(engine(at.tokens(VOCABULARY, MICRO_BATCH, 12).to(device)))
 
 
 def use_the_same_branches(engine: Any, at: Moment) -> None:

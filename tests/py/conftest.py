@@ -1,10 +1,24 @@
 """One thread for torch in the parent as in every rank, so that the twin's kernels round as the
 ranks' do. Drawn tests ask for results and not for speed: no example has a deadline.
+
+A GPU is out of sight, so that tests find the same on every machine, unless it is asked for by
+`-m gpu`, which puts all ranks on it.
 """
 
+import os
+
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("results", deadline=None)
 settings.load_profile("results")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test is imported, and before torch has looked for a device."""
+    if config.option.markexpr == "gpu":
+        os.environ["ZERORT_TEST_DEVICE"] = "cuda"
+    if os.environ.get("ZERORT_TEST_DEVICE") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -9,7 +9,10 @@ Guaranteed: `run` returns within its time limit, a few seconds of grace aside, a
 behind. A failure carries, for each rank, the exception with its traceback, or the stack of every
 thread of a rank that did not come back.
 
-Not done here: several machines, GPUs, retries.
+With ZERORT_TEST_DEVICE=cuda in the environment the ranks share this machine's GPUs, over NCCL from
+2.30 on where there are fewer of them.
+
+Not done here: several machines, retries.
 """
 
 from __future__ import annotations
@@ -88,6 +91,8 @@ class Hung:
 
 Outcome = Returned | Raised | Died | Hung
 T = TypeVar("T")
+
+ON_GPU = os.environ.get("ZERORT_TEST_DEVICE") == "cuda"
 
 
 def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -236,6 +241,8 @@ def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> No
         # from
         gc.freeze()
         torch.set_num_threads(1)
+        if ON_GPU:
+            _take_gpu(rank)
         fn, args = pickle.loads(pipe.recv_bytes())
         try:
             if world > 1:
@@ -263,9 +270,16 @@ def _leave(code: int) -> None:
 
 def _join(rank: int, world: int, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
-    )
+    backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
+    limit = timedelta(seconds=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def _take_gpu(rank: int) -> None:
+    """Kernels that add in one order alone, so that stages can be compared to the bit."""
+    os.environ |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _report(fn: Callable[..., Any], timeout: float, outcomes: Sequence[Outcome]) -> str:

@@ -6,7 +6,7 @@ alone, so that a failure is its own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import ranks
@@ -17,9 +17,12 @@ from training import Config, at_stage, train_each
 __all__ = [
     "EVERYTHING",
     "FAR_APART",
+    "LATE",
+    "REFUSED",
     "STAGES",
     "Batches",
     "Job",
+    "at_stage_3",
     "reduction",
     "trained_in_every_way",
 ]
@@ -33,10 +36,19 @@ Job = tuple[str, int, list[Config]]
 
 
 class Batches:
-    """Histories of `jobs`, trained `size` jobs in one group of `world` processes."""
+    """Histories of `jobs`, trained `size` jobs in one group of `world` processes, each job by
+    `train` of its parts.
+    """
 
-    def __init__(self, world: int, jobs: Mapping[Any, Job], size: int) -> None:
+    def __init__(
+        self,
+        world: int,
+        jobs: Mapping[Any, Job],
+        size: int,
+        train: Callable[..., list[History]] = train_each,
+    ) -> None:
         self._world, self._jobs, self._size = world, dict(jobs), size
+        self._train_one = train
         self._found: dict[Hashable, list[list[History]]] = {}
 
     def __getitem__(self, key: Hashable) -> list[list[History]]:
@@ -52,13 +64,52 @@ class Batches:
         return self._found[key]
 
     def _train(self, keys: list[Hashable]) -> None:
-        results = ranks.run(self._world, train_jobs, [self._jobs[key] for key in keys])
+        jobs = [self._jobs[key] for key in keys]
+        results = ranks.run(self._world, train_jobs, jobs, self._train_one)
         for key, of_ranks in zip(keys, zip(*results, strict=True), strict=True):
             self._found[key] = [list(histories) for histories in zip(*of_ranks, strict=True)]
 
 
-def train_jobs(rank: int, world: int, jobs: list[Job]) -> list[list[History]]:
-    return [train_each(rank, world, *job) for job in jobs]
+def train_jobs(
+    rank: int, world: int, jobs: list[Job], train: Callable[..., list[History]]
+) -> list[list[History]]:
+    return [train(rank, world, *job) for job in jobs]
+
+
+REFUSED = {
+    # They differentiate a backward, for which parameters would have to be whole twice.
+    "gradient_penalty",
+    "hessian_vector_product",
+    # They read parameters outside a forward.
+    "bypass",
+    "bypass_direct",
+    # One rank waits in a collective of its own, within a backward, for another that skips a module
+    # and so has to ask for the units that the first has passed.
+    "collective_in_backward",
+}
+"""Cases that stage 3 refuses."""
+
+LATE = {
+    "reused_more_often_checkpointed_reentrant",
+    "another_unused_each_step",
+    "unfrozen_after_a_step",
+}
+"""In these a gradient may come at stage 3 when its bucket has left; the rest is summed later, to
+other bits.
+"""
+
+
+def at_stage_3(room: int, bucket: int = 150) -> Config:
+    """Everything is sharded, a bucket a unit."""
+    return {
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": room,
+        },
+        "zerort": {"reduce_at": "micro_batch"},
+    }
 
 
 def reduction(stage: int) -> ReduceAt:

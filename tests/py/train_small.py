@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import zerort
+from training import weights
 
 
 def main(stage: int, accumulation: int, output: str) -> None:
@@ -31,16 +32,13 @@ def main(stage: int, accumulation: int, output: str) -> None:
         batch = torch.randn(4, 64, generator=draw).to(engine.device)
         engine.backward(engine(batch).square().mean())
         engine.step()
+    found = {
+        "device": engine.device.type,
+        "norm": engine.get_global_grad_norm(),
+        "weights": weights(engine),
+    }
     if torch.distributed.get_rank() == 0:
-        weights = {name: tensor.cpu() for name, tensor in engine.module.state_dict().items()}
-        torch.save(
-            {
-                "device": engine.device.type,
-                "norm": engine.get_global_grad_norm(),
-                "weights": weights,
-            },
-            output,
-        )
+        torch.save(found, output)
     engine.destroy()
     torch.distributed.destroy_process_group()
 

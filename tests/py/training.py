@@ -101,7 +101,7 @@ def run(rank: int, name: str, accumulation: int, changes: Mapping[str, Any]) -> 
 def weights(engine: Any) -> dict[str, Tensor]:
     """Copies of all parameters, whole; all ranks call it."""
     with zerort.zero.GatheredParameters(list(engine.module.parameters())):
-        return weights_of(engine.module)
+        return {name: tensor.cpu() for name, tensor in weights_of(engine.module).items()}
 
 
 def take_step(engine: Any, case: Case, rank: int, step: int, accumulation: int = 1) -> None:

@@ -15,29 +15,13 @@ import torch
 from torch import nn
 
 import zerort
-from training import assert_near
+from gpus import gpu, nccl
+from training import assert_near, weights
 from zerort import _core
 
 HERE = Path(__file__).parents[1]
 
 
-def _why_no_nccl() -> str | None:
-    """What keeps two ranks from talking over NCCL here."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
-    shared = torch.cuda.nccl.version() >= (2, 30)
-    return (
-        None
-        if torch.cuda.device_count() >= 2 or shared
-        else "needs two GPUs, or NCCL 2.30 to share one"
-    )
-
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-nccl = pytest.mark.skipif(_why_no_nccl() is not None, reason=str(_why_no_nccl()))
-
-
-@pytest.mark.gpu
 @gpu
 def test_a_cuda_buffer_and_its_fragments_are_the_tensors_own_memory() -> None:
     plan = _core.Plan([(100, "f32", 0, 0), (28, "f32", 0, 0)], world=2, stage=2, cap_bytes=1 << 20)
@@ -75,14 +59,11 @@ def _train(
         )
         engine.step()
     assert engine.device.type == device
-    return {
-        name: tensor.cpu() for name, tensor in model.state_dict().items()
-    }, engine.get_global_grad_norm()
+    return weights(engine), engine.get_global_grad_norm()
 
 
-@pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_gpu_trains_like_the_cpu(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, norm = _train("cuda", stage)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -92,10 +73,9 @@ def test_one_gpu_trains_like_the_cpu(stage: int, monkeypatch: pytest.MonkeyPatch
         assert_near(tensor, expected[name], name, 1e-4)
 
 
-@pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_gpu_trains_like_the_cpu_with_state_on_the_host(
     stage: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +97,8 @@ def _torchrun(output: Path, stage: int, accumulation: int, environment: dict[str
     return torch.load(output, weights_only=True)
 
 
-@pytest.mark.gpu
 @nccl
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_two_ranks_on_nccl_train_like_gloo(stage: int, accumulation: int, tmp_path: Path) -> None:
     over_nccl = _torchrun(
         tmp_path / "nccl.pt", stage, accumulation, {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}

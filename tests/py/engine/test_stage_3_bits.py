@@ -4,41 +4,10 @@ import pytest
 import torch
 
 from cases import CASES
-from table import EVERYTHING, Batches
+from table import EVERYTHING, LATE, REFUSED, Batches, at_stage_3
 from training import Config, digest
 
-REFUSED = {
-    # They differentiate a backward, for which parameters would have to be whole twice.
-    "gradient_penalty",
-    "hessian_vector_product",
-    # They read parameters outside a forward.
-    "bypass",
-    "bypass_direct",
-    # One rank waits in a collective of its own, within a backward, for another that skips a module
-    # and so has to ask for the units that the first has passed.
-    "collective_in_backward",
-}
-
-# In these a gradient may come when its bucket has left; the rest is summed later, to other bits.
-LATE = {
-    "reused_more_often_checkpointed_reentrant",
-    "another_unused_each_step",
-    "unfrozen_after_a_step",
-}
 ALIKE = [name for name in CASES if name not in REFUSED | LATE]
-
-
-def at_stage_3(room: int, bucket: int = 150) -> Config:
-    """Everything is sharded, a bucket a unit."""
-    return {
-        "zero_optimization": {
-            "stage": 3,
-            "reduce_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": room,
-        },
-        "zerort": {"reduce_at": "micro_batch"},
-    }
 
 
 WAYS: dict[str, Config] = {
