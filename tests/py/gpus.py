@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ def _why_no_nccl() -> str | None:
     """What keeps two ranks from talking over NCCL here."""
     if not torch.cuda.is_available():
         return "needs a CUDA device, and to be asked for by `-m gpu`"
-    shared = torch.cuda.nccl.version() >= (2, 30)
+    # torch's own answer is the version that it was built with; another may be loaded.
+    shared = torch.cuda.nccl.version() >= (2, 30) or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     return (
         None
         if torch.cuda.device_count() >= 2 or shared
