@@ -74,12 +74,21 @@ def step(engine: Any, rank: int, number: int) -> None:
     engine.step()
 
 
+def warm_up(rank: int) -> None:
+    """What libraries make once a process: work spaces, kernels, contexts."""
+    engine = engine_at(0)
+    step(engine, rank, 0)
+    engine.destroy()
+    torch.cuda.synchronize()
+
+
 # ---- where the host waits
 
 
 def host_waits(rank: int, world: int) -> dict[tuple[int, str], tuple[int, int]]:
     """By stage and precision: waits of the host in a forward and backward, and in a step."""
     found = {}
+    warm_up(rank)
     for stage in STAGES:
         for precision in PRECISION:
             engine = engine_at(stage, precision)
@@ -93,8 +102,8 @@ def host_waits(rank: int, world: int) -> dict[tuple[int, str], tuple[int, int]]:
                 engine.step()
             engine.destroy()
             found[stage, precision] = len(passes), len(update)
-            notes = {str(one.message)[:200] for one in (*passes, *update)}
-            assert all("synchroniz" in note for note in notes), notes
+            for one in (*passes, *update):
+                assert "synchroniz" in str(one.message), one
     return found
 
 
@@ -125,9 +134,25 @@ def test_the_host_waits_nowhere_in_a_pass_and_once_in_a_step() -> None:
 # ---- memory
 
 
+BYTES_EACH = {
+    (0, "fp32"): 16 + 2,
+    (0, "bf16"): 18 + 1,
+    (1, "fp32"): 10 + 2,
+    (1, "bf16"): 10 + 1,
+    (2, "fp32"): 10 + 2,
+    (2, "bf16"): 10 + 1,
+    (3, "fp32"): 8 + 2,
+    (3, "bf16"): 9 + 1,
+}
+"""Of a parameter, by stage and precision: its values, sums, master and moments, and behind the
+plus the four buckets of eight that may be in flight.
+"""
+
+
 def memory(rank: int, world: int) -> dict[tuple[int, str], tuple[int, int]]:
     """By stage and precision: bytes allocated at rest, and the peak of a step."""
     found = {}
+    warm_up(rank)
     for stage in STAGES:
         for precision in ("fp32", "bf16"):
             gc.collect()
@@ -148,13 +173,12 @@ def memory(rank: int, world: int) -> dict[tuple[int, str], tuple[int, int]]:
 
 @nccl
 def test_memory_at_rest_is_a_stages_share() -> None:
-    shared = {0: (16, 18), 1: (10, 10), 2: (10, 10), 3: (8, 9)}
     for found in ranks.run(2, memory):
-        for stage, each in shared.items():
-            for precision, bytes_each in zip(("fp32", "bf16"), each, strict=True):
-                rest, peak = found[stage, precision]
-                assert rest <= 1.1 * bytes_each * NUMEL, (stage, precision, rest / NUMEL, found)
-                assert peak <= rest + 6 * NUMEL, (stage, precision, peak / NUMEL, found)
+        each = {key: (rest / NUMEL, peak / NUMEL) for key, (rest, peak) in found.items()}
+        for key, expected in BYTES_EACH.items():
+            rest, peak = each[key]
+            assert rest <= expected + 0.25, each
+            assert peak <= rest + 4, each
 
 
 # ---- messages beside kernels
