@@ -19,7 +19,10 @@ NEAR = 1e-4
 TURNS = {"rprop", "lion", "lion_decayed"}
 """Their steps turn on the sign of a gradient, which a last bit can change."""
 
-NAMES = [name for name in (*CASES, *DRAWN) if name not in TURNS]
+ROUNDED = {"mixed_dtypes"}
+"""Stage 0 sends means once more, and so rounds them once more, in the dtype of parameters."""
+
+NAMES = [name for name in (*CASES, *DRAWN) if name not in TURNS | ROUNDED]
 
 
 def _at(stage: int, reduce_at: str) -> Config:
