@@ -46,5 +46,6 @@ class GroupComm:
 
     def close(self, *, waits: bool = True) -> None:
         """Gives the groups back, once; the job's own stays."""
-        self._groups.close(waits=waits)
+        lost = self._groups.failed or self.control.groups.failed
+        self._groups.close(waits=waits and not lost)
         self.control.close(waits=waits)

@@ -79,6 +79,8 @@ class Groups:
         self._numbers = count()
         self._patience = timedelta(0)
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self.failed = False
+        """Whether a collective on one of these groups has failed."""
         self._given_back = weakref.finalize(self, _drop, self._groups, self._under_way)
         self._given_back.atexit = False
         weakref.finalize(self, _linger, self._groups)
@@ -116,7 +118,12 @@ class Groups:
     def close(self, *, waits: bool = True) -> None:
         """Waits for what is under way, at most as long as the time-out, unless it is not to, and
         gives the groups back. A second call does nothing.
+
+        Where it is not waited for, an accelerator's library is told to give up: its kernels would
+        wait for those of a lost peer for ever.
         """
+        if not waits:
+            _abort(self._groups, self._under_way)
         deadline = time.monotonic() + (self._patience.total_seconds() if waits else 0.0)
         while _busy(self._under_way) and self._groups and time.monotonic() < deadline:
             time.sleep(_POLL)
@@ -149,6 +156,7 @@ class Groups:
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
+        self.failed = True
         rank = self.members.job_rank
         if not dist.is_initialized():
             return CommError(
@@ -222,3 +230,14 @@ def _destroy(groups: dict[str, dist.ProcessGroup]) -> None:
         # Raised where the user has destroyed torch.distributed, and ours with it.
         with suppress(AssertionError, ValueError):
             dist.destroy_process_group(group)
+
+
+def _abort(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
+    """Ends the groups of an accelerator's library at once; gloo's end by themselves."""
+    for name, group in list(groups.items()):
+        if dist.get_backend(group) == "gloo":
+            continue
+        del groups[name]
+        under_way.clear()
+        with suppress(AssertionError, ValueError):  # the user has destroyed torch.distributed
+            dist.distributed_c10d._abort_process_group(group)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import torch
+
 from zerort.errors import CommError, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import LossScaling
@@ -279,10 +281,21 @@ class Participation:
 
     def _vote(self, failure: str | None, correction: float) -> Outcome:
         try:
+            self._await_all(failed=failure is not None)
             failure = self._prepare(failure)
             return self.boundary.cross(self.averaging.factor, failure, correction)
         finally:
             self.passes.crossed()
+
+    def _await_all(self, *, failed: bool) -> None:
+        """Where the host runs ahead: all ranks have launched all that they will, so that whoever
+        waits for the device next waits for no rank that is gone. Raises `CommError`.
+
+        The device is still at work meanwhile, so this costs no time where it sets the pace.
+        """
+        if not self.reduction.executor.device.blocks:
+            with self.boundary.standby.attending(failed=failed):
+                self.boundary.mesh.control.all_reduce(torch.zeros(1))
 
     def _prepare(self, failure: str | None) -> str | None:
         """What features do before the vote; returns why this rank fails, if it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -67,3 +68,35 @@ def asked_on_cpu(rank: int, world: int) -> int:
 
 def test_on_cpu_gradients_parameters_and_control_have_a_group_each() -> None:
     assert ranks.run(2, asked_on_cpu) == [3, 3]
+
+
+def a_peer_is_lost(rank: int, world: int) -> dict[str, Any]:
+    """Closes a communicator over which a collective hangs, once its control group has failed."""
+    make, named, aborted = dist.new_group, dist.get_backend, list[Any]()
+    theirs: list[Any] = []
+
+    def new_group(ranks: Any, backend: str, **options: Any) -> Any:
+        group = make(ranks, backend=backend.replace("theirs", "gloo"), **options)
+        if backend == "theirs":
+            theirs.append(group)
+        return group
+
+    dist.new_group = new_group
+    dist.get_default_backend_for_device = lambda device: "theirs"
+    dist.get_backend = lambda group=None: "theirs" if group in theirs else named(group)
+    dist.distributed_c10d._abort_process_group = aborted.append
+    control = meet(MINUTE)
+    assert isinstance(control, GlooControl)
+    comm = NcclComm(control, CPU, MINUTE)
+    if rank == 0:
+        comm.all_gather(torch.zeros(2)).start()  # rank 1 never comes
+        control.failure("vote", RuntimeError("rank 1 has gone"))
+    start = time.monotonic()
+    comm.close()
+    return {"aborted": aborted == theirs, "seconds": time.monotonic() - start}
+
+
+def test_a_communicator_that_has_lost_a_peer_gives_up_what_is_under_way() -> None:
+    survivor, _ = ranks.run(2, a_peer_is_lost)
+    assert survivor["aborted"]
+    assert survivor["seconds"] < 30

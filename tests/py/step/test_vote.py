@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,13 @@ import pytest
 import torch
 
 import ranks
+import zerort
+from catching import assert_told, caught
+from training import keep
+from zerort.device.cpu import Cpu
+from zerort.errors import CommError
 from zerort.mesh import connect
+from zerort.step import vote as voting
 from zerort.step.vote import Ballot, Verdict, vote
 
 pytestmark = pytest.mark.timeout(60)
@@ -36,3 +44,40 @@ def test_what_several_ranks_hold_alike_enters_the_norm_once() -> None:
     replicas = {"shard": [[0], [1]], "replica": [[0, 1]]}
     for verdict in ranks.run(2, _vote, replicas):
         assert verdict.norm == 5.0
+
+
+def _host_ahead(rank: int, world: int) -> list[object]:
+    """Rank 1 goes behind its second backward; the error of rank 0's step, and what it asked the
+    device for before. Of the step before: how many small all-reduces it took.
+    """
+    Cpu.blocks = False  # type: ignore[misc]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = zerort.initialize(model=torch.nn.Linear(8, 8), config=config)
+    keep(engine)
+    control = engine._parts.mesh.control
+    reduce, read, seen = control.all_reduce, voting._total, list[str]()
+    control.all_reduce = lambda values: (seen.append("ranks"), reduce(values))  # type: ignore[misc]
+    voting._total = lambda squares: (seen.append("device"), read(squares))[1]  # type: ignore[misc]
+    engine.backward(engine(torch.ones(4, 8)).square().mean())
+    engine.step()
+    good, seen[:] = list(seen), []
+    engine.backward(engine(torch.ones(4, 8)).square().mean())
+    if rank == 1:
+        os._exit(3)
+    time.sleep(0.5)
+    error = caught(engine.step)
+    return [error, good, seen]
+
+
+def test_a_host_that_runs_ahead_asks_for_all_ranks_before_it_waits_for_the_device() -> None:
+    survivor, gone = ranks.attempt(2, _host_ahead)
+    assert gone == ranks.Died(3)
+    assert isinstance(survivor, ranks.Returned), survivor
+    error, good, seen = survivor.value
+    assert good == ["ranks", "device", "ranks"]
+    assert seen == ["ranks"]
+    assert_told(error, CommError, "rank 1")
