@@ -25,6 +25,8 @@
 //!   is contiguous, so the second use needs its last hop alone.
 //! - *State that lives elsewhere*, in the host's memory: nothing is planned for it. A copy behind the
 //!   reduce hops and one before the publish hops are a rank's own matter.
+//! - *Parameters that are stepped whole by one rank, of which shards hold parts*: between the two,
+//!   once a boundary, gradients go to their owners and parameters come back ([`crate::exchange`]).
 //!
 //! - **HOP-1** The reduce hops leave every rank the sum over all ranks, each once: of the shard
 //!   with its number where the optimizer is sharded, of everything where it is not. The publish

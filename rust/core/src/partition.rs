@@ -23,7 +23,7 @@
 //!
 //! It never reaches a bound that follows from the grain. Let N be the shards, e where the last
 //! parameter ends when each starts at the first 64 bytes behind the one before, T the sum of lengths
-//! rounded up to 64 bytes, m the longest of them.
+//! rounded up to 64 bytes, m the longest of them; e and T at least 1.
 //!
 //! - *Element*: the bucket is shorter than e + 128 N, as it is e rounded up.
 //! - *Block of k*: with u = lcm(128, k) it is shorter than e + 2 N u. Only a parameter across one of
