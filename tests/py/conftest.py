@@ -6,6 +6,7 @@ A GPU is out of sight, so that tests find the same on every machine, unless it i
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["ZERORT_TEST_DEVICE"] = "cuda"
     if os.environ.get("ZERORT_TEST_DEVICE") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_ranks() -> Iterator[None]:
+    """Ends, with a file's tests, the ranks that they shared."""
+    yield
+    import ranks  # which reads the environment
+
+    ranks.end_shared()

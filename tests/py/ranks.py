@@ -3,7 +3,8 @@ doing when it fails.
 
 Every run gets fresh processes, forked from a server that has imported torch already (0.2 s for two
 ranks), and a fresh group on a port of its own: no run can see another's leftovers, and a rank that
-hangs or dies costs only its own run.
+hangs or dies costs only its own run. Shared calls have that in common as long as each leaves its
+processes as it found them.
 
 Guaranteed: `run` returns within its time limit, a few seconds of grace aside, and leaves no process
 behind. A failure carries, for each rank, the exception with its traceback, or the stack of every
@@ -40,7 +41,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from leftovers import Watch
+
 TIMEOUT = 60.0
+CALLS = 40  # of one crew: engines that are kept have threads, groups and descriptors
 GRACE = 5.0  # seconds that the peers of a rank that failed may take to notice
 PRELOAD = [
     "torch",
@@ -61,9 +65,10 @@ class RankFailure(AssertionError):
 
 @dataclass(frozen=True)
 class Returned:
-    """The rank came back with a value."""
+    """The rank came back with a value; a shared one names what it has left in its process."""
 
     value: Any
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,7 @@ def run(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
     world of one has no process group. Raises `RankFailure` unless every rank returned within
     `timeout` seconds.
     """
-    outcomes = attempt(world, fn, *args, timeout=timeout, grace=GRACE)
-    values = [outcome.value for outcome in outcomes if isinstance(outcome, Returned)]
-    if len(values) < world:
-        raise RankFailure(_report(fn, timeout, outcomes))
-    return values
+    return _values(fn, timeout, attempt(world, fn, *args, timeout=timeout, grace=GRACE))
 
 
 def attempt(
@@ -121,23 +122,40 @@ def attempt(
     With `grace`, the others get that many seconds once the first has failed; without it, the whole
     time limit.
     """
-    store = (
-        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
-    )
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        crew = [
-            _Member(rank, world, store.port if store else 0, Path(folder)) for rank in range(world)
-        ]
-        try:
-            for member in crew:
-                member.start(fn, args)
-            _collect(crew, timeout, grace)
-        finally:
-            for member in crew:
-                member.dismiss()
-            for member in crew:
-                member.stop()
-    return [member.outcome or Died(member.process.exitcode) for member in crew]
+    crew = _Crew(world)
+    try:
+        return crew.call(fn, args, timeout, grace)
+    finally:
+        crew.end()
+
+
+def shared(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """Like `run`, in the processes of the last shared call where that ended well and left them as
+    they were (see leftovers.py), and in fresh ones else; conftest.py ends them with a file's tests.
+
+    For a test whose ranks need no process of their own: it starts no group, kills nobody, and
+    neither counts nor times what a process has.
+    """
+    crew = _shared.get(world)
+    if crew is None or crew.calls >= CALLS:
+        _end_shared(world)
+        crew = _shared[world] = _Crew(world, watched=True)
+    try:
+        return _values(fn, timeout, crew.call(fn, args, timeout, GRACE))
+    finally:
+        if not crew.as_it_was:
+            _end_shared(world)
+
+
+def end_shared() -> None:
+    """Ends the processes of shared calls."""
+    for world in list(_shared):
+        _end_shared(world)
+
+
+def _end_shared(world: int) -> None:
+    if crew := _shared.pop(world, None):
+        crew.end()
 
 
 def once(maxsize: int | None) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -165,20 +183,79 @@ def once(maxsize: int | None) -> Callable[[Callable[..., T]], Callable[..., T]]:
     return keeping
 
 
+def _values(fn: Callable[..., Any], timeout: float, outcomes: Sequence[Outcome]) -> list[Any]:
+    values = [outcome.value for outcome in outcomes if isinstance(outcome, Returned)]
+    if len(values) < len(outcomes):
+        raise RankFailure(_report(fn, timeout, outcomes))
+    return values
+
+
+class _Crew:
+    """The processes of one group; `watched` ones say what each call has left in them."""
+
+    def __init__(self, world: int, watched: bool = False) -> None:
+        self.calls = 0
+        self._store = (
+            dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            if world > 1
+            else None
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        port = self._store.port if self._store else 0
+        self._members = [
+            _Member(rank, world, port, Path(self._folder.name), watched) for rank in range(world)
+        ]
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether the last call ended well and left every process as it was before."""
+        return all(
+            isinstance(member.outcome, Returned) and not member.outcome.left
+            for member in self._members
+        )
+
+    def call(
+        self, fn: Callable[..., Any], args: Sequence[Any], timeout: float, grace: float | None
+    ) -> list[Outcome]:
+        """What became of the function on each rank."""
+        self.calls += 1
+        for member in self._members:
+            member.send(fn, args)
+        _collect(self._members, timeout, grace)
+        return [member.outcome or Died(member.process.exitcode) for member in self._members]
+
+    def end(self) -> None:
+        """Leaves no process behind."""
+        for member in self._members:
+            member.dismiss()
+        for member in self._members:
+            member.stop()
+        self._folder.cleanup()
+
+
+_shared: dict[int, _Crew] = {}
+"""By the number of ranks."""
+
+
 class _Member:
     """The parent's side of one rank."""
 
-    def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
+    def __init__(self, rank: int, world: int, port: int, folder: Path, watched: bool) -> None:
         self.stacks = folder / f"stacks_{rank}"
         self.outcome: Outcome | None = None
         self.pipe, self._theirs = FORKS.Pipe()
         self.process: BaseProcess = FORKS.Process(
-            target=_main, args=(self._theirs, rank, world, port, str(self.stacks)), daemon=True
+            target=_main,
+            args=(self._theirs, rank, world, port, str(self.stacks), watched),
+            daemon=True,
         )
 
-    def start(self, fn: Callable[..., Any], args: Sequence[Any]) -> None:
-        self.process.start()
-        self._theirs.close()
+    def send(self, fn: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Has the rank call a function; the first call starts its process."""
+        if self.process.pid is None:
+            self.process.start()
+            self._theirs.close()
+        self.outcome = None
         self.pipe.send_bytes(pickle.dumps((fn, args)))
 
     def receive(self) -> None:
@@ -202,7 +279,7 @@ class _Member:
         """Lets a rank that has returned leave."""
         if isinstance(self.outcome, Returned):
             with contextlib.suppress(OSError):
-                self.pipe.send_bytes(b"leave")
+                self.pipe.send_bytes(b"")
 
     def stop(self) -> None:
         """Waits for a rank that leaves; kills any other."""
@@ -231,9 +308,9 @@ def _collect(crew: Sequence[_Member], timeout: float, grace: float | None) -> No
             deadline, grace = min(deadline, time.monotonic() + grace), None
 
 
-def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> None:
-    """The child's side: join the group, call the function, report, and stay until all others have
-    reported.
+def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str, watched: bool) -> None:
+    """The child's side: join the group, call what is asked for and report, and stay until all
+    others have reported.
     """
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
@@ -243,23 +320,34 @@ def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str) -> No
         torch.set_num_threads(1)
         if ON_GPU:
             _take_gpu(rank)
-        fn, args = pickle.loads(pipe.recv_bytes())
         try:
             if world > 1:
                 _join(rank, world, port)
-            pipe.send_bytes(pickle.dumps(Returned(fn(rank, world, *args))))
+            watch = Watch() if watched else None
+            while asked := _next(pipe):
+                fn, args = pickle.loads(asked)
+                if watch:
+                    watch.begin()
+                value = fn(rank, world, *args)
+                pipe.send_bytes(pickle.dumps(Returned(value, watch.left() if watch else ())))
         except BaseException as error:
             pipe.send_bytes(
                 pickle.dumps(Raised(type(error).__name__, str(error), traceback.format_exc()))
             )
             _leave(1)  # as a crashing job would: without a farewell to its peers
-        with contextlib.suppress(EOFError, OSError):
-            pipe.recv_bytes()
         _leave(
             0
             # all have reported, so nobody needs this rank: taking the group down would cost more
             # than all else
         )
+
+
+def _next(pipe: Connection) -> bytes:
+    """What to call next; nothing once the parent needs this rank no more, or has gone."""
+    try:
+        return pipe.recv_bytes()
+    except (EOFError, OSError):
+        return b""
 
 
 def _leave(code: int) -> None:

@@ -19,9 +19,11 @@ leaves the stage out.
 
 
 def at_each_stage(rank: int, world: int, chosen: int, scenario: Callable[[int, int], None]) -> None:
-    """Runs a scenario at the stage `chosen`, in a process of its own."""
+    """Runs a scenario at the stage `chosen`."""
+    before = DEFAULTS["stage"]
     DEFAULTS["stage"] = chosen
     scenario(rank, world)
+    DEFAULTS["stage"] = before
 
 
 def engine_over_terms(

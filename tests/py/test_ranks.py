@@ -4,14 +4,18 @@ behind.
 
 import multiprocessing
 import os
+import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import ranks
+import zerort
 
 
 def _sum_of_ranks(rank: int, world: int, start: float) -> torch.Tensor:
@@ -30,6 +34,42 @@ def _raise_on_the_last(rank: int, world: int) -> None:
 def _sleep_on_the_first(rank: int, world: int) -> None:
     if rank == 0:
         time.sleep(60)
+
+
+def _who_and_what(rank: int, world: int) -> tuple[int, float, float]:
+    return os.getpid(), torch.rand(()).item(), random.random()
+
+
+def _set_a_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def _set_a_variable() -> None:
+    os.environ["ZERORT_OF_A_TEST"] = "1"
+
+
+def _patch_a_method() -> None:
+    zerort.Engine.step = None
+
+
+def _patch_a_call() -> None:
+    dist.all_reduce = None
+
+
+def _fill_a_list() -> None:
+    FILLED.append(1)
+
+
+def _leave_a_thread() -> None:
+    threading.Thread(target=time.sleep, args=(5,)).start()
+
+
+FILLED: list[int] = []
+
+
+def _on_the_last(rank: int, world: int, leave: Callable[[], None]) -> None:
+    if rank == world - 1:
+        leave()
 
 
 def _kill_the_first(rank: int, world: int) -> str:
@@ -66,7 +106,37 @@ def test_a_rank_that_dies_is_told_from_one_that_returns() -> None:
     ]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_shared_ranks_are_the_same_processes_with_random_numbers_from_the_beginning(
+    world: int,
+) -> None:
+    first = ranks.shared(world, _who_and_what)
+    assert ranks.shared(world, _who_and_what) == first
+    assert ranks.run(world, _who_and_what) != first
+    ranks.end_shared()
+    assert ranks.shared(world, _who_and_what) != first
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [_set_a_dtype, _set_a_variable, _patch_a_method, _patch_a_call, _fill_a_list, _leave_a_thread],
+)
+def test_ranks_that_are_left_otherwise_are_not_shared_again(leave: Callable[[], None]) -> None:
+    before = ranks.shared(2, _who_and_what)
+    ranks.shared(2, _on_the_last, leave)
+    after = ranks.shared(2, _who_and_what)
+    assert {pid for pid, *_ in before}.isdisjoint(pid for pid, *_ in after)
+
+
+def test_a_failure_of_shared_ranks_is_its_own() -> None:
+    before = ranks.shared(2, _who_and_what)
+    with pytest.raises(ranks.RankFailure, match="the last rank's own words"):
+        ranks.shared(2, _raise_on_the_last)
+    assert ranks.shared(2, _who_and_what)[0][0] != before[0][0]
+
+
 def test_no_process_outlives_its_run() -> None:
+    ranks.end_shared()
     with pytest.raises(ranks.RankFailure):
         ranks.run(2, _sleep_on_the_first, timeout=1)
     assert multiprocessing.active_children() == []

@@ -337,7 +337,7 @@ SCENARIOS = [
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_control(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
-    ranks.run(world, at_each_stage, stage, scenario)
+    ranks.shared(world, at_each_stage, stage, scenario)
 
 
 def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:
@@ -351,7 +351,7 @@ def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_sync_works_at_every_stage(stage: int) -> None:
-    ranks.run(2, _hold_back_at_stage, stage)
+    ranks.shared(2, _hold_back_at_stage, stage)
 
 
 class _Long(Terms):
