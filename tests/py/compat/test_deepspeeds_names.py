@@ -43,6 +43,7 @@ runtime.engine DeepSpeedEngine
 runtime.lr_schedules VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR OneCycle LRRangeTest
 runtime.utils see_memory_usage
 runtime.zero Init GatheredParameters
+runtime.zero.config ZeroStageEnum
 runtime.zero.offload_config OffloadDeviceEnum
 runtime.zero.partition_parameters ZeroParamStatus Init GatheredParameters _orig_torch_arange
 zero.partition_parameters ZeroParamStatus Init GatheredParameters
@@ -76,6 +77,16 @@ def test_single_keys_and_sections_are_read_as_a_files_are() -> None:
     assert settings.get_float16_config({"fp16": {"loss_scale": "3"}}).loss_scale == 3
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         settings.PRECISIONS["DeepSpeedFP16Config"](loss_scale=-1)
+
+
+def test_stages_have_names() -> None:
+    assert [pieces.ZeroStageEnum(stage).name for stage in range(4)] == [
+        "disabled",
+        "optimizer_states",
+        "gradients",
+        "weights",
+    ]
+    assert pieces.ZeroStageEnum.max_stage == 3
 
 
 def test_the_top_has_what_loops_call() -> None:

@@ -208,6 +208,7 @@ MODULES: Mapping[str, Mapping[str, Any]] = {
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 1 << 20},
     "deepspeed.runtime.utils": _memory,
     "deepspeed.runtime.zero": _zero,
+    "deepspeed.runtime.zero.config": _of(pieces, ("ZeroStageEnum",)),
     "deepspeed.runtime.zero.offload_config": _of(
         pieces, ("OffloadDeviceEnum", "OffloadStateTypeEnum")
     ),

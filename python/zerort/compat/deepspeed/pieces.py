@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "DeepSpeedConfig",
     "OffloadDeviceEnum",
     "OffloadStateTypeEnum",
+    "ZeroStageEnum",
     "clone_tensors_for_torch_save",
     "command",
     "is_compile_supported",
@@ -25,6 +27,16 @@ __all__ = [
     "required_torch_version",
     "zero_wrapper_for_fp_tensor_constructor",
 ]
+
+
+class ZeroStageEnum(IntEnum):
+    """The stages by DeepSpeed's names."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+    max_stage = 3
 
 
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
