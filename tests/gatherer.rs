@@ -64,6 +64,29 @@ fn gat_3_what_is_in_use_stays_when_its_free_comes_by_and_goes_later() {
 }
 
 #[test]
+fn gat_1_who_is_asked_within_a_pass_hands_out_the_rest_of_its_list_first() {
+    let mut alone = Alone::new(4, 2);
+    alone.evaluate(&[&[0], &[1], &[2], &[3]]);
+    alone.learn(2, 0);
+    assert!(alone.open(EVALUATION, 0));
+    alone.need(&[0]);
+    let set = alone.set(&[0]);
+    assert_eq!(alone.gatherer.acquire(set, None), Ok(true));
+    let rest = alone.gatherer.leave(&mut alone.reducer);
+    let gathered: Vec<Action> =
+        rest.into_iter().filter(|action| matches!(action, Action::Gather(_))).collect();
+    assert_eq!(gathered, gathers(&[1, 2, 3]));
+    assert!(alone.gatherer.list().is_none() && alone.gatherer.went_off());
+    assert!(!alone.gatherer.is_current(set), "what is read next is asked for anew");
+    assert!(alone.whole().contains(&0), "it is in use");
+    assert_eq!(alone.gatherer.leave(&mut alone.reducer), [], "once");
+    let served = alone.gatherer.serve(&[UnitId(1)]).unwrap();
+    assert!(served.contains(&Action::Gather(UnitId(1))));
+    alone.gatherer.served();
+    assert!(alone.whole().contains(&0));
+}
+
+#[test]
 fn a_use_is_a_further_one_only_in_a_forward_that_has_seen_the_first() {
     let mut alone = Alone::new(2, 2);
     let set = alone.set(&[0]);

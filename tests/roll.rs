@@ -2,8 +2,8 @@
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use zerort_core::roll::{OWN, WIDTH, read};
-use zerort_core::{At, Key, PassKind, Rank, Reading, Row, UnitId};
+use zerort_core::roll::{OWN, WIDTH, asked, read};
+use zerort_core::{Apart, At, Key, PassKind, Rank, Reading, Row, UnitId};
 
 const FORWARD: At = At::Pass(PassKind::Forward);
 const BACKWARD: At = At::Pass(PassKind::Backward);
@@ -110,6 +110,50 @@ fn news_are_rank_zeros() {
     assert_eq!(read(&rows, Rank(1)), together(FORWARD));
 }
 
+/// Three ranks in calls of two engines, as each of the engines sees them.
+fn seen(at: [At; 3], there: [bool; 3]) -> [Reading; 3] {
+    [0, 1, 2].map(|own: u32| {
+        let mut rows = rows(at);
+        for (row, &other) in rows.iter_mut().zip(&there) {
+            if other != there[own as usize] {
+                *row = row.apart();
+            }
+        }
+        read(&rows, Rank(own))
+    })
+}
+
+#[test]
+fn ranks_in_calls_of_two_engines_wait_for_who_evaluates_and_serve_who_asks() {
+    let (again, alone) = (Reading::Again, Reading::Alone);
+    let away = |rank| Reading::Diverged(Rank(rank));
+    let table = [
+        // Somebody asks, here or there.
+        ([need(4), FORWARD, need(2)], [serve(&[4]), serve(&[4]), serve(&[2])]),
+        ([FORWARD, EVALUATION, need(2)], [again.clone(), again.clone(), serve(&[2])]),
+        ([BACKWARD, At::Serve, need(2)], [again.clone(), again.clone(), serve(&[2])]),
+        // Somebody evaluates, here or there.
+        ([EVALUATION, EVALUATION, EVALUATION], [alone.clone(), alone.clone(), alone.clone()]),
+        ([EVALUATION, EVALUATION, FORWARD], [alone.clone(), alone.clone(), again.clone()]),
+        ([FORWARD, At::Boundary, EVALUATION], [again.clone(), again.clone(), alone.clone()]),
+        ([At::Serve, At::Serve, EVALUATION], [again.clone(), again, alone]),
+        // Anything else.
+        ([FORWARD, FORWARD, FORWARD], [away(2), away(2), away(0)]),
+        ([At::Boundary, At::Serve, At::Boundary], [away(2), away(2), away(0)]),
+        ([At::Serve, At::Serve, BACKWARD], [away(2), away(2), away(0)]),
+    ];
+    for (at, readings) in table {
+        assert_eq!(seen(at, [false, false, true]), readings, "{at:?}");
+    }
+}
+
+#[test]
+fn what_is_asked_for_elsewhere_is_read_from_its_own_rows() {
+    let rows = rows([need(4), FORWARD, need(4), need(1)]);
+    assert_eq!(asked(&rows), [UnitId(4), UnitId(1)]);
+    assert_eq!(asked(&rows.map(|row| row.apart())), []);
+}
+
 fn at() -> impl Strategy<Value = At> {
     prop_oneof![
         Just(FORWARD),
@@ -140,6 +184,46 @@ proptest! {
     #[test]
     fn rows_are_integers_and_back(row in any_row()) {
         prop_assert_eq!(Row::from_words(row.words()), Some(row));
+        prop_assert_eq!(Row::from_words(row.apart().words()), Some(row.apart()));
+        prop_assert_eq!(row.apart().apart(), row.apart());
+        prop_assert!(matches!(
+            row.apart().at,
+            At::Elsewhere(Apart::Asks | Apart::Evaluates | Apart::Waits)
+        ));
+    }
+
+    /// So it is where ranks are in calls of several engines: all that one asks for all serve, and
+    /// who begins does so with all others, or alone while they roll again.
+    #[test]
+    fn gat_11_ranks_in_calls_of_several_engines_come_to_one_decision(
+        rows in vec((any_row(), 0..3_u8), 1..6)
+    ) {
+        let view = |engine: u8| -> Vec<Row> {
+            let here = |&(row, other): &(Row, u8)| if other == engine { row } else { row.apart() };
+            rows.iter().map(here).collect()
+        };
+        let readings: Vec<Reading> = (0..)
+            .zip(&rows)
+            .map(|(rank, &(_, engine))| read(&view(engine), Rank(rank)))
+            .collect();
+        let ask = rows.iter().any(|(row, _)| matches!(row.at, At::Need(_)));
+        for ((row, engine), reading) in rows.iter().zip(&readings) {
+            match reading {
+                Reading::Serve(units) => prop_assert_eq!(units, &asked(&view(*engine))),
+                Reading::Together { .. } => {
+                    prop_assert!(!ask && readings.iter().all(|other| other == reading));
+                }
+                Reading::Diverged(_) => prop_assert!(
+                    !ask && readings.iter().all(|other| matches!(other, Reading::Diverged(_)))
+                ),
+                Reading::Alone => prop_assert!(!ask && row.at == EVALUATION),
+                Reading::Again => {
+                    prop_assert!(!matches!(row.at, At::Need(_)));
+                    prop_assert!(ask || row.at != EVALUATION);
+                    prop_assert!(ask || readings.contains(&Reading::Alone));
+                }
+            }
+        }
     }
 
     #[test]
@@ -160,7 +244,7 @@ proptest! {
                     prop_assert!(readings.iter().all(|other| other == reading));
                     let answered = |row: &Row| match row.at {
                         At::Need(unit) => units.contains(&unit),
-                        At::Pass(_) | At::Boundary | At::Serve => true,
+                        At::Pass(_) | At::Boundary | At::Serve | At::Elsewhere(_) => true,
                     };
                     prop_assert!(rows.iter().all(answered));
                 }

@@ -409,8 +409,17 @@ class Gatherer:
         """
     def row(self, own: Sequence[int] = ()) -> list[int]:
         """This rank's row; at most 6 integers are the caller's own, carried and never read."""
-    def read(self, rows: Sequence[int]) -> Reading:
-        """What the rows of all ranks, one behind the other, mean here."""
+    def read(self, rows: Sequence[int], apart: Sequence[bool] = ()) -> Reading:
+        """What the rows of all ranks, one behind the other, mean here; `apart` says by rank which
+        are of another engine's call.
+        """
+    @staticmethod
+    def asked(rows: Sequence[int]) -> list[int]:
+        """The units that rows ask for, in their order, each once."""
+    def leave(self) -> list[int]:
+        """Ranks ask for units while this one is in another engine's call: a pass along a list
+        leaves that. Returns what is to be run.
+        """
     def begin(self) -> list[int]:
         """What `read` has found together, or alone, begins. Returns what is to be run first."""
     def serve(self, units: Sequence[int]) -> list[int]:

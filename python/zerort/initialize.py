@@ -28,6 +28,7 @@ from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter
 from zerort.mesh import Mesh
 from zerort.optim import Abilities, schedules
+from zerort.params.hall import HALL, Place
 from zerort.params.leaves import mark_configured
 from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
@@ -45,7 +46,7 @@ from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
 from zerort.start.place import gather_loose, meet_heirs, move
 from zerort.start.planning import plan_of
-from zerort.start.units import passes_over, room_for
+from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
@@ -114,7 +115,8 @@ def initialize(
             give_values(model, settings, mesh)
         setup = _set_up(settings, mesh, given, undo)
         flat = _move(setup, undo)
-        engine = agreed(mesh.control, lambda: _assemble(setup, flat, undo))
+        standing = _standing(setup, flat)
+        engine = agreed(mesh.control, lambda: _assemble(setup, flat, standing, undo))
         started(mesh, settings)
         undo.pop_all()
     _log_start(setup, flat, engine)
@@ -247,7 +249,16 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     )
 
 
-def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
+def _standing(setup: Setup, flat: FlatModel) -> Standing | None:
+    """All ranks, before their engines are made; None where parameters are not sharded."""
+    if not setup.plan.units:
+        return None
+    mesh, timeout = setup.mesh, setup.timeout
+    place = Place(HALL, HALL.prepare(mesh.control, timeout), type(setup.model).__name__)
+    return Standing(place, lambda left: inherit(left, mesh, flat.state, timeout))
+
+
+def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: ExitStack) -> Engine:
     config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
     update = setup.chosen.over(flat, setup.abilities)
     update.split()
@@ -262,7 +273,7 @@ def _assemble(setup: Setup, flat: FlatModel, undo: ExitStack) -> Engine:
     elements = None if room is None else room.elements
     reduction = Reduction(setup.plan, flat, mesh, transports, watch, elements)
     undo.callback(reduction.close)
-    passes = passes_over(setup.model, flat, reduction, mesh, room, setup.timeout)
+    passes = passes_over(setup.model, flat, reduction, mesh, room, standing)
     undo.callback(passes.detach)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     boundary = Boundary(mesh, flat, reduction, update, precision.loss_scale, policy, sink)

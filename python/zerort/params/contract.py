@@ -36,6 +36,9 @@ class Owner(Protocol):
     def dropped(self) -> None:
         """The window is lost, on all ranks alike."""
 
+    def parted(self) -> None:
+        """So it is, because ranks have parted, maybe in other engines' calls."""
+
     def reached(self) -> None:
         """A backward comes to the module although no pass is open."""
 
@@ -53,6 +56,9 @@ class Nobody:
         """There is none."""
 
     def dropped(self) -> None:
+        """Nobody has a window."""
+
+    def parted(self) -> None:
         """Nobody has a window."""
 
     def reached(self) -> None:

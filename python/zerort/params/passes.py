@@ -115,7 +115,7 @@ class Passes:
         self._course = course
         self._executor = executor
         self._rolls = rolls
-        rolls.abandon = self.abandon
+        rolls.abandon, rolls.parted = self.abandon, self.parted
         self.pinned = 0
         """Units that are kept whole beside the passes; all ranks keep the same."""
         self.needs = Needs(self.gatherer, executor, rolls)
@@ -146,7 +146,12 @@ class Passes:
         """Takes the hooks off the model, which its parameters' values stay with, if they are the
         `whole` of one state.
         """
+        self._rolls.leave()
         self.hooks.detach(whole=whole)
+
+    def parted(self) -> None:
+        """Ranks have parted in another engine's call."""
+        self.owner.parted()
 
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""

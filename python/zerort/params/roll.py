@@ -2,7 +2,8 @@
 
 What this guarantees: a rank that asks for a unit is answered by all before anything else happens,
 so that it returns only when none asks; where ranks are at different places, all of them raise the
-same error at the same roll call. What it does not do: it opens and closes no pass.
+same error at the same roll call. Where a process has several engines, ranks may be in calls of
+different ones (`params.hall`). What it does not do: it opens and closes no pass.
 
 What the rows mean is the core's to read: `rust/core/src/roll.rs`.
 """
@@ -10,13 +11,13 @@ What the rows mean is the core's to read: `rust/core/src/roll.rs`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import NoReturn
 
 from zerort import _core
 from zerort.errors import StepError
 from zerort.grads.course import Routed
 from zerort.mesh import Control
+from zerort.params.hall import Place, Told
 from zerort.run.executor import Executor
 
 __all__ = ["COLLECTIVE", "FAILED", "UTILITY", "Absent", "Diverged", "Left", "RollCall", "code_of"]
@@ -64,14 +65,32 @@ class RollCall:
     """One rank's roll calls. `learn` takes what rank 0 has seen into the plan, on all ranks."""
 
     def __init__(
-        self, course: Routed, executor: Executor, control: Control, learn: Callable[[], None]
+        self,
+        course: Routed,
+        executor: Executor,
+        control: Control,
+        learn: Callable[[], None],
+        place: Place,
     ) -> None:
         self.abandon: Callable[[], None] = lambda: None
         """Drops all that is under way, before `Diverged` is raised."""
+        self.parted: Callable[[], None] = lambda: None
+        """The same, where ranks have parted in other engines' calls."""
+        self.label = place.label
         self._course = course
         self._executor = executor
-        self._control = control
+        self._own = control
         self._learn = learn
+        self._hall, self._number = place.hall, place.number
+        self._hall.enter(self._number, self)
+
+    def leave(self) -> None:
+        """The engine is no more."""
+        self._hall.leave(self._number, self)
+
+    @property
+    def _control(self) -> Control:
+        return self._hall.control(self._own)
 
     @property
     def rank(self) -> int:
@@ -93,22 +112,34 @@ class RollCall:
 
     def answered(self, own: Sequence[int] = ()) -> _core.Reading | None:
         """Answers the others until none asks. None when this rank asked, and has been served."""
-        control, gatherer = self._control, self._course.gatherer
+        gatherer = self._course.gatherer
+        if self._hall.deserted is not None:
+            self.abandon()
+            raise Left(self._hall.deserted)
         while True:
-            rows = torch.zeros(control.world, gatherer.WIDTH, dtype=torch.int64)
-            rows[control.rank] = torch.tensor(gatherer.row(own), dtype=torch.int64)
             with self._executor.waits.waiting("roll call"):
-                control.all_reduce(rows)
-            reading = gatherer.read(rows.flatten().tolist())
+                told = self._hall.call(self._number, gatherer.row(own), self._own)
+            reading = gatherer.read(told.words, [each != self._number for each in told.engines])
             self._look_for_failed(reading)
+            if told.strangers:
+                self._part(
+                    f"rank {told.strangers[0]} has no engine of stage 3 any more that others are "
+                    f"in a call of: {self._places(reading, told)}"
+                )
+            asked = gatherer.asking
+            if self._serve_all(told):
+                if asked is not None:
+                    return None
+                continue
             match reading.what:
-                case "serve":
-                    asked = gatherer.asking
-                    self._serve(reading.units)
-                    if asked is not None:
-                        return None
-                case "again":
+                case "again" | "serve":
                     continue
+                case "diverged" if len(set(told.engines)) > 1:
+                    self._part(
+                        f"ranks are in calls of different engines: {self._places(reading, told)}. "
+                        "Every rank has to call them in the same order; only evaluations may "
+                        "differ in number"
+                    )
                 case "diverged":
                     self.abandon()
                     raise Diverged(_difference(reading))
@@ -128,9 +159,44 @@ class RollCall:
             return
         self.abandon()
         cause = f"rank {failed[0]} calls destroy() while it handles an exception"
+        self._hall.desert(cause)
         if self.rank in destroying:
             raise Left(cause)
         raise self._control.failure("roll call", StepError(cause))
+
+    def _serve_all(self, told: Told) -> bool:
+        """Gathers what ranks ask for, of whatever engine, in one order; returns whether any do."""
+        asked = [(engine, _core.Gatherer.asked(words)) for engine, words in told.parties]
+        for engine, units in asked:
+            if units and engine == self._number:
+                self._serve(units)
+            elif units:
+                self._hall.stand_by(engine, units)
+        return any(units for _, units in asked)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a pass that follows a list is open here."""
+        return self._course.gatherer.listed
+
+    def give_way(self) -> None:
+        """Hands out what is left of the list, which the pass does not follow any more."""
+        self._executor.enqueue(self._course.gatherer.leave())
+        self._executor.reach()
+
+    def stand_by(self, units: Sequence[int]) -> None:
+        """Ranks ask for units while this one is in another engine's call."""
+        self.give_way()
+        self._serve(units)
+
+    def _part(self, reason: str) -> NoReturn:
+        """Ranks cannot go on, whatever engines they are in: all raise it."""
+        self.abandon()
+        self._hall.parted()
+        raise Diverged(reason)
+
+    def _places(self, reading: _core.Reading, told: Told) -> str:
+        return _listed(reading.rows, [f" of {self._hall.label(each)}" for each in told.engines])
 
     def _serve(self, units: Sequence[int]) -> None:
         gatherer = self._course.gatherer
@@ -177,13 +243,19 @@ def _call(row: tuple[str, int, list[int]]) -> tuple[int, int]:
 
 
 def _difference(reading: _core.Reading) -> str:
-    places = "; ".join(
-        f"rank {rank} {_PLACES[kind].format(count)}"
-        for rank, (kind, count, _) in enumerate(reading.rows)
-    )
     return (
-        f"ranks are at different places: {places}. Every rank has to run the same training "
-        "forwards, backwards and steps; only evaluations may differ in number"
+        f"ranks are at different places: {_listed(reading.rows)}. Every rank has to run the same "
+        "training forwards, backwards and steps; only evaluations may differ in number"
+    )
+
+
+def _listed(rows: Sequence[tuple[str, int, list[int]]], engines: Sequence[str] = ()) -> str:
+    """What each rank is at, of which of the `engines`, by rank."""
+    places = [_PLACES[kind].format(count) for kind, count, _ in rows]
+    of = engines or [""] * len(places)
+    return "; ".join(
+        f"rank {rank} {place}{engine}"
+        for rank, (place, engine) in enumerate(zip(places, of, strict=True))
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -19,15 +19,27 @@ from zerort.grads.course import Routed
 from zerort.grads.reduction import Reduction
 from zerort.memory import FlatModel, PlannedParameter
 from zerort.mesh import Mesh
+from zerort.params.contract import Heir
+from zerort.params.hall import Place
 from zerort.params.passes import Passes, Resident, Room
 from zerort.params.pins import Pins
 from zerort.params.roll import RollCall
 from zerort.params.uses import Uses
-from zerort.zero.init import inherit
 
-__all__ = ["in_units", "passes_over", "room_for"]
+__all__ = ["Standing", "in_units", "passes_over", "room_for"]
 
 _log = logging.getLogger("zerort")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an engine of stage 3 stands among others."""
+
+    place: Place
+    """In roll calls."""
+    heir: Heir
+    """Who has its parameters when it has gone."""
+
 
 _MOST_STOPS_AHEAD = 8
 
@@ -83,10 +95,10 @@ def passes_over(
     reduction: Reduction,
     mesh: Mesh,
     room: Room | None,
-    timeout: timedelta,
+    standing: Standing | None,
 ) -> Passes | Resident:
     """What gathers the model's parameters, with its hooks on the model."""
-    if room is None:
+    if room is None or standing is None:
         return Resident()
     course = reduction.course
     assert isinstance(course, Routed)
@@ -95,6 +107,7 @@ def passes_over(
         reduction.executor,
         mesh.control,
         lambda: reduction.follow_routes(room.elements, room.depth),
+        standing.place,
     )
     passes = Passes(course, reduction.executor, rolls)
     units = {
@@ -104,7 +117,7 @@ def passes_over(
         for parameter in bucket.params
     }
     pins = Pins(passes, reduction.executor, mesh.shard, units)
-    Uses(model, flat, passes, pins, units, lambda left: inherit(left, mesh, flat.state, timeout))
+    Uses(model, flat, passes, pins, units, standing.heir)
     return passes
 
 

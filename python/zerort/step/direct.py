@@ -18,7 +18,7 @@ from dataclasses import replace
 from zerort.grads.compiled import refuse_foreign
 from zerort.grads.tasks import GraphTask, LossScaling, losses_here, running_here
 from zerort.step.participation import Participation
-from zerort.step.phases import Backward, Idle, Reached, Settled, between
+from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Reached, Settled, between
 from zerort.step.settling import Settling
 
 __all__ = ["DirectBackwards"]
@@ -38,6 +38,11 @@ class DirectBackwards(Settling):
     def dropped(self) -> None:
         """All ranks have dropped the window."""
         self.part.drop()
+
+    def parted(self) -> None:
+        """Ranks have parted, maybe in another engine's call."""
+        if not isinstance(self._phase, Lost | Destroyed | Away):
+            self._abandon()
 
     def reached(self) -> None:
         """A backward comes to the module."""

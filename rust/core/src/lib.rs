@@ -126,7 +126,7 @@ pub use partition::{BucketLayout, Fragment, Partition};
 pub use plan::{Plan, PlanSpec, WHOLE_PADDING};
 pub use reducer::{Explanation, Finished, Reducer};
 pub use reshard::{Segment, reshard};
-pub use roll::{At, Reading, Row};
+pub use roll::{Apart, At, Reading, Row};
 pub use route::{Key, List, PassKind, Route, Stop};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};

@@ -11,6 +11,15 @@
 //! | all alike, but for those that serve | together | together | | together |
 //! | anything else | diverged | | | diverged |
 //!
+//! A process may have several engines, and ranks answer the rolls of all of them at one place. Who is
+//! in another engine's call is [*elsewhere*](Row::apart) for this one:
+//!
+//! | rows, some of them elsewhere | at a pass or the boundary | at an evaluation | asking | serving |
+//! |---|---|---|---|---|
+//! | some rank asks, here or there | serve, again | serve, again | serve, go on | serve, again |
+//! | some rank evaluates, here or there | again | alone | | again |
+//! | anything else | diverged | | | diverged |
+//!
 //! - *Together*: the pass begins on all ranks. It follows its list where all ranks have it and find
 //!   whole what it begins with.
 //! - *Alone*: so does this evaluation, but without a list; the others serve it until it is over.
@@ -38,6 +47,19 @@ pub enum At {
     Need(UnitId),
     /// It does as the others do.
     Serve,
+    /// It is in another engine's call. No rank brings this to a roll; see [`Row::apart`].
+    Elsewhere(Apart),
+}
+
+/// What a rank is at in another engine's call, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Apart {
+    /// It needs a unit, and is served before anything else.
+    Asks,
+    /// It evaluates, and comes here when that is over.
+    Evaluates,
+    /// It comes here only behind others.
+    Waits,
 }
 
 /// What one rank brings to a roll.
@@ -90,30 +112,29 @@ pub enum Reading {
 
 /// What `rows`, by rank, mean for rank `own`.
 pub fn read(rows: &[Row], own: Rank) -> Reading {
-    let mut asked = Vec::new();
-    for row in rows {
-        match row.at {
-            At::Need(unit) if !asked.contains(&unit) => asked.push(unit),
-            At::Need(_) | At::Pass(_) | At::Boundary | At::Serve => {}
-        }
-    }
+    let asked = asked(rows);
     if !asked.is_empty() {
         return Reading::Serve(asked);
     }
+    if rows.iter().any(|row| row.at == At::Elsewhere(Apart::Asks)) {
+        return Reading::Again;
+    }
     let evaluates = |row: &Row| row.at == At::Pass(PassKind::Evaluation);
+    let there = |row: &Row| row.at == At::Elsewhere(Apart::Evaluates);
     let mut going = (0..).map(Rank).zip(rows).filter(|(_, row)| row.at != At::Serve);
     let Some((_, first)) = going.clone().next() else {
         return Reading::Together { at: At::Serve, key: None, ready: false, news: false };
     };
-    let evaluating = going.clone().filter(|(_, row)| evaluates(row)).count();
-    if evaluating > 0 && evaluating < going.clone().count() {
+    let apart = going.clone().find(|(_, row)| matches!(row.at, At::Elsewhere(_)));
+    let evaluating = going.clone().filter(|(_, row)| evaluates(row) || there(row)).count();
+    if evaluating > 0 && (apart.is_some() || evaluating < going.clone().count()) {
         return match rows.get(own.index()) {
             Some(row) if evaluates(row) => Reading::Alone,
             Some(_) | None => Reading::Again,
         };
     }
     let differs = |row: &Row| row.at != first.at || (row.count != first.count && !evaluates(row));
-    if let Some((rank, _)) = going.clone().find(|(_, row)| differs(row)) {
+    if let Some((rank, _)) = apart.or_else(|| going.clone().find(|(_, row)| differs(row))) {
         return Reading::Diverged(rank);
     }
     let alike = going.clone().all(|(_, row)| row.key == first.key);
@@ -125,6 +146,18 @@ pub fn read(rows: &[Row], own: Rank) -> Reading {
     }
 }
 
+/// The units that `rows` ask for, in their order, each once.
+pub fn asked(rows: &[Row]) -> Vec<UnitId> {
+    let mut asked = Vec::new();
+    for row in rows {
+        match row.at {
+            At::Need(unit) if !asked.contains(&unit) => asked.push(unit),
+            At::Need(_) | At::Pass(_) | At::Boundary | At::Serve | At::Elsewhere(_) => {}
+        }
+    }
+    asked
+}
+
 impl At {
     const fn words(self) -> [i64; 2] {
         match self {
@@ -132,6 +165,7 @@ impl At {
             Self::Boundary => [5, 0],
             Self::Need(unit) => [6, unit.0 as i64],
             Self::Serve => [7, 0],
+            Self::Elsewhere(apart) => [8, apart as i64],
         }
     }
 
@@ -140,6 +174,9 @@ impl At {
             [5, 0] => Some(Self::Boundary),
             [6, unit] => u32::try_from(unit).ok().map(|unit| Self::Need(UnitId(unit))),
             [7, 0] => Some(Self::Serve),
+            [8, 0] => Some(Self::Elsewhere(Apart::Asks)),
+            [8, 1] => Some(Self::Elsewhere(Apart::Evaluates)),
+            [8, 2] => Some(Self::Elsewhere(Apart::Waits)),
             [kind, 0] => PassKind::of(kind).map(Self::Pass),
             _ => None,
         }
@@ -147,6 +184,20 @@ impl At {
 }
 
 impl Row {
+    /// The row as it looks from another engine's call.
+    #[must_use]
+    pub const fn apart(mut self) -> Self {
+        self.at = At::Elsewhere(match self.at {
+            At::Need(_) => Apart::Asks,
+            At::Pass(PassKind::Evaluation) => Apart::Evaluates,
+            At::Pass(PassKind::Forward | PassKind::Backward | PassKind::LocalBackward)
+            | At::Boundary
+            | At::Serve => Apart::Waits,
+            At::Elsewhere(apart) => apart,
+        });
+        self
+    }
+
     /// The row as integers, which are all 0 for no row: a sum over ranks, each with its own row at
     /// its place, is the rows of all.
     pub fn words(&self) -> [i64; WIDTH] {

@@ -90,13 +90,32 @@ impl Gatherer {
         Ok(row.words())
     }
 
-    /// What the rows of all ranks, by rank, mean here.
+    /// What the rows of all ranks, by rank, mean here; of those that are `apart` from another
+    /// engine's call.
+    #[pyo3(signature = (rows, apart=Vec::new()), text_signature = "(self, rows, apart=())")]
     #[allow(clippy::needless_pass_by_value)] // a Python list can not be borrowed as a slice
-    fn read(&self, rows: Vec<i64>) -> PyResult<PyReading> {
+    fn read(&self, rows: Vec<i64>, apart: Vec<bool>) -> PyResult<PyReading> {
         let rows = roll::rows(&rows)?;
+        let mut seen = rows.clone();
+        for (row, _) in seen.iter_mut().zip(apart).filter(|(_, apart)| *apart) {
+            *row = row.apart();
+        }
         let mut inner = locked(&self.inner);
-        let reading = inner.read(&rows).map_err(refused)?;
+        let reading = inner.read(&seen).map_err(refused)?;
         Ok(PyReading { reading, list: inner.agreed(), rows })
+    }
+
+    /// The units that rows ask for.
+    #[staticmethod]
+    #[allow(clippy::needless_pass_by_value)] // a Python list can not be borrowed as a slice
+    fn asked(rows: Vec<i64>) -> PyResult<Vec<u32>> {
+        let units = zerort_core::roll::asked(&roll::rows(&rows)?);
+        Ok(units.into_iter().map(|unit| unit.0).collect())
+    }
+
+    /// Ranks ask for units while this one is in another engine's call; returns what is to be run.
+    fn leave(&self) -> Vec<u64> {
+        codes(locked(&self.inner).leave(&mut locked(&self.reducer)))
     }
 
     /// What has been agreed on begins; returns what is to be run first.

@@ -22,6 +22,7 @@ pub const fn at_name(at: At) -> &'static str {
         At::Boundary => "boundary",
         At::Need(_) => "need",
         At::Serve => "serve",
+        At::Elsewhere(_) => "elsewhere",
     }
 }
 

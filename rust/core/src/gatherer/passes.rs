@@ -26,7 +26,7 @@ impl Gatherer {
         let key = match at {
             At::Pass(kind) => self.learning.key(kind, entry),
             At::Boundary | At::Serve => Key(0),
-            At::Need(_) => return Err(StepError::NotRolling),
+            At::Need(_) | At::Elsewhere(_) => return Err(StepError::NotRolling),
         };
         self.pass = Pass::Rolling { opening: Opening { at, key, entry, seq }, agreed: None };
         Ok(())
@@ -86,9 +86,10 @@ impl Gatherer {
                 let list = if ready { Some(self.agreed_list(kind, key)?) } else { None };
                 Some(Agreed::Begin { kind, key, list })
             }
-            Reading::Together { at: At::Boundary | At::Serve | At::Need(_), .. } => {
-                Some(Agreed::Over)
-            }
+            Reading::Together {
+                at: At::Boundary | At::Serve | At::Need(_) | At::Elsewhere(_),
+                ..
+            } => Some(Agreed::Over),
         })
     }
 
@@ -140,6 +141,19 @@ impl Gatherer {
             }
         }
         Ok(actions)
+    }
+
+    /// Ranks ask for units while this one is in another engine's call: a pass along a list leaves
+    /// that, for it has to hand out the rest of it first (GAT-1), as where it needs what the list
+    /// has not. Nothing else changes anything.
+    pub fn leave(&mut self, reducer: &mut Reducer) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if let Pass::Listed { kind, key, .. } = self.pass {
+            self.current = None;
+            self.run_out(reducer, &[], &mut actions);
+            self.pass = Pass::Free { kind, key, off: true, asking: None };
+        }
+        actions
     }
 
     /// Ranks have asked for `units`: what is to be run, and waited for, before
