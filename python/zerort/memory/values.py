@@ -112,9 +112,11 @@ class Form:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Form:
-        """Keeps a dense memory format such as channels-last; gaps between elements are closed."""
-        strides = torch.empty_like(parameter, device="meta").stride()
-        return cls(tuple(parameter.shape), tuple(strides))
+        """Keeps a dense memory format such as channels-last; gaps between elements are closed. Its
+        values may be sharded.
+        """
+        alike = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
+        return cls(tuple(parameter.shape), tuple(torch.empty_like(alike).stride()))
 
     @property
     def order(self) -> tuple[int, ...]:

@@ -375,8 +375,9 @@ def test_sums_are_read_behind_the_copy_of_them(waits: bool) -> None:
 def test_a_shard_is_written_behind_the_copy_of_it(waits: bool) -> None:
     machine = Machine()
     with machine.running():
-        flat = engine_of(Setting(3), BOTH)._parts.boundary.flat
-        bucket = next(bucket for bucket in flat.buckets if bucket.shard_on_host)
+        engine = engine_of(Setting(3), BOTH)
+        buckets = engine._parts.boundary.flat.buckets
+        bucket = next(bucket for bucket in buckets if bucket.shard_on_host)
         bucket.bring()
         if waits:
             bucket.ready()
