@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 BEFORE, AFTER = 3, 6  # steps at which a checkpoint is made, and at which the run ends
+OVERFLOWS = (1, 4)
+"""Steps of an fp16 run whose loss is infinite."""
 NAMES = ("embed.weight", "mid.weight", "back.weight")
 NAMES_WITHOUT_DECAY = ("norm.weight", "norm.bias", "mid.bias", "back.bias")
 
@@ -49,7 +51,12 @@ def config_of(stage: int, dtype: str) -> dict[str, Any]:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "scheduler": {"type": "WarmupLR", "params": {**schedule, "warmup_type": "linear"}},
     }
-    return config if dtype == "fp32" else {**config, dtype: {"enabled": True}}
+    if dtype == "fp16":
+        scale = {"initial_scale_power": 6, "loss_scale_window": 2, "hysteresis": 2}
+        config["fp16"] = {"enabled": True, **scale}
+    elif dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    return config
 
 
 def train(engine: Any, rank: int, world: int, steps: range) -> None:
@@ -57,5 +64,7 @@ def train(engine: Any, rank: int, world: int, steps: range) -> None:
         generator = torch.Generator().manual_seed(100 + step)
         tokens = torch.randint(0, 11, (8, 4), generator=generator).chunk(world)[rank]
         logits = engine(tokens).float()
-        engine.backward(nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        overflows = engine.fp16_enabled() and step in OVERFLOWS
+        engine.backward(loss * float("inf") if overflows else loss)
         engine.step()

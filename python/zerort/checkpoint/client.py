@@ -3,7 +3,8 @@
 JSON, tuples, integer keys and tensors are kept as everything in a manifest is. What has no such
 form stands as torch's bytes in a tensor of its own, behind one of two tags:
 
-    {"$torch": "client_state.0"}    `torch.load(weights_only=True)` reads it, which runs no code
+    {"$torch": "client_state.0"}    `torch.load(weights_only=True)` reads it, which runs no code;
+                                    an `argparse.Namespace` too
     {"$pickle": "client_state.1"}   an object: reading it runs what the bytes say
 
 What it guarantees: a value is read back once before it is kept, and a pickled object is written
@@ -13,6 +14,7 @@ these tags.
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import warnings
@@ -127,7 +129,8 @@ def _written(value: Any) -> bytes:
 def _read(data: bytes, tag: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Validating sparse tensor", UserWarning)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=tag == _SAFE)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which is one of names alone
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=tag == _SAFE)
 
 
 def _apart(value: Any, depth: int) -> Any:
@@ -137,6 +140,8 @@ def _apart(value: Any, depth: int) -> Any:
         return value.detach() if whole else value.detach().clone()
     if depth < _DEPTH and type(value) in (list, tuple):
         return type(value)(_apart(item, depth + 1) for item in value)
+    if depth < _DEPTH and type(value) is argparse.Namespace:
+        return argparse.Namespace(**_apart(vars(value), depth + 1))
     if depth < _DEPTH and type(value) is dict:
         return {key: _apart(item, depth + 1) for key, item in value.items()}
     return value
@@ -147,6 +152,8 @@ def _innermost(value: Any, path: str, *, allow_pickle: bool) -> tuple[str, Any]:
     inner: Iterator[tuple[str, Any]] = iter(())
     if isinstance(value, dict):
         inner = ((f"{path}[{key!r}]", item) for key, item in value.items())
+    elif type(value) is argparse.Namespace:
+        inner = ((f"{path}.{key}", item) for key, item in vars(value).items())
     elif isinstance(value, (list, tuple)):
         inner = ((f"{path}[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, (set, frozenset)):

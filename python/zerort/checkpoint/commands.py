@@ -52,7 +52,8 @@ def add_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 def _add_import(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "import", help="a checkpoint of DeepSpeed's (ZeRO 0 to 3, 0.16 to 0.19) as one of zerort's"
+        "import",
+        help="a checkpoint of DeepSpeed's (ZeRO 0 to 3 or universal, 0.16 to 0.19) as zerort's",
     )
     parser.add_argument("folder", type=Path, metavar="DS_DIR", help="DeepSpeed's folder")
     parser.add_argument(
@@ -71,12 +72,17 @@ def _add_import(commands: _Commands[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="names of the parameters in the optimizer's order, one a line (stage 0)",
     )
+    parser.add_argument(
+        "--skip-objects",
+        action="store_true",
+        help="leave out what of client_state holds objects; they are not run",
+    )
     parser.set_defaults(run=_import)
 
 
 def _import(args: argparse.Namespace, console: Console) -> int:
     names = None if args.names is None else args.names.read_text("utf-8").split()
-    options = ImportOptions(args.optimizer, args.scheduler, names)
+    options = ImportOptions(args.optimizer, args.scheduler, names, args.skip_objects)
     done = import_checkpoint(args.folder, args.tag, args.out, options)
     lines = [
         f"{done.path}: {done.parameters} trained parameters, {done.frozen} others, "

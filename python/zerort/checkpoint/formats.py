@@ -145,11 +145,17 @@ def _model(reader: Reader, loose: dict[str, Tensor]) -> dict[str, Any]:
         "global_samples": counts.global_samples,
         "dp_world_size": 1,
         "mp_world_size": 1,
-        "ds_config": {},
+        "ds_config": _told(manifest),
         "ds_version": _DEEPSPEED,
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
     }
     return {**(client if isinstance(client, dict) else {}), **own}
+
+
+def _told(manifest: Manifest) -> dict[str, Any]:
+    """What a configuration would say: the classes, by which an import knows them."""
+    named = {"optimizer": manifest.optimizer, "scheduler": manifest.scheduler}
+    return {key: {"type": saved.name} for key, saved in named.items() if saved and saved.name}
 
 
 def _shapes(manifest: Manifest) -> list[dict[str, torch.Size]]:

@@ -3,8 +3,12 @@
     DS_ACCELERATOR=cpu torchrun --nproc_per_node=2 make.py OUT STAGE-DTYPE[-sub|-elastic]...
 
 OUT/CASE gets the checkpoint behind step 3, and `weights.safetensors`: `before.NAME` are the fp32
-weights in it, `after.NAME` those behind step 6. With `from=DIR` before the cases each loads the
-universal checkpoint there instead of making one, and `after.NAME` alone are written.
+weights in it, `after.NAME` those behind step 6, and `after.loss_scale` the scale. With `from=DIR`
+before the cases each loads the universal checkpoint there instead of making one, and `after.NAME`
+alone are written. Those in `universal` are made of cases by
+
+    python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder CASE/TAG \\
+        --output_folder OUT/TAG
 """
 
 from __future__ import annotations
@@ -51,6 +55,9 @@ def make(deepspeed: Any, out: Path, universal: str | None) -> None:
         with torch.no_grad():  # so that what is not loaded shows
             for parameter in model.parameters():
                 parameter.add_(1.0 if parameter.requires_grad else 0.0)
+    if dtype == "fp16":
+        # it asks the processor for instructions that torch can do without
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
     if universal is None:
         train(engine, rank, world, range(BEFORE))
@@ -68,12 +75,14 @@ def go_on(engine: Any, rank: int, world: int, out: Path) -> None:
     engine.save_checkpoint(str(later))
     dist.barrier()
     if rank == 0:
-        kept = {
+        kept: dict[str, torch.Tensor] = {
             f"{when}.{name}": value.float().contiguous().clone()
             for when, folder in (("before", out), ("after", later))
             if folder.exists()
             for name, value in weights(folder, stage).items()
         }
+        if engine.fp16_enabled():
+            kept["after.loss_scale"] = torch.tensor(float(engine.optimizer.cur_scale))
         out.mkdir(exist_ok=True, parents=True)
         save_file(kept, out / "weights.safetensors")
         shutil.rmtree(later)
@@ -90,6 +99,8 @@ def main() -> None:
         importlib.import_module("deepspeed.comm.torch") and sys.modules["deepspeed.comm.torch"]
     )
     backend.build_shm_op = lambda: None  # it would be compiled, for a collective of one machine
+    # 0.18 gathers into a view that torch 2.15 guards while gradients are recorded
+    dist.all_gather_into_tensor = torch.no_grad()(dist.all_gather_into_tensor)
     deepspeed.init_distributed("gloo")
     universal = None
     for case in sys.argv[2:]:

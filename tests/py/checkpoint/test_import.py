@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import shutil
@@ -31,6 +32,7 @@ from saved import contents, manifest_of
 from zerort import cli
 from zerort.checkpoint import get_fp32_state_dict, problems
 from zerort.checkpoint.deepspeed.convert import ImportOptions, import_checkpoint
+from zerort.checkpoint.deepspeed.files import VERSIONS
 from zerort.checkpoint.formats import ExportOptions, export_checkpoint
 from zerort.errors import CheckpointError
 
@@ -57,7 +59,8 @@ def recorded(case: Path, when: str) -> dict[str, torch.Tensor]:
 
 def test_all_stages_and_versions_are_recorded() -> None:
     stages = {name.split("/")[1][0] for name in CASES}
-    assert stages == set("0123") and len({name.split("/")[0] for name in CASES}) >= 3
+    versions = {name.split("/")[0].rpartition(".")[0] for name in CASES}
+    assert stages == set("0123") and versions == set(VERSIONS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,11 +77,19 @@ def test_every_weight_state_and_count_is_taken_to_the_bit(name: str, tmp_path: P
             assert torch.equal(found[key].bfloat16().float(), value), key
         else:
             assert torch.equal(found[key], value), key
+    check_rest(folder, name)
+
+
+def check_rest(folder: Path, name: str) -> None:
+    """What was recorded beside the weights."""
     manifest = manifest_of(folder)
-    steps = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": 0}
-    assert manifest["counters"] == steps
+    skipped = name.endswith("fp16")
+    counts = {"global_steps": 3, "global_samples": 24, "micro_steps": 3, "skipped_steps": skipped}
+    assert manifest["counters"] == counts
     assert manifest["client_state"] == {"epoch": 2, "seen": [1, 2]}
-    assert manifest["scheduler"] == {"name": "WarmupLR", "state": {"last_batch_iteration": 2}}
+    last = {"last_batch_iteration": 2 - skipped}
+    assert manifest["scheduler"] == {"name": "WarmupLR", "state": last}
+    assert (manifest["loss_scale"] is not None) == skipped
     groups = manifest["optimizer"]["groups"]
     if name.endswith("elastic"):  # which keeps no options
         assert groups == [{}, {}]
@@ -100,8 +111,10 @@ def go_on(rank: int, world: int, folder: str, stage: int, dtype: str) -> dict[st
     assert engine.global_steps == BEFORE and not engine.last_load.stayed
     train(engine, rank, world, range(BEFORE, AFTER))
     engine.save_checkpoint(f"{folder}/on")
+    scale = torch.tensor(float(engine.loss_scale)) if dtype == "fp16" else None
     engine.destroy()
-    return get_fp32_state_dict(f"{folder}/on")
+    found = get_fp32_state_dict(f"{folder}/on")
+    return found if scale is None else {**found, "loss_scale": scale}
 
 
 HOW = [
@@ -113,6 +126,10 @@ HOW = [
     ("0.16.9/3-fp32", 0, 2),
     ("0.19.8/1-bf16", 2, 2),
     ("0.17.6/2-bf16", 1, 1),
+    ("0.18.9/2-fp32", 3, 1),
+    ("0.18.9/3-bf16", 2, 2),
+    ("0.19.8/2-fp16", 1, 2),
+    ("0.19.8/3-fp16", 3, 1),
 ]
 
 
@@ -128,11 +145,90 @@ def test_a_run_goes_on_as_it_went_on_under_deepspeed(
 
 def compare(found: dict[str, torch.Tensor], case: Path, dtype: str) -> None:
     expected, before = recorded(case, "after"), recorded(case, "before")
-    tolerance = 2e-6 if dtype == "fp32" else 2e-3  # there gradients are summed in 16 bits
+    # in 16 bits gradients are summed in them there
+    tolerance = {"fp32": 2e-6, "fp16": 5e-4, "bf16": 2e-3}[dtype]
+    assert found.get("loss_scale") == expected.get("loss_scale")
     for key in IN_ORDER:
         assert torch.allclose(found[key], expected[key], rtol=0, atol=tolerance), key
         moved = (expected[key] - before[key]).abs().max()
         assert moved > 2 * tolerance, f"{key} did not move enough to tell"
+
+
+# Universal checkpoints.
+
+UNIVERSAL = RECORDED / "universal"
+
+
+def same_contents(one: Path, other: Path) -> None:
+    """To the bit, step counts included."""
+    ours, theirs = contents(one), contents(other)
+    assert ours.keys() == theirs.keys() and all("step" in ours[f"{n} values"] for n in IN_ORDER)
+    for key, value in theirs.items():
+        same = torch.equal(ours[key], value) if isinstance(value, torch.Tensor) else None
+        assert ours[key] == value if same is None else same, key
+
+
+@pytest.mark.parametrize("name", ["2-fp32", "3-fp32-sub"])
+def test_a_universal_checkpoint_is_that_which_it_was_made_of(name: str, tmp_path: Path) -> None:
+    made = import_checkpoint(UNIVERSAL / name, None, tmp_path / "made").path
+    check_rest(made, name)
+    same_contents(made, imported(RECORDED / "0.19.8" / name, tmp_path / "direct"))
+    found = ranks.run(1, go_on, str(tmp_path / "made"), 3, "fp32")[0]
+    compare(found, RECORDED / "0.19.8" / name, "fp32")
+
+
+@pytest.mark.parametrize("name", ["0.19.8/2-fp32", "0.19.8/3-fp32", "0.19.8/1-bf16"])
+def test_an_export_to_the_universal_form_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
+    first = imported(RECORDED / name, tmp_path / "one")
+    options = ExportOptions(ranks=2)
+    export_checkpoint(tmp_path / "one", None, tmp_path / "u", "deepspeed-universal", options)
+    again = import_checkpoint(tmp_path / "u", None, tmp_path / "two").path
+    same_contents(again, first)
+    one, two = manifest_of(first), manifest_of(again)
+    for key in ("counters", "client_state", "scheduler", "aliases", "frozen"):
+        assert one[key] == two[key], key
+    assert one["optimizer"] == two["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda home: (home / "mid.bias" / "fp32.pt").unlink(), "mid.bias lacks fp32.pt"),
+        (lambda home: os.truncate(home / "mid.bias" / "exp_avg.pt", 300), "does not read"),
+        (lambda home: os.truncate(home / "optimizer_state.pt", 300), "does not read"),
+        (lambda home: (home / "optimizer_state.pt").unlink(), "does not read"),
+        (
+            lambda home: torch.save({"param": torch.ones(3)}, home / "mid.bias" / "fp32.pt"),
+            "mid.bias has 5 elements, and the files hold 3 of its master",
+        ),
+        (lambda home: torch.save({"x": 1}, home / "mid.bias" / "fp32.pt"), "is not laid out as"),
+        (lambda home: torch.save([1], home / "optimizer_state.pt"), "is not laid out as"),
+        (
+            lambda home: torch.save({"param": Attack()}, home / "mid.bias" / "fp32.pt"),
+            "would run code: .*exec",
+        ),
+    ],
+)
+def test_a_universal_checkpoint_that_is_not_whole_is_one_error(
+    change: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    case = Path(shutil.copytree(UNIVERSAL / "2-fp32", tmp_path / "ds"))
+    change(case / "global_step3" / "zero")
+    refused(case, message, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_parameter_s_name_does_not_lead_out_of_a_universal_checkpoint(tmp_path: Path) -> None:
+    case = Path(shutil.copytree(UNIVERSAL / "2-fp32", tmp_path / "ds"))
+    home = case / "global_step3" / "zero"
+    for name in ("../mid.bias", "..", ""):
+        rewrite(case, lambda model, n=name: model["param_shapes"][1].update({n: torch.Size([5])}))
+        refused(case, "cannot be the folder of a parameter|is not laid out", tmp_path)
+        rewrite(case, lambda model, n=name: model["param_shapes"][1].pop(n))
+    (home / "mid.bias").rename(tmp_path / "elsewhere")
+    (home / "mid.bias").symlink_to(tmp_path / "elsewhere")
+    refused(case, "cannot be the folder of a parameter", tmp_path)
 
 
 # Bad input.
@@ -163,6 +259,44 @@ class Attack:
 
 class Quiet:
     """An object of the caller's, in client_state."""
+
+
+def test_a_namespace_of_values_is_taken_and_given_back(case: Path, tmp_path: Path) -> None:
+    given = argparse.Namespace(lr=0.5, dtype=torch.bfloat16, seen=torch.arange(3), nested={"a": 1})
+    rewrite(case, lambda model: model.update(args=given, sizes=(1, argparse.Namespace(n=2))))
+    folder = import_checkpoint(case, None, tmp_path / "out").path
+    engine = zerort.initialize(
+        model=(model := Net()), optimizer=optimizer_of(model), config=config_of(2, "fp32")
+    )[0]
+    _, found = engine.load_checkpoint(folder.parent)
+    assert type(found["args"]) is argparse.Namespace and found["args"].lr == 0.5
+    assert found["args"].dtype == torch.bfloat16 and found["args"].nested == {"a": 1}
+    assert torch.equal(found["args"].seen, torch.arange(3))
+    assert found["sizes"] == (1, argparse.Namespace(n=2)) and found["epoch"] == 2
+    engine.save_checkpoint(str(tmp_path / "again"), client_state={"args": found["args"]})
+    _, again = engine.load_checkpoint(str(tmp_path / "again"))
+    assert again["args"].lr == 0.5
+    with pytest.raises(CheckpointError, match=r"client_state\['args'\]\.hook is a .*Quiet"):
+        kept = {"args": argparse.Namespace(lr=1, hook=Quiet())}
+        engine.save_checkpoint(str(tmp_path / "again"), client_state=kept)
+    engine.destroy()
+
+
+def test_a_namespace_that_holds_an_object_is_refused_or_left_out(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = argparse.Namespace(lr=0.5, run=Attack())
+    rewrite(case, lambda model: model.update(args=bad, more=[{"x": (Quiet(),)}]))
+    refused(case, r"would run code: .*exec.*--skip-objects", tmp_path)
+    done = import_checkpoint(case, None, tmp_path / "out", ImportOptions(skip_objects=True))
+    assert "client_state: 'args', 'more' held objects and is left out" in done.notes
+    assert manifest_of(done.path)["client_state"] == {"epoch": 2, "seen": [1, 2]}
+    path = case / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": Attack()}, path)  # where there have to be values
+    with pytest.raises(CheckpointError, match="is not laid out as"):
+        import_checkpoint(case, None, tmp_path / "two", ImportOptions(skip_objects=True))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_that_holds_code_is_refused_and_nothing_runs(
@@ -207,7 +341,6 @@ def test_what_is_of_another_kind_or_version_is_refused(case: Path, tmp_path: Pat
         ("mp_rank_01_model_states.pt", "tensor parallelism"),
         ("layer_00-model_00-model_states.pt", "pipeline or expert"),
         ("layer_0_expert_0_mp_rank_00_model_states.pt", "pipeline or expert"),
-        ("zero", "universal checkpoint"),
     ):
         (folder / name).touch()
         refused(case, message, tmp_path)
@@ -303,6 +436,28 @@ def test_a_real_deepspeed_and_zerort_go_on_alike(tmp_path: Path) -> None:
         stage, dtype = name.split("-")
         found = ranks.run(2, go_on, str(tmp_path / name / "ours"), 3 - int(stage), dtype)[0]
         compare(found, tmp_path / name, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@REAL
+def test_a_universal_checkpoint_of_a_real_deepspeed_is_that_which_it_was_made_of(
+    tmp_path: Path,
+) -> None:
+    for name in ("1-bf16", "2-fp32", "3-fp32-sub", "3-bf16"):
+        case = RECORDED / "0.19.8" / name / "global_step3"
+        folders = ["--input_folder", case, "--output_folder", tmp_path / name / "global_step3"]
+        subprocess.run(
+            [
+                *(str(a_deepspeed()), "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *("--inject_missing_state", *map(str, folders)),
+            ],
+            check=True,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""},
+            timeout=200,
+        )
+        made = import_checkpoint(tmp_path / name, None, tmp_path / name / "made").path
+        same_contents(made, imported(case.parent, tmp_path / name / "direct"))
 
 
 @pytest.mark.slow

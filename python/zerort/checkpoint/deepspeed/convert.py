@@ -20,8 +20,9 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.checkpoint.client import encode_client_state
-from zerort.checkpoint.deepspeed.files import Record, Source, open_source
+from zerort.checkpoint.deepspeed.files import Record, Source, holds_records, open_source
 from zerort.checkpoint.deepspeed.layout import Layout, Parameter, as_laid_out, layout_of
+from zerort.checkpoint.deepspeed.universal import universal_layout
 from zerort.checkpoint.encoding import encode
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.manifest import ParamState
@@ -72,6 +73,8 @@ class ImportOptions:
     scheduler: str | None = None
     names: Sequence[str] | None = None
     """Of the parameters, in the optimizer's order."""
+    skip_objects: bool = False
+    """What of `client_state` holds objects is left out."""
 
 
 def import_checkpoint(
@@ -81,8 +84,8 @@ def import_checkpoint(
     `OSError`, and then nothing stands under that tag.
     """
     options = options or ImportOptions()
-    source = open_source(folder, tag)
-    layout = layout_of(source, options.names)
+    source = open_source(folder, tag, inert=options.skip_objects)
+    layout = universal_layout(source) if source.is_universal else layout_of(source, options.names)
     name = check_tag(source.path.resolve().name)
     target = folder_of(out, "OUT")
     if (target / name).resolve() == source.path.resolve():
@@ -248,7 +251,7 @@ class _Conversion:
         }
 
     def _values(self, beside: dict[str, Tensor]) -> dict[str, Any]:
-        name, model = self._optimizer(), self.source.model
+        name = self._optimizer()
         accepted = _options_of(name)
         groups = tuple(
             {
@@ -263,7 +266,6 @@ class _Conversion:
                 "the options of the optimizer's groups are not in the files (elastic_checkpoint): "
                 "those of the engine that loads stay"
             )
-        client = {key: value for key, value in model.items() if key not in _OWN}
         extra = {
             key.removesuffix("_extra_state").rstrip("."): encode(value, key, beside)
             for key, value in self.module.items()
@@ -273,9 +275,18 @@ class _Conversion:
             "optimizer": {"name": name, "groups": groups},
             "scheduler": self._scheduler(beside),
             "loss_scale": self._loss_scale(),
-            "client_state": encode_client_state(client, beside, allow_pickle=False),
+            "client_state": encode_client_state(self._client_state(), beside, allow_pickle=False),
             "extra_state": extra,
         }
+
+    def _client_state(self) -> dict[str, Any]:
+        given = {key: v for key, v in self.source.model.items() if key not in _OWN}
+        left = [key for key, value in given.items() if holds_records(value)]
+        if left:
+            self.done.notes.append(
+                f"client_state: {', '.join(map(repr, left[:8]))} held objects and is left out"
+            )
+        return {key: value for key, value in given.items() if key not in left}
 
     def _optimizer(self) -> str:
         if self.options.optimizer is not None:
@@ -327,7 +338,7 @@ class _Conversion:
             float(kept["cur_scale"]),
             int(kept["cur_hysteresis"]),
             int(kept["cur_iter"]),
-            int(kept["last_overflow_iter"]),
+            int(kept["last_overflow_iter"]) + 1,  # counted from zero there
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from zerort.checkpoint.deepspeed.files import Record, Source
 from zerort.errors import CheckpointError
 
-__all__ = ["Layout", "Parameter", "as_laid_out", "layout_of"]
+__all__ = ["Layout", "Parameter", "as_laid_out", "layout_of", "stage_of"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ def layout_of(source: Source, names: Sequence[str] | None) -> Layout:
             return _whole(source, names)
         states = [found["optimizer_state_dict"] for found in source.optimizers]
         _check_count(source, states)
-        return _by_parameter(source, states) if _stage(states[0]) == 3 else _flat(source, states)
+        return _by_parameter(source, states) if stage_of(states[0]) == 3 else _flat(source, states)
 
 
 @contextmanager
@@ -80,7 +80,8 @@ def as_laid_out(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _stage(state: Mapping[str, Any]) -> int:
+def stage_of(state: Mapping[str, Any]) -> int:
+    """What the optimizer has written of its stage."""
     found = state.get("zero_stage", 1)  # its optimizer for bf16 writes none
     return int(found.args[0] if isinstance(found, Record) else found)
 
@@ -110,7 +111,7 @@ def _flat(source: Source, states: Sequence[Mapping[str, Any]]) -> Layout:
             parameters.append(Parameter(name, tuple(shape), group, master, pieces, dict(values)))
             at += numel + (paddings[group][index] if paddings else 0)
     scaler = states[0].get("loss_scaler")
-    return Layout(_stage(states[0]), parameters, base[0][1], scaler)
+    return Layout(stage_of(states[0]), parameters, base[0][1], scaler)
 
 
 def _group_states(
