@@ -136,7 +136,8 @@ ROWS: Sequence[Key] = (
     ),
     same("scheduler.params", "keyword arguments of its constructor"),
     ignored(
-        "zero_allow_untested_optimizer", "any elementwise optimizer of torch works at every stage"
+        "zero_allow_untested_optimizer",
+        "any optimizer that takes one parameter at a time runs at every stage",
     ),
     ignored("zero_force_ds_cpu_optimizer", "optimizers are torch's on every device"),
 )
