@@ -63,7 +63,11 @@ ROWS: Sequence[Key] = (
     same("fp16.loss_scale", "a static loss scale; 0 means dynamic"),
     same("fp16.initial_scale_power", "the dynamic scale starts at 2 to this power"),
     same("fp16.loss_scale_window", "clean steps after which the dynamic scale doubles"),
-    same("fp16.hysteresis", "overflows that are waited out before the scale is halved"),
+    same(
+        "fp16.hysteresis",
+        "overflows that are waited out before the scale is halved; at stage 0 too, where DeepSpeed "
+        "waits for none",
+    ),
     same("fp16.consecutive_hysteresis", "every clean step restores the hysteresis"),
     same(
         "fp16.min_loss_scale",
