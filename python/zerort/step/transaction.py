@@ -173,7 +173,7 @@ class Transaction(DirectBackwards):
         self._demand(call)
         self._refuse_unmanaged(call)
         if accumulation.held:
-            raise StepError(f"{call} inside no_sync() or itself: one context is enough")
+            raise StepError(f"{call} nested inside no_sync() or itself: one context is enough")
         with accumulation.coalesce():
             try:
                 yield

@@ -218,7 +218,7 @@ def test_what_callers_look_for_in_an_error_is_in_it() -> None:
         with pytest.raises(AssertionError, match=illegal):
             engine.step()
         with (
-            pytest.raises(AssertionError, match="no_sync"),
+            pytest.raises(AssertionError, match="nested inside no_sync"),
             engine.coalesce_grad_reduction(),
         ):
             pass
