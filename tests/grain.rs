@@ -211,6 +211,26 @@ fn longest_first_is_mended_by_swaps() {
     assert_eq!(layout(&plan, 0).shard_numel(), 768);
 }
 
+/// Attention and feed-forward of a Llama of 8 billion parameters, so many layers of it.
+fn llama(layers: usize) -> Vec<u64> {
+    let layer = [4096, 1024, 1024, 4096, 14336, 14336, 14336].map(|rows: u64| rows * 4096);
+    layer.repeat(layers)
+}
+
+#[test]
+fn four_matrices_a_rank_take_a_tenth_at_most_and_more_ranks_than_matrices_take_many_times_all() {
+    let percent = |layers, world| {
+        let mut spec = lengths(&llama(layers), world);
+        spec.whole_padding = u32::MAX;
+        let numel = layout(&Plan::new(spec).unwrap(), 0).numel();
+        let total: u64 = llama(layers).iter().sum();
+        (numel - total) * 100 / total
+    };
+    let cases = [(1, 2), (4, 8), (32, 2), (32, 8), (32, 64), (32, 1024)];
+    let found = cases.map(|(layers, world)| percent(layers, world));
+    assert_eq!(found, [7, 7, 0, 0, 7, 761]);
+}
+
 #[test]
 fn more_ranks_than_matrices_leave_shards_that_own_nothing() {
     let mut spec = lengths(&[300, 200], 4);

@@ -21,8 +21,8 @@ pub enum Grain {
 }
 
 impl Grain {
-    /// Elements that consecutive borders may be apart from one another and from the start of a
-    /// parameter that they cut: multiples of this. 1 where a whole parameter is never cut anyway.
+    /// Borders inside a parameter lie at multiples of this from its start; 1 also where there are
+    /// none.
     pub(crate) const fn step(self) -> u64 {
         match self {
             Self::Element | Self::Whole => 1,
