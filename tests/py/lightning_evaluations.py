@@ -4,6 +4,7 @@ a test compares. Imported in the ranks alone, because Lightning takes seconds to
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+import torchmetrics
+from pytorch_lightning.callbacks import (
+    BasePredictionWriter,
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -103,6 +110,73 @@ def uneven(folder: Path) -> Any:
     return found
 
 
+class Measured(Configured):
+    """With metrics of torchmetrics' kinds, one that adds up and one that keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.seen = torchmetrics.MeanMetric(), torchmetrics.CatMetric()
+        self.found: list[Any] = []
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        loss = self.loss(batch)
+        self.mean.update(loss)
+        self.seen.update(batch[1].flatten())
+        self.log("mean", self.mean)
+        self.log("score", loss, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        copied = copy.deepcopy(self.mean)  # as callbacks do that average weights
+        self.found.append((self.mean.compute().item(), self.seen.compute().sort().values, copied))
+        self.seen.reset()
+
+
+def uneven_fit(folder: Path) -> Any:
+    """Ranks that validate 3 and 4 batches within a fit, in its sanity check and twice an epoch,
+    with all that Lightning reduces behind it.
+    """
+    found = {}
+    for name, strategy in (("ddp", "ddp"), ("ours", zerort_at(3))):
+        module = net(Measured)
+        saves = ModelCheckpoint(dirpath=folder / name, monitor="mean", save_last=True)
+        stops = EarlyStopping("score", patience=5)
+        running = trainer(
+            strategy,
+            callbacks=[saves, stops],
+            use_distributed_sampler=False,
+            val_check_interval=0.5,
+        )
+        running.fit(module, data(), uneven_data(12))
+        kept = [(mean, seen) for mean, seen, _ in module.found]
+        found[name] = kept, running.callback_metrics["score"].item(), saves.best_model_score.item()
+        found[f"{name} left"] = [module.mean.dist_sync_fn, module.found[0][2].dist_sync_fn]
+    return found
+
+
+def uneven_training(folder: Path) -> dict[int, str]:
+    """What is heard where ranks have different numbers of batches to train on."""
+    heard = {}
+    for stage in (2, 3):
+        running = trainer(zerort_at(stage), max_epochs=1, use_distributed_sampler=False)
+        heard[stage] = raised(lambda running=running: running.fit(net(), uneven_data(8), data()))
+    return heard
+
+
+def of_one_rank(folder: Path) -> list[float]:
+    """Collectives over a group that has this rank alone, which the other does not make."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+
+    class Logs(Net):
+        def on_train_epoch_end(self) -> None:
+            if dist.get_rank() == 0:
+                found = self.trainer.strategy.reduce(torch.ones(1), groups[0], "sum")
+                self.losses.append(found.item())
+
+    module = net(Logs)
+    trainer(zerort_at(3), max_epochs=1).fit(module, data())
+    return module.losses[-1:]
+
+
 class Large(Net):
     """Weighs this process while each of its layers computes."""
 
@@ -176,6 +250,9 @@ def flows(*, slow: bool) -> Mapping[str, Callable[[Path], Any]]:
     return {
         "evaluated": evaluated,
         "uneven": uneven,
+        "uneven fit": uneven_fit,
+        "uneven training": uneven_training,
+        "of one rank": of_one_rank,
         "weighed": weighed,
         "broken": broken,
     }

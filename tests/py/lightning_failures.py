@@ -58,6 +58,14 @@ class InValidation(Net):
         super().validation_step(batch, index)
 
 
+class Between(Callback):
+    """Raises on rank 0 behind a batch; the other goes on to the next."""
+
+    def on_train_batch_end(self, running: Any, module: Any, *args: Any) -> None:
+        if dist.get_rank() == 0 and running.global_step == 2:
+            raise KeyError("between batches")
+
+
 class Waits(Callback):
     """A barrier behind each batch, which one rank does not come to."""
 
@@ -77,12 +85,21 @@ def _options(case: str, folder: Path) -> tuple[Callable[..., Net], dict[str, Any
             return InValidation, {}
         case "in callback":
             return Net, {"callbacks": [Waits()]}
+        case "between batches":
+            return Net, {"callbacks": [Between()]}
         case _:
             saves = ModelCheckpoint(dirpath=folder, save_on_exception=True)
             return InStep, {"callbacks": [saves]}
 
 
-CASES = ("in step", "in backward", "in validation", "in callback", "saved on exception")
+CASES = (
+    "in step",
+    "in backward",
+    "in validation",
+    "in callback",
+    "between batches",
+    "saved on exception",
+)
 
 
 def goes_on(stage: int, folder: Path) -> dict[str, tuple[str, float]]:

@@ -4,18 +4,19 @@ A rank that waits in such a collective hears nothing of one that has failed and 
 on: the collective has no partner and no end. So all ranks come to the gate first, and one that
 fails comes too, without waiting, with its reason:
 
-    rank 0   log ── gate: all_reduce(0) ····· 1 ── all_reduce(reasons) ── CommError: KeyError
-    rank 1   raises ──── all_reduce(1), all_reduce(reasons) ── takes part in what the peers do
+    rank 0   log ── gate: all_reduce(0) ····· 1 ── all_reduce(words) ── CommError: KeyError
+    rank 1   raises ──── all_reduce(1), all_reduce(words) ── takes part in what the peers do
 
-What it guarantees: ranks go through the gate together, or all that come raise the same reason; the
-gate has a process group of its own, so that nothing is left on the caller's. A rank that has gone
-is named by its last words. What it does not do: a rank that is interrupted while it waits here has
-come, for those that come later.
+What it guarantees: ranks go through the gate together and for the same collective, or all that come
+raise what is wrong; the gate has a process group of its own, so that nothing is left on the
+caller's. A rank that has gone is named by its last words. What it does not do: a rank that is
+interrupted while it waits here has come, for those that come later.
 """
 
 from __future__ import annotations
 
 import time
+import zlib
 from datetime import timedelta
 
 import torch
@@ -31,8 +32,12 @@ __all__ = ["Gate"]
 
 _NAME = "gate"
 _LONGEST = 600
-"""Bytes of a reason."""
-_CONSEQUENCE = f"{CommError.__name__}: "
+"""Bytes of what a rank says."""
+_NAMED = 8  # ranks that a message has room for
+_CALLS = 1 << 20
+"""Numbers of calls; sums of their squares fit into 64 bits for millions of ranks."""
+_COMES, _FAILED = "comes to", "has failed:"
+_CONSEQUENCE = f"{_FAILED} {CommError.__name__}: "
 _PAUSES = (0.0002, 0.005)
 """Seconds between two looks whether all have come: the first, and the longest."""
 
@@ -49,19 +54,21 @@ class Gate:
     def pass_through(self, call: str) -> None:
         """Returns when all ranks are here, before `call`.
 
-        Raises `CommError` with the reason of each that has failed, and where one has gone or does
-        not come in time.
+        Raises `CommError` with the reason of each that has failed, where another collective is
+        coming on some rank, and where one has gone or does not come in time.
         """
         if self._groups is None:
             return
+        ranks = self._groups.members.ranks
         with self._groups.named(call):
-            failed = torch.zeros(1)
-            _wait(self._sum(failed))
-            if not failed.item():
+            met = _state(zlib.crc32(call.encode()) % _CALLS)
+            _wait(self._sum(met))
+            failed, first, second = met.tolist()
+            if not failed and first * first == len(ranks) * second:
                 return
-            reasons = self._rows()
-            _wait(self._sum(reasons))
-        listed = "; ".join(f"rank {rank} has failed: {why}" for rank, why in _first(reasons))
+            words = self._words(f"{_COMES} {call}")
+            _wait(self._sum(words))
+        listed = "; ".join(f"rank {ranks[i]} {said}" for i, said in _telling(words))
         raise CommError(f"rank {self._groups.members.job_rank}: {call} failed: {listed}")
 
     def fail(self, reason: str) -> None:
@@ -69,10 +76,8 @@ class Gate:
         next comes behind it.
         """
         if self._groups is not None:
-            rows, text = self._rows(), reason.encode()[:_LONGEST].decode(errors="ignore").encode()
-            rows[self._groups.members.rank, : len(text)] = torch.tensor([*text], dtype=torch.uint8)
-            self._sum(torch.ones(1))
-            self._sum(rows)
+            self._sum(_state(failed=1))
+            self._sum(self._words(f"{_FAILED} {reason}"))
 
     def close(self) -> None:
         """Gives the group back, behind what `fail` has left on it. A second call does nothing."""
@@ -80,9 +85,14 @@ class Gate:
             self._groups.close(waits=False)
             self._groups = None
 
-    def _rows(self) -> Tensor:
+    def _words(self, mine: str) -> Tensor:
+        """A row for each rank, with this rank's in its own."""
         assert self._groups is not None
-        return torch.zeros(len(self._groups.members.ranks), _LONGEST, dtype=torch.uint8)
+        members = self._groups.members
+        rows = torch.zeros(len(members.ranks), _LONGEST, dtype=torch.uint8)
+        text = mine.encode()[:_LONGEST].decode(errors="ignore").encode()
+        rows[members.rank, : len(text)] = torch.tensor([*text], dtype=torch.uint8)
+        return rows
 
     def _sum(self, values: Tensor) -> Work:
         groups = self._groups
@@ -94,11 +104,17 @@ class Gate:
         return groups.work("all_reduce", _NAME, [start]).start()
 
 
-def _first(reasons: Tensor) -> list[tuple[int, str]]:
-    """Those of ranks that have not failed because of another."""
-    read = enumerate(bytes(row.tolist()).rstrip(b"\0").decode() for row in reasons)
-    found = [(rank, why) for rank, why in read if why]
-    return [(rank, why) for rank, why in found if not why.startswith(_CONSEQUENCE)] or found
+def _state(call: int = 0, *, failed: int = 0) -> Tensor:
+    """What is added up: sums of a number and of its square tell whether it is the same on all."""
+    return torch.tensor([failed, call, call * call])
+
+
+def _telling(words: Tensor) -> list[tuple[int, str]]:
+    """Those of ranks that have failed, first by themselves, else of all."""
+    said = list(enumerate(bytes(row.tolist()).rstrip(b"\0").decode() for row in words))
+    failed = [(rank, each) for rank, each in said if each.startswith(_FAILED)]
+    first = [(rank, each) for rank, each in failed if not each.startswith(_CONSEQUENCE)]
+    return (first or failed or said)[:_NAMED]
 
 
 def _wait(work: Work) -> None:

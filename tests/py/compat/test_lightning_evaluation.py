@@ -75,6 +75,29 @@ def test_ranks_predict_and_validate_different_numbers_of_batches() -> None:
         assert ours[3] == [0, 1]
 
 
+def test_within_a_fit_ranks_validate_different_numbers_of_batches() -> None:
+    for found in result("uneven fit"):
+        ours, theirs = found["ours"], found["ddp"]
+        assert len(ours[0]) == len(theirs[0]) == 5, "once before the fit"
+        for (mean, seen), (expected, all_seen) in zip(ours[0], theirs[0], strict=True):
+            assert mean == pytest.approx(expected, rel=1e-5)
+            torch.testing.assert_close(seen, all_seen)
+        assert seen.numel() == 28, "of both ranks"
+        assert ours[1:] == pytest.approx(theirs[1:], rel=1e-5)
+        assert found["ours left"] == [None, None], "nothing is left on a metric"
+
+
+def test_ranks_that_train_on_different_numbers_of_batches_are_told_at_once() -> None:
+    for heard in result("uneven training"):
+        for told in heard.values():
+            assert told.startswith("CommError: ")
+            assert "rank 0 comes to reduce of Lightning's; rank 1 comes to the next batch" in told
+
+
+def test_a_collective_of_some_ranks_waits_for_no_other() -> None:
+    assert result("of one rank")[0] == [1.0]
+
+
 def test_a_rank_holds_its_part_and_one_layer() -> None:
     for most in result("weighed"):
         assert 1 / 2 < most < 1 / 2 + 1 / 6 + 0.05

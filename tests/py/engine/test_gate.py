@@ -165,6 +165,18 @@ def test_at_stage_3_evaluations_may_differ_in_number_and_training_is_told_at_onc
         assert "rank 0 is between passes" in told and "rank 1 begins a training forward" in told
 
 
+def _apart(rank: int, world: int) -> str:
+    engine = _gated(2)
+    calls = (CALL, "a barrier of Lightning's")
+    return str(caught(lambda: engine.meet(calls[rank])))
+
+
+def test_ranks_that_come_to_different_collectives_are_told_which() -> None:
+    for rank, told in enumerate(ranks.run(2, _apart)):
+        assert told.startswith(f"rank {rank}: ")
+        assert f"rank 0 comes to {CALL}; rank 1 comes to a barrier of Lightning's" in told
+
+
 def _alone(rank: int, world: int) -> None:
     engine = engine_over_terms(at_stage(2))
     engine.open_gate(timedelta(seconds=1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from zerort.errors import CheckpointError, ConfigError
 
-__all__ = ["TAG", "folder_of", "packed", "refuse_place", "unpacked"]
+__all__ = ["TAG", "folder_of", "mapped", "packed", "refuse_place", "unpacked"]
 
 TAG = "checkpoint"
 """Of the one checkpoint in a folder that Lightning knows as a checkpoint."""
@@ -71,6 +72,16 @@ def _found(error: pickle.UnpicklingError) -> str:
     """What torch has met, without its advice."""
     text = str(error)
     return (text.partition("WeightsUnpickler error: ")[2] or text).partition(". Please")[0][:300]
+
+
+def mapped(path: str, weights_only: bool | None) -> dict[str, Any]:
+    """What Lightning's own format holds in one local file. Tensors stay in the file until they are
+    read, so that ranks of a host share its pages.
+    """
+    found: dict[str, Any] = torch.load(
+        path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=weights_only
+    )
+    return found
 
 
 def refuse_place(path: Any) -> None:

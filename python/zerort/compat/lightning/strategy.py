@@ -11,7 +11,7 @@ torch.distributed's default group, which the engine never uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,33 +20,28 @@ import torch
 from torch import Tensor
 
 import zerort
-from zerort.checkpoint import get_client_state, get_fp32_state_dict
 from zerort.compat.lightning.collectives import Collectives
-from zerort.compat.lightning.modules import (
-    Whole,
-    forward_only,
-    is_sharded,
-)
+from zerort.compat.lightning.metrics import Metrics
+from zerort.compat.lightning.modules import Whole, forward_only, is_sharded
 from zerort.compat.lightning.packages import fabric, pytorch
 from zerort.compat.lightning.precision import FullPrecision, adapted
+from zerort.compat.lightning.refusals import only_optimizer, refuse_clipping
+from zerort.compat.lightning.saving import Saving
 from zerort.compat.lightning.settings import Given, completed, stage_of
-from zerort.compat.lightning.stored import TAG, folder_of, packed, refuse_place, unpacked
-from zerort.errors import CheckpointError, ConfigError
+from zerort.errors import ConfigError
 from zerort.zero import Init
 
 __all__ = ["ZerortStrategy"]
 
 _DDPStrategy: Any = pytorch("strategies").DDPStrategy
 _timeout = fabric("plugins.collectives.torch_collective").default_pg_timeout
-_rank_zero = pytorch("utilities.rank_zero")
 _FITTING = pytorch("trainer.states").TrainerFn.FITTING
 _sync_module_states = pytorch("overrides.distributed")._sync_module_states
 _is_overridden = pytorch("utilities.model_helpers").is_overridden
 _LightningModule = pytorch("core").LightningModule
-_MockOptimizer = pytorch("core.optimizer")._MockOptimizer
 
 
-class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
+class ZerortStrategy(Collectives, Saving, _DDPStrategy):  # type: ignore[misc]
     """`Trainer(strategy=ZerortStrategy(stage=2))`, or by its name, `"zerort_stage_2"`.
 
     `config` is a DeepSpeed configuration (a dict, a path or base64): what Lightning is told, which
@@ -64,6 +59,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
 
     strategy_name = "zerort"
     model: Any
+    optimizers: Any
 
     def __init__(
         self,
@@ -86,7 +82,7 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         self._data, self.zero = stage_of(config, stage)
         self._engine: zerort.Engine | None = None
         self._failed = False
-        self._full: Mapping[str, Any] | None = None
+        self._metrics: Metrics | None = None
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.load_full_weights = load_full_weights
         self.keep_weights = keep_weights
@@ -115,10 +111,6 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         return self._engine
 
     @property
-    def _fits(self) -> bool:
-        return self._engine is not None and self._engine.optimizer is not None
-
-    @property
     def precision_plugin(self) -> Any:
         """Lightning's, without its scaler and its clipping."""
         return self._precision_plugin if self._precision_plugin is not None else FullPrecision()
@@ -140,24 +132,27 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         self._failed = False
         self.accelerator.setup(trainer)
         if trainer.state.fn == _FITTING:
-            self._refuse(trainer)
+            refuse_clipping(trainer)
             if self._layer_sync:
                 self.model = self._layer_sync.apply(self.model)
             if not is_sharded(self.model):
                 self.model_to_device()
             self.setup_optimizers(trainer)
-            self._open(trainer)
+            self._open()
         elif self.zero.shards_parameters and any(True for _ in self.model.parameters()):
             if not is_sharded(self.model):
                 self.model_to_device()
             self.model = self._engine = forward_only(self.model, self._settings())
-            self._engine.open_gate(self._timeout or _timeout)
         else:
             self.model = self.precision_plugin.convert_module(self.model)
             self.model_to_device()
             _sync_module_states(self.model)
+        if self._engine is not None:
+            self._engine.open_gate(self._timeout or _timeout)
+            self._metrics = Metrics(self.lightning_module, self._together)
         self.setup_precision_plugin()
         if self._fits:
+            self._meet_before_batches(trainer.fit_loop.epoch_loop)
             # in manual optimization it is how a window is dropped
             self._lightning_optimizers[0].zero_grad = self.engine.zero_grad
 
@@ -166,21 +161,9 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         clip = trainer.gradient_clip_val if self.lightning_module.automatic_optimization else None
         return completed(self._data, self.precision_plugin.precision, clip)
 
-    def _refuse(self, trainer: Any) -> None:
-        if str(getattr(trainer.gradient_clip_algorithm, "value", None)) == "value":
-            raise ConfigError(
-                'gradient_clip_algorithm="value": gradients are in shards, and are clipped by '
-                'their norm alone; leave it out, or give "norm"'
-            )
-        if _is_overridden("configure_gradient_clipping", self.lightning_module, _LightningModule):
-            _rank_zero.rank_zero_warn(
-                "configure_gradient_clipping is called, but gradients are in shards there: the "
-                "engine clips in its step, to the Trainer's gradient_clip_val"
-            )
-
-    def _open(self, trainer: Any) -> None:
+    def _open(self) -> None:
         settings = self._settings()
-        optimizer = self._only_optimizer(settings)
+        optimizer = only_optimizer(self.optimizers, settings)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._engine, optimizer, _, _ = zerort.initialize(
             model=self.model,
@@ -188,32 +171,9 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
             model_parameters=None if optimizer is not None else trainable,
             config=settings,
         )
-        self._engine.open_gate(self._timeout or _timeout)
         self.optimizers = [optimizer]
         self.precision_plugin.clipping = self._engine.gradient_clipping()
         self.model = self._engine
-
-    def _only_optimizer(self, settings: Mapping[str, Any]) -> Any:
-        """The one of `configure_optimizers`; None where the configuration has one."""
-        found = [each for each in self.optimizers if not isinstance(each, _MockOptimizer)]
-        if "optimizer" in settings:
-            if found:
-                raise ConfigError(
-                    "configure_optimizers returns an optimizer, and the configuration has one: "
-                    "give one"
-                )
-            return None
-        if len(found) != 1:
-            raise ConfigError(
-                f"configure_optimizers returns {len(found)} optimizers, and an engine has one: put "
-                "the parameters into groups of one optimizer, or use another strategy"
-            )
-        if isinstance(found[0], torch.optim.LBFGS):
-            raise ConfigError(
-                "configure_optimizers returns LBFGS, which calls its closure several times a step: "
-                "use another strategy"
-            )
-        return found[0]
 
     # A step.
 
@@ -273,100 +233,6 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
         with self.engine.no_sync():
             yield
 
-    # Checkpoints.
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The engine loads."""
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """The engine has done it."""
-        return False
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing within `fit`: the engine writes the weights."""
-        return {} if self._engine is not None else dict(self.lightning_module.state_dict())
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing: the engine writes it."""
-        return {}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: the engine has read it."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        """All ranks: within `fit` a folder, which holds everything; behind it one file of
-        Lightning's format, which holds no optimizer's state.
-        """
-        if storage_options is not None:
-            raise ConfigError(
-                "save_checkpoint(storage_options=...): the engine writes; leave it out"
-            )
-        refuse_place(filepath)
-        filepath = self.broadcast(str(filepath))
-        if self._engine is None:
-            _rank_zero.rank_zero_warn(
-                f"{filepath}: the engine has been given back, so there is no optimizer's state in "
-                "this checkpoint: save within fit, for example by "
-                "ModelCheckpoint(save_last=True), to resume from it"
-            )
-            super().save_checkpoint(checkpoint, filepath)
-            return
-        kept = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
-        client_state = packed(kept, self.broadcast)
-        self._engine.save_checkpoint(
-            filepath,
-            tag=TAG,
-            client_state=client_state,
-            exclude_frozen_parameters=self.exclude_frozen_parameters,
-            overwrite=True,
-        )
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Loads what the engine keeps; returns Lightning's dictionary."""
-        weights_only = self.weights_only if weights_only is None else weights_only
-        checkpoint_path = self.broadcast(str(checkpoint_path))
-        folder = folder_of(checkpoint_path)
-        if folder is None:
-            return self._load_file(checkpoint_path, weights_only)
-        strict = self.lightning_module.strict_loading
-        if self._engine is None:
-            weights = get_fp32_state_dict(folder, TAG)
-            self.lightning_module.load_state_dict(weights, strict=strict)
-            client_state = get_client_state(folder, TAG)
-        else:
-            _, client_state = self._engine.load_checkpoint(
-                folder, tag=TAG, load_module_strict=strict
-            )
-        return {"state_dict": {}, **unpacked(client_state, folder, weights_only)}
-
-    def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        if self._fits and not self.load_full_weights:
-            raise CheckpointError(
-                f"{path} is one file, which holds no state of this strategy's optimizer: give "
-                "ZerortStrategy(load_full_weights=True) to fit on from its weights"
-            )
-        if self._fits:
-            _rank_zero.rank_zero_warn(f"{path}: the optimizer begins anew, weights alone are taken")
-        self._full = super().load_checkpoint(path, weights_only)
-        return dict(self._full)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """What one file holds; a folder's weights are there already."""
-        full, self._full = self._full, None
-        if full is None:
-            return
-        if self._engine is None:
-            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        else:
-            self._engine.load_module_state_dict(checkpoint["state_dict"], strict=strict)
-
     # The end.
 
     def on_exception(self, exception: BaseException) -> None:
@@ -379,6 +245,9 @@ class ZerortStrategy(Collectives, _DDPStrategy):  # type: ignore[misc]
     def teardown(self) -> None:
         """Gives the engine back, and the module its weights."""
         module, engine = self.lightning_module, self._engine
+        if self._metrics is not None and module is not None:
+            self._metrics.give_back()
+            self._leave_batches(module.trainer.fit_loop.epoch_loop)
         if engine is not None and module is not None:
             gathers = self.keep_weights and not self._failed and is_sharded(module)
             whole = Whole(module) if gathers else None
