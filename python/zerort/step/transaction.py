@@ -297,8 +297,10 @@ class Transaction(DirectBackwards):
         try:
             self.part.passes.meet(COLLECTIVE)
             self._reduction.drain()
-        except Absent as error:
-            raise self.part.boundary.mesh.job.failure(call, error) from error
+        except Absent:
+            if self.gate is not None:
+                self.gate.pass_through(call)  # who stands in has come there before, with its reason
+            raise
 
     def depart(self, *, values: bool) -> None:
         """States go to the host, parameters among them if it is `values`: until `arrive` nothing
