@@ -199,11 +199,15 @@ class Reduction:
 
     @unintercepted
     def local_gradient(self, bucket: int, position: int) -> torch.Tensor | None:
-        """What no pass has taken of the parameter at that position in the bucket: the memory
-        itself. None where there is nothing.
+        """A copy of what no pass has taken of the parameter at that position in the bucket; None
+        where there is nothing.
         """
-        gradient = self._sources[bucket].waiting(position)
-        return None if gradient is None else gradient.detach()
+        return self._sources[bucket].waiting(position)
+
+    @unintercepted
+    def replace_local_gradient(self, bucket: int, position: int, value: torch.Tensor) -> None:
+        """Writes `value`, of the parameter's shape, in its place."""
+        self._sources[bucket].replace(position, value)
 
     @unintercepted
     def written(self) -> str | None:

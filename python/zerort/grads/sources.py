@@ -69,7 +69,12 @@ class FromGrad:
 
     def waiting(self, position: int) -> Tensor | None:
         """What is in `.grad`."""
-        return self._params[position].grad
+        gradient = self._params[position].grad
+        return None if gradient is None else gradient.detach().clone()
+
+    def replace(self, position: int, value: Tensor) -> None:
+        """In `.grad`."""
+        _write(self._params[position].grad, value)
 
     def pack(self, encoder: Encoder) -> list[int]:
         """What is in `.grad`."""
@@ -140,11 +145,23 @@ class LocalSum:
             self._came[i] = True
 
     def waiting(self, position: int) -> Tensor | None:
-        """The sum, which what is in `.grad` is added to before."""
+        """The sum, with what is in `.grad` beside it."""
+        parts = [self._sum().views[position]] if self._came[position] else []
+        gradient = self._params[position].grad
+        if gradient is not None:
+            parts.append(gradient.detach())
+        if len(parts) < 2:
+            return parts[0].clone() if parts else None
+        return parts[0] + parts[1]
+
+    def replace(self, position: int, value: Tensor) -> None:
+        """In the sum, where there is one."""
+        parameter = self._params[position]
         if not self._came[position]:
-            return self._params[position].grad
-        self.collect()
-        return self._sum().views[position]
+            _write(parameter.grad, value)
+            return
+        _write(self._sum().views[position], value)
+        parameter.grad = None
 
     def pack(self, encoder: Encoder) -> list[int]:
         """Adds what is in `.grad` to what has waited, and encodes the sum."""
@@ -186,6 +203,12 @@ class _Sum:
     @classmethod
     def over(cls, memory: Memory, bucket: FlatBucket) -> _Sum:
         return cls(memory.tensor, bucket.slots(memory.tensor))
+
+
+def _write(gradient: Tensor | None, value: Tensor) -> None:
+    assert gradient is not None, "nothing waits"
+    with torch.no_grad():
+        gradient.copy_(value)
 
 
 def _pack(params: list[torch.nn.Parameter], encoder: Encoder) -> list[int]:

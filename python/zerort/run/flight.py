@@ -50,9 +50,12 @@ class Source(Protocol):
         """A micro-batch that is not reduced is over."""
 
     def waiting(self, position: int) -> Tensor | None:
-        """What waits of the parameter at that position in the bucket, in its shape: the memory
-        itself, in the dtype in which it waits. None where nothing does.
+        """A copy of what waits of the parameter at that position in the bucket, in its shape and
+        the dtype in which it waits. None where nothing does.
         """
+
+    def replace(self, position: int, value: Tensor) -> None:
+        """Writes `value`, of the parameter's shape, over it. Something waits there."""
 
     def pack(self, encoder: Encoder) -> list[int]:
         """Encodes the gradient; `.grad` is None afterwards.

@@ -63,8 +63,7 @@ def safe_get_full_grad(param: Any) -> Tensor | None:
     if mine is None or mine.owner.has_sums:
         return _read("safe_get_full_grad()", param, GRADIENT)
     mine.owner.together("safe_get_full_grad()", mine.name, _nothing)
-    gradient = mine.local_gradient
-    return None if gradient is None else gradient.clone()
+    return mine.local_gradient
 
 
 def safe_set_full_grad(param: Any, value: Tensor) -> None:

@@ -93,19 +93,18 @@ class Held:
 
     @property
     def local_gradient(self) -> Tensor | None:
-        """What waits on this rank to be reduced: the memory itself."""
+        """A copy of what waits on this rank to be reduced."""
         return self.owner.reduction.local_gradient(self.bucket.spec.id, self.position)
 
     def write_local_gradient(self, value: Tensor) -> None:
         """Replaces what waits on this rank. Raises `StepError` where nothing does."""
-        gradient = self.local_gradient
-        if gradient is None:
+        if self.local_gradient is None:
             raise StepError(
                 f"parameter {self.name} has no gradient on this rank: there is one between "
                 "backward and step"
             )
-        with torch.no_grad():
-            gradient.copy_(value.reshape(gradient.shape))
+        value = value.reshape(self.form.shape)
+        self.owner.reduction.replace_local_gradient(self.bucket.spec.id, self.position, value)
 
     def replace(self, value: Tensor) -> None:
         """Writes a whole `value` where the parameter is whole on this rank."""

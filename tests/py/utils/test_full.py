@@ -296,6 +296,26 @@ def held_back_on_two() -> list[list[dict[str, Any]]]:
     return ranks.run(2, held_back)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_to_read_what_waits_moves_nothing_and_to_replace_it_leaves_nothing_else(dtype: str) -> None:
+    engine = engine_over(1, dtype)
+    weight = engine.module[2].weight
+    x = batch(0, 0, weight.dtype)
+    with engine.no_sync():
+        engine.backward(engine(x).float().square().mean())
+        own = utils.safe_get_full_grad(weight)
+        if dtype == "bf16":  # it waits in a sum, and another engine's backward has left this
+            weight.grad = torch.ones_like(weight)
+            torch.testing.assert_close(utils.safe_get_full_grad(weight), own + 1)
+        assert weight.grad is not None
+        utils.safe_get_full_grad(weight).zero_()
+        assert utils.safe_get_full_grad(weight).any()
+        utils.safe_set_full_grad(weight, torch.full(weight.shape, 0.5))
+        assert (utils.safe_get_full_grad(weight) == 0.5).all()
+    engine.allreduce_gradients()
+    assert (utils.safe_get_full_grad(weight) == 0.5).all()
+
+
 def misused(rank: int, world: int) -> dict[str, Any]:
     engine = engine_over(2)
     params = list(engine.module.parameters())
