@@ -80,19 +80,19 @@ def choose_optimizer(
         return Chosen(None, ALL_FROZEN)
     _refuse_empty(model)
     params = list(model.parameters() if model_parameters is None else model_parameters)
-    if isinstance(optimizer, list | tuple):
-        chosen = _chained(optimizer, model)
-    elif isinstance(optimizer, Optimizer):
-        chosen = optimizer
-    elif callable(optimizer):
-        chosen = optimizer(params)
+    makes = callable(optimizer) and not isinstance(optimizer, Optimizer)
+    given = optimizer(params) if makes else optimizer
+    if isinstance(given, list | tuple):
+        chosen = _chained(given, model)
+    elif isinstance(given, Optimizer):
+        chosen = given
     elif optimizer is None and settings.optimizer is not None:
         chosen = optim.build(settings.optimizer.type, params, settings.optimizer.params, model)
     else:
         raise ConfigError(
             "initialize(optimizer=...): expected a torch.optim.Optimizer or a callable that makes "
             "one of parameters, or a list of optimizers over different parameters, got "
-            f"{type(optimizer).__name__}"
+            f"{type(given).__name__}"
         )
     _refuse_strangers(chosen, model)
     if has_stepped(chosen):

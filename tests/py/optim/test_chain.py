@@ -171,8 +171,20 @@ def test_a_parameter_in_both_or_in_neither_is_named() -> None:
 def test_what_is_no_list_of_optimizers_is_refused() -> None:
     model = seeded()
     mixed = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam]
-    for given, word in ((mixed, "got type"), ([], "at least one optimizer"), (3, "got int")):
-        assert_told(caught(partial(engine_of, model, given)), ConfigError, word)
+    nothing = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    for given, word in (
+        (mixed, "got type"),
+        ([], "at least one optimizer"),
+        (3, "got int"),
+        (lambda params: None, "got NoneType"),
+    ):
+        assert_told(caught(partial(engine_of, model, given, **nothing)), ConfigError, word)
+
+
+def test_a_callable_may_make_several() -> None:
+    model = seeded()
+    engine = engine_of(model, lambda params: halves(model))
+    assert isinstance(engine.optimizer, Chain)
 
 
 def test_the_one_that_cannot_run_at_a_stage_is_named() -> None:

@@ -24,6 +24,7 @@ from training import keep, weights
 from zerort.errors import ConfigError
 from zerort.optim import build
 from zerort.optim.muon import flops
+from zerort.optim.segments import regions
 
 needs_muon = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is torch 2.9's"
@@ -137,6 +138,14 @@ def gradients_and_updates(rank: int, world: int, stage: int) -> list[Seen]:
     def note(*_: Any) -> None:
         noted.extend((p.grad.clone(), p.detach().clone()) for p in held)
 
+    plan, buckets = engine._parts.reduction.plan, engine._parts.boundary.flat.trained
+    owned = [bucket for bucket in buckets if bucket.spec.grain == "whole"]
+    assert owned
+    for bucket in owned:  # without padding, which may be behind another rank's parameter
+        fragments = plan.fragments(bucket.spec.id, rank)
+        assert [(r.param, r.start, r.end - r.start) for r in regions(bucket)] == [
+            (f.param, f.shard_start, f.length) for f in fragments
+        ]
     engine.optimizer.register_step_pre_hook(note)
     train(engine, rank, 1)
     keep(engine)
