@@ -202,6 +202,15 @@ def test_calls_that_cannot_be_are_assertions() -> None:
     engine.destroy()
 
 
+@pytest.mark.parametrize("folder", [None, ""])
+def test_a_checkpoint_without_a_folder_is_a_value_error(folder: Any) -> None:
+    engine = engine_of()
+    with pytest.raises(ValueError, match="cannot save") as raised:
+        engine.save_checkpoint(folder)
+    assert isinstance(raised.value, zerort.CheckpointError)
+    engine.destroy()
+
+
 def test_what_callers_look_for_in_an_error_is_in_it() -> None:
     engine = engine_of(fp16={"enabled": True, "initial_scale_power": 8})
     batch = torch.ones(2, 4, dtype=torch.float16)

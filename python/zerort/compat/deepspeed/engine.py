@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from zerort.compat.deepspeed.failures import as_deepspeed_fails, deepspeeds_failures
+from zerort.compat.deepspeed.failures import (
+    NoFolder,
+    as_deepspeed_fails,
+    deepspeeds_failures,
+)
 from zerort.compat.deepspeed.optimizer import follow
 from zerort.engine import Engine
+from zerort.errors import CheckpointError
 
 __all__ = ["DeepSpeedEngine"]
 
@@ -73,16 +78,23 @@ class DeepSpeedEngine(Engine):
         overwrite: bool | None = None,
         **own: Any,
     ) -> bool:
-        """As the engine's own, but an existing tag is replaced unless `overwrite` is False."""
-        return super().save_checkpoint(
-            save_dir,
-            None if tag is None else str(tag),
-            client_state,
-            save_latest,
-            exclude_frozen_parameters,
-            overwrite=overwrite is not False,
-            **own,
-        )
+        """As the engine's own, but an existing tag is replaced unless `overwrite` is False. Without
+        a folder the error is a `ValueError` too.
+        """
+        try:
+            return super().save_checkpoint(
+                save_dir,
+                None if tag is None else str(tag),
+                client_state,
+                save_latest,
+                exclude_frozen_parameters,
+                overwrite=overwrite is not False,
+                **own,
+            )
+        except CheckpointError as error:
+            if save_dir:
+                raise
+            raise NoFolder(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
     def load_checkpoint(
         self,

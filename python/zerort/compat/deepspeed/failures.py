@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from zerort import errors
 
-__all__ = ["ConfigError", "StepError", "as_deepspeed_fails", "deepspeeds_failures"]
+__all__ = ["ConfigError", "NoFolder", "StepError", "as_deepspeed_fails", "deepspeeds_failures"]
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -22,6 +22,12 @@ class ConfigError(errors.ConfigError, AssertionError):
 
 class StepError(errors.StepError, AssertionError):
     """`zerort.StepError`, to whoever catches an assertion too."""
+
+
+class NoFolder(errors.CheckpointError, ValueError):
+    """`zerort.CheckpointError` for a checkpoint without a folder, to whoever catches a `ValueError`
+    too.
+    """
 
 
 _KINDS: dict[type[Exception], type[Exception]] = {
