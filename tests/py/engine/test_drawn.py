@@ -31,4 +31,4 @@ def test_a_drawn_model_trains_like_the_twin(
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
         "zerort": {"window": window, "reduce_at": reduce_at},
     }
-    assert_same(ranks.run(2, train, name, accumulation, changes), twin_of(name, 2, accumulation))
+    assert_same(ranks.shared(2, train, name, accumulation, changes), twin_of(name, 2, accumulation))

@@ -25,7 +25,7 @@ FEW = [
 @ranks.once(maxsize=1)
 def at_every_stage(world: int, name: str, gas: int) -> dict[int, list[History]]:
     """By stage, every rank's history."""
-    results = ranks.run(world, train_each, name, gas, [at_stage(stage) for stage in STAGES])
+    results = ranks.shared(world, train_each, name, gas, [at_stage(stage) for stage in STAGES])
     return {
         stage: list(histories)
         for stage, histories in zip(STAGES, zip(*results, strict=True), strict=True)
@@ -38,7 +38,7 @@ def test_an_optimizer_of_whole_parameters_trains_like_the_twin_where_it_may_run(
     name: str, gas: int
 ) -> None:
     assert_same(
-        ranks.run(2, train, name, gas, at_stage(0)), twin_of(name, 2, gas, reduce_at="boundary")
+        ranks.shared(2, train, name, gas, at_stage(0)), twin_of(name, 2, gas, reduce_at="boundary")
     )
 
 
@@ -54,7 +54,7 @@ def test_other_numbers_of_ranks_train_like_the_twin(name: str, world: int, stage
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_collective_in_backward_pairs_with_its_peer_under_the_smallest_window(stage: int) -> None:
     changes = {**at_stage(stage), "zerort": {"window": 1}}
-    histories = ranks.run(2, train, "collective_in_backward", 2, changes)
+    histories = ranks.shared(2, train, "collective_in_backward", 2, changes)
     assert_same(histories, twin_of("collective_in_backward", 2, 2, reduce_at=reduction(stage)))
 
 
@@ -65,5 +65,5 @@ def test_a_collective_in_backward_pairs_with_its_peer_under_the_smallest_window(
 def test_stage_2_that_reduces_at_the_boundary_trains_like_the_twin(name: str, gas: int) -> None:
     changes = {**at_stage(2), "zerort": {"reduce_at": "boundary"}}
     assert_same(
-        ranks.run(2, train, name, gas, changes), twin_of(name, 2, gas, reduce_at="boundary")
+        ranks.shared(2, train, name, gas, changes), twin_of(name, 2, gas, reduce_at="boundary")
     )

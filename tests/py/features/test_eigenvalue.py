@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ranks
+from breaking import raises_in_backward
 from catching import assert_told, caught
 from hessians import (
     RECORDED,
@@ -320,20 +321,10 @@ def raise_on(hits: set[int], rank: int) -> Any:
     def micro_batch(number: int) -> None:
         loss = engine(*batch(number))
         if rank == 1 and number in hits:
-            loss = BreaksNow.apply(loss)
+            loss = raises_in_backward(loss, ValueError("broken batch"))
         engine.backward(loss)
 
     return engine, micro_batch
-
-
-class BreaksNow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ValueError("broken batch")
 
 
 def fail_a_micro_batch(rank: int, world: int) -> Any:
@@ -428,7 +419,7 @@ def _break_twice(engine: Any) -> None:
 def _break_once(engine: Any) -> None:
     loss = engine(*batch())
     with pytest.raises(ValueError, match="broken batch"):
-        engine.backward(BreaksNow.apply(loss))
+        engine.backward(raises_in_backward(loss, ValueError("broken batch")))
 
 
 def _destroy(engine: Any) -> None:

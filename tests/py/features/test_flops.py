@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ranks
 import zerort
+from breaking import raises_in_backward
 from catching import assert_told, caught
 from models import VOCABULARY, TinyGPT
 from stand_in import Event, Machine, Simulated
@@ -240,18 +241,6 @@ def test_what_this_torch_cannot_count_is_said() -> None:
         engine(tokens(0))
 
 
-class Explodes(torch.autograd.Function):
-    """The identity; its backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ValueError("exploded")
-
-
 def fail_on_one(rank: int, world: int, micro: int) -> tuple[str, list[Any]]:
     """The profiled window fails on rank 1, in this micro-batch, and is tried again."""
     engine = engine_over(seeded(), gas=2, section={"enabled": True, "profile_step": 0})
@@ -259,7 +248,8 @@ def fail_on_one(rank: int, world: int, micro: int) -> tuple[str, list[Any]]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for index in range(2):
             loss = engine(tokens(rank, 5))
-            loss = Explodes.apply(loss) if rank == 1 and index == micro else loss
+            if rank == 1 and index == micro:
+                loss = raises_in_backward(loss, ValueError("exploded"))
             errors += [caught(partial(engine.backward, loss)), caught(engine.step)]
     return printed.getvalue() + train(engine, 4, rank), errors
 

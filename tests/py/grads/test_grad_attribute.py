@@ -58,7 +58,7 @@ def _start_with_gradients(rank: int, world: int, stage: int) -> tuple[Any, ...]:
 
 @every_stage
 def test_a_grad_from_before_initialize_is_dropped_with_a_word(stage: int) -> None:
-    for rank, (left, said, after) in enumerate(ranks.run(2, _start_with_gradients, stage)):
+    for rank, (left, said, after) in enumerate(ranks.shared(2, _start_with_gradients, stage)):
         assert (left, after) == (None, (-2.0, -4.0))
         assert said == ([logging.WARNING] if rank == 1 else [])
 
@@ -72,12 +72,12 @@ def _train_by_clip(rank: int, world: int, clip: float) -> list[int]:
 
 
 def test_where_gradients_are_is_said_once_by_rank_0() -> None:
-    assert ranks.run(2, _train_by_clip, 100.0) == [[logging.INFO], []]
+    assert ranks.shared(2, _train_by_clip, 100.0) == [[logging.INFO], []]
 
 
 def test_where_clipping_is_off_each_rank_that_has_a_log_warns_in_it() -> None:
     """Who clips by torch's function turns it off, and finds nothing on any rank."""
-    assert ranks.run(2, _train_by_clip, 0.0) == [[logging.WARNING]] * 2
+    assert ranks.shared(2, _train_by_clip, 0.0) == [[logging.WARNING]] * 2
 
 
 def _shown_by_clip(rank: int, world: int) -> str:
@@ -88,7 +88,7 @@ def _shown_by_clip(rank: int, world: int) -> str:
 
 
 def test_where_no_rank_has_a_log_of_its_own_rank_0_warns_for_all() -> None:
-    first, second = ranks.run(2, _shown_by_clip)
+    first, second = ranks.shared(2, _shown_by_clip)
     assert (first.count("get_global_grad_norm"), second) == (1, "")
 
 
@@ -110,7 +110,7 @@ def _write_a_grad(rank: int, world: int, stage: int, gas: int) -> tuple[Any, ...
 @every_stage
 @pytest.mark.parametrize("gas", [1, 2])
 def test_a_grad_that_is_written_after_its_backward_is_named_and_added(gas: int, stage: int) -> None:
-    silent, writer = ranks.run(2, _write_a_grad, stage, gas)
+    silent, writer = ranks.shared(2, _write_a_grad, stage, gas)
     assert (silent[0], writer[0]) == ([], [logging.WARNING])
     assert silent[1] == writer[1] == (-1.0, -2.0 - 4.0)
 
@@ -152,7 +152,7 @@ def _late(rank: int, world: int) -> tuple[Any, ...]:
 
 
 def test_a_gradient_that_is_late_is_not_taken_for_one_that_was_written() -> None:
-    assert ranks.run(2, _late) == [([], (-4.0, -8.0 - 2.0))] * 2
+    assert ranks.shared(2, _late) == [([], (-4.0, -8.0 - 2.0))] * 2
 
 
 def _break_the_further_pass(rank: int, world: int) -> tuple[Any, ...]:
@@ -171,6 +171,6 @@ def _break_the_further_pass(rank: int, world: int) -> tuple[Any, ...]:
 
 
 def test_what_breaks_the_further_pass_off_on_a_rank_is_raised_on_all() -> None:
-    for error, before, after in ranks.run(2, _break_the_further_pass):
+    for error, before, after in ranks.shared(2, _break_the_further_pass):
         assert_told(error, StepError, "not applied on any rank", "rank 1: MemoryError: no room")
         assert (before, after) == ((-2.0, -4.0), (-4.0, -8.0))

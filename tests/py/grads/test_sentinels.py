@@ -14,11 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ranks
 import training
 import zerort
+from breaking import raises_in_backward
 from cases import DRAWN
 from catching import assert_told, caught
 from scene import ELEMENTS, FORWARD, SWAPPED, VECTORS, Scene, Vectors, both
@@ -26,17 +27,7 @@ from training import at_stage, train_all
 from zerort.errors import StepError
 from zerort.grads.arrivals import Arrivals
 
-
-class Raising(torch.autograd.Function):
-    """The identity, without a backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("no way back")
+NO_WAY_BACK = ArithmeticError("no way back")
 
 
 # ---- one hook a bucket
@@ -170,7 +161,7 @@ def test_a_direct_backward_at_stage_3_observes_with_all_hooks() -> None:
 
 def test_every_rank_has_sentinels_of_its_own() -> None:
     orders = [FORWARD, SWAPPED]
-    (ours, uses, hooked), (theirs, others, hooked_there) = ranks.run(
+    (ours, uses, hooked), (theirs, others, hooked_there) = ranks.shared(
         2, run_steps_in_own_order, orders
     )
     assert (ours, theirs) == ([OBSERVED, STEADY], ["453210|||", "45|32|10|"])
@@ -250,7 +241,7 @@ def test_red_3_a_part_behind_its_bucket_is_added_and_all_hooks_come_back_on_all_
     stage: int,
 ) -> None:
     observed, steady = "5543210|||", "554|32|10|"
-    (ours, uses, before, after), (theirs, others, _, after_there) = ranks.run(
+    (ours, uses, before, after), (theirs, others, _, after_there) = ranks.shared(
         2, late_on_rank_0, stage
     )
     assert ours == [observed, steady, "54|532|10||||", "545|32|10|", steady]
@@ -383,7 +374,7 @@ def go_back_unscaled(rank: int, world: int) -> tuple[Exception | None, list[floa
 
 
 def test_an_unscaled_backward_that_touches_no_sentinel_is_refused() -> None:
-    for error, refused, after in ranks.run(2, go_back_unscaled):
+    for error, refused, after in ranks.shared(2, go_back_unscaled):
         assert_told(error, StepError, "loss-scaled")
         assert refused == [3.0] * VECTORS
         assert after == [3.0, 4.0] * 3
@@ -396,7 +387,9 @@ def break_off_on_rank_1(
     scene = Scene()
     scene.steps(FORWARD, FORWARD)
     x = torch.zeros((), requires_grad=True)
-    error = caught(scene.engine([5], Raising.apply(x) if rank == 1 else x).backward)
+    error = caught(
+        scene.engine([5], raises_in_backward(x, NO_WAY_BACK) if rank == 1 else x).backward
+    )
     assert rank == 0 or [
         i for i, vector in enumerate(scene.model.vectors) if vector.grad is not None
     ] == [5]
@@ -410,7 +403,7 @@ def break_off_on_rank_1(
 def test_a_direct_backward_that_raises_before_any_sentinel_is_raised_on_all(
     steps_anyway: bool,
 ) -> None:
-    (innocent, after), (culprit, after_there) = ranks.run(2, break_off_on_rank_1, steps_anyway)
+    (innocent, after), (culprit, after_there) = ranks.shared(2, break_off_on_rank_1, steps_anyway)
     assert_told(innocent, StepError, "rank 1")
     assert_told(culprit, StepError if steps_anyway else ArithmeticError)
     assert after == after_there == [3.0] * VECTORS
@@ -422,7 +415,7 @@ def break_off_and_go_back_again(rank: int, world: int) -> list[float]:
     """
     scene = Scene()
     scene.steps(FORWARD, FORWARD)
-    broken = scene.engine([5], Raising.apply(torch.zeros((), requires_grad=True)))
+    broken = scene.engine([5], raises_in_backward(torch.zeros((), requires_grad=True), NO_WAY_BACK))
     whole = scene.engine([1, 3])
     assert_told(caught(broken.backward), ArithmeticError)
     whole.backward()
@@ -432,7 +425,7 @@ def break_off_and_go_back_again(rank: int, world: int) -> list[float]:
 
 
 def test_what_a_raised_backward_has_left_does_not_slip_into_the_next() -> None:
-    assert ranks.run(1, break_off_and_go_back_again) == [[3.0] * VECTORS]
+    assert ranks.shared(1, break_off_and_go_back_again) == [[3.0] * VECTORS]
 
 
 # ---- the same numbers
@@ -476,5 +469,5 @@ def train_both_ways(
 
 @pytest.mark.parametrize(("world", "gas", "stage"), [(2, 1, 0), (2, 3, 1), (2, 3, 2), (3, 1, 2)])
 def test_sentinels_change_no_bit(world: int, gas: int, stage: int) -> None:
-    for same in ranks.run(world, train_both_ways, UNSTEADY, gas, stage, timeout=180):
+    for same in ranks.shared(world, train_both_ways, UNSTEADY, gas, stage, timeout=180):
         assert [name for name in UNSTEADY if not same[name]] == []

@@ -79,7 +79,7 @@ def _break_the_schedule(
 def test_a_scheduler_that_raises_stops_all_ranks_and_the_update_stands(
     stage: int, interrupt: bool, tmp_path: Path
 ) -> None:
-    innocent, culprit = ranks.run(
+    innocent, culprit = ranks.shared(
         2, _break_the_schedule, stage, interrupt, str(tmp_path), timeout=LIMIT
     )
     assert innocent[0] is None
@@ -119,7 +119,7 @@ def _break_the_trace(rank: int, world: int, stage: int) -> tuple[Any, ...]:
 
 @every_stage
 def test_a_trace_that_raises_says_that_the_step_stands_and_training_goes_on(stage: int) -> None:
-    culprit, other = ranks.run(2, _break_the_trace, stage, timeout=LIMIT)
+    culprit, other = ranks.shared(2, _break_the_trace, stage, timeout=LIMIT)
     assert other[0] is None
     assert_told(culprit[0], StepError, "step 1 was applied on all ranks", "OSError", "full")
     for _, between, after in (culprit, other):
@@ -140,7 +140,7 @@ def _need_metrics(rank: int, world: int) -> tuple[Exception | None, Weights, flo
 
 
 def test_a_scheduler_that_needs_more_than_it_is_given_is_found_before_the_update() -> None:
-    for error, unmoved, best, after in ranks.run(2, _need_metrics, timeout=LIMIT):
+    for error, unmoved, best, after in ranks.shared(2, _need_metrics, timeout=LIMIT):
         assert_told(error, StepError, "ReduceLROnPlateau", "metrics", "lr_kwargs")
         assert (unmoved, best, after) == ((0.0, 0.0), 1.0, (-2.0, -4.0))
 
@@ -174,7 +174,7 @@ def _save_half_updated(rank: int, world: int, folder: str) -> tuple[Any, ...]:
 
 
 def test_what_is_half_updated_on_a_rank_is_not_saved_on_any(tmp_path: Path) -> None:
-    innocent, culprit = ranks.run(2, _save_half_updated, str(tmp_path), timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _save_half_updated, str(tmp_path), timeout=LIMIT)
     assert innocent[0] is None and isinstance(culprit[0], MemoryError)
     for _, save, export, after in (innocent, culprit):
         for refused in (save, export):
@@ -207,7 +207,7 @@ def _then_interrupt(*args: Any) -> None:
 def test_an_interrupt_behind_the_vote_leaves_no_rank_with_weights_of_its_own(
     tmp_path: Path,
 ) -> None:
-    for save, step, after in ranks.run(2, _interrupt_the_vote, str(tmp_path), timeout=LIMIT):
+    for save, step, after in ranks.shared(2, _interrupt_the_vote, str(tmp_path), timeout=LIMIT):
         assert_told(save, CheckpointError, "rank 1", "KeyboardInterrupt at the boundary")
         assert_told(step, StepError, "rank 1", "KeyboardInterrupt at the boundary")
         assert after == (-2.0, -4.0)
@@ -237,7 +237,7 @@ def _vote_and_press_ctrl_c(*args: Any) -> Any:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ctrl_c_behind_the_vote_comes_out_behind_the_whole_step(stage: int) -> None:
     """Broken off there, the step would leave the other rank waiting for shards."""
-    told = ranks.run(2, _press_ctrl_c_behind_the_vote, stage, timeout=LIMIT)
+    told = ranks.shared(2, _press_ctrl_c_behind_the_vote, stage, timeout=LIMIT)
     assert [raised for raised, *_ in told] == [False, True]
     for _, same, between, after in told:
         assert same and between == ((-1.0, -2.0), (1, 1, 0, 2), 1)
@@ -258,7 +258,7 @@ def _press_ctrl_c_in_a_vote_that_fails(rank: int, world: int) -> tuple[Any, ...]
 
 
 def test_ctrl_c_in_a_vote_that_fails_comes_out_once_all_have_its_reason() -> None:
-    told = ranks.run(2, _press_ctrl_c_in_a_vote_that_fails, timeout=LIMIT)
+    told = ranks.shared(2, _press_ctrl_c_in_a_vote_that_fails, timeout=LIMIT)
     assert told == [("StepError", (-2.0, -4.0)), ("KeyboardInterrupt", (-2.0, -4.0))]
 
 
@@ -284,7 +284,7 @@ def _interrupt_the_publishing(rank: int, world: int, stage: int) -> tuple[Any, .
 def test_an_interrupt_while_shards_are_published_comes_out_behind_the_whole_step(
     stage: int,
 ) -> None:
-    told = ranks.run(2, _interrupt_the_publishing, stage, timeout=LIMIT)
+    told = ranks.shared(2, _interrupt_the_publishing, stage, timeout=LIMIT)
     assert [raised for raised, *_ in told] == [False, True]
     for _, between, applied, after in told:
         assert between == ((-1.0, -2.0), (1, 1, 0, 2), 1)

@@ -68,7 +68,7 @@ def digests(world: int, gas: int) -> list[list[str]]:
         for config in pair
         for stage in STAGES
     ]
-    return ranks.run(world, train_all, "mlp", gas, variants)
+    return ranks.shared(world, train_all, "mlp", gas, variants)
 
 
 STAGES = (0, 1, 2, 3)
@@ -149,7 +149,7 @@ def _by_hand(gas: int, world: int, scale: float) -> nn.Module:
 @ranks.once(maxsize=None)
 def normed(gas: int) -> list[list[Any]]:
     configs = [{**amp("O2", loss_scale=64), **at_stage(stage)} for stage in STAGES]
-    return ranks.run(2, _train_normed, gas, configs)
+    return ranks.shared(2, _train_normed, gas, configs)
 
 
 @every_stage
@@ -168,7 +168,7 @@ def test_o2_keeps_batch_norms_in_fp32_and_trains_like_it_by_hand(stage: int, gas
 
 
 def test_batch_norms_are_cast_where_that_is_asked_for() -> None:
-    ((found,),) = ranks.run(1, _train_normed, 1, [amp("O2", keep_batchnorm_fp32=False)])
+    ((found,),) = ranks.shared(1, _train_normed, 1, [amp("O2", keep_batchnorm_fp32=False)])
     floats = [tensor for tensor in found[0].values() if tensor.is_floating_point()]
     assert {tensor.dtype for tensor in floats} == {torch.float16}
 
@@ -193,7 +193,7 @@ def test_a_batch_norm_that_is_born_sharded_stays_in_fp32() -> None:
         name: torch.float32 if name in NORMS else torch.float16
         for name, _ in Normed().named_parameters()
     }
-    assert ranks.run(2, _born) == [expected] * 2
+    assert ranks.shared(2, _born) == [expected] * 2
 
 
 # ---- the loss scale
@@ -235,7 +235,7 @@ def test_an_overflow_on_one_rank_halves_once_on_all_and_growth_ends_at_the_maxim
         expected += [(512.0, -3.0 - step, 1) for step in range(3)]
         steps = 5
     every = [[*expected, steps, round(8**0.5, 2)]] * len(STAGES)
-    assert ranks.run(world, _scales, gas) == [every] * world
+    assert ranks.shared(world, _scales, gas) == [every] * world
 
 
 def _overflow_at_the_minimum(rank: int, world: int) -> list[tuple[float, int]]:
@@ -250,7 +250,7 @@ def _overflow_at_the_minimum(rank: int, world: int) -> list[tuple[float, int]]:
 
 def test_an_overflow_at_the_minimum_is_no_error() -> None:
     expected = [(2.0, 1), (2.0, 2), (2.0, 3), (2.0, 3)]
-    assert ranks.run(2, _overflow_at_the_minimum) == [expected] * 2
+    assert ranks.shared(2, _overflow_at_the_minimum) == [expected] * 2
 
 
 def _resumed(rank: int, world: int, folder: str, gas: int) -> list[Any]:
@@ -286,7 +286,7 @@ def _resumed(rank: int, world: int, folder: str, gas: int) -> list[Any]:
 @pytest.mark.parametrize("gas", [1, 3])
 def test_a_resumed_run_goes_on_with_scale_and_count(tmp_path: Path, gas: int) -> None:
     scales = [32.0, 64.0, 64.0, 64.0]
-    for found in ranks.run(2, _resumed, str(tmp_path), gas):
+    for found in ranks.shared(2, _resumed, str(tmp_path), gas):
         assert found == [(scales, scales, True)] * len(STAGES)
 
 
@@ -300,7 +300,7 @@ def _go_back_directly(rank: int, world: int) -> tuple[float, ...]:
 
 
 def test_scale_and_a_direct_backward_are_as_with_fp16() -> None:
-    assert ranks.run(2, _go_back_directly) == [(-1.0, -2.0)] * 2
+    assert ranks.shared(2, _go_back_directly) == [(-1.0, -2.0)] * 2
 
 
 # ---- Apex
@@ -321,7 +321,7 @@ def test_without_apex_amp_one_line_says_that_it_is_not_used(
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("raise ImportError('another package')")
-    first, second = ranks.run(2, _lines_beside, str(tmp_path), amp("O1"))
+    first, second = ranks.shared(2, _lines_beside, str(tmp_path), amp("O1"))
     assert second == [] and len(first) == 1
     assert "O1 is done by torch's own means" in first[0] and "installed" not in first[0]
 
@@ -331,7 +331,7 @@ def test_apex_is_found_and_not_imported(tmp_path: Path, config: Config, count: i
     (tmp_path / "apex" / "amp").mkdir(parents=True)
     for part in ("apex", "apex/amp"):
         (tmp_path / part / "__init__.py").write_text("raise RuntimeError('imported')")
-    (lines,) = ranks.run(1, _lines_beside, str(tmp_path), config)
+    (lines,) = ranks.shared(1, _lines_beside, str(tmp_path), config)
     assert len(lines) == count and all(
         "apex.amp, though installed, is not" in line for line in lines
     )

@@ -30,7 +30,7 @@ def test_h_1_ranks_that_use_different_parameters_do_not_swap_their_gradients(sta
     """Filling buckets by arrival pairs rank 0's `a` with rank 1's `b`: (-5.5, 0) and (0, -5.5), or
     the two swapped.
     """
-    assert ranks.run(2, _use_one_vector_a_rank, stage) == [(-0.5, -5.0)] * 2
+    assert ranks.shared(2, _use_one_vector_a_rank, stage) == [(-0.5, -5.0)] * 2
 
 
 def _leave_b_out_of_the_third_step(rank: int, world: int, stage: int) -> Weights:
@@ -45,7 +45,7 @@ def test_h_2_a_parameter_unused_now_does_not_get_the_last_gradient_again(stage: 
     """A buffer that is not cleared for the parameter that did not come moves `b` once more: (-3,
     -3).
     """
-    assert ranks.run(2, _leave_b_out_of_the_third_step, stage) == [(-3.0, -2.0)] * 2
+    assert ranks.shared(2, _leave_b_out_of_the_third_step, stage) == [(-3.0, -2.0)] * 2
 
 
 def _go_back_twice(rank: int, world: int, stage: int, forwards_first: bool) -> Weights:
@@ -67,7 +67,7 @@ def test_h_3_two_backwards_before_a_step_add_up(stage: int, forwards_first: bool
     """A second reduction that overwrites the first's result ends with the second gradient alone:
     (-2, -4).
     """
-    assert ranks.run(2, _go_back_twice, stage, forwards_first) == [(-3.0, -5.0)] * 2
+    assert ranks.shared(2, _go_back_twice, stage, forwards_first) == [(-3.0, -5.0)] * 2
 
 
 def _zero_between_micro_batches(rank: int, world: int, stage: int) -> Weights:
@@ -81,7 +81,7 @@ def _zero_between_micro_batches(rank: int, world: int, stage: int) -> Weights:
 @every_stage
 def test_h_4_zero_grad_drops_gradients_that_are_reduced_already(stage: int) -> None:
     """Clearing only `.grad` keeps the first micro-batch in the reduced shard: (-33, -34)."""
-    assert ranks.run(2, _zero_between_micro_batches, stage) == [(-1.0, -2.0)] * 2
+    assert ranks.shared(2, _zero_between_micro_batches, stage) == [(-1.0, -2.0)] * 2
 
 
 def _zero_before_the_step(rank: int, world: int, stage: int) -> Weights:
@@ -94,7 +94,7 @@ def _zero_before_the_step(rank: int, world: int, stage: int) -> Weights:
 @every_stage
 def test_h_4_zero_grad_drops_a_whole_backward_of_the_boundary(stage: int) -> None:
     """The boundary's backward has travelled at every stage; kept, it gives (-66, -68)."""
-    assert ranks.run(2, _zero_before_the_step, stage) == [(-2.0, -4.0)] * 2
+    assert ranks.shared(2, _zero_before_the_step, stage) == [(-2.0, -4.0)] * 2
 
 
 def _bypass_the_outputs_directly(rank: int, world: int, stage: int) -> Weights:
@@ -109,7 +109,7 @@ def _bypass_the_outputs_directly(rank: int, world: int, stage: int) -> Weights:
 @below_3
 def test_h_6_a_term_that_bypasses_the_outputs_counts_once(stage: int) -> None:
     """Dividing by the accumulation steps in a hook on the outputs misses the term: (-1, -32)."""
-    assert ranks.run(2, _bypass_the_outputs_directly, stage) == [(-1.0, -8.0)] * 2
+    assert ranks.shared(2, _bypass_the_outputs_directly, stage) == [(-1.0, -8.0)] * 2
 
 
 class _Aside(Terms):
@@ -132,7 +132,7 @@ def _take_a_term_from_beside_the_outputs(rank: int, world: int, stage: int) -> W
 @every_stage
 def test_h_6_a_term_from_beside_the_outputs_counts_once(stage: int) -> None:
     """The same without a parameter in the loss, which stage 3 refuses."""
-    assert ranks.run(2, _take_a_term_from_beside_the_outputs, stage) == [(-1.0, -8.0)] * 2
+    assert ranks.shared(2, _take_a_term_from_beside_the_outputs, stage) == [(-1.0, -8.0)] * 2
 
 
 class _RaiseOnce(torch.autograd.Function):
@@ -171,7 +171,7 @@ def _retry_a_backward_that_raised(rank: int, world: int, stage: int) -> Weights:
 @every_stage
 def test_a_backward_that_raised_leaves_nothing_behind(stage: int) -> None:
     """What had arrived before the exception, kept, would be added to the retry: (-3, -69)."""
-    assert ranks.run(2, _retry_a_backward_that_raised, stage) == [(-3.0, -5.0)] * 2
+    assert ranks.shared(2, _retry_a_backward_that_raised, stage) == [(-3.0, -5.0)] * 2
 
 
 def _train_on_zeros(rank: int, world: int, stage: int) -> Weights:
@@ -183,7 +183,7 @@ def _train_on_zeros(rank: int, world: int, stage: int) -> Weights:
 @every_stage
 def test_a_gradient_of_zeros_is_a_gradient_in_bf16(stage: int) -> None:
     """DeepSpeed's bf16 optimizer divides by the norm and raises."""
-    assert ranks.run(2, _train_on_zeros, stage) == [(-1.0, -2.0)] * 2
+    assert ranks.shared(2, _train_on_zeros, stage) == [(-1.0, -2.0)] * 2
 
 
 def _start_with_odd_shapes(rank: int, world: int, stage: int) -> float:
@@ -209,4 +209,4 @@ def test_scalar_and_transposed_parameters_keep_their_elements_apart(stage: int) 
     """Element (2, 1) is 5 and gets the scalar, 2, as its gradient; the scalar gets 5. Read in
     another order it is 4.
     """
-    assert ranks.run(2, _start_with_odd_shapes, stage) == [3.0 + 100 * -3.0] * 2
+    assert ranks.shared(2, _start_with_odd_shapes, stage) == [3.0 + 100 * -3.0] * 2

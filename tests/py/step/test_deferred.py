@@ -5,25 +5,21 @@ the mean of the ranks' sums (see `Terms`).
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import ranks
+from breaking import MayBreak
 from catching import assert_told, caught
-from models import Terms
-from terms import DEFAULTS, engine_over_terms, step_with, weights
+from scenarios import Scenario, run_each, scenarios_of
+from terms import engine_over_terms, step_with, weights
 from training import keep
 from zerort.errors import StepError
 
 pytestmark = pytest.mark.timeout(120)
-
-Scenario = Callable[[int], None]
 
 
 def engine_of(**config: Any) -> Any:
@@ -193,25 +189,8 @@ def one_without_a_backward_on_one_rank_is_a_step_without_one(rank: int) -> None:
     assert step_with(engine, 1.0, 2.0) == (-1.0, -2.0)
 
 
-class _Brittle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("the user's own backward")
-
-
-class _MayBreak(Terms):
-    """Fails in backward on demand, when `b` has its gradient already."""
-
-    def forward(self, a: float, b: float, breaks: bool = False) -> Tensor:
-        return a * (_Brittle.apply(self.a) if breaks else self.a).sum() + b * self.b.sum()
-
-
 def a_direct_backward_that_raises_in_it_is_found(rank: int) -> None:
-    engine = engine_over_terms(model=_MayBreak())
+    engine = engine_over_terms(model=MayBreak())
     keep(engine)
     error = None
     try:
@@ -334,30 +313,12 @@ def gradients_may_come_directly_where_the_caller_ends_windows(rank: int) -> None
     assert weights(engine) == (-3.0, -3.0)
 
 
-SCENARIOS: list[Scenario] = [
-    found
-    for name, found in list(globals().items())
-    if inspect.isfunction(found) and list(inspect.signature(found).parameters) == ["rank"]
-    if found.__module__ == __name__
-]
-
-
-def run_all(rank: int, world: int, stage: int) -> dict[str, str]:
-    """What each scenario raised, by its name."""
-    DEFAULTS["stage"] = stage
-    found = {}
-    for scenario in SCENARIOS:
-        try:
-            scenario(rank)
-        except BaseException:
-            found[scenario.__name__] = traceback.format_exc()
-            break  # the ranks may have parted
-    return found
+SCENARIOS = scenarios_of(globals())
 
 
 @ranks.once(None)
 def results(stage: int) -> list[dict[str, str]]:
-    return ranks.run(2, run_all, stage)
+    return ranks.run(2, run_each, stage, SCENARIOS, False)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

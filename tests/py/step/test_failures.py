@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ranks
 import zerort
+from breaking import MayBreak
 from catching import assert_told, caught
 from logged import log_lines
 from models import Terms
@@ -48,25 +49,8 @@ def then_a_clean_step(engine: Any, call: Callable[[], Any]) -> Story:
 # ---- a step that one rank cannot complete
 
 
-class _Brittle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("the user's own backward")
-
-
-class _MayBreak(Terms):
-    """`Terms` whose `a` fails in backward on demand, when `b` has its gradient already."""
-
-    def forward(self, a: float, b: float, breaks: bool = False) -> Tensor:
-        return a * (_Brittle.apply(self.a) if breaks else self.a).sum() + b * self.b.sum()
-
-
 def _break_on_rank_1(rank: int, world: int, stage: int, accumulation: int) -> list[Story]:
-    engine = engine_over_terms(at_stage(stage), accumulation, model=_MayBreak())
+    engine = engine_over_terms(at_stage(stage), accumulation, model=MayBreak())
 
     def take_window() -> None:
         for micro in range(accumulation):
@@ -84,7 +68,7 @@ def _break_on_rank_1(rank: int, world: int, stage: int, accumulation: int) -> li
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_exception_in_one_ranks_backward_is_raised_on_all(stage: int, accumulation: int) -> None:
     (innocent, culprit) = (
-        story[0] for story in ranks.run(2, _break_on_rank_1, stage, accumulation, timeout=LIMIT)
+        story[0] for story in ranks.shared(2, _break_on_rank_1, stage, accumulation, timeout=LIMIT)
     )
     assert_told(innocent[0], StepError, "rank 1", "the user's own backward")
     assert_told(culprit[0], ArithmeticError, "the user's own backward")
@@ -94,7 +78,7 @@ def test_an_exception_in_one_ranks_backward_is_raised_on_all(stage: int, accumul
 def _break_early_in_a_window(
     rank: int, world: int, stage: int
 ) -> tuple[list[Exception | None], Weights]:
-    engine = engine_over_terms(at_stage(stage), 3, model=_MayBreak())
+    engine = engine_over_terms(at_stage(stage), 3, model=MayBreak())
 
     def take(micro: int) -> None:
         engine.backward(engine(64.0, 64.0, breaks=rank == 1 and micro == 0))
@@ -108,7 +92,7 @@ def _break_early_in_a_window(
 
 @every_stage
 def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None:
-    (innocent, after_0), (culprit, after_1) = ranks.run(
+    (innocent, after_0), (culprit, after_1) = ranks.shared(
         2, _break_early_in_a_window, stage, timeout=LIMIT
     )
     assert innocent[:2] == [None, None]
@@ -121,7 +105,7 @@ def test_an_exception_early_in_a_window_poisons_its_boundary(stage: int) -> None
 def _step_all_the_same(
     rank: int, world: int, stage: int
 ) -> tuple[list[Exception | None], tuple[int, int], Weights]:
-    engine = engine_over_terms(at_stage(stage), 2, model=_MayBreak())
+    engine = engine_over_terms(at_stage(stage), 2, model=MayBreak())
     errors = []
     for micro in range(2):
         errors.append(
@@ -140,7 +124,7 @@ def _step_all_the_same(
 @every_stage
 def test_a_step_after_a_backward_whose_error_was_caught_is_void(stage: int) -> None:
     """Counted, it would put the rank one micro-batch ahead of its peers."""
-    (innocent, counts_0, after_0), (culprit, counts_1, after_1) = ranks.run(
+    (innocent, counts_0, after_0), (culprit, counts_1, after_1) = ranks.shared(
         2, _step_all_the_same, stage, timeout=LIMIT
     )
     assert innocent[:3] == [None, None, None]
@@ -153,20 +137,20 @@ def test_a_step_after_a_backward_whose_error_was_caught_is_void(stage: int) -> N
 
 
 def _retry_on_all(rank: int, world: int, stage: int) -> Story:
-    engine = engine_over_terms(at_stage(stage), model=_MayBreak())
+    engine = engine_over_terms(at_stage(stage), model=MayBreak())
     error = caught(lambda: engine.backward(engine(64.0, 64.0, breaks=True)))
     return error, step_with(engine, 2.0, 4.0)
 
 
 @every_stage
 def test_a_backward_that_raised_on_all_ranks_can_be_retried(stage: int) -> None:
-    for error, after in ranks.run(2, _retry_on_all, stage, timeout=LIMIT):
+    for error, after in ranks.shared(2, _retry_on_all, stage, timeout=LIMIT):
         assert_told(error, ArithmeticError)
         assert after == CLEAN
 
 
 def _break_directly_on_rank_1(rank: int, world: int, stage: int, steps_anyway: bool) -> Story:
-    engine = engine_over_terms(at_stage(stage), model=_MayBreak())
+    engine = engine_over_terms(at_stage(stage), model=MayBreak())
     error = caught(lambda: engine(64.0, 64.0, breaks=rank == 1).backward())
     if rank == 0 or steps_anyway:
         error = caught(engine.step)
@@ -176,7 +160,9 @@ def _break_directly_on_rank_1(rank: int, world: int, stage: int, steps_anyway: b
 @every_stage
 @pytest.mark.parametrize("steps_anyway", [False, True])
 def test_an_exception_in_a_direct_backward_is_raised_on_all(steps_anyway: bool, stage: int) -> None:
-    innocent, culprit = ranks.run(2, _break_directly_on_rank_1, stage, steps_anyway, timeout=LIMIT)
+    innocent, culprit = ranks.shared(
+        2, _break_directly_on_rank_1, stage, steps_anyway, timeout=LIMIT
+    )
     assert_told(innocent[0], StepError, "rank 1")
     assert_told(culprit[0], StepError if steps_anyway else ArithmeticError)
     assert innocent[1] == culprit[1] == CLEAN
@@ -195,7 +181,7 @@ def _no_graph_on_rank_1(rank: int, world: int, stage: int) -> Story:
 
 @every_stage
 def test_a_loss_without_a_graph_on_one_rank_is_raised_on_all(stage: int) -> None:
-    innocent, culprit = ranks.run(2, _no_graph_on_rank_1, stage, timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _no_graph_on_rank_1, stage, timeout=LIMIT)
     assert_told(innocent[0], StepError, "rank 1", "graph")
     assert_told(culprit[0], StepError, "graph")
     assert innocent[1] == culprit[1] == CLEAN
@@ -214,14 +200,14 @@ def _step_without_backward(rank: int, world: int, stage: int, idle: list[int]) -
 
 @every_stage
 def test_a_rank_that_steps_without_backward_is_named_on_all(stage: int) -> None:
-    innocent, culprit = ranks.run(2, _step_without_backward, stage, [1], timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _step_without_backward, stage, [1], timeout=LIMIT)
     assert_told(innocent[0], StepError, "rank 1", "without backward")
     assert_told(culprit[0], StepError, "without backward")
     assert innocent[1] == culprit[1] == CLEAN
 
 
 def test_a_step_without_any_backward_is_an_error() -> None:
-    for error, after in ranks.run(2, _step_without_backward, 1, [0, 1], timeout=LIMIT):
+    for error, after in ranks.shared(2, _step_without_backward, 1, [0, 1], timeout=LIMIT):
         assert_told(error, StepError, "backward")
         assert after == CLEAN
 
@@ -232,7 +218,7 @@ def _backward_of_a_vector(rank: int, world: int) -> Story:
 
 
 def test_a_loss_that_is_not_a_scalar_is_refused_with_its_shape() -> None:
-    for error, after in ranks.run(2, _backward_of_a_vector, timeout=LIMIT):
+    for error, after in ranks.shared(2, _backward_of_a_vector, timeout=LIMIT):
         assert_told(error, StepError, "(3, 2)")
         assert after == CLEAN
 
@@ -251,14 +237,14 @@ def _bring_a_nan_on_rank_1(
 @every_stage
 def test_a_nan_on_one_rank_skips_the_step_on_all(stage: int) -> None:
     assert (
-        ranks.run(2, _bring_a_nan_on_rank_1, stage, "skip", timeout=LIMIT)
+        ranks.shared(2, _bring_a_nan_on_rank_1, stage, "skip", timeout=LIMIT)
         == [(None, (0.0, 0.0), 1, CLEAN)] * 2
     )
 
 
 @every_stage
 def test_a_nan_on_one_rank_is_raised_on_all_when_asked_for(stage: int) -> None:
-    for error, untouched, _, after in ranks.run(
+    for error, untouched, _, after in ranks.shared(
         2, _bring_a_nan_on_rank_1, stage, "raise", timeout=LIMIT
     ):
         assert_told(error, NonFiniteGradient, "rank 1", "parameter b")
@@ -280,7 +266,7 @@ def _log_of_a_nan(rank: int, world: int, stage: int) -> list[str]:
 
 @whole_and_sharded
 def test_a_skipped_step_says_which_rank_and_parameter_once(stage: int) -> None:
-    told, silent = ranks.run(2, _log_of_a_nan, stage, timeout=LIMIT)
+    told, silent = ranks.shared(2, _log_of_a_nan, stage, timeout=LIMIT)
     assert len(told) == 1 and re.search("OVERFLOW.*rank 1.*parameter b", told[0])
     assert silent == []
 
@@ -300,7 +286,7 @@ def _log_of_an_unused_parameter(rank: int, world: int, stage: int) -> list[list[
 
 @whole_and_sharded
 def test_an_unused_parameter_is_named_once(stage: int) -> None:
-    innocent, culprit = ranks.run(2, _log_of_an_unused_parameter, stage, timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _log_of_an_unused_parameter, stage, timeout=LIMIT)
     assert innocent[0] == []
     assert len(culprit[0]) == 1 and "no gradient came for b" in culprit[0][0]
     for _, told in (innocent, culprit):
@@ -314,7 +300,7 @@ def _use_b_on_rank_0_only(rank: int, world: int, stage: int) -> Story:
 
 @every_stage
 def test_an_unused_parameter_is_an_error_when_asked_for(stage: int) -> None:
-    for error, after in ranks.run(2, _use_b_on_rank_0_only, stage, timeout=LIMIT):
+    for error, after in ranks.shared(2, _use_b_on_rank_0_only, stage, timeout=LIMIT):
         assert_told(error, StepError, " b")
         assert after == CLEAN
 
@@ -329,7 +315,7 @@ def _freeze_b_on_rank_1(rank: int, world: int, stage: int) -> Story:
 
 @every_stage
 def test_ranks_that_freeze_different_parameters_stop_before_they_change(stage: int) -> None:
-    for error, after in ranks.run(2, _freeze_b_on_rank_1, stage, timeout=LIMIT):
+    for error, after in ranks.shared(2, _freeze_b_on_rank_1, stage, timeout=LIMIT):
         assert_told(error, PlanMismatch, "parameter b")
         assert after == CLEAN
 
@@ -368,7 +354,7 @@ def test_a_lost_peer_is_a_communication_error_in_time(how: str, limit: float, st
 
 def _fail_beside_what_waits(rank: int, world: int, dtype: str) -> Story:
     engine = engine_over_terms(
-        {dtype: {"enabled": True}} if dtype != "fp32" else {}, model=_MayBreak()
+        {dtype: {"enabled": True}} if dtype != "fp32" else {}, model=MayBreak()
     )
     with engine.no_sync():
         engine.backward(engine(64.0, 64.0))
@@ -384,7 +370,7 @@ def _fail_beside_what_waits(rank: int, world: int, dtype: str) -> Story:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_waits_beside_a_failure_is_dropped_with_it(dtype: str) -> None:
-    for error, after in ranks.run(2, _fail_beside_what_waits, dtype, timeout=LIMIT):
+    for error, after in ranks.shared(2, _fail_beside_what_waits, dtype, timeout=LIMIT):
         assert error is not None and after == CLEAN
 
 
@@ -398,7 +384,7 @@ def _stay_away(rank: int, world: int, stage: int) -> Exception | None:
 
 @whole_and_sharded
 def test_a_rank_that_does_not_come_is_named_though_it_runs(stage: int) -> None:
-    first, _, third = ranks.run(3, _stay_away, stage, timeout=LIMIT)
+    first, _, third = ranks.shared(3, _stay_away, stage, timeout=LIMIT)
     for error in (first, third):
         assert_told(error, CommError, "rank 1", "did not come to this point", "zerort.timeout")
 
@@ -412,7 +398,7 @@ def _wait_for_different_things(rank: int, world: int) -> Exception | None:
 
 
 def test_ranks_that_wait_for_different_things_tell_each_other() -> None:
-    stepping, loading = ranks.run(2, _wait_for_different_things, timeout=LIMIT)
+    stepping, loading = ranks.shared(2, _wait_for_different_things, timeout=LIMIT)
     assert_told(stepping, CommError, "rank 1", "waited for all_gather_object")
     assert_told(loading, CommError, "rank 0", "waited for reduce_scatter of bucket 0")
 
@@ -426,7 +412,7 @@ def _train_on_after_the_group_is_closed(rank: int, world: int) -> Exception | No
 
 
 def test_a_closed_process_group_is_an_error_that_says_so() -> None:
-    for error in ranks.run(2, _train_on_after_the_group_is_closed, timeout=LIMIT):
+    for error in ranks.shared(2, _train_on_after_the_group_is_closed, timeout=LIMIT):
         assert_told(error, CommError, "group")
 
 
@@ -470,13 +456,13 @@ def _train_a_sparse_embedding(
 
 @every_stage
 def test_a_sparse_gradient_is_refused_with_its_modules_name(stage: int) -> None:
-    for error, _ in ranks.run(2, _train_a_sparse_embedding, "refuse", stage, timeout=LIMIT):
+    for error, _ in ranks.shared(2, _train_a_sparse_embedding, "refuse", stage, timeout=LIMIT):
         assert_told(error, ZerortError, "words")
 
 
 @every_stage
 def test_a_sparse_gradient_is_made_dense_when_asked_for(stage: int) -> None:
-    for error, moved in ranks.run(2, _train_a_sparse_embedding, "densify", stage, timeout=LIMIT):
+    for error, moved in ranks.shared(2, _train_a_sparse_embedding, "densify", stage, timeout=LIMIT):
         assert error is None
         assert moved == pytest.approx([-0.5, -0.5, 0.0, 0.0], abs=1e-6)
 
@@ -505,5 +491,5 @@ def _move_parameters(rank: int, world: int, how: str, stage: int) -> Exception |
 @whole_and_sharded
 @pytest.mark.parametrize("how", LEAVINGS)
 def test_a_parameter_that_left_its_buffer_is_named(how: str, stage: int) -> None:
-    for error in ranks.run(2, _move_parameters, how, stage, timeout=LIMIT):
+    for error in ranks.shared(2, _move_parameters, how, stage, timeout=LIMIT):
         assert_told(error, StepError, "a")

@@ -99,7 +99,7 @@ def _expected(counts: list[int], gas: int, by_initial: bool) -> tuple[float, int
 def test_a_rank_out_of_data_completes_the_steps_of_the_others(
     counts: list[int], by_initial: bool
 ) -> None:
-    results = ranks.run(len(counts), _uneven, counts, by_initial, timeout=90)
+    results = ranks.shared(len(counts), _uneven, counts, by_initial, timeout=90)
     for (stage, gas, way), of_ranks in zip(WAYS, zip(*results, strict=True), strict=True):
         total, steps, samples = _expected(counts, gas, by_initial)
         longest = -(-max(counts) // gas) * gas if max(counts) % gas == 0 else None
@@ -126,7 +126,7 @@ def _two_backwards(rank: int, world: int, stage: int) -> tuple[Any, int]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_finished_rank_follows_any_number_of_backwards(stage: int) -> None:
-    assert ranks.run(2, _two_backwards, stage, timeout=LIMIT) == [((-9.0, -15.0), 3)] * 2
+    assert ranks.shared(2, _two_backwards, stage, timeout=LIMIT) == [((-9.0, -15.0), 3)] * 2
 
 
 def _late_and_overflowing(rank: int, world: int) -> list[Any]:
@@ -147,7 +147,7 @@ def _late_and_overflowing(rank: int, world: int) -> list[Any]:
 def test_a_finished_rank_takes_part_in_further_passes_and_in_skipped_steps() -> None:
     late = -3.0 - 1.0  # what was written is added to the only rank's gradient
     assert (
-        ranks.run(2, _late_and_overflowing, timeout=LIMIT)
+        ranks.shared(2, _late_and_overflowing, timeout=LIMIT)
         == [[((-2.0, -3.0), 3, 1), ((-3.0, late), 3, 0)]] * 2
     )
 
@@ -164,10 +164,10 @@ def _throwing(rank: int, world: int, counts: list[int]) -> tuple[Any, ...]:
 
 
 def test_early_termination_can_be_an_error_on_all_ranks() -> None:
-    for error, before, after in ranks.run(2, _throwing, [1, 3], timeout=LIMIT):
+    for error, before, after in ranks.shared(2, _throwing, [1, 3], timeout=LIMIT):
         assert_told(error, StepError, "rank 0 is out of data before the others")
         assert (before, after) == ((-1.0, -2.0), (-2.0, -3.0))
-    assert [each[0] for each in ranks.run(2, _throwing, [2, 2], timeout=LIMIT)] == [None, None]
+    assert [each[0] for each in ranks.shared(2, _throwing, [2, 2], timeout=LIMIT)] == [None, None]
 
 
 class _Breaking(Terms):
@@ -213,7 +213,7 @@ def test_an_exception_that_leaves_the_context_is_raised_on_all(
         "user code": (LookupError, "the user's own code"),
         "saving": (StepError, "inside join()"),
     }[where]
-    finished, culprit = ranks.run(2, _raise_in, where, stage, gas, timeout=LIMIT)
+    finished, culprit = ranks.shared(2, _raise_in, where, stage, gas, timeout=LIMIT)
     assert_told(finished[0], StepError, "rank 1", words)
     assert_told(culprit[0], kind, words)
     assert finished[1] == culprit[1] == (-1.0, -2.0)
@@ -234,7 +234,7 @@ def _go_on_after(rank: int, world: int) -> tuple[Any, ...]:
 
 
 def test_a_failure_that_is_caught_within_the_context_ends_no_one() -> None:
-    finished, other = ranks.run(2, _go_on_after, timeout=LIMIT)
+    finished, other = ranks.shared(2, _go_on_after, timeout=LIMIT)
     assert finished[:2] == other[:2] == ((-3.0, -6.0), 4)
     assert other[2] == ["NoneType", "ArithmeticError", "NoneType", "NoneType"]
 
@@ -253,7 +253,7 @@ def _part_ways(rank: int, world: int) -> Any:
 
 
 def test_ranks_with_different_numbers_of_backwards_are_told_so() -> None:
-    for error, after in ranks.run(2, _part_ways, timeout=LIMIT):
+    for error, after in ranks.shared(2, _part_ways, timeout=LIMIT):
         assert_told(error, StepError, "rank 0 begins a backward and rank 1 is at its step")
         assert after == (-1.0, -2.0)
 
@@ -265,7 +265,7 @@ def _nest(rank: int, world: int) -> Any:
 
 
 def test_one_context_is_enough() -> None:
-    assert_told(ranks.run(1, _nest)[0], StepError, "join() inside join()")
+    assert_told(ranks.shared(1, _nest)[0], StepError, "join() inside join()")
 
 
 def _die(rank: int, world: int) -> Any:

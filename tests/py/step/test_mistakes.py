@@ -50,7 +50,7 @@ def _go_back_over(rank: int, world: int, what: str) -> tuple[Exception | None, W
 
 @pytest.mark.parametrize("what", UNFIT)
 def test_what_is_no_loss_is_named_for_what_it_is(what: str) -> None:
-    for error, after in ranks.run(2, _go_back_over, what, timeout=LIMIT):
+    for error, after in ranks.shared(2, _go_back_over, what, timeout=LIMIT):
         assert_told(error, StepError, UNFIT[what][1])
         assert after == CLEAN
 
@@ -98,7 +98,7 @@ def _do_wrong(
 
 @pytest.mark.parametrize("act", WRONG, ids=lambda act: act.__name__)
 def test_calls_in_the_wrong_place(act: Callable[[Any], None]) -> None:
-    for error, after in ranks.run(2, _do_wrong, act, timeout=LIMIT):
+    for error, after in ranks.shared(2, _do_wrong, act, timeout=LIMIT):
         assert_told(error, StepError, WRONG[act])
         assert after == CLEAN
 
@@ -200,7 +200,7 @@ HARMLESS: list[Callable[[int, int], None]] = [
 def test_mistakes(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
     if stage == 3 and scenario is a_graph_of_the_gradients_does_no_harm:
         pytest.skip("refused at stage 3, see params/test_stage_3_failures.py")
-    ranks.run(world, at_each_stage, stage, scenario, timeout=LIMIT)
+    ranks.shared(world, at_each_stage, stage, scenario, timeout=LIMIT)
 
 
 # ---- code of the user's that raises on one rank
@@ -226,7 +226,7 @@ def _try_a_forward_again(rank: int, world: int, stage: int) -> Weights:
 
 @below_3
 def test_a_forward_that_raised_on_one_rank_can_be_tried_again(stage: int) -> None:
-    assert ranks.run(2, _try_a_forward_again, stage, timeout=LIMIT) == [CLEAN] * 2
+    assert ranks.shared(2, _try_a_forward_again, stage, timeout=LIMIT) == [CLEAN] * 2
 
 
 def _give_up_after_a_forward(rank: int, world: int, stage: int) -> tuple[Exception | None, Weights]:
@@ -245,7 +245,7 @@ def _give_up_after_a_forward(rank: int, world: int, stage: int) -> tuple[Excepti
 
 @below_3
 def test_a_rank_whose_forward_raised_gives_up_on_all_by_a_step(stage: int) -> None:
-    for error, after in ranks.run(2, _give_up_after_a_forward, stage, timeout=LIMIT):
+    for error, after in ranks.shared(2, _give_up_after_a_forward, stage, timeout=LIMIT):
         assert_told(error, StepError, "without backward")
         assert after == CLEAN
 
@@ -263,7 +263,7 @@ def _misname_an_argument_of_the_scheduler(
 
 
 def test_what_a_scheduler_does_not_take_is_found_before_the_update_on_all_ranks() -> None:
-    for error, after in ranks.run(2, _misname_an_argument_of_the_scheduler, timeout=LIMIT):
+    for error, after in ranks.shared(2, _misname_an_argument_of_the_scheduler, timeout=LIMIT):
         assert_told(error, StepError, "cannot be stepped", "metric", "lr_kwargs")
         assert after == (-1.0, -2.0)
 
@@ -303,7 +303,7 @@ def test_an_optimizer_that_raises_on_one_rank_stops_all_until_a_checkpoint_is_lo
     others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        innocent, culprit = ranks.run(
+        innocent, culprit = ranks.shared(
             2, _break_the_optimizer_on_rank_1, stage, folder, timeout=LIMIT
         )
     assert innocent[0] is None
@@ -345,7 +345,9 @@ def _interrupt_rank_1(rank: int, world: int, stage: int) -> tuple[str, Weights]:
 
 @every_stage
 def test_an_interrupt_on_one_rank_that_is_caught_is_told_to_all(stage: int) -> None:
-    (innocent, after_0), (culprit, after_1) = ranks.run(2, _interrupt_rank_1, stage, timeout=LIMIT)
+    (innocent, after_0), (culprit, after_1) = ranks.shared(
+        2, _interrupt_rank_1, stage, timeout=LIMIT
+    )
     assert "rank 1: KeyboardInterrupt" in innocent and culprit == "KeyboardInterrupt()"
     assert after_0 == after_1 == CLEAN
 
@@ -360,7 +362,7 @@ def _leave_the_loop_before_the_step(rank: int, world: int) -> Exception | None:
 
 
 def test_ranks_that_part_before_a_step_are_told_so_once_and_in_time() -> None:
-    stepping, saving = ranks.run(2, _leave_the_loop_before_the_step, timeout=LIMIT)
+    stepping, saving = ranks.shared(2, _leave_the_loop_before_the_step, timeout=LIMIT)
     assert_told(stepping, CommError, "rank 1", "waited for all_gather_object")
     assert_told(saving, CommError, "rank 0", "waited for all_reduce")
     assert [str(error).count("waited for") for error in (stepping, saving)] == [1, 1]
@@ -388,5 +390,6 @@ def _train_two_that_meet(rank: int, world: int, way: str) -> tuple[Weights, Weig
 @pytest.mark.parametrize("way", ["freeze", "drop"])
 def test_an_engine_that_anothers_backward_reaches_can_be_frozen_or_drop_it(way: str) -> None:
     assert (
-        ranks.run(2, _train_two_that_meet, way, timeout=LIMIT) == [((-3.0, -4.0), (-7.0, -8.0))] * 2
+        ranks.shared(2, _train_two_that_meet, way, timeout=LIMIT)
+        == [((-3.0, -4.0), (-7.0, -8.0))] * 2
     )

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ranks
+from breaking import MayBreak
 from catching import caught
-from models import Terms
 from terms import engine_over_terms, step_with
 from zerort.errors import CommError, StepError
 
@@ -48,25 +48,10 @@ def test_a_rank_that_has_lost_a_peer_within_join_says_so_from_then_on(where: str
     assert "after ranks have parted" in then and "rank 1 (process" in then
 
 
-class _Raises(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("the user's own")
-
-
-class _Breaking(Terms):
-    def forward(self, a: float, b: float, breaks: bool = False) -> Tensor:
-        return a * (_Raises.apply(self.a) if breaks else self.a).sum() + b * self.b.sum()
-
-
 def test_an_interrupt_while_a_failure_is_settled_parts_the_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = engine_over_terms(model=_Breaking())
+    engine = engine_over_terms(model=MayBreak())
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -83,7 +68,7 @@ def test_an_interrupt_while_a_failure_is_settled_parts_the_ranks(
 
 
 def test_a_step_that_is_void_has_not_been_applied() -> None:
-    engine = engine_over_terms(model=_Breaking())
+    engine = engine_over_terms(model=MayBreak())
     step_with(engine, 1.0, 1.0)
     assert engine.was_step_applied()
     with pytest.raises(ArithmeticError):

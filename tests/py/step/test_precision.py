@@ -77,7 +77,7 @@ def test_fp16_trains_like_the_twin_under_a_static_loss_scale(
 def test_an_fp32_wire_loses_nothing_of_a_bf16_window(stage: int) -> None:
     changes = {**BF16, **at_stage(stage), "communication_data_type": "fp32"}
     assert_same(
-        ranks.run(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16))
+        ranks.shared(2, train, "mlp", 3, changes), twin_of("mlp", 2, 3, Precision(torch.bfloat16))
     )
 
 
@@ -95,7 +95,7 @@ def test_gathered_sums_do_not_depend_on_buckets_and_windows(dtype: Config, gas: 
         variant(10**6, "all"),
     ]
     assert (
-        len({found for rank in ranks.run(2, train_all, "gpt", gas, variants) for found in rank})
+        len({found for rank in ranks.shared(2, train_all, "gpt", gas, variants) for found in rank})
         == 1
     )
 
@@ -112,7 +112,7 @@ def _sum_beyond_fp16(rank: int, world: int) -> tuple[Weights, int]:
 
 
 def test_a_sum_that_overflows_when_it_is_gathered_is_not_applied() -> None:
-    assert ranks.run(2, _sum_beyond_fp16) == [((0.0, 0.0), 1)] * 2
+    assert ranks.shared(2, _sum_beyond_fp16) == [((0.0, 0.0), 1)] * 2
 
 
 def _backward_twice_at_the_boundary(rank: int, world: int, stage: int) -> Weights:
@@ -129,7 +129,7 @@ def _backward_twice_at_the_boundary(rank: int, world: int, stage: int) -> Weight
 
 @every_stage
 def test_what_comes_after_the_first_pass_of_a_window_is_added_to_it(stage: int) -> None:
-    assert ranks.run(2, _backward_twice_at_the_boundary, stage) == [(-9.0, -4.0)] * 2
+    assert ranks.shared(2, _backward_twice_at_the_boundary, stage) == [(-9.0, -4.0)] * 2
 
 
 UNSCALED = {"direct", "bypass_direct"}  # refused under a loss scale
@@ -210,7 +210,7 @@ def test_what_waits_in_bf16_is_added_up_in_fp32(hold: Callable[[Any], None], sta
     """1 + 2^-9 is 1 in bf16: added up there, the others would be lost."""
     total = 1 + (MANY - 1) * 2.0**-9
     rounded = torch.tensor(total).bfloat16().item()
-    assert ranks.run(2, _hold_many, stage, hold) == [(-rounded, -rounded)] * 2
+    assert ranks.shared(2, _hold_many, stage, hold) == [(-rounded, -rounded)] * 2
 
 
 def _take_tiny_steps(rank: int, world: int, stage: int) -> Weights:
@@ -225,7 +225,7 @@ def _take_tiny_steps(rank: int, world: int, stage: int) -> Weights:
 
 @every_stage
 def test_steps_too_small_for_bf16_add_up_in_the_masters(stage: int) -> None:
-    assert ranks.run(2, _take_tiny_steps, stage) == [(1 - 2.0**-6, -(2.0**-6))] * 2
+    assert ranks.shared(2, _take_tiny_steps, stage) == [(1 - 2.0**-6, -(2.0**-6))] * 2
 
 
 def _underflow_without_scale(rank: int, world: int, stage: int) -> tuple[Weights, float]:
@@ -242,7 +242,7 @@ def test_h_5_fp16_scales_the_loss_at_every_stage(stage: int) -> None:
     2^-12 of its value.
     """
     expected = (-(2.0**-6), -(2.0**-6)), pytest.approx(2.0**-26 * 8**0.5)
-    assert ranks.run(2, _underflow_without_scale, stage) == [expected] * 2
+    assert ranks.shared(2, _underflow_without_scale, stage) == [expected] * 2
 
 
 def dynamic(power: int, **more: object) -> Config:
@@ -262,7 +262,7 @@ def _overflow_once(rank: int, world: int, stage: int) -> list[tuple[float, Weigh
 def test_an_overflow_on_one_rank_lowers_the_scale_on_all(stage: int) -> None:
     clean = [(128.0, (-1.0, -1.0), 1), (128.0, (-2.0, -2.0), 1), (256.0, (-3.0, -3.0), 1)]
     expected = [(128.0, (0.0, 0.0), 1), *clean]
-    assert ranks.run(2, _overflow_once, stage) == [expected] * 2
+    assert ranks.shared(2, _overflow_once, stage) == [expected] * 2
 
 
 def _overflow_early_in_a_window(
@@ -285,7 +285,7 @@ def _overflow_early_in_a_window(
 def test_an_overflow_early_in_a_window_skips_all_of_it_and_leaves_the_momentum(stage: int) -> None:
     """Two steps of a momentum of one half: 1, then 1 + 1/2."""
     expected = ((-2.5, -2.5), 128.0, 1, True)
-    assert ranks.run(2, _overflow_early_in_a_window, stage) == [expected] * 2
+    assert ranks.shared(2, _overflow_early_in_a_window, stage) == [expected] * 2
 
 
 def _overflow_at_the_minimum(rank: int, world: int) -> tuple[str, Weights]:
@@ -296,7 +296,7 @@ def _overflow_at_the_minimum(rank: int, world: int) -> tuple[str, Weights]:
 
 
 def test_an_overflow_at_the_minimum_names_rank_and_parameter() -> None:
-    for message, after in ranks.run(2, _overflow_at_the_minimum):
+    for message, after in ranks.shared(2, _overflow_at_the_minimum):
         assert "minimum" in message and "rank 1" in message and "parameter b" in message
         assert after == (-1.0, -1.0)
 
@@ -315,7 +315,7 @@ def _go_back_directly(rank: int, world: int, scaled: bool) -> Weights:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_direct_backward_must_be_scaled(scaled: bool) -> None:
-    assert ranks.run(2, _go_back_directly, scaled) == [(-1.0, -2.0)] * 2
+    assert ranks.shared(2, _go_back_directly, scaled) == [(-1.0, -2.0)] * 2
 
 
 def _train_with(rank: int, world: int, changes: Config) -> Weights:
@@ -339,7 +339,7 @@ def _train_with(rank: int, world: int, changes: Config) -> Weights:
 def test_scaling_and_dtypes_of_the_wire_leave_the_answer(
     changes: Config, expected: Weights, stage: int
 ) -> None:
-    assert ranks.run(2, _train_with, {**changes, **at_stage(stage)}) == [expected] * 2
+    assert ranks.shared(2, _train_with, {**changes, **at_stage(stage)}) == [expected] * 2
 
 
 def _add_a_little_to_one(rank: int, world: int, dtype: str) -> Weights:
@@ -356,7 +356,7 @@ def _add_a_little_to_one(rank: int, world: int, dtype: str) -> Weights:
 )
 def test_passes_are_added_up_in_the_configured_dtype(dtype: str, a: float) -> None:
     """1 + 2^-9 is an fp16 number and no bf16 number."""
-    assert ranks.run(2, _add_a_little_to_one, dtype) == [(a, -2.0)] * 2
+    assert ranks.shared(2, _add_a_little_to_one, dtype) == [(a, -2.0)] * 2
 
 
 def _scale_under_autocast(rank: int, world: int, path: str) -> list[float]:
@@ -375,7 +375,7 @@ def _scale_under_autocast(rank: int, world: int, path: str) -> list[float]:
 
 def test_autocast_in_fp16_has_a_loss_scale_and_the_trace_shows_it(tmp_path: Path) -> None:
     assert (
-        ranks.run(2, _scale_under_autocast, str(tmp_path / "{rank}.json"))
+        ranks.shared(2, _scale_under_autocast, str(tmp_path / "{rank}.json"))
         == [[65536.0, 32768.0]] * 2
     )
     events = json.loads((tmp_path / "0.json").read_text())["traceEvents"]
@@ -419,14 +419,14 @@ def _notes_on_a_failed_forward(
 def test_an_input_that_was_not_cast_is_explained(
     layer: nn.Module, shape: tuple[int, ...], config: Config
 ) -> None:
-    (note,) = ranks.run(1, _notes_on_a_failed_forward, layer, torch.zeros(shape), config)[0]
+    (note,) = ranks.shared(1, _notes_on_a_failed_forward, layer, torch.zeros(shape), config)[0]
     dtype = "torch.bfloat16" if "bf16" in config else "torch.float16"
     assert f"cast floating-point inputs with .to({dtype})" in note
 
 
 def test_another_error_of_a_forward_is_not() -> None:
     too_wide = torch.zeros(2, 5, dtype=torch.bfloat16)
-    assert ranks.run(1, _notes_on_a_failed_forward, nn.Linear(4, 4), too_wide, BF16) == [[]]
+    assert ranks.shared(1, _notes_on_a_failed_forward, nn.Linear(4, 4), too_wide, BF16) == [[]]
 
 
 def _cast_inputs(rank: int, world: int, auto_cast: bool) -> tuple[torch.dtype, ...]:
@@ -443,7 +443,7 @@ def _cast_inputs(rank: int, world: int, auto_cast: bool) -> tuple[torch.dtype, .
 def test_auto_cast_casts_floating_point_inputs_wherever_they_are(
     auto_cast: bool, dtype: torch.dtype
 ) -> None:
-    assert ranks.run(1, _cast_inputs, auto_cast) == [(dtype, dtype, torch.int64)]
+    assert ranks.shared(1, _cast_inputs, auto_cast) == [(dtype, dtype, torch.int64)]
 
 
 AUTOCASTS = {
@@ -484,7 +484,7 @@ def _dtype_under_autocast(rank: int, world: int) -> tuple[torch.dtype, torch.dty
 
 
 def test_autocast_runs_the_forward_low_and_keeps_parameters_in_fp32() -> None:
-    assert ranks.run(2, _dtype_under_autocast) == [(torch.bfloat16, torch.float32)] * 2
+    assert ranks.shared(2, _dtype_under_autocast) == [(torch.bfloat16, torch.float32)] * 2
 
 
 def _wires_under_autocast(rank: int, world: int, autocast: Config, more: Config) -> dict[str, str]:
@@ -527,7 +527,7 @@ def test_gradients_of_safe_modules_travel_in_autocasts_dtype(
     autocast: Config, more: Config, low: set[str]
 ) -> None:
     expected = {name: "bf16" if name in low else "fp32" for name in ALL}
-    assert ranks.run(2, _wires_under_autocast, autocast, more) == [expected] * 2
+    assert ranks.shared(2, _wires_under_autocast, autocast, more) == [expected] * 2
 
 
 def _refused(rank: int, world: int, autocast: Config, more: Config) -> str:
@@ -548,7 +548,7 @@ def _refused(rank: int, world: int, autocast: Config, more: Config) -> str:
 def test_what_cannot_be_a_safe_module_is_refused(
     modules: list[str], more: Config, told: str
 ) -> None:
-    for message in ranks.run(2, _refused, {"lower_precision_safe_modules": modules}, more):
+    for message in ranks.shared(2, _refused, {"lower_precision_safe_modules": modules}, more):
         assert "torch_autocast.lower_precision_safe_modules" in message and told in message
 
 
@@ -572,5 +572,5 @@ def _train_under_autocast(
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_what_autocast_computed_low_loses_nothing_on_a_low_wire(stage: int) -> None:
-    low = ranks.run(2, _train_under_autocast, torch.nn.Linear, stage)
-    assert low == ranks.run(2, _train_under_autocast, LinearAlone, stage)
+    low = ranks.shared(2, _train_under_autocast, torch.nn.Linear, stage)
+    assert low == ranks.shared(2, _train_under_autocast, LinearAlone, stage)

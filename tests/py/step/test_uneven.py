@@ -6,49 +6,24 @@ weights are minus the mean of the ranks' sums (see `Terms`).
 
 from __future__ import annotations
 
-import inspect
 import time
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import ranks
+from breaking import MayBreak
 from catching import assert_told, caught
-from models import Terms
+from scenarios import Scenario, run_each, scenarios_of
 from terms import DEFAULTS, engine_over_terms, step_with, weights
 from training import keep
 from zerort.errors import StepError
 
 pytestmark = pytest.mark.timeout(120)
 
-Scenario = Callable[[int], None]
-
 PATIENCE = 15
 """Seconds, after which ranks that have parted say so."""
-
-
-class _Brittle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, error: BaseException) -> Tensor:
-        ctx.error = error
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise ctx.error
-
-
-class _MayBreak(Terms):
-    """Fails in backward on demand, when `b` has its gradient already."""
-
-    def forward(self, a: float, b: float, error: BaseException | None = None) -> Tensor:  # type: ignore[override]
-        return a * (self.a if error is None else _Brittle.apply(self.a, error)).sum() + (
-            b * self.b.sum()
-        )
 
 
 MINE = ArithmeticError("the user's own")
@@ -57,7 +32,7 @@ MINE = ArithmeticError("the user's own")
 def engine_of(**config: Any) -> Any:
     gas = config.pop("gas", 1)
     zerort = {"timeout": PATIENCE, **config.pop("zerort", {})}
-    engine = engine_over_terms({**config, "zerort": zerort}, gas, model=_MayBreak())
+    engine = engine_over_terms({**config, "zerort": zerort}, gas, model=MayBreak())
     keep(engine)
     return engine
 
@@ -197,7 +172,7 @@ def a_failure_in_no_sync_where_features_meet_before_the_vote(rank: int) -> None:
     section = {"enabled": True, "layer_name": "blocks", "layer_num": 1}
     if DEFAULTS["stage"] == 3:
         return
-    model = _MayBreak()
+    model = MayBreak()
     model.blocks = torch.nn.ModuleList([torch.nn.ParameterList([])])  # what they are of
     model.blocks[0].append(model.a)
     config = {"eigenvalue": section, "zerort": {"timeout": PATIENCE}}
@@ -272,29 +247,12 @@ def a_failure_in_one_of_other_numbers_of_backwards(rank: int) -> None:
     assert step_with(engine, 1.0, 2.0) == (-1.0, -2.0)
 
 
-SCENARIOS: list[Scenario] = [
-    found
-    for name, found in list(globals().items())
-    if inspect.isfunction(found) and list(inspect.signature(found).parameters) == ["rank"]
-    if found.__module__ == __name__
-]
-
-
-def run_all(rank: int, world: int, stage: int) -> dict[str, str]:
-    """What each scenario raised, by its name."""
-    DEFAULTS["stage"] = stage
-    found = {}
-    for scenario in SCENARIOS:
-        try:
-            scenario(rank)
-        except BaseException:
-            found[scenario.__name__] = traceback.format_exc()
-    return found
+SCENARIOS = scenarios_of(globals())
 
 
 @ranks.once(None)
 def results(stage: int) -> list[dict[str, str]]:
-    return ranks.run(2, run_all, stage, timeout=110)
+    return ranks.run(2, run_each, stage, SCENARIOS, True, timeout=110)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

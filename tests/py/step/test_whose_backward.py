@@ -145,7 +145,7 @@ SCENARIOS: list[Callable[[int, int], None]] = [
 def test_forwards_within_a_backward(scenario: Callable[[int, int], None], stage: int) -> None:
     if stage == 3 and scenario is another_thread_evaluates:
         pytest.skip("refused at stage 3, see params/test_stage_3_failures.py")
-    ranks.run(2, at_each_stage, stage, scenario, timeout=LIMIT)
+    ranks.shared(2, at_each_stage, stage, scenario, timeout=LIMIT)
 
 
 # ---- outputs that hide their tensors
@@ -211,7 +211,7 @@ def _hide(rank: int, world: int, stage: int) -> dict[str, tuple[Weights, int]]:
 
 @every_stage
 def test_a_direct_backward_is_found_whatever_the_outputs_are_in(stage: int) -> None:
-    for found in ranks.run(2, _hide, stage, timeout=60):
+    for found in ranks.shared(2, _hide, stage, timeout=60):
         assert {what: got for what, got in found.items() if got != ((-3.0, -8.0), 2)} == {}
 
 
@@ -227,7 +227,7 @@ def _hide_from_the_loss_scale(rank: int, world: int) -> tuple[Exception | None, 
 
 
 def test_a_direct_backward_that_no_hook_told_of_is_not_taken_unscaled() -> None:
-    for error, after in ranks.run(2, _hide_from_the_loss_scale, timeout=LIMIT):
+    for error, after in ranks.shared(2, _hide_from_the_loss_scale, timeout=LIMIT):
         assert_told(error, StepError, "would not be loss-scaled")
         assert after == CLEAN
 
@@ -247,7 +247,7 @@ def _scale_what_is_not_of_the_engine(rank: int, world: int) -> dict[str, Weights
 
 
 def test_a_scaled_loss_is_divided_once_wherever_it_was_computed() -> None:
-    for found in ranks.run(2, _scale_what_is_not_of_the_engine, timeout=LIMIT):
+    for found in ranks.shared(2, _scale_what_is_not_of_the_engine, timeout=LIMIT):
         assert set(found.values()) == {(-4.0, -8.0)}, found
 
 
@@ -295,7 +295,7 @@ def _share_a_loss(rank: int, world: int, stage: int) -> dict[str, tuple[Weights,
 
 @every_stage
 def test_one_loss_trains_two_engines_by_the_steps_and_the_scale_of_each(stage: int) -> None:
-    for found in ranks.run(2, _share_a_loss, stage, timeout=90):
+    for found in ranks.shared(2, _share_a_loss, stage, timeout=90):
         right = ((-3.0, -8.0), (-4.0, -16.0))
         assert {what: got for what, got in found.items() if got != right} == {}
 
@@ -313,7 +313,7 @@ def _share_with_other_steps(rank: int, world: int, stage: int) -> tuple[Weights,
 @every_stage
 def test_each_engine_divides_by_its_own_steps(stage: int) -> None:
     assert (
-        ranks.run(2, _share_with_other_steps, stage, timeout=LIMIT)
+        ranks.shared(2, _share_with_other_steps, stage, timeout=LIMIT)
         == [((-1.0, -4.0), (-4.0, -16.0))] * 2
     )
 
@@ -344,7 +344,7 @@ def _break_in_anothers_backward(rank: int, world: int, stage: int) -> tuple[Any,
 
 @every_stage
 def test_a_backward_of_another_engine_that_raised_is_not_taken(stage: int) -> None:
-    innocent, culprit = ranks.run(2, _break_in_anothers_backward, stage, timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _break_in_anothers_backward, stage, timeout=LIMIT)
     assert innocent[0] is None and isinstance(culprit[0], ArithmeticError)
     assert_told(innocent[1], StepError, "rank 1", "the user's own backward")
     assert_told(innocent[2], StepError, "rank 1")
@@ -386,7 +386,7 @@ def _adversaries(rank: int, world: int, stage: int) -> dict[str, tuple[Weights, 
 
 @every_stage
 def test_a_generator_learns_through_a_critic_that_does_not(stage: int) -> None:
-    for found in ranks.run(2, _adversaries, stage, timeout=60):
+    for found in ranks.shared(2, _adversaries, stage, timeout=60):
         right = ((-3.0, -6.0), (-7.5, -9.0))
         assert {what: got for what, got in found.items() if got != right} == {}
 
