@@ -4,7 +4,7 @@ and on each way of resuming, each matrix updated once by one rank, in torch's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,6 @@ class Trust(Optimizer):
 
 
 OPTIMIZERS: dict[str, Any] = {"Muon": MUON, "Adafactor": ADAFACTOR, "trust ratio": Trust}
-NAMES = [pytest.param(n, marks=needs_muon if n == "Muon" else ()) for n in OPTIMIZERS]
 
 
 def ends(rank: int, world: int, name: str, accumulation: int) -> dict[int, Any]:
@@ -82,14 +81,26 @@ def ends(rank: int, world: int, name: str, accumulation: int) -> dict[int, Any]:
     return found
 
 
-CASES = [(2, 1), (2, 3)]
-SLOW = [(3, 1), (4, 3), (1, 3)]
-WORLDS = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+CASES = [("Muon", 2, 1), ("Muon", 2, 3), ("Adafactor", 2, 1), ("trust ratio", 2, 1)]
+RARE = [(name, *at) for name in OPTIMIZERS for at in ((1, 3), (2, 3), (3, 1), (4, 3))]
+SLOW = [case for case in RARE if case not in CASES]
+
+
+def parameters(*cases: tuple[Any, ...], slow: Sequence[tuple[Any, ...]] = ()) -> list[Any]:
+    """Each begins with the name of an optimizer."""
+    found = []
+    for case in (*cases, *slow):
+        marks = [needs_muon] if case[0] == "Muon" else []
+        found.append(
+            pytest.param(*case, marks=[*marks, pytest.mark.slow] if case in slow else marks)
+        )
+    return found
+
+
 ended = ranks.once(None)(lambda world, name, gas: ranks.run(world, ends, name, gas, timeout=200))
 
 
-@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "world", "accumulation"), parameters(*CASES, slow=SLOW))
 def test_every_stage_gives_the_same_bits(name: str, world: int, accumulation: int) -> None:
     found = ended(world, name, accumulation)
     expected = found[0][0][0]
@@ -99,12 +110,14 @@ def test_every_stage_gives_the_same_bits(name: str, world: int, accumulation: in
             assert torch.equal(end, expected), f"stage {stage}: {(end - expected).abs().max()}"
 
 
-@needs_muon
-@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
+@pytest.mark.parametrize(
+    ("name", "world", "accumulation"),
+    parameters(*CASES[:2], slow=[case for case in SLOW if case[0] == "Muon"]),
+)
 def test_each_matrix_is_orthogonalised_once_a_boundary_by_one_rank(
-    world: int, accumulation: int
+    name: str, world: int, accumulation: int
 ) -> None:
-    found = ended(world, "Muon", accumulation)
+    found = ended(world, name, accumulation)
     for stage in (1, 2, 3):
         counts = [rank[stage][1] for rank in found]
         assert sum(counts) == 2 * HIDDEN
@@ -112,7 +125,7 @@ def test_each_matrix_is_orthogonalised_once_a_boundary_by_one_rank(
     assert all(rank[0][1] == 2 * HIDDEN for rank in found)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", parameters(*((name,) for name in OPTIMIZERS)))
 def test_state_is_kept_once_among_the_ranks(name: str) -> None:
     found = ended(2, name, 1)
     whole = found[0][0][2]
@@ -237,7 +250,7 @@ def resume(
     return flat(engine)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", parameters(("Muon",), ("Adafactor",), slow=[("trust ratio",)]))
 def test_what_was_saved_resumes_on_other_ranks_and_stages_to_the_bit(
     name: str, tmp_path: Path
 ) -> None:
