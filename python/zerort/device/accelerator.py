@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Accelerator:
 
     def host(self, *, pinned: bool) -> AcceleratorHost:
         """Of this device."""
-        return AcceleratorHost(self.place, pinned=pinned)
+        return AcceleratorHost(self.place, partial(on_stream, self.place), pinned=pinned)
 
     def reduce(
         self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
@@ -204,7 +205,7 @@ class AcceleratorStreams:
         """The stream of sums becomes the current one, and the lane is marked behind it."""
         if lane.packed is not None:
             self._sums.wait_event(lane.packed)
-        with self._on(self._sums):
+        with on_stream(self._place, self._sums):
             try:
                 yield
             finally:
@@ -217,13 +218,15 @@ class AcceleratorStreams:
     def _current(self) -> Any:
         return torch.accelerator.current_stream(self._place)
 
-    @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        # Setting a stream makes its device the current one as well.
-        index, before = _device_index(), self._current()
-        torch.accelerator.set_stream(stream)
-        try:
-            yield
-        finally:
-            torch.accelerator.set_stream(before)
-            _set_device_index(index)
+
+@contextmanager
+def on_stream(place: torch.device, stream: Any) -> Iterator[None]:
+    """Within, `stream` is the current one of the device."""
+    # Setting a stream makes its device the current one as well.
+    index, before = _device_index(), torch.accelerator.current_stream(place)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+        _set_device_index(index)

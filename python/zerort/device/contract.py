@@ -90,6 +90,9 @@ class Mark(Protocol):
         over what was sent.
         """
 
+    def order(self) -> None:
+        """The current stream does, and the host does not."""
+
 
 class Host(Protocol):
     """The host's memory beside a device's, and copies between the two, of tensors of one dtype."""
@@ -103,6 +106,14 @@ class Host(Protocol):
 
     def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Fresh memory (numel,) on the host."""
+
+    def landing(self, nbytes: int) -> tuple[Tensor, Mark]:
+        """Memory of the device (nbytes,), uint8, from which `take` copies; it may be written behind
+        the mark.
+        """
+
+    def take(self, here: Tensor, there: Tensor) -> Mark:
+        """As `receive`, of a landing; what is enqueued next does not wait for it."""
 
     def receive(self, here: Tensor, there: Tensor) -> Mark:
         """Copies `there`, on the device, into `here`, on the host, behind what is enqueued."""

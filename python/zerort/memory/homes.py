@@ -18,18 +18,41 @@ from zerort import _core
 from zerort.device import Host, Mark
 from zerort.memory.values import Memory
 
-__all__ = ["Homes", "HostRoom"]
+__all__ = ["Homes", "HostRoom", "Landing"]
+
+
+class Landing:
+    """Memory on the device where a bucket's sum is written before it leaves it."""
+
+    def __init__(self, host: Host, nbytes: int) -> None:
+        self._host = host
+        self._memory, self._free = host.landing(nbytes)
+        self._views: dict[tuple[torch.dtype, int], Memory] = {}
+
+    def open(self, dtype: torch.dtype, numel: int) -> Memory:
+        """(numel,), which the current stream may write: behind the last copy out of it."""
+        self._free.order()
+        key = dtype, numel
+        if key not in self._views:
+            self._views[key] = Memory.of(self._memory.view(dtype).narrow(0, 0, numel))
+        return self._views[key]
+
+    def take(self, here: Tensor) -> Mark:
+        """Copies what was written to the host, beside what is enqueued next."""
+        self._free = self._host.take(here, self._views[here.dtype, here.numel()].tensor)
+        return self._free
 
 
 class HostRoom:
-    """What all buckets share whose state is on the host: memory on the device where sums land
-    before they leave it, and two pieces of the host's in which masters are cast before they do.
+    """What all buckets share whose state is on the host: two landings on the device, so that one is
+    written while the other is copied, and two pieces of the host's in which masters are cast before
+    they leave it.
     """
 
-    def __init__(self, host: Host, place: torch.device) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
-        self._place = place
-        self._landing: Memory | None = None
+        self._landings: list[Landing | None] = [None, None]
+        self._landing_turn = 0
         self._reserved = self._widest = 0
         self._casts: list[Tensor | None] = [None, None]
         self._marks: list[Mark | None] = [None, None]
@@ -39,15 +62,18 @@ class HostRoom:
         """A bucket with so many bytes of sums, or of parameters, uses this memory."""
         self._reserved, self._widest = max(self._reserved, sums), max(self._widest, values)
 
-    def landing(self, dtype: torch.dtype, numel: int) -> Memory:
-        """Memory of the device (numel,). One use of it follows the other on the stream of sums."""
-        if self._landing is None:
-            self._landing = Memory.zeros(self._reserved, torch.uint8, self._place)
-        return self._landing.typed(dtype, 0, numel)
+    def landing(self) -> Landing:
+        """The one that was used before the last."""
+        turn = self._landing_turn
+        self._landing_turn = 1 - turn
+        landing = self._landings[turn]
+        if landing is None:
+            landing = self._landings[turn] = Landing(self.host, self._reserved)
+        return landing
 
     def release(self) -> None:
-        """Gives the landing back, until it is asked for again."""
-        self._landing = None
+        """Gives the landings back, until they are asked for again."""
+        self._landings = [None, None]
 
     def send_cast(self, there: Tensor, here: Tensor) -> None:
         """Casts `here`, on the host, to what `there` is, and copies it to the device. Returns with

@@ -153,7 +153,9 @@ def shared_pieces(buckets: Iterable[tuple[Shape, Places]]) -> Iterator[Piece]:
     homed = [(shape, places) for shape, places in buckets if places.state and shape.trained]
     if not homed:
         return
-    yield Piece(Kind.SUMS, max(shape.shard * shape.dtypes.sums.itemsize for shape, _ in homed))
+    landing = max(shape.shard * shape.dtypes.sums.itemsize for shape, _ in homed)
+    for _ in range(2):
+        yield Piece(Kind.SUMS, landing)
     sent = [shape for shape, places in homed if not (shape.sharded and places.shards)]
     if any(shape.dtypes.master != shape.dtypes.values for shape in sent):
         widest = max(shape.owned * shape.dtypes.values.itemsize for shape in sent)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from zerort.device import Mark
-from zerort.memory.homes import HostRoom
+from zerort.memory.homes import HostRoom, Landing
 from zerort.memory.moved import Carrier
 from zerort.memory.values import Memory
 
@@ -69,7 +69,8 @@ class SumsHere:
 
 
 class HostSums:
-    """On the host: written on the device, in memory that all buckets share, and copied behind that.
+    """On the host: written on the device, in a landing that all buckets share, and copied away
+    beside the next bucket's sum.
 
     A pass that adds brings back what is there, so that all sums are the device's.
     """
@@ -80,7 +81,7 @@ class HostSums:
         self._room = room
         self._memory = Memory.of(room.host.zeros(numel, dtype))
         self._mark: Mark | None = None
-        self._landing: Memory | None = None
+        self._landing: Landing | None = None
         room.reserve(sums=numel * dtype.itemsize)
 
     @property
@@ -97,23 +98,25 @@ class HostSums:
         return self.whole
 
     def open(self, *, add: bool) -> Memory:
-        """In the shared memory."""
-        if self._landing is None:
-            tensor = self._memory.tensor
-            self._landing = self._room.landing(tensor.dtype, tensor.numel())
+        """In a landing."""
+        self._landing = self._room.landing()
+        tensor = self._memory.tensor
+        here = self._landing.open(tensor.dtype, tensor.numel())
         if add:
-            self._room.host.send(self._landing.tensor, self._memory.tensor)
-        return self._landing
+            if self._mark is not None:
+                self._mark.order()
+            self._room.host.send(here.tensor, tensor)
+        return here
 
     def close(self) -> None:
         """A copy."""
         assert self._landing is not None
-        self._mark = self._room.host.receive(self._memory.tensor, self._landing.tensor)
+        self._mark = self._landing.take(self._memory.tensor)
 
     def move(self, carry: Carrier) -> None:
         """It is on the host."""
 
     def release(self) -> None:
-        """The shared memory."""
+        """The landings."""
         self._landing = None
         self._room.release()

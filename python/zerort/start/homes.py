@@ -39,7 +39,7 @@ def homes_for(
             "capturable=True and steps on an accelerator only; leave one of the two out"
         )
     chosen = Homes.chosen(plan.buckets, state.ratio)
-    return Homes(HostRoom(host, device), chosen, shards_host)
+    return Homes(HostRoom(host), chosen, shards_host)
 
 
 @dataclass(frozen=True)

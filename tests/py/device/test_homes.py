@@ -15,10 +15,12 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import ranks
+import stand_in
 import zerort
 from homes import BOTH, OPTIMIZER, PARAM, Ran, Setting, engine_of, train, weights
 from stand_in import Machine, Site
-from zerort.device.host import AcceleratorHost
+from zerort.device import Accelerator
+from zerort.device.host import AcceleratorMark
 from zerort.memory import FlatBucket, HostRoom, Memory
 from zerort.memory.masters import HostMaster
 from zerort.memory.sums import HostSums
@@ -341,8 +343,7 @@ def test_an_optimizer_that_steps_on_an_accelerator_only_is_refused() -> None:
 
 
 def on_host() -> HostRoom:
-    host = AcceleratorHost(torch.device("cpu", 0), pinned=True)
-    return HostRoom(host, torch.device("cpu"))
+    return HostRoom(Accelerator(torch.device("cpu", 0)).host(pinned=True))
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -369,6 +370,53 @@ def test_sums_are_read_behind_the_copy_of_them(waits: bool) -> None:
         total = (sums.whole if waits else sums._memory).tensor.sum()
     assert total == 128
     assert bool(machine.races) != waits
+
+
+def test_a_sum_waits_for_the_copy_of_the_sum_before_the_last() -> None:
+    machine = Machine()
+    with machine.running():
+        room = on_host()
+        sums = [HostSums(room, 128, torch.float32) for _ in range(5)]
+        behind, copied = [], []
+        for each in sums:
+            into = each.open(add=False)
+            copies = machine.streams[-1]
+            behind.append(machine.current.clock.get(copies.stream_id, 0))
+            into.tensor.fill_(1.0)
+            each.close()
+            copied.append(copies.clock[copies.stream_id])
+        assert [each.whole.tensor.sum() for each in sums] == [128.0] * 5
+    for number in range(2, 5):  # the second landing is made behind the first copy
+        assert copied[number - 2] <= behind[number] < copied[number - 1]
+    assert machine.races == []
+
+
+ORDERS = {
+    "the sum behind the copy out of its landing": (AcceleratorMark, "order", False),
+    "the copy behind the sum": (stand_in.Stream, "wait_stream", False),
+    "the old sum behind its copy": (AcceleratorMark, "order", True),
+    "none": (None, "", True),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_sums_and_their_copies_are_in_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, method, adds = ORDERS[name]
+    machine = Machine()
+    with machine.running():
+        room = on_host()
+        sums = [HostSums(room, 128, torch.float32) for _ in range(3)]
+        for each in sums:  # the landings are made
+            each.open(add=False).tensor.fill_(1.0)
+            each.close()
+        if owner is not None:
+            monkeypatch.setattr(owner, method, lambda *_: None)
+        for each in sums[-1:] if adds else sums:
+            each.open(add=adds).tensor.add_(1.0)
+            each.close()
+        total = sums[-1].whole.tensor.sum()
+    assert owner is not None or total == 256
+    assert bool(machine.races) == (owner is not None)
 
 
 @pytest.mark.parametrize("waits", [True, False])
