@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zerort.compat.lightning  # noqa: F401 (registers the strategies' names)
 from zerort.compat.lightning import ZerortFabricStrategy, ZerortStrategy
+from zerort.compat.lightning.modules import is_sharded
 
 WIDTH = 24
 CUT = {
@@ -436,6 +437,44 @@ def fabric_loop(strategy: Any, folder: Path, precision: str = "32-true") -> Any:
     return losses, more, again[3].steps, left, refused
 
 
+def fabric_alone(strategy: Any, folder: Path) -> Any:
+    """A model that is set up alone: what it gives, born in shards where there are some, before and
+    behind a load; then its optimizer, and what it learns. Ranks evaluate other numbers of batches.
+    """
+    fabric = Fabric(strategy=strategy, accelerator="cpu", devices=dist.get_world_size())
+    fabric.launch()
+    inputs = torch.ones(2, 8)
+
+    def made() -> Any:
+        torch.manual_seed(7)
+        with fabric.init_module():
+            return nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+    model = fabric.setup_module(made())
+    with torch.no_grad():
+        for _ in range(1 + fabric.global_rank):
+            outputs = [model(inputs)]
+    sharded = is_sharded(model)
+    early = raised(lambda: fabric.backward(model(inputs).sum(), model=model))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    twice = raised(lambda: fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1)))
+    losses = []
+    for each, targets in fabric.setup_dataloaders(data()):
+        optimizer.zero_grad()
+        with fabric.no_backward_sync(model, enabled=False):
+            loss = ((model(each) - targets) ** 2).mean()
+            fabric.backward(loss, model=model)
+        optimizer.step()
+        losses.append(loss.item())
+    fabric.save(folder / "alone.ckpt", {"model": model, "optimizer": optimizer, "at": 3})
+    again = fabric.setup_module(made())
+    state = {"model": again, "at": 0}
+    fabric.load(folder / "alone.ckpt", state)
+    with torch.no_grad():
+        outputs += [model(inputs), again(inputs)]
+    return outputs, losses, sharded, state["at"], early, twice
+
+
 def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
     def ours(**more: Any) -> ZerortStrategy:
         return zerort_at(stage, **more)
@@ -455,6 +494,10 @@ def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
         f"ddp fabric {stage}": lambda folder: fabric_loop("ddp", folder),
         f"fabric {stage}": lambda folder: fabric_loop(
             lambda: ZerortFabricStrategy(stage, CUT), folder
+        ),
+        f"ddp fabric alone {stage}": lambda folder: fabric_alone("ddp", folder),
+        f"fabric alone {stage}": lambda folder: fabric_alone(
+            ZerortFabricStrategy(stage, CUT), folder
         ),
         f"object {stage}": lambda folder: with_object(ours, folder),
         f"refused {stage}": lambda folder: refused(ours, folder),

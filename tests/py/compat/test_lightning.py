@@ -158,6 +158,22 @@ def test_a_loop_of_fabrics_gives_the_numbers_of_ddp_and_goes_on_from_its_checkpo
         assert "with 2 models set up: say whose loss it is" in refused[1]
 
 
+@every_stage
+def test_a_model_that_fabric_sets_up_alone_is_evaluated_and_trains_with_an_optimizer(
+    stage: int,
+) -> None:
+    ours, theirs = result("fabric alone", stage), result("ddp fabric alone", stage)
+    for mine, other in zip(ours, theirs, strict=True):
+        outputs, losses, sharded, at, early, twice = mine
+        assert losses == pytest.approx(other[1], rel=1e-5)
+        for output, expected in zip(outputs, other[0], strict=True):
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(outputs[1], outputs[2]), "what was loaded"
+        assert (sharded, at) == (stage == 3, 3)
+        assert "engine that only runs forward" in early or stage != 3
+        assert "has no optimizer yet" in twice
+
+
 def _in_16_bits(rank: int, world: int, precision: str, stage: int, folder: str) -> dict[str, Any]:
     import lightning_flows
 

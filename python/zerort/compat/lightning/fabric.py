@@ -2,8 +2,8 @@
 
 `fabric.setup(model, optimizer)` makes the engine, `fabric.backward`, `optimizer.step()`,
 `optimizer.zero_grad()` and `fabric.no_backward_sync` are the engine's, and `fabric.save` and
-`fabric.load` its checkpoints. A model that is set up without an optimizer has no engine: it is
-whole on every rank, and for inference.
+`fabric.load` its checkpoints. A model that is set up without an optimizer is for inference, at
+stage 3 in shards, behind an engine that only runs forward, until `fabric.setup_optimizers`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import zerort
-from zerort.compat.lightning.modules import is_sharded
+from zerort.checkpoint import get_client_state, get_fp32_state_dict
+from zerort.compat.lightning.modules import SetUp, forward_only, is_sharded
 from zerort.compat.lightning.packages import fabric, pytorch
-from zerort.compat.lightning.precision import FabricFullPrecision, adapted_of_fabric
+from zerort.compat.lightning.precision import FabricFullPrecision, adapted_of_fabric, cast
 from zerort.compat.lightning.settings import Given, completed, stage_of
 from zerort.compat.lightning.stored import TAG, folder_of, packed, refuse_place, unpacked
 from zerort.errors import CheckpointError, ConfigError
@@ -47,12 +49,13 @@ class _Holding(_BackwardSyncControl):  # type: ignore[misc]
         """Within, backwards add up on this rank."""
         if not enabled:
             return nullcontext()
-        if not isinstance(module, zerort.Engine):
+        engine = _engine_behind(module)
+        if engine is None or engine.optimizer is None:
             raise ConfigError(
                 "no_backward_sync of a model without an engine: set it up with its optimizer, "
                 "fabric.setup(model, optimizer)"
             )
-        return module.no_sync()
+        return engine.no_sync()
 
 
 class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
@@ -83,7 +86,9 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
     ) -> None:
         self._data, self.zero = stage_of(config, stage)
         self._engines: weakref.WeakSet[zerort.Engine] = weakref.WeakSet()
-        """Of models that are in use."""
+        """Of models that are in use, and train."""
+        self._alone: weakref.WeakSet[SetUp] = weakref.WeakSet()
+        """What has been set up without an optimizer."""
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.weights_only = weights_only
         super().__init__(
@@ -135,33 +140,47 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
                 f"fabric.setup got {len(optimizers)} optimizers, and an engine has one: put the "
                 "parameters into groups of one optimizer"
             )
-        engine, optimizer, _, _ = zerort.initialize(
-            model=module, optimizer=optimizers[0], config=self._settings()
-        )
-        self._engines.add(engine)
-        _drop_through(engine, optimizer)
+        engine, optimizer = self._open(module, optimizers[0])
         found = (engine, [optimizer])
         return (*found, scheduler) if _TAKES_SCHEDULER else found
 
+    def _open(self, module: nn.Module, optimizer: Any) -> tuple[zerort.Engine, Any]:
+        engine, optimizer, _, _ = zerort.initialize(
+            model=module, optimizer=optimizer, config=self._settings()
+        )
+        self._engines.add(engine)
+        _drop_through(engine, optimizer)
+        return engine, optimizer
+
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """For inference: the module itself, with rank 0's values. Raises `ConfigError` for one that
-        was born in shards.
-        """
-        if is_sharded(module):
-            raise ConfigError(
-                "fabric.setup of a model that was born in shards, without an optimizer: make it "
-                "outside fabric.init_module(), or set it up with its optimizer"
-            )
-        module = self.precision.cast(module)
-        if any(True for _ in (*module.parameters(), *module.buffers())):
-            _sync_module_states(module)
-        return module
+        """With rank 0's values: in shards at stage 3, else whole on every rank."""
+        engine = None
+        if self.zero.shards_parameters and any(True for _ in module.parameters()):
+            engine = forward_only(module, self._settings())
+        else:
+            module = cast(self.precision, module)
+            if any(True for _ in (*module.parameters(), *module.buffers())):
+                _sync_module_states(module)
+        alone = SetUp(module, engine)
+        self._alone.add(alone)
+        return alone
 
     def setup_optimizer(self, optimizer: Any) -> Any:
-        """Raises `ConfigError`: an engine needs both at once."""
-        raise ConfigError(
-            "an optimizer is set up together with its model: fabric.setup(model, optimizer)"
-        )
+        """For a model that has been set up: from here on it trains. Raises `ConfigError` where
+        there is none, or it has an optimizer.
+        """
+        owner = next((each for each in self._alone if each.owns(optimizer)), None)
+        if owner is None or owner.trains:
+            raise ConfigError(
+                "fabric.setup_optimizers: the parameters are of no model that has been set up and "
+                "has no optimizer yet: fabric.setup_module(model) first, or "
+                "fabric.setup(model, optimizer)"
+            )
+        if owner.engine is not None:
+            owner.engine.destroy()  # the shards stay for the next one
+        engine, optimizer = self._open(owner.module, optimizer)
+        owner.hand_to(engine)
+        return optimizer
 
     # A step.
 
@@ -172,8 +191,9 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
                 f"fabric.backward(loss) with {len(self._engines)} models set up: say whose loss it "
                 "is, fabric.backward(loss, model=model)"
             )
-        engine = module if module is not None else next(iter(self._engines), None)
-        if not isinstance(engine, zerort.Engine):
+        only = next(iter(self._engines), None)
+        engine = only if module is None else _engine_behind(module)
+        if engine is None:
             super().backward(tensor, module, *args, **kwargs)
         elif args or kwargs.keys() - {"retain_graph"}:
             engine.scale(tensor).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -215,23 +235,26 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """The module's own."""
-        found = module.module if isinstance(module, zerort.Engine) else module
+        found = module.module if isinstance(module, zerort.Engine | SetUp) else module
         return dict(found.state_dict())
 
     def load_module_state_dict(
         self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True
     ) -> None:
         """Into the module, and its masters."""
-        if isinstance(module, zerort.Engine):
-            module.load_module_state_dict(state_dict, strict=strict)
+        engine = _engine_behind(module)
+        if engine is not None:
+            engine.load_module_state_dict(state_dict, strict=strict)
         else:
-            module.load_state_dict(state_dict, strict=strict)
+            found = module.module if isinstance(module, SetUp) else module
+            found.load_state_dict(state_dict, strict=strict)
 
     def save_checkpoint(
         self, path: Any, state: dict[str, Any], storage_options: Any = None, filter: Any = None
     ) -> None:
         """A folder with the engine of `state`, and everything else that is in it."""
         refuse_place(path)
+        state = _unwrapped(state)
         engine = _only_engine(state)
         if engine is None:
             super().save_checkpoint(path, state, storage_options=storage_options, filter=filter)
@@ -257,21 +280,19 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
         """Into the engine and the objects of `state`; returns what is left."""
         path = self.broadcast(str(path))
         folder = folder_of(path)
-        engine = _only_engine(state) if isinstance(state, Mapping) else None
+        given, state = state, _unwrapped(state) if isinstance(state, Mapping) else state
         if folder is None:
-            return dict(super().load_checkpoint(path, state, strict))
-        if engine is None:
+            return dict(super().load_checkpoint(path, given, strict))
+        model = _only_model(state) if isinstance(state, Mapping) else None
+        if model is None:
             raise CheckpointError(
                 f"{folder} is an engine's checkpoint: give its model in the state, "
                 'fabric.load(path, {"model": model})'
             )
-        has_optimizer = any(value is engine.optimizer for value in state.values())
-        _, client_state = engine.load_checkpoint(
-            folder, tag=TAG, load_module_strict=strict, load_optimizer_states=has_optimizer
-        )
+        client_state = _loaded(model, folder, state, strict)
         weights_only = self.weights_only if weights_only is None else weights_only
         found = unpacked(client_state, folder, weights_only)
-        wanted = [name for name, value in state.items() if not _is_part(value, engine)]
+        wanted = [name for name, value in state.items() if not _is_part(value, model)]
         missing = [name for name in wanted if name not in found]
         if missing and strict:
             raise CheckpointError(
@@ -280,13 +301,14 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
             )
         for name in wanted:
             if name in found:
-                _give(state, name, found.pop(name))
+                _give(given, name, found.pop(name))
         return found
 
     def teardown(self) -> None:
         """Gives the engines back."""
-        for engine in list(self._engines):
-            engine.destroy()
+        for engine in (*self._engines, *(each.engine for each in self._alone)):
+            if engine is not None:
+                engine.destroy()
         self._engines.clear()
         super().teardown()
 
@@ -322,8 +344,42 @@ def _only_engine(state: Mapping[str, Any]) -> zerort.Engine | None:
     return next(iter(found.values()), None)
 
 
-def _is_part(value: Any, engine: zerort.Engine) -> bool:
-    return value is engine or value is engine.optimizer
+def _only_model(state: Mapping[str, Any]) -> nn.Module | None:
+    """The engine, or a module that was set up without one."""
+    modules = {id(each): each for each in state.values() if isinstance(each, nn.Module)}
+    only = next(iter(modules.values())) if len(modules) == 1 else None
+    return _only_engine(state) or only
+
+
+def _loaded(model: nn.Module, folder: Path, state: Mapping[str, Any], strict: bool) -> Any:
+    """Loads `model`, with its optimizer where `state` has it; returns the client state."""
+    if not isinstance(model, zerort.Engine):
+        model.load_state_dict(get_fp32_state_dict(folder, TAG), strict=strict)
+        return get_client_state(folder, TAG)
+    optimizer = model.optimizer
+    has_optimizer = any(value is optimizer is not None for value in state.values())
+    return model.load_checkpoint(
+        folder, tag=TAG, load_module_strict=strict, load_optimizer_states=has_optimizer
+    )[1]
+
+
+def _is_part(value: Any, model: nn.Module) -> bool:
+    optimizer = model.optimizer if isinstance(model, zerort.Engine) else None
+    return value is model or (value is not None and value is optimizer)
+
+
+def _engine_behind(module: Any) -> zerort.Engine | None:
+    if isinstance(module, SetUp):
+        return module.engine
+    return module if isinstance(module, zerort.Engine) else None
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """With the engine in the place of what was set up alone, or the module where there is none."""
+    return {
+        name: (value.engine or value.module) if isinstance(value, SetUp) else value
+        for name, value in state.items()
+    }
 
 
 def _give(state: Any, name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ import zerort
 from zerort.params.sharded import keeper_of
 from zerort.zero import GatheredParameters
 
-__all__ = ["Whole", "forward_only", "is_sharded"]
+__all__ = ["SetUp", "Whole", "forward_only", "is_sharded"]
 
 _OF_TRAINING = ("optimizer", "scheduler")
 
@@ -26,6 +26,40 @@ def forward_only(module: nn.Module, settings: Mapping[str, Any]) -> zerort.Engin
     """An engine over `module` that trains nothing, whatever `settings` say of an optimizer."""
     kept = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
     return zerort.initialize(model=module, config=kept)[0]
+
+
+class SetUp(nn.Module):
+    """A module that was set up without an optimizer: an engine is behind its forward, which may
+    change, or at first below stage 3 none.
+    """
+
+    def __init__(self, module: nn.Module, engine: zerort.Engine | None) -> None:
+        super().__init__()
+        self.module = module
+        self._behind = [] if engine is None else [engine]  # a list, lest it be another child
+
+    @property
+    def engine(self) -> zerort.Engine | None:
+        """What runs its forward."""
+        return self._behind[0] if self._behind else None
+
+    def hand_to(self, engine: zerort.Engine) -> None:
+        """From here on `engine` runs its forward."""
+        self._behind[:] = [engine]
+
+    @property
+    def trains(self) -> bool:
+        """Whether its engine has an optimizer."""
+        return self.engine is not None and self.engine.optimizer is not None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine's, or the module's."""
+        return (self.module if self.engine is None else self.engine)(*args, **kwargs)
+
+    def owns(self, optimizer: Any) -> bool:
+        """Whether any of the optimizer's parameters is the module's."""
+        mine = {id(parameter) for parameter in self.module.parameters()}
+        return any(id(each) in mine for group in optimizer.param_groups for each in group["params"])
 
 
 class Whole:

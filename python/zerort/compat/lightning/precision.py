@@ -6,12 +6,13 @@ lose their gradient scaler, and clipping, which the engine does by the norm of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from zerort.compat.lightning.packages import fabric, pytorch
 from zerort.errors import ConfigError
 
-__all__ = ["adapted", "adapted_of_fabric"]
+__all__ = ["adapted", "adapted_of_fabric", "cast"]
 
 _plugins = pytorch("plugins.precision")
 _fabric = fabric("plugins.precision")
@@ -48,6 +49,14 @@ class _Unclipped:
             )
 
 
+class _Unscaled:
+    """Without a gradient scaler."""
+
+    def __init__(self, precision: str, device: str) -> None:
+        super().__init__(precision, device)  # type: ignore[call-arg]
+        self.scaler = None
+
+
 class FullPrecision(_Unclipped, _Full):  # type: ignore[misc]
     """ "32-true"."""
 
@@ -56,34 +65,12 @@ class HalfPrecision(_Unclipped, _Half):  # type: ignore[misc]
     """ "bf16-true" and "16-true": the module in 16 bits, with fp32 masters."""
 
 
-class MixedPrecision(_Unclipped, _Mixed):  # type: ignore[misc]
+class MixedPrecision(_Unscaled, _Unclipped, _Mixed):  # type: ignore[misc]
     """ "bf16-mixed" and "16-mixed": autocast, and a loss scale of the engine's."""
-
-    def __init__(self, precision: str, device: str) -> None:
-        super().__init__(precision, device)
-        self.scaler = None
-
-
-def adapted(plugin: Any) -> Any:
-    """The Trainer's `plugin` as one for an engine. Raises `ConfigError` for any other kind."""
-    if plugin is None or isinstance(plugin, _Unclipped):
-        return plugin
-    kind = type(plugin)
-    if kind is _Full:
-        return FullPrecision()
-    if kind is _Half:
-        return HalfPrecision(plugin.precision)
-    if kind is _Mixed:
-        return MixedPrecision(plugin.precision, plugin.device)
-    raise _unsupported(plugin)
 
 
 class FabricFullPrecision(_FabricFull):  # type: ignore[misc]
     """ "32-true"."""
-
-    def cast(self, module: Any) -> Any:
-        """What a module without an engine computes in."""
-        return module
 
 
 class FabricHalfPrecision(_FabricHalf):  # type: ignore[misc]
@@ -93,40 +80,42 @@ class FabricHalfPrecision(_FabricHalf):  # type: ignore[misc]
         """Nothing: it may have been born in shards."""
         return module
 
-    def cast(self, module: Any) -> Any:
-        """What a module without an engine computes in."""
-        return super().convert_module(module)
 
-
-class FabricMixedPrecision(_FabricMixed):  # type: ignore[misc]
+class FabricMixedPrecision(_Unscaled, _FabricMixed):  # type: ignore[misc]
     """ "bf16-mixed" and "16-mixed", without a scaler."""
 
-    def __init__(self, precision: str, device: str) -> None:
-        super().__init__(precision, device)
-        self.scaler = None
 
-    def cast(self, module: Any) -> Any:
-        """What a module without an engine computes in."""
-        return module
+def cast(plugin: Any, module: Any) -> Any:
+    """`module` in the dtype that it computes in without an engine, under a plugin of Fabric's."""
+    return _FabricHalf.convert_module(plugin, module) if isinstance(plugin, _FabricHalf) else module
+
+
+def adapted(plugin: Any) -> Any:
+    """The Trainer's `plugin` as one for an engine. Raises `ConfigError` for any other kind."""
+    kinds = {_Full: FullPrecision, _Half: HalfPrecision, _Mixed: MixedPrecision}
+    return _among(kinds, plugin)
 
 
 def adapted_of_fabric(plugin: Any) -> Any:
     """Fabric's `plugin` as one for an engine. Raises `ConfigError` for a kind that is not known."""
-    own = FabricFullPrecision, FabricHalfPrecision, FabricMixedPrecision
-    if plugin is None or isinstance(plugin, own):
+    kinds = {
+        _FabricFull: FabricFullPrecision,
+        _FabricHalf: FabricHalfPrecision,
+        _FabricMixed: FabricMixedPrecision,
+    }
+    return _among(kinds, plugin)
+
+
+def _among(kinds: Mapping[Any, Any], plugin: Any) -> Any:
+    """One of the kind that stands for the plugin's, made with what that was told."""
+    if plugin is None or type(plugin) in kinds.values():
         return plugin
-    kind = type(plugin)
-    if kind is _FabricFull:
-        return FabricFullPrecision()
-    if kind is _FabricHalf:
-        return FabricHalfPrecision(plugin.precision)
-    if kind is _FabricMixed:
-        return FabricMixedPrecision(plugin.precision, plugin.device)
-    raise _unsupported(plugin)
-
-
-def _unsupported(plugin: Any) -> ConfigError:
-    return ConfigError(
-        f"the precision plugin {type(plugin).__qualname__} is not supported: give "
-        'precision="32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed"'
-    )
+    kind = kinds.get(type(plugin))
+    if kind is None:
+        raise ConfigError(
+            f"the precision plugin {type(plugin).__qualname__} is not supported: give "
+            'precision="32-true", "bf16-true", "16-true", "bf16-mixed" or "16-mixed"'
+        )
+    if issubclass(kind, _Unscaled):
+        return kind(plugin.precision, plugin.device)
+    return kind() if plugin.precision == "32-true" else kind(plugin.precision)
