@@ -21,7 +21,7 @@ from training import at_stage
 from zerort.errors import CommError
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 
 CALL = "a log of Lightning's"
 TIMEOUT = 25.0
