@@ -358,4 +358,10 @@ fn a_restored_layout_says_by_itself_which_way_it_is() {
     assert_eq!(restore(block(64), [0, 208]).err(), Some(cut));
     assert!(restore(block(48), [0, 208]).is_ok());
     assert!(restore(Grain::Element, [0, 208]).is_ok());
+    // The first border is 64 elements behind the parameter's start, the second 160.
+    let layout = BucketLayout { params: vec![(ParamId(0), 32)], numel: 3 * 96 };
+    let params = vec![Param { grain: block(64), ..param(200, 0) }];
+    let cut = PlanError::CutBlock { bucket: BucketId(0), param: ParamId(0) };
+    let error = Plan::restore(params, vec![layout], 3, Stage::Two.rules()).unwrap_err();
+    assert_eq!(error, cut);
 }
