@@ -341,6 +341,13 @@ fn what_is_alike_is_traded_so_that_less_is_sent() {
 }
 
 #[test]
+fn what_costs_more_is_not_traded_for_what_costs_less() {
+    // Rank 0 holds the last two and half of the third, and may own only one of the dear ones.
+    let plan = matrices(&[(1024, 1), (1024, 1), (1024, 1), (1024, 8), (1024, 9)], 2);
+    assert_eq!((owners(&plan), plan.costs()), (vec![1, 1, 0, 1, 0], &[10, 10][..]));
+}
+
+#[test]
 fn more_ranks_than_matrices_leave_some_that_own_nothing_and_still_take_part() {
     let plan = matrices(&[(5000, 1)], 4);
     let idle = plan.costs().iter().filter(|&&cost| cost == 0).count();

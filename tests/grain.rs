@@ -208,6 +208,7 @@ fn matrices_are_packed_whole_and_the_rest_is_padding() {
 fn longest_first_is_mended_by_swaps() {
     // Longest first makes 3+2+2 and 3+2; 3+3 and 2+2+2 are equal.
     let plan = Plan::new(lengths(&[384, 256, 384, 256, 256], 2)).unwrap();
+    assert_eq!(plan.way(BucketId(0)), Ok(Some(Way::Owned)));
     assert_eq!(layout(&plan, 0).shard_numel(), 768);
 }
 
