@@ -33,17 +33,19 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 def _alone(workload: Workload, device: torch.device) -> Step:
     model = workload.model(device)
-    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+    return _plain(workload, device, model, *_optimizers(workload, model))
 
 
 def _ddp(workload: Workload, device: torch.device) -> Step:
-    model = DistributedDataParallel(workload.model(device))
-    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+    module = workload.model(device)
+    model = DistributedDataParallel(module)
+    return _plain(workload, device, model, *_optimizers(workload, module))
 
 
 def _ddp_views(workload: Workload, device: torch.device) -> Step:
-    model = DistributedDataParallel(workload.model(device), gradient_as_bucket_view=True)
-    return _plain(workload, device, model, _adamw(workload, model.parameters()))
+    module = workload.model(device)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    return _plain(workload, device, model, *_optimizers(workload, module))
 
 
 def _ddp_zero(workload: Workload, device: torch.device) -> Step:
@@ -72,16 +74,14 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     def step(batch: Batch) -> Tensor:
         loss = workload.loss(model(batch[0]), batch[1])
         loss.backward()
-        return _update(workload, model, optimizer, loss)
+        return _update(workload, model, [optimizer], loss)
 
     return step
 
 
 def _zerort(stage: int) -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
-        engine, *_ = zerort.initialize(
-            model=workload.model(device), config=_config(workload, stage)
-        )
+        engine = _engine(workload, workload.model(device), _config(workload, stage))
         return _engine_step(workload, engine)
 
     return build
@@ -99,8 +99,7 @@ def _zerort_3(part: float) -> Build:
         }
         if part >= 1:
             config["zerort"] = {"reshard_after_forward": False}
-        engine, *_ = zerort.initialize(model=model, config=config)
-        return _engine_step(workload, engine)
+        return _engine_step(workload, _engine(workload, model, config))
 
     return build
 
@@ -137,6 +136,9 @@ CONTENDERS: dict[str, Build] = {
 if importlib.util.find_spec("deepspeed"):
     CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}
 
+ELEMENTWISE = {"DDP + ZeroRedundancy", "FSDP2", *(name for name in CONTENDERS if "Deep" in name)}
+"""Which cut matrices, or have one optimizer: they take no part under Muon."""
+
 BASELINE = "DDP"
 INCOMPARABLE = {"no communication"}
 """Whose losses are not DDP's by design."""
@@ -146,8 +148,27 @@ def _adamw(workload: Workload, parameters: Iterable[nn.Parameter]) -> Optimizer:
     return AdamW(parameters, lr=workload.lr, fused=True, **ADAMW)
 
 
+def _optimizers(workload: Workload, module: nn.Module) -> list[Optimizer]:
+    """Over a whole model: AdamW, or Muon for the blocks' matrices and AdamW for the rest."""
+    if not workload.muon:
+        return [_adamw(workload, module.parameters())]
+    blocks = [p for block in workload.blocks(module) for p in block.parameters()]
+    hidden = {p for p in blocks if p.dim() == 2}
+    rest = [p for p in module.parameters() if p not in hidden]
+    matrices = [p for p in blocks if p in hidden]
+    return [torch.optim.Muon(matrices, lr=0.02), _adamw(workload, rest)]
+
+
+def _engine(workload: Workload, module: nn.Module, config: dict[str, Any]) -> Any:
+    if workload.muon:
+        del config["optimizer"]
+        optimizers: Any = _optimizers(workload, module)
+        return zerort.initialize(model=module, optimizer=optimizers, config=config)[0]
+    return zerort.initialize(model=module, config=config)[0]
+
+
 def _plain(
-    workload: Workload, device: torch.device, model: nn.Module, optimizer: Optimizer
+    workload: Workload, device: torch.device, model: nn.Module, *optimizers: Optimizer
 ) -> Step:
     lowered = workload.dtype != torch.float32
 
@@ -155,15 +176,18 @@ def _plain(
         with torch.autocast(device.type, workload.dtype, enabled=lowered):
             loss = workload.loss(model(batch[0]), batch[1])
         loss.backward()
-        return _update(workload, model, optimizer, loss)
+        return _update(workload, model, optimizers, loss)
 
     return step
 
 
-def _update(workload: Workload, model: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:
+def _update(
+    workload: Workload, model: nn.Module, optimizers: Iterable[Optimizer], loss: Tensor
+) -> Tensor:
     torch.nn.utils.clip_grad_norm_(model.parameters(), workload.clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.detach()
 
 

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ranks
-from contenders import BASELINE, CONTENDERS, INCOMPARABLE
+from contenders import BASELINE, CONTENDERS, ELEMENTWISE, INCOMPARABLE
 from rounds import Race, Runs, Spread
 from workloads import WORKLOADS, Workload
 
@@ -62,7 +62,8 @@ def race(
     workload: Workload, names: list[str], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Runs]:
     """Runs all rounds of one workload."""
-    contest = Race(workload, {name: CONTENDERS[name](workload, device) for name in names}, device)
+    able = [name for name in names if not (workload.muon and name in ELEMENTWISE)]
+    contest = Race(workload, {name: CONTENDERS[name](workload, device) for name in able}, device)
     contest.warm_up(WARM_UP)
     gc.collect()
     turns = range(args.rounds)

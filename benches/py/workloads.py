@@ -42,6 +42,8 @@ class Workload:
     """
     dtype: torch.dtype = torch.float32
     clip: float = 1.0
+    muon: bool = False
+    """Muon for the blocks' matrices, AdamW for the rest; else AdamW for all."""
 
     def model(self, device: torch.device) -> nn.Module:
         """The same weights on every call and every rank."""
@@ -125,6 +127,9 @@ WORKLOADS = {
         ),
     )
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    # Newton-Schulz runs in bf16 and makes 5e-3 of the 1e-7 by which sums differ.
+    WORKLOADS["gpt-muon"] = replace(GPT_FP32, name="gpt-muon", muon=True, tolerance=2e-2)
 if torch.cuda.is_available():
     WORKLOADS["gpt-large"] = replace(
         GPT_FP32,
