@@ -151,7 +151,7 @@ fn ranks_in_calls_of_two_engines_wait_for_who_evaluates_and_serve_who_asks() {
 fn what_is_asked_for_elsewhere_is_read_from_its_own_rows() {
     let rows = rows([need(4), FORWARD, need(4), need(1)]);
     assert_eq!(asked(&rows), [UnitId(4), UnitId(1)]);
-    assert_eq!(asked(&rows.map(|row| row.apart())), []);
+    assert_eq!(asked(&rows.map(Row::apart)), []);
 }
 
 fn at() -> impl Strategy<Value = At> {

@@ -110,6 +110,8 @@ class Routed:
     def load(self, plan: _core.Plan) -> None:
         """Takes the lists of the passes that are known."""
         self.plan = plan
+        self.trains = bool(plan.schedule)
+        """Whether anything is reduced."""
         self._lists = [each.commands for each in plan.lists]
 
     def commands(self) -> Commands:

@@ -2,13 +2,15 @@
 
 from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
 from zerort.memory.fingerprint import digest
+from zerort.memory.flat import Memory
+from zerort.memory.forms import Alone, Form
 from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.sizes import Asked, Dtypes, Kind, Piece, Places, Shape, pieces, shared_pieces
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
-from zerort.memory.values import Alone, Form, Freeable, Memory, Resident
+from zerort.memory.values import Freeable, Resident
 
 __all__ = [
     "DTYPES",

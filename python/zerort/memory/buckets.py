@@ -16,6 +16,7 @@ from torch import Tensor
 from zerort import _core
 from zerort.device import LINE, Mark, device_for
 from zerort.memory.fingerprint import first_of, line_prints
+from zerort.memory.flat import Memory
 from zerort.memory.homes import Homes
 from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, SameMaster
 from zerort.memory.moved import Carrier
@@ -23,7 +24,7 @@ from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.sizes import Dtypes
 from zerort.memory.sums import HostSums, Sums, SumsHere
-from zerort.memory.values import Freeable, Memory, Resident
+from zerort.memory.values import Freeable, Resident
 
 __all__ = ["FlatBucket", "HeldBucket", "Layout"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.device import Host, Mark
-from zerort.memory.values import Memory
+from zerort.memory.flat import Memory
 
 __all__ = ["Homes", "HostRoom", "Landing"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from zerort.device import Host, Mark, device_for
 from zerort.memory.fingerprint import fingerprint
+from zerort.memory.flat import Memory
 from zerort.memory.homes import HostRoom
 from zerort.memory.moved import Carrier
-from zerort.memory.values import Memory
 
 __all__ = ["DeviceMaster", "HostMaster", "Master", "OwnMaster", "SameMaster"]
 

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zerort import _core
 from zerort.errors import PlanError
+from zerort.memory.forms import Form
 from zerort.memory.origins import Origin, Present
-from zerort.memory.values import Form
 
 __all__ = ["DTYPES", "PlannedParameter", "Signature", "plannable"]
 

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from zerort.device import Mark
+from zerort.memory.flat import Memory
 from zerort.memory.homes import HostRoom, Landing
 from zerort.memory.moved import Carrier
-from zerort.memory.values import Memory
 
 __all__ = ["HostSums", "Sums", "SumsHere"]
 

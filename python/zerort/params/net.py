@@ -60,12 +60,15 @@ class Net:
         self._units = units
         self.wrap = plain
         """Makes of a hook what is registered."""
+        self.doubts = False
+        """A pass has broken off: the next backward is looked through, if it follows a list too."""
 
     @contextmanager
     def under(self, root: Any, *, looks: bool) -> Iterator[None]:
         """Within, a backward from the node `root` runs. With `looks`, what it reads unasked is
         brought; without, `StepError` names it.
         """
+        looks, self.doubts = looks or self.doubts, False
         if looks:
             for node, unit in self._readers(root):
                 node.register_prehook(self.wrap(self._watching(unit)))

@@ -37,7 +37,7 @@ from zerort.params.strays import Strays
 from zerort.run.changes import lost
 from zerort.run.executor import Executor
 
-__all__ = ["Passes", "Resident", "Room"]
+__all__ = ["Passes", "Refusal", "Resident", "Room"]
 
 _log = logging.getLogger("zerort")
 
@@ -50,6 +50,14 @@ class Room:
     depth: int
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why nothing can be done with the parameters; but an evaluation, if it `evaluates`."""
+
+    reason: str
+    evaluates: bool
+
+
 class Resident:
     """At stages 0 to 2: parameters are whole on every rank, and a pass needs no other rank."""
 
@@ -58,8 +66,7 @@ class Resident:
     is_open = False
     pinned = 0
     owner: Owner
-    refusal: str | None = None
-    evaluates = True
+    refusal: Refusal | None = None
 
     def open(self, kind: _core._At, opener: object, entry: int = 0, *, owes: bool = False) -> None:
         """Nothing."""
@@ -105,10 +112,6 @@ class Passes:
 
     def __init__(self, course: Routed, executor: Executor, rolls: RollCall) -> None:
         self.gatherer = course.gatherer
-        self.trains = bool(course.plan.schedule)
-        """Whether a forward with a graph is the beginning of a micro-batch, which all ranks go
-        through alike; where nothing is reduced it is an evaluation.
-        """
         self.is_open = False
         self.opener: object = None
         """Who has opened the pass, and closes it."""
@@ -121,17 +124,23 @@ class Passes:
         self.needs = Needs(self.gatherer, executor, rolls)
         self.strays = Strays(rolls.rank)
         self._net = Net(self, executor, len(course.plan.units))
-        self._broken = False
         self.hooks: Hooked = NOBODY
         self.owner: Owner = NOBODY
-        self._news = False
-        self._met = False
+        self._met: bool | None = None
+        """Whether there is something to learn behind the step that all ranks have met for, if they
+        have.
+        """
         self._thread = 0
-        self.refusal: str | None = None
-        """Why nothing can be done with the parameters; but an evaluation, if it `evaluates`."""
-        self.evaluates = True
+        self.refusal: Refusal | None = None
 
     # What needs parameters.
+
+    @property
+    def trains(self) -> bool:
+        """Whether a forward with a graph is the beginning of a micro-batch, which all ranks go
+        through alike; where nothing is reduced it is an evaluation.
+        """
+        return self._course.trains
 
     @property
     def rests(self) -> bool:
@@ -171,8 +180,7 @@ class Passes:
             kind = "evaluation"
         if kind == "evaluation" and self.rests:
             return
-        if kind != "evaluation" or not self.evaluates:
-            self._refuse("a forward or a backward")
+        self._refuse("a forward or a backward", evaluates=kind == "evaluation")
         self._refuse_other_threads()
         self.gatherer.open(kind, entry, torch._C._autograd._get_sequence_nr())
         self._thread = threading.get_ident()
@@ -196,9 +204,9 @@ class Passes:
             self._refuse_other_threads()
         return self.is_open
 
-    def _refuse(self, call: str) -> None:
-        if self.refusal is not None:
-            raise StepError(f"{call} {self.refusal}")
+    def _refuse(self, call: str, *, evaluates: bool = False) -> None:
+        if self.refusal is not None and not (evaluates and self.refusal.evaluates):
+            raise StepError(f"{call} {self.refusal.reason}")
 
     def _refuse_other_threads(self) -> None:
         if self._thread not in (0, threading.get_ident()):
@@ -213,17 +221,16 @@ class Passes:
 
     def watching(self, loss: torch.Tensor) -> AbstractContextManager[None]:
         """Within, a backward from `loss` runs, in the pass that is open."""
-        looks = self._broken or not self.gatherer.listed
-        self._broken = False
-        return self._net.under(loss.grad_fn, looks=looks)
+        return self._net.under(loss.grad_fn, looks=not self.gatherer.listed)
 
     @undisturbed
     def close(self, *, complete: bool = True) -> None:
         """The pass is over, `complete` or broken off; nothing where none is open."""
         if not self.is_open:
             return
-        self.is_open, self.opener, self._thread, self.at = False, None, 0, -1
-        self._broken |= not complete
+        self.is_open, self.opener, self._thread, self.needs.at = False, None, 0, -1
+        if not complete:
+            self._net.doubts = True
         if self.gatherer.in_use:
             self.hooks.settle()
         self._course.close(complete=complete)
@@ -242,7 +249,7 @@ class Passes:
 
         Raises `Diverged` where another rank does something else.
         """
-        if call == "step()" and self._met:
+        if call == "step()" and self._met is not None:
             return
         self._refuse(call)
         self._refuse_other_threads()
@@ -251,8 +258,8 @@ class Passes:
             reading = self._met_at([code_of(call), detail], serving=serving)
         finally:
             self._thread = 0
-        self._news = reading.news
-        self._met = call == "step()"
+        # behind another call the next forward learns
+        self._met = reading.news if call == "step()" else None
 
     def _met_at(self, own: Sequence[int], *, serving: bool) -> _core.Reading:
         while True:
@@ -268,9 +275,8 @@ class Passes:
 
     def crossed(self) -> None:
         """The step that all ranks met for is over, or there is none."""
-        self._met = False
-        if self._news:
-            self._news = False
+        news, self._met = self._met, None
+        if news:
             self._rolls.take_news()
 
     @undisturbed
@@ -286,7 +292,7 @@ class Passes:
             if reading.kind in ("boundary", "serve"):
                 self._rolls.compare(reading)
                 self._executor.enqueue(self.gatherer.begin())
-                self._met = True
+                self._met = reading.news
                 return reading.kind
             if reading.kind in ("backward", "local_backward"):
                 self._executor.enqueue(self.gatherer.begin())
@@ -310,7 +316,7 @@ class Passes:
     @undisturbed
     def abandon(self) -> None:
         """The window is lost on all ranks: nothing of it is kept."""
-        self.is_open, self.opener, self._met, self._news = False, None, False, False
+        self.is_open, self.opener, self._met = False, None, None
         self._executor.changes.forget()
         self._thread, self.needs.at = 0, -1
         self.hooks.settle()

@@ -1,4 +1,5 @@
-"""A unit under way: the parameters that are gathered and freed together, and their all-gathers.
+"""A unit under way: the parameters that are gathered and freed together, and their all-gathers;
+and what is done with it.
 
 What it guarantees: a gather is started once, whatever raises between two of its lines, and memory
 is not given back while a collective writes to it. What it does not do: it does not know when its
@@ -9,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from zerort import _core
+from zerort.errors import CommError
 from zerort.memory import HeldBucket, unintercepted, version_of
 from zerort.mesh import Comm
 from zerort.run.changes import Changes
 from zerort.run.flight import OVER, Flight
 from zerort.run.hops import GatherValues
+from zerort.run.waits import Waits, called
 
-__all__ = ["UnitFlight"]
+__all__ = ["Gathers", "UnitFlight"]
 
 
 class UnitFlight:
@@ -116,3 +121,82 @@ class UnitFlight:
                 if version != old:
                     return name
         return None
+
+
+class Gathers:
+    """What is done with the units of one engine; `blocks` says whether waiting for a collective
+    blocks the host.
+    """
+
+    def __init__(self, waits: Waits, changes: Changes, rank: int, *, blocks: bool) -> None:
+        self._waits = waits
+        self._changes = changes
+        self._rank = rank
+        self._blocks = blocks
+
+    def gather(self, unit: UnitFlight, serial: int) -> None:
+        """Starts a unit's all-gathers, once for each `serial`. Raises `CommError` where there is no
+        memory.
+        """
+        self._make_way(unit)
+        try:
+            unit.gather(serial)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            raise CommError(
+                f"rank {self._rank}: no memory for the {unit.nbytes} bytes of "
+                f"{unit.contents}: give parameters less room, in "
+                "zero_optimization.stage3_max_live_parameters, make buckets smaller, or use more "
+                f"ranks. {error}"
+            ) from error
+
+    def free(self, unit: UnitFlight) -> None:
+        """Gives a unit's memory back."""
+        self._make_way(unit)
+        unit.free(self._changes)
+
+    def land(self, unit: UnitFlight) -> None:
+        """Waits for a unit's values."""
+        if not self._blocks or unit.under_way:
+            with self._waits.waiting(f"all_gather of {unit.contents}"):
+                self._land(unit)
+        else:
+            self._land(unit)
+
+    def _make_way(self, unit: UnitFlight) -> None:
+        if self._blocks and unit.under_way:  # elsewhere what follows is enqueued behind it
+            with self._waits.waiting(f"all_gather of {unit.contents}"):
+                self._land(unit)
+
+    def _land(self, unit: UnitFlight) -> None:
+        watch = self._waits.watch
+        if not watch.enabled:
+            unit.land()
+            return
+        names = [called(flight) for flight in unit.flights if flight.state is not OVER]
+        unit.land()
+        for name in names:
+            watch.landed(name)
+
+    # What the watch hears.
+
+    def gathering(self, unit: UnitFlight) -> None:
+        """Of a Gather."""
+        watch = self._waits.watch
+        if watch.enabled:
+            watch.gathered(unit.unit, unit.nbytes)
+            for flight in unit.flights:
+                self._waits.started(flight)
+
+    def freed(self, unit: UnitFlight) -> None:
+        """Of a Free."""
+        watch = self._waits.watch
+        if watch.enabled and not unit.pinned:
+            watch.freed(unit.unit.id)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for an accelerator's memory, and none for the host's
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or "allocate memory" in str(error)

@@ -27,6 +27,7 @@ from zerort.grads.tasks import (
     announce,
     in_backward,
 )
+from zerort.params.passes import Refusal
 from zerort.params.roll import COLLECTIVE, Absent, Diverged
 from zerort.step.direct import DirectBackwards
 from zerort.step.join import JoinEnded
@@ -312,7 +313,7 @@ class Transaction(DirectBackwards):
             self.check_departure()
             self._phase = Away(values)
         passes = self.part.passes
-        passes.refusal, passes.evaluates = AWAY, not self._phase.values
+        passes.refusal = Refusal(AWAY, evaluates=not self._phase.values)
 
     def check_departure(self) -> None:
         """Raises `StepError` where this is not between two steps."""

@@ -19,7 +19,7 @@ import zerort
 from catching import assert_told, caught
 from logged import log_lines
 from routes import Block, engine_over, loss_of
-from zerort.memory.values import guards
+from zerort.memory.guards import guards
 
 needs_guards = pytest.mark.skipif(not guards(), reason="this torch cannot guard memory")
 

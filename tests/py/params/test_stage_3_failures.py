@@ -23,7 +23,7 @@ from catching import assert_told, caught
 from logged import log_lines
 from routes import Net, engine_over, loss_of
 from zerort.memory import FlatBucket
-from zerort.memory.values import guards
+from zerort.memory.guards import guards
 
 Step = Callable[[Any, nn.Module, int, int], None]
 

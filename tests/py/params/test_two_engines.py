@@ -268,3 +268,35 @@ def test_two_engines(flow: Callable[..., None]) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_ranks_that_call_engines_at_random_hang_nowhere_and_compute_rightly(seed: int) -> None:
     ranks.run(2 if seed else 3, at_random, seed, timeout=60)
+
+
+def news_behind_another_call(rank: int, world: int) -> None:
+    """Rank 0 has seen something new before a call that all make together, and behind that a rank
+    fails in the middle of a window: it learns nothing alone.
+    """
+    config = settings(3, 300, gradient_accumulation_steps=2)
+    engine = engine_over(made(Net, 3), config)
+
+    def window(fails: bool = False) -> None:
+        for micro in range(2):
+            if fails and not micro and rank == 1:
+                assert isinstance(caught(lambda: engine(torch.zeros(1, 3))), RuntimeError)
+            else:
+                engine.backward(engine(data(micro, rank)).square().mean())
+            failed = caught(engine.step)
+            assert (failed is not None) == (fails and micro == 1), failed
+
+    window()
+    engine.module.order = [2, 0, 1]
+    evaluate(engine, None, rank)
+    engine.module.order = [0, 1, 2]
+    with GatheredParameters([engine.module.layers[0].weight]):
+        pass
+    window(fails=True)
+    window()
+    assert engine.was_step_applied()
+    keep(engine)
+
+
+def test_what_is_new_is_learnt_by_all_ranks_or_none() -> None:
+    ranks.run(2, news_behind_another_call, timeout=40)
