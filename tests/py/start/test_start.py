@@ -197,14 +197,14 @@ def made_for_inference() -> nn.Module:
         return Terms()
 
 
-class _LayerWise(torch.optim.SGD):
-    """Looks at whole tensors: the step has the length of the weights."""
+class _Across(torch.optim.SGD):
+    """Looks at all tensors: no step is longer than 1."""
 
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.data -= p.grad * p.data.norm() * group["lr"]
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        length = torch.stack([p.grad.norm() for p in held]).norm().clamp(min=1.0)
+        for p in held:
+            p.data -= p.grad / length * self.param_groups[0]["lr"]
 
 
 def with_optimizer(kind: Callable[..., Any], **options: Any) -> dict[str, Any]:
@@ -239,15 +239,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], list[str
     "complex_parameter": (lambda: {"model": _Complex()}, PlanError, ["phase", "complex"]),
     "optimizer_with_state": (used_optimizer, PlanError, ["optimizer", "state"]),
     "parameter_of_another_model": (foreign_parameter, PlanError, ["(7,)"]),
-    "layer_wise_optimizer": (
-        lambda: with_optimizer(_LayerWise, lr=1.0),
+    "optimizer_across_parameters": (
+        lambda: with_optimizer(_Across, lr=1.0),
         ConfigError,
-        ["_LayerWise", "stage 0"],
-    ),
-    "adafactor": (
-        lambda: with_optimizer(torch.optim.Adafactor),
-        ConfigError,
-        ["Adafactor", "stage 0"],
+        ["_Across", "cannot run on shards", "stage 0"],
     ),
     "closure_optimizer": (
         lambda: with_optimizer(torch.optim.LBFGS),
@@ -295,30 +290,6 @@ def test_what_cannot_be_sharded_is_refused_by_name(name: str) -> None:
     _, kind, words = REFUSED[name]
     for error in ranks.run(2, _start, name, 3, timeout=LIMIT):
         assert_told(error, kind, *words)
-
-
-def whole(kind: str) -> dict[str, Any]:
-    """A model of matrices, for Muon takes nothing else."""
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    return {"model": model, "optimizer": getattr(torch.optim, kind)(model.parameters())}
-
-
-def _start_whole(rank: int, world: int, kind: str, stage: int) -> Exception | None:
-    return caught(lambda: engine_over_terms(at_stage(stage), **whole(kind)))
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", ["Adafactor", "Muon"])
-def test_an_optimizer_of_whole_parameters_names_the_stage_that_works(kind: str, stage: int) -> None:
-    if not hasattr(torch.optim, kind):
-        pytest.skip(f"this torch has no {kind}")
-    for error in ranks.run(2, _start_whole, kind, stage, timeout=LIMIT):
-        assert_told(
-            error,
-            ConfigError,
-            f"optimizer {kind} cannot run on shards",
-            "zero_optimization.stage 0",
-        )
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
