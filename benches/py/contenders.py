@@ -162,6 +162,8 @@ def _optimizers(workload: Workload, module: nn.Module) -> list[Optimizer]:
 def _engine(workload: Workload, module: nn.Module, config: dict[str, Any]) -> Any:
     if workload.muon:
         del config["optimizer"]
+        # At stage 3 a unit of a few matrices takes more than a tenth of padding.
+        config["zerort"] = {**config.get("zerort", {}), "whole_padding": 1.0}
         optimizers: Any = _optimizers(workload, module)
         return zerort.initialize(model=module, optimizer=optimizers, config=config)[0]
     return zerort.initialize(model=module, config=config)[0]
