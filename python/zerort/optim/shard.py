@@ -127,9 +127,9 @@ class ShardOptimizer:
 
     def batches(self) -> list[list[FlatBucket]]:
         """Buckets that are updated together, in the order of the plan. One on the host is updated
-        alone, so that its parameters travel while the next is updated, and one that is widened for
-        it, so that no more is wide at once: where that is torch's own optimizer, and nobody listens
-        to its step.
+        alone, so that its parameters are sent while the next is updated, and one that is widened
+        for it, so that no more is wide at once: where that is torch's own optimizer, and no hook
+        listens to its step.
         """
         if not any(map(_goes_alone, self._buckets)) or not self._steps_in_parts():
             return [self._buckets]
@@ -247,7 +247,7 @@ def _as_it_is(name: str, form: Form) -> Form:
 
 
 def _is_watched(optimizer: Optimizer) -> bool:
-    """Whether somebody would see it step in parts."""
+    """Whether a hook would see it step in parts."""
     own = vars(optimizer).get("step")
     counted = own is None or hasattr(own, "_wrapped_by_lr_sched")
     hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

@@ -28,7 +28,7 @@ import torch
 from zerort.errors import PlanError
 from zerort.mesh import Control, meet
 
-__all__ = ["HALL", "Caller", "Hall", "Place", "Told"]
+__all__ = ["HALL", "Answers", "Caller", "Hall", "Place"]
 
 GRACE = 1.0
 """Seconds in which peers that make the same call within a pass come to it."""
@@ -59,8 +59,8 @@ class Caller(Protocol):
         """Ranks have parted in other engines' calls: nothing that is under way goes on."""
 
 
-class Told(NamedTuple):
-    """What the ranks have told."""
+class Answers(NamedTuple):
+    """What the ranks have answered."""
 
     rows: list[list[int]]
     """By rank."""
@@ -131,7 +131,7 @@ class Hall:
         """Where an engine's roll calls are held, which has `own` to itself."""
         return own if self._control is None else self._control
 
-    def call(self, number: int, row: Sequence[int], own: Control) -> Told:
+    def call(self, number: int, row: Sequence[int], own: Control) -> Answers:
         """Every rank's row, of whatever engine. All ranks call it, each with one."""
         control = self.control(own)
         here = sum(1 << each for each in list(self._callers))
@@ -139,11 +139,11 @@ class Hall:
         rows[control.rank] = torch.tensor([number, here, *row], dtype=torch.int64)
         with self._giving_way(number, control):
             control.all_reduce(rows)
-        told = rows.tolist()
-        engines = [each[0] for each in told]
+        answers = rows.tolist()
+        engines = [each[0] for each in answers]
         needed = sum(1 << engine for engine in set(engines))
-        strangers = [rank for rank, each in enumerate(told) if needed & ~each[1]]
-        return Told([each[_OWN:] for each in told], engines, strangers)
+        strangers = [rank for rank, each in enumerate(answers) if needed & ~each[1]]
+        return Answers([each[_OWN:] for each in answers], engines, strangers)
 
     @contextmanager
     def _giving_way(self, number: int, control: Control) -> Iterator[None]:
@@ -165,7 +165,7 @@ class Hall:
             control.idle = None
 
     def desert(self, cause: str) -> None:
-        """A rank gives an engine back after an exception: who has several meets nobody here."""
+        """A rank gives an engine back after an exception: one of several meets no rank here."""
         if self._control is not None:
             self.deserted = cause
 

@@ -17,7 +17,7 @@ from zerort import _core
 from zerort.errors import StepError
 from zerort.grads.course import Routed
 from zerort.mesh import Control
-from zerort.params.hall import Place, Told
+from zerort.params.hall import Answers, Place
 from zerort.run.executor import Executor
 
 __all__ = ["COLLECTIVE", "FAILED", "UTILITY", "Absent", "Diverged", "Left", "RollCall", "code_of"]
@@ -118,25 +118,25 @@ class RollCall:
             raise Left(self._hall.deserted)
         while True:
             with self._executor.waits.waiting("roll call"):
-                told = self._hall.call(self._number, gatherer.row(own), self._own)
-            reading = gatherer.read(told.words, [each != self._number for each in told.engines])
+                heard = self._hall.call(self._number, gatherer.row(own), self._own)
+            reading = gatherer.read(heard.words, [each != self._number for each in heard.engines])
             self._look_for_failed(reading)
-            if told.strangers:
+            if heard.strangers:
                 self._part(
-                    f"rank {told.strangers[0]} has no engine of stage 3 any more that others are "
-                    f"in a call of: {self._places(reading, told)}"
+                    f"rank {heard.strangers[0]} has no engine of stage 3 any more that others are "
+                    f"in a call of: {self._places(reading, heard)}"
                 )
             asked = gatherer.asking
-            if self._serve_all(told):
+            if self._serve_all(heard):
                 if asked is not None:
                     return None
                 continue
             match reading.what:
                 case "again" | "serve":
                     continue
-                case "diverged" if len(set(told.engines)) > 1:
+                case "diverged" if len(set(heard.engines)) > 1:
                     self._part(
-                        f"ranks are in calls of different engines: {self._places(reading, told)}. "
+                        f"ranks are in calls of different engines: {self._places(reading, heard)}. "
                         "Every rank has to call them in the same order; only evaluations may "
                         "differ in number"
                     )
@@ -164,9 +164,9 @@ class RollCall:
             raise Left(cause)
         raise self._control.failure("roll call", StepError(cause))
 
-    def _serve_all(self, told: Told) -> bool:
+    def _serve_all(self, heard: Answers) -> bool:
         """Gathers what ranks ask for, of whatever engine, in one order; returns whether any do."""
-        asked = [(engine, _core.Gatherer.asked(words)) for engine, words in told.parties]
+        asked = [(engine, _core.Gatherer.asked(words)) for engine, words in heard.parties]
         for engine, units in asked:
             if units and engine == self._number:
                 self._serve(units)
@@ -195,8 +195,8 @@ class RollCall:
         self._hall.parted()
         raise Diverged(reason)
 
-    def _places(self, reading: _core.Reading, told: Told) -> str:
-        return _listed(reading.rows, [f" of {self._hall.label(each)}" for each in told.engines])
+    def _places(self, reading: _core.Reading, heard: Answers) -> str:
+        return _listed(reading.rows, [f" of {self._hall.label(each)}" for each in heard.engines])
 
     def _serve(self, units: Sequence[int]) -> None:
         gatherer = self._course.gatherer

@@ -22,6 +22,7 @@ from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
 from zerort.step.boundary import Boundary, Outcome
 from zerort.step.events import Events
+from zerort.step.interrupts import held
 from zerort.step.join import Join, JoinEnded, Next
 from zerort.step.meeting import Meeting
 from zerort.step.progress import Progress
@@ -281,25 +282,28 @@ class Participation:
 
     def _vote(self, failure: str | None, correction: float) -> Outcome:
         try:
-            self._await_all(failed=failure is not None)
             failure = self._prepare(failure)
             return self.boundary.cross(self.averaging.factor, failure, correction)
         finally:
             self.passes.crossed()
 
     def _await_all(self, *, failed: bool) -> None:
-        """Where the host runs ahead: all ranks have launched all that they will, so that whoever
-        waits for the device next waits for no rank that is gone. Raises `CommError`.
+        """Where the host runs ahead: all ranks have launched all that they will, so that a wait for
+        the device is no wait for a rank that is gone. Raises `CommError`. Ctrl-C comes out behind
+        it, so that what this rank launches next pairs with its peers' vote.
 
         The device is still at work meanwhile, so this costs no time where it sets the pace.
         """
-        if not self.reduction.executor.device.blocks:
-            with self.boundary.standby.attending(failed=failed):
-                self.boundary.mesh.control.all_reduce(torch.zeros(1))
+        if self.reduction.executor.device.blocks:
+            return
+        with held() as interrupts, self.boundary.standby.attending(failed=failed):
+            self.boundary.mesh.control.all_reduce(torch.zeros(1))
+        interrupts.run()
 
     def _prepare(self, failure: str | None) -> str | None:
         """What features do before the vote; returns why this rank fails, if it does."""
         try:
+            self._await_all(failed=failure is not None)
             with self.boundary.standby.attending(failed=failure is not None):
                 return self.events.before_vote(failure)
         except CommError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -81,3 +82,41 @@ def test_a_host_that_runs_ahead_asks_for_all_ranks_before_it_waits_for_the_devic
     assert good == ["ranks", "device", "ranks"]
     assert seen == ["ranks"]
     assert_told(error, CommError, "rank 1")
+
+
+def _ctrl_c_while_ranks_come(rank: int, world: int) -> list[str]:
+    """Rank 1 is interrupted in the round before the vote; then both train."""
+    Cpu.blocks = False  # type: ignore[misc]
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = zerort.initialize(model=torch.nn.Linear(8, 8), config=config)
+    keep(engine)
+    control = engine._parts.mesh.control
+    reduce = control.all_reduce
+
+    def interrupted(values: torch.Tensor) -> None:
+        control.all_reduce = reduce  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGINT)
+        reduce(values)
+
+    if rank == 1:
+        control.all_reduce = interrupted  # type: ignore[method-assign]
+    found = []
+    for _ in range(2):
+        engine.backward(engine(torch.ones(4, 8)).square().mean())
+        try:
+            engine.step()
+            found.append(f"{engine.was_step_applied()}")
+        except (KeyboardInterrupt, zerort.StepError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_ctrl_c_while_ranks_come_reaches_the_vote() -> None:
+    innocent, interrupted = ranks.run(2, _ctrl_c_while_ranks_come)
+    assert interrupted == ["KeyboardInterrupt: ", "True"]
+    assert "rank 1: KeyboardInterrupt before the vote" in innocent[0]
+    assert innocent[1] == "True"

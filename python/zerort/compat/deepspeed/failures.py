@@ -17,16 +17,16 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class ConfigError(errors.ConfigError, AssertionError):
-    """`zerort.ConfigError`, to whoever catches an assertion too."""
+    """`zerort.ConfigError`, to a caller that catches an assertion too."""
 
 
 class StepError(errors.StepError, AssertionError):
-    """`zerort.StepError`, to whoever catches an assertion too."""
+    """`zerort.StepError`, to a caller that catches an assertion too."""
 
 
 class NoFolder(errors.CheckpointError, ValueError):
-    """`zerort.CheckpointError` for a checkpoint without a folder, to whoever catches a `ValueError`
-    too.
+    """`zerort.CheckpointError` for a checkpoint without a folder, to a caller that catches a
+    `ValueError` too.
     """
 
 
