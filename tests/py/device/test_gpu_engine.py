@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import ranks
 import zerort
+from breaking import raises_in_backward
 from catching import assert_told, caught
 from gpus import nccl
 from training import Config, weights
@@ -257,16 +258,6 @@ def test_state_on_the_host_trains_as_it_does_on_the_device(stage: int) -> None:
 # ---- failures
 
 
-class _Explodes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("the bomb of rank 1")
-
-
 def explode_on_rank_1(rank: int, world: int, stage: int) -> tuple[Exception | None, float, Tensor]:
     """The error, after how many seconds, and a weight after two more steps."""
     engine = engine_at(stage)
@@ -274,7 +265,7 @@ def explode_on_rank_1(rank: int, world: int, stage: int) -> tuple[Exception | No
         step(engine, rank, number)
     start = time.monotonic()
     bomb = engine.module[LAYERS // 2].register_forward_hook(
-        lambda _, args, out: _Explodes.apply(out)
+        lambda _, args, out: raises_in_backward(out, ArithmeticError("the bomb of rank 1"))
     )
     if rank == 0:
         bomb.remove()
