@@ -3,7 +3,7 @@ and changes nothing of that; what it converts it writes beside it.
 
 A command is a function from its arguments and a console to an exit status. What cannot be read is
 one line on stderr and status 1, a configuration with mistakes is status 1 under its table, and a
-command line with mistakes is status 2.
+command line with mistakes is status 2, as are traces that cannot be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zerort.config import describe
 from zerort.doctor import findings
 from zerort.errors import ZerortError
 from zerort.forecast.commands import add_arguments, is_asked, print_forecast
-from zerort.trace.summary import summarise
+from zerort.report.commands import add_trace_commands
 
 __all__ = ["main"]
 
@@ -35,11 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ZerortError, OSError) as error:
         print(f"zerort: {error}", file=sys.stderr)
         return 1
-
-
-def _trace_summary(args: argparse.Namespace, console: Console) -> int:
-    summarise(args.files, console, last=args.steps)
-    return 0
 
 
 def _config(args: argparse.Namespace, console: Console) -> int:
@@ -72,23 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    trace = commands.add_parser("trace", help="trace files").add_subparsers(
-        required=True, metavar="COMMAND"
+    add_trace_commands(
+        commands.add_parser("trace", help="traces of a run").add_subparsers(
+            required=True, metavar="COMMAND"
+        )
     )
-    summary = trace.add_parser(
-        "summary", help="where the time of a run went: tables of buckets and steps"
-    )
-    summary.add_argument(
-        "files", nargs="+", metavar="FILE", help="trace files of one run, one for each rank"
-    )
-    summary.add_argument(
-        "--steps",
-        type=_count,
-        default=10,
-        metavar="N",
-        help="steps listed for each rank (default 10)",
-    )
-    summary.set_defaults(run=_trace_summary)
 
     config = commands.add_parser("config", help="what each key of a configuration does")
     config.add_argument("file", metavar="FILE", help="a configuration in JSON")
@@ -106,13 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     return top
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {count}")
-    return count
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_what_the_ring_forgot_is_said(tmp_path, capsys):
 def test_a_file_that_is_no_trace_is_named_with_the_reason(tmp_path, capsys, content, complaint):
     path = tmp_path / "foreign.json"
     path.write_bytes(content)
-    assert main(["trace", "summary", str(path)]) == 1
+    assert main(["trace", "summary", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"zerort: {path}: ")
     assert complaint in error
@@ -217,15 +217,15 @@ def test_a_truncated_trace_is_named_wherever_it_was_cut(tmp_path, capsys):
     cut = tmp_path / "cut.json"
     for length in range(0, len(whole), 97):
         cut.write_text(whole[:length])
-        assert main(["trace", "summary", str(cut)]) == 1
+        assert main(["trace", "summary", str(cut)]) == 2
         assert "cut.json: not complete JSON" in capsys.readouterr().err
 
 
 def test_a_missing_file_and_two_files_of_one_rank_are_named(tmp_path, capsys):
     path = record(tmp_path / "trace.json")
-    assert main(["trace", "summary", str(tmp_path / "missing.json")]) == 1
+    assert main(["trace", "summary", str(tmp_path / "missing.json")]) == 2
     assert "missing.json: cannot be read: No such file" in capsys.readouterr().err
-    assert main(["trace", "summary", path, path]) == 1
+    assert main(["trace", "summary", path, path]) == 2
     assert "rank 0 is in two of the files" in capsys.readouterr().err
 
 
