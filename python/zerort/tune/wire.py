@@ -1,0 +1,146 @@
+"""Measures the wire: what the collectives of a step cost on the engine's own groups.
+
+Each kind is timed as a step uses it: a bucket's reduce-scatter (on gloo an all-to-all), the gather
+that publishes buckets, several at once, and the vote's small all-reduce. Sizes grow until one takes
+long enough to tell the rate, so that a slow wire is not asked for more than it can carry in a
+few hundred milliseconds.
+
+What it guarantees: all ranks measure the same sizes and have the same figures, because the slowest
+rank's times are everybody's. What it does not do: nothing else may be under way on these groups,
+and it knows no plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from zerort.device import device_for
+from zerort.mesh import Comm, Control, Mesh, Work
+from zerort.tune.fit import Line, Sample, fit
+
+__all__ = ["Wire", "measure_wire"]
+
+_SMALLEST, _LARGEST, _GROWTH = 16 << 10, 64 << 20, 4
+"""Bytes of a collective."""
+_LONG = 0.02
+"""Seconds. One that takes as long tells the rate, and none is larger."""
+_ROUNDS, _LEAST = 5, 2
+"""How often each size is timed, and how often where that takes long. One more comes before, whose
+time does not count: it meets cold memory and ranks that are not in step.
+"""
+_TOGETHER = 4
+"""Gathers that are under way at once, as where buckets are published."""
+
+Start = Callable[[int], Callable[[], list[Work]]]
+"""Takes a number of bytes; what it returns starts collectives over them in all."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What collectives cost between `ranks` ranks; bytes are those of a whole bucket as it is
+    sent.
+    """
+
+    ranks: int
+    reduce: Line
+    """From a bucket to this rank's shard of the sum, without adding it up."""
+    gather: Line
+    """From shards to the whole, of one of several that are under way."""
+    vote: float
+    """Seconds of the all-reduce of a step's vote."""
+
+
+def measure_wire(mesh: Mesh) -> Wire:
+    """All ranks call it, between steps. A single rank has no wire: all is 0. Raises `CommError`."""
+    comm = mesh.shard
+    if comm.world == 1:
+        return Wire(1, Line(0.0, 0.0), Line(0.0, 0.0), 0.0)
+    meter = Meter(comm.control, comm)
+    return Wire(
+        comm.world,
+        fit(meter.samples(lambda nbytes: _reduces(comm, nbytes))),
+        _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes)))),
+        meter.vote(),
+    )
+
+
+class Meter:
+    """Times collectives on one group."""
+
+    def __init__(self, control: Control, comm: Comm) -> None:
+        self._control = control
+        self._device = device_for(comm.device)
+
+    def samples(self, start: Start) -> list[Sample]:
+        """Of growing sizes."""
+        found: list[Sample] = []
+        nbytes, took = _SMALLEST, 0.0
+        while nbytes <= _LARGEST and took < _LONG:
+            run = start(nbytes)
+            rounds = _ROUNDS if took < _LONG / _GROWTH else _LEAST
+            times = self._slowest([self._timed(run) for _ in range(1 + rounds)])[1:]
+            found += [Sample(nbytes, seconds) for seconds in times]
+            took = sorted(times)[len(times) // 2]
+            nbytes *= _GROWTH
+        return found
+
+    def vote(self) -> float:
+        """The median of a few."""
+        row = torch.zeros(self._control.world, 5, dtype=torch.float64)
+        times = []
+        for _ in range(1 + 2 * _ROUNDS):
+            begun = time.perf_counter()
+            self._control.all_reduce(row)
+            times.append(time.perf_counter() - begun)
+        return sorted(self._slowest(times[1:]))[_ROUNDS]
+
+    def _timed(self, run: Callable[[], list[Work]]) -> float:
+        self._settle()
+        begun = time.perf_counter()
+        for work in run():
+            work.wait()
+        self._settle()
+        return time.perf_counter() - begun
+
+    def _settle(self) -> None:
+        """The device is done, where it is not the host."""
+        event = self._device.moment()
+        if event is not None:
+            event.synchronize()
+
+    def _slowest(self, times: list[float]) -> list[float]:
+        """Of all ranks', time by time."""
+        rows = torch.zeros(self._control.world, len(times), dtype=torch.float64)
+        rows[self._control.rank] = torch.tensor(times, dtype=torch.float64)
+        self._control.all_reduce(rows)
+        slowest: list[float] = rows.amax(0).tolist()
+        return slowest
+
+
+def _each(together: Line) -> Line:
+    """Of one, where so many went together."""
+    return Line(together.alpha / _TOGETHER, together.beta)
+
+
+def _reduces(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:
+    shard = _elements(comm, nbytes)
+    send = torch.zeros(comm.world * shard, device=comm.device)
+    pieces = comm.pieces(adds=True)
+    recv = torch.zeros(pieces * shard, device=comm.device)
+    return lambda: [comm.reduce_scatter(recv, send).start()]
+
+
+def _gathers(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:
+    """All together they are of `nbytes`."""
+    shard = _elements(comm, nbytes // _TOGETHER)
+    buffers = [torch.zeros(comm.world * shard, device=comm.device) for _ in range(_TOGETHER)]
+    return lambda: [comm.all_gather(buffer).start() for buffer in buffers]
+
+
+def _elements(comm: Comm, nbytes: int) -> int:
+    """Of a shard, in fp32."""
+    return max(1, nbytes // (4 * comm.world))
