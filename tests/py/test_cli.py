@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+import zerort
 from fake_device import FakeDevice, FakeEvent
-from zerort.cli import main
+from zerort.cli import main, parser
+from zerort.errors import ConfigError
+from zerort.memory import Kind
+from zerort.terminal import Answer, Parser, as_command, execute, shown, track
 from zerort.trace import BucketLife, ChromeSink
 from zerort.trace.reader import Step, TraceError, lives, read, steps
 from zerort.trace.summary import account, wait_table
+
+RECORDED = Path(__file__).parent.parent / "data" / "deepspeed" / "0.19.8"
 
 
 @pytest.fixture(autouse=True)
@@ -229,28 +246,239 @@ def test_a_missing_file_and_two_files_of_one_rank_are_named(tmp_path, capsys):
     assert "rank 0 is in two of the files" in capsys.readouterr().err
 
 
+def leaves(
+    parser: argparse.ArgumentParser, name: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command, by what one writes behind `zerort`."""
+    inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not inner:
+        yield name, parser
+    for action in inner:
+        for word, below in action.choices.items():
+            yield from leaves(below, f"{name} {word}".strip())
+
+
+def a_config(folder: Path) -> Path:
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    return path
+
+
+def two_checkpoints(folder: Path) -> Path:
+    engine = zerort.initialize(model=nn.Linear(3, 2), config={"train_batch_size": 1})[0]
+    engine.save_checkpoint(folder / "run", "one")
+    with torch.no_grad():
+        engine.module.bias += 1
+    engine.save_checkpoint(folder / "run", "two")
+    engine.destroy()
+    return folder / "run"
+
+
+Case = tuple[Callable[[Path], list[Any]], int, str]
+COMMANDS: dict[str, Case | None] = {
+    "config": (lambda at: [a_config(at), "--numel", "1M", "--world", "2"], 0, "forecasts"),
+    "trace summary": (lambda at: [record(at / "trace.json")], 0, "ranks"),
+    "ckpt ls": (lambda at: [two_checkpoints(at)], 0, "checkpoints"),
+    "ckpt show": (lambda at: [two_checkpoints(at), "one"], 0, "tensors"),
+    "ckpt verify": (lambda at: [two_checkpoints(at)], 0, "checkpoints"),
+    "ckpt diff": (
+        lambda at: [(run := two_checkpoints(at)) / "one", run / "two"],
+        1,
+        "different",
+    ),
+    "ckpt import": (lambda at: [RECORDED / "2-fp32", at / "out"], 0, "notes"),
+    "ckpt export": (
+        lambda at: [two_checkpoints(at), at / "out", "--to=safetensors"],
+        0,
+        "path",
+    ),
+    "doctor": (lambda at: [], 0, "rows"),
+}
+"""Of each command a line that works, made in a folder, the status, and a key of its document. None
+where a test of the command's own runs it with `--json`.
+"""
+RUN = [name for name, case in COMMANDS.items() if case is not None]
+
+
+def test_every_command_is_in_the_table() -> None:
+    assert {name for name, _ in leaves(parser())} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_commands_answer_is_a_table_or_a_document(name, tmp_path, capsys):
+    case = COMMANDS[name]
+    assert case is not None
+    for folder, flags in ((tmp_path / "a", []), (tmp_path / "b", ["--json"])):
+        folder.mkdir()
+        assert main([*name.split(), *map(str, case[0](folder)), *flags]) == case[1]
+        out, err = capsys.readouterr()
+        assert not err and out
+        if flags:
+            assert case[2] in json.loads(out, parse_constant=pytest.fail)
+        else:
+            with pytest.raises(ValueError):
+                json.loads(out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_parses(name, capsys):
+    for width in ("30", "100"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setenv("COLUMNS", width)
+            main([*name.split(), "--help"])
+        assert stopped.value.code == 0
+        *_, heading, line = capsys.readouterr().out.splitlines()
+        assert heading == "example:"
+        assert line.startswith(f"  zerort {name}")
+        parser().parse_args(shlex.split(line)[1:])
+
+
 @pytest.mark.parametrize(
     "line",
-    [[], ["trace"], ["trace", "summary"], ["trace", "summary", "--steps", "-1", "f"], ["no"]],
+    [
+        [],
+        ["trace"],
+        ["trace", "summary"],
+        ["trace", "summary", "--steps", "-1", "f"],
+        ["trace", "summary", "--st", "1", "f"],
+        ["no"],
+        ["config", "f", "--world", "9" * 5000],
+    ],
 )
-def test_a_command_line_with_a_mistake_is_status_2(line, capsys):
+def test_a_command_line_with_a_mistake_is_one_line_and_status_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(line)
     assert stopped.value.code == 2
-    assert "usage: zerort" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("zerort") and "--help" in err and len(err.splitlines()) == 1
 
 
 def test_config_shows_what_each_key_does(tmp_path, capsys):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"train_batch_size": 8}))
-    assert main(["config", str(path)]) == 0
+    assert main(["config", str(a_config(tmp_path))]) == 0
     assert "train_batch_size" in capsys.readouterr().out
 
 
-def test_config_ends_with_status_1_when_there_is_a_mistake_in_the_file(tmp_path, capsys):
+def test_a_configuration_with_a_mistake_is_status_1_and_one_that_cannot_be_read_2(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"train_batch_sise": 8}))
     assert main(["config", str(path)]) == 1
     assert "train_batch_sise" in capsys.readouterr().out
-    assert main(["config", str(tmp_path / "missing.json")]) == 1
+    assert main(["config", str(tmp_path / "missing.json")]) == 2
     assert "cannot be read: No such file" in capsys.readouterr().err
+
+
+# How a command ends, whatever it is.
+
+
+def command(run) -> Parser:
+    return as_command(Parser(prog="zerort"), run)
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("a: expected b"), 2, "zerort: a: expected b\n"),
+        (FileNotFoundError(2, "No such file", "x\udcff"), 2, r"No such file: 'x\udcff'"),
+        (KeyboardInterrupt(), 130, "zerort: interrupted\n"),
+        (KeyError("a mistake of ours"), 2, "Traceback"),
+    ],
+)
+def test_a_command_that_raises_has_no_answer(error, status, said, capsys):
+    assert execute(command(raising(error)), []) == status
+    out, err = capsys.readouterr()
+    assert said in err and not out
+
+
+def test_a_document_is_strict_json(capsys):
+    found = {
+        "nan": math.nan,
+        "far": -math.inf,
+        "kind": Kind.STATE,
+        "path": Path("a"),
+        "name": "\ud800[red]",
+        "rows": (each for each in [Answer(1, print)][:0]),
+        3: True,
+    }
+    assert execute(command(lambda args: Answer(found, print, 1)), ["--json"]) == 1
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "nan": None,
+        "far": None,
+        "kind": Kind.STATE.value,
+        "path": "a",
+        "name": "\ud800[red]",
+        "rows": [],
+        "3": True,
+    }
+    assert execute(command(lambda args: Answer({1j}, print)), ["--json"]) == 2
+    assert "a complex in a document" in capsys.readouterr().err
+
+
+def test_a_text_is_shown_as_it_is_and_a_bar_only_on_a_terminal(capsys):
+    def run(args):
+        return Answer(list(track([1, 2], "counting")), shown("[red]\ud800" + "x" * 200))
+
+    assert execute(command(run), []) == 0
+    assert capsys.readouterr() == ("[red]\\ud800" + "x" * 200 + "\n", "")
+
+
+ENDING = """
+import sys
+from zerort.terminal import Answer, Parser, as_command, execute, progress, shown
+from rich.table import Table
+
+def run(args):
+    with progress("waiting", 2) as advance:
+        advance(1)
+    if sys.argv[1] == "slow":
+        print("ready", file=sys.stderr, flush=True)
+        import time
+        time.sleep(60)
+    table = Table("wide")
+    for _ in range(3000):
+        table.add_row("x")
+    return Answer(list(range(3000)), shown("[bold]\u2026", table), 1)
+
+sys.exit(execute(as_command(Parser(), run), sys.argv[2:]))
+"""
+
+
+def start(*argv: str, stdout: int = subprocess.PIPE, **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ENDING, *argv],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=os.environ | env,
+    )
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    with start("fast", PYTHONIOENCODING="ascii") as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.read(5) == b"[bold"
+        child.stdout.close()
+        assert (child.wait(30), child.stderr.read()) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line_and_status_2():
+    with open("/dev/full", "wb") as full, start("fast", "--json", stdout=full.fileno()) as child:
+        assert child.stderr is not None
+        said = child.stderr.read().decode()
+        assert child.wait(30) == 2
+    assert said == "zerort: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_is_status_130_without_a_traceback():
+    with start("slow") as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == b"ready\n"
+        child.send_signal(signal.SIGINT)
+        assert (child.wait(30), child.stderr.read()) == (130, b"zerort: interrupted\n")

@@ -1,22 +1,27 @@
-"""`zerort config FILE --numel N | --model MODULE:FACTORY`: its arguments and what is printed."""
+"""`zerort config FILE [--numel N | --model MODULE:FACTORY]`: its arguments and what it answers."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from zerort.config import Config, load_part
+from zerort.config import Config, describe, load_part
 from zerort.config.reading import read
 from zerort.errors import ConfigError
 from zerort.forecast.figures import Forecast, Job, forecast
 from zerort.forecast.models import made_by, of_size
 from zerort.forecast.table import show
+from zerort.memory import Kind
+from zerort.terminal import Answer, Commands, add_command, elements, progress, ranks, shown
 
-__all__ = ["add_arguments", "is_asked", "print_forecast"]
+__all__ = ["add_config_command"]
 
 SECTIONS = (
     "train_batch_size",
@@ -34,15 +39,21 @@ SECTIONS = (
 )
 """Of a configuration, which decide what is printed."""
 
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds them to a command line."""
+def add_config_command(commands: Commands) -> None:
+    """Adds it to a command line."""
+    parser = add_command(
+        commands,
+        "config",
+        _config,
+        help="what each key of a configuration does, and what a rank will hold and send",
+        example="zerort config ds.json --numel 7B --world 8",
+    )
+    parser.add_argument("file", metavar="FILE", help="a configuration in JSON")
     of = parser.add_mutually_exclusive_group()
     of.add_argument(
         "--numel",
-        type=_numel,
+        type=elements,
         metavar="N",
         help="also print what a rank holds and sends for N parameters, such as 7e9 or 7B",
     )
@@ -52,11 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same for the model that this callable makes, on the meta device",
     )
     parser.add_argument(
-        "--largest", type=_numel, metavar="N", help="parameters of its largest layer, with --numel"
+        "--largest",
+        type=elements,
+        metavar="N",
+        help="parameters of its largest layer, with --numel",
     )
     parser.add_argument(
         "--world",
-        type=_world,
+        type=ranks,
         default=os.environ.get("WORLD_SIZE", "1"),
         metavar="N",
         help="ranks (default: WORLD_SIZE, or 1)",
@@ -74,30 +88,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _numel(text: str) -> int:
-    scale = _SUFFIXES.get(text[-1:].upper(), 1)
-    try:
-        numel = int(float(text[:-1] if scale > 1 else text) * scale)
-    except (ValueError, OverflowError):
-        numel = 0
-    if not 0 < numel <= 2**53:
-        raise argparse.ArgumentTypeError(f"expected a number such as 350M, 7e9 or 7B, got {text!r}")
-    return numel
+def _config(args: argparse.Namespace) -> Answer:
+    rows = describe(args.file)
+    table = Table("key", "value", "effect", title=Text(args.file), title_justify="left")
+    for row in rows:
+        table.add_row(*map(Text, row))  # a value may hold brackets, which are markup in a string
+    names = ("key", "value", "effect")
+    keys = [dict(zip(names, row, strict=True)) for row in rows]
+    document = {"file": args.file, "keys": keys}
+    if any(effect.startswith("error") for _, _, effect in rows):
+        return Answer(document, shown(table), 1)
+    if args.numel is None and args.model is None:
+        return Answer(document, shown(table))
+    with progress("planning"):
+        found = _forecasts(args)
+
+    def both(console: Console) -> None:
+        console.print(table)
+        found.show(console)
+
+    return Answer(document | found.document, both)
 
 
-def _world(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**24):
-        raise argparse.ArgumentTypeError(f"expected a number of ranks, got {text!r}")
-    return int(text)
+@dataclass(frozen=True)
+class _Forecasts:
+    """For the stage of the file and the others beside it."""
+
+    title: str
+    columns: Sequence[Forecast]
+    chosen: int
+    """The file's stage."""
+    notes: Sequence[str]
+    refused: Mapping[int, str]
+    """Why there is none, by stage."""
+
+    def show(self, console: Console) -> None:
+        show(self.title, self.columns, self.chosen, console)
+        for note in [*self.notes, *(f"stage {at}: {why}" for at, why in self.refused.items())]:
+            console.print(f"  {note}", markup=False, highlight=False)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return {
+            "stage": self.chosen,
+            "forecasts": [_described(one) for one in self.columns],
+            "refused_stages": self.refused,
+        }
 
 
-def is_asked(args: argparse.Namespace) -> bool:
-    """Whether a model is given."""
-    return args.numel is not None or args.model is not None
+def _described(one: Forecast) -> dict[str, Any]:
+    """Of one rank, in bytes."""
+    places = (("device_bytes", False), ("host_bytes", True))
+    held = {
+        place: {
+            "together": one.taken(on_host=on_host),
+            **{kind.name.lower(): one.taken(kind, on_host=on_host) for kind in Kind},
+        }
+        for place, on_host in places
+    }
+    return {
+        "stage": one.stage,
+        "buckets": len(one.plan.buckets),
+        "units": len(one.plan.units),
+        **held,
+        "page_locked_bytes": one.locked,
+        "sent_bytes_per_step": one.sent,
+        "copied_to_host_bytes_per_step": one.to_host,
+        "copied_to_device_bytes_per_step": one.to_device,
+    }
 
 
-def print_forecast(args: argparse.Namespace, console: Console) -> None:
-    """For the stage of the file and the others beside it. Raises `ConfigError`, `PlanError`."""
+def _forecasts(args: argparse.Namespace) -> _Forecasts:
+    """Raises `ConfigError`, `PlanError`."""
     if args.largest is not None and args.numel is None:
         raise ConfigError("--largest is for --numel; a --model says it itself")
     data = read(args.file).data
@@ -105,21 +167,16 @@ def print_forecast(args: argparse.Namespace, console: Console) -> None:
     own = load_part(data, SECTIONS)
     model = of_size(args.numel, args.largest, own) if args.model is None else made_by(args.model)
     micro_batches = _micro_batches(own, job.world)
-    columns, notes = [], []
+    columns, refused = [], {}
     for stage, settings in _stages(data, own):
         if isinstance(settings, Config):
             columns.append(forecast(settings, model, job, micro_batches))
         else:
-            notes.append(f"stage {stage}: {settings}")
+            refused[stage] = settings
     numel = sum(p.numel() for p in model.parameters())
-    show(
-        _title(own, job, numel, micro_batches),
-        columns,
-        own.zero_optimization.stage,
-        console,
-    )
-    for note in [*_notes(own, job, args, columns), *notes]:
-        console.print(f"  {note}", markup=False, highlight=False)
+    title = _title(own, job, numel, micro_batches)
+    notes = list(_notes(own, job, args, columns))
+    return _Forecasts(title, columns, own.zero_optimization.stage, notes, refused)
 
 
 def _stages(data: Mapping[str, Any], own: Config) -> Iterator[tuple[int, Config | str]]:

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from zerort.terminal import Answer, shown, track
 from zerort.trace.reader import Event, Life, Recorded, Step, TraceError, lives, read, steps
 
 __all__ = [
@@ -78,12 +79,12 @@ def account(events: Sequence[Event], *, dropped: int = 0) -> Account:
     )
 
 
-def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) -> None:
-    """Prints the tables of the ranks whose files are given, with the `last` steps of each. Raises
+def summarise(paths: Sequence[str | Path], *, last: int = 10) -> Answer:
+    """The tables of the ranks whose files are given, with the `last` steps of each. Raises
     `TraceError`.
     """
-    ranks = sorted((read(path) for path in paths), key=lambda recorded: recorded.rank)
-    by_rank = {}
+    ranks = sorted((read(path) for path in track(paths, "reading")), key=lambda one: one.rank)
+    by_rank: dict[int, list[Step]] = {}
     for recorded in ranks:
         if recorded.rank in by_rank:
             raise TraceError(
@@ -96,18 +97,33 @@ def summarise(paths: Iterable[str | Path], console: Console, *, last: int = 10) 
     counts = f"steps: {len(every)}, ranks: {len(ranks)}"
     share = f"exposed communication: {_share(exposed, wall)} of the time ({counts})"
     found = [life for recorded in ranks for life in lives(recorded.events)]
-    console.print(
-        Group(
-            bucket_table(found),
-            "",
-            step_table(by_rank, last),
-            "",
-            wait_table(every),
-            "",
-            share,
-            *_forgotten(ranks),
-        )
-    )
+    tables = (bucket_table(found), "", step_table(by_rank, last), "", wait_table(every), "")
+    document = {
+        "exposed_share": exposed / wall if wall else None,
+        "ranks": [
+            {
+                "rank": one.rank,
+                "forgotten_events": one.dropped,
+                "steps": [_step(step) for step in by_rank[one.rank]],
+                "buckets": [_life(life) for life in lives(one.events)],
+            }
+            for one in ranks
+        ],
+    }
+    return Answer(document, shown(*tables, share, *_forgotten(ranks)))
+
+
+def _step(step: Step) -> dict[str, Any]:
+    """Of a document; `ms` are milliseconds."""
+    waits = [{"waited_for": what, "ms": took} for what, took in step.waits]
+    parts = {f"{name}_ms": took for name, took in step.parts.items()}
+    whole = {"exposed_ms": step.exposed, "other_ms": step.other, "wall_ms": step.wall}
+    return {"step": step.number, **parts, **whole, "waits": waits}
+
+
+def _life(life: Life) -> dict[str, Any]:
+    phases = {"filling_ms": life.filling, "queued_ms": life.queued, "in_flight_ms": life.in_flight}
+    return {"bucket": life.bucket, **phases, **life.args}
 
 
 def bucket_table(found: Iterable[Life]) -> Table:

@@ -143,7 +143,7 @@ def test_verify_finds_damage_and_its_status_says_so(
     out = capsys.readouterr().out
     assert "step1: ok" in out and "step2: damaged" in out and "has 9 bytes" in out
     assert main(["ckpt", "verify", str(folder), "step1"]) == 0
-    assert main(["ckpt", "verify", str(folder / "none")]) == 1
+    assert main(["ckpt", "verify", str(folder / "none")]) == 2
     assert "none" in capsys.readouterr().err
 
 

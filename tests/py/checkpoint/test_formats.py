@@ -135,7 +135,7 @@ def test_what_is_there_stays_and_objects_do_not_go_along(
 ) -> None:
     (tmp_path / "mine").mkdir()
     argv = ["ckpt", "export", str(saved), str(tmp_path / "mine"), "--to", "safetensors"]
-    assert cli.main(argv) == 1 and "exists already" in capsys.readouterr().err
+    assert cli.main(argv) == 2 and "exists already" in capsys.readouterr().err
     assert list((tmp_path / "mine").iterdir()) == []
     argv[3] = str(tmp_path / "new")
     assert cli.main([*argv, "--max-shard-size", "1KB"]) == 0

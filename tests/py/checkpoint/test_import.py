@@ -387,7 +387,7 @@ def test_the_command_line_imports_and_says_what_it_guessed(
     assert cli.main(["ckpt", "import", str(case), str(out)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "7 trained parameters, 2 others, 1 buffers" in said and "--optimizer names" in said
-    assert cli.main(["ckpt", "import", str(case), "global_step3", str(out)]) == 1
+    assert cli.main(["ckpt", "import", str(case), "global_step3", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     names = tmp_path / "names"
     names.write_text("\n".join(IN_ORDER) + "\n")

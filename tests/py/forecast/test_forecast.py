@@ -266,7 +266,7 @@ def test_a_factory_that_makes_no_model_is_named(
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config(2)))
-    assert main(["config", str(path), "--model", model]) == 1
+    assert main(["config", str(path), "--model", model]) == 2
     error = capsys.readouterr().err
     assert f"zerort: --model {model}: {message}" in error
     assert len(error.splitlines()) == 1

@@ -26,7 +26,7 @@ def findings() -> tuple[list[tuple[str, str]], bool]:
     there = find_deepspeed()
     answer, refused = _answer(there)
     rows = [
-        ("zerort", f"{__version__}, {Path(__file__).parent}"),
+        ("zerort", f"{__version__}, {Path(__file__).parents[1]}"),
         ("torch", str(torch.__version__)),
         ("Python", sys.version.split()[0]),
         *((name, version) for name in _OTHERS if (version := _version(name)) is not None),
