@@ -74,6 +74,7 @@ class Watch:
             if name not in self._seen and _is_watched(name, module):
                 self._members[name] = dict(_members(name, module))
         self._seen = set(sys.modules)
+        gc.freeze()  # what is there before the call need not be looked through after it
 
     def left(self) -> tuple[str, ...]:
         """What the call has changed; what it has dropped is gone when this returns."""
