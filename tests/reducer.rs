@@ -300,13 +300,17 @@ fn the_life_of_a_bucket_ends_when_it_is_full() {
     arrive(&mut reducer, &[1, 0]);
     reducer.finish().unwrap();
     reducer.grad_ready_at(ParamId(5), 70).unwrap();
-    let life = |bucket, first_ns, full_ns, last| Life {
+    let life = |bucket, first_ns, prior_ns, full_ns, last| Life {
         bucket: BucketId(bucket),
         first_ns,
+        prior_ns,
         full_ns,
         last: ParamId(last),
     };
-    assert_eq!(reducer.life().collect::<Vec<_>>(), [life(0, 20, 50, 4), life(1, 10, 30, 2)]);
+    assert_eq!(
+        reducer.life().collect::<Vec<_>>(),
+        [life(0, 20, 20, 50, 4), life(1, 10, 10, 30, 2)]
+    );
     reducer.begin().unwrap();
     assert_eq!(reducer.life().count(), 0);
 }

@@ -50,6 +50,23 @@ fn a_rank_is_a_process_and_a_track_is_a_thread_of_it() {
 }
 
 #[test]
+fn what_is_true_of_the_whole_run_is_never_forgotten() {
+    let mut trace = ring(2, 1);
+    let row = trace.track("main");
+    trace.state("stage", Arg::Int(3));
+    trace.state("bucket 0", Arg::Text("head.weight .. head.bias".into()));
+    trace.state("stage", Arg::Int(1));
+    for at in 0..3 {
+        trace.instant(row, "step", at, Args::new());
+    }
+    let expected = serde_json::json!({
+        "format": 1, "rank": 2, "dropped": 2,
+        "run": {"stage": 1, "bucket 0": "head.weight .. head.bias"},
+    });
+    assert_eq!(document(&trace)["otherData"], expected);
+}
+
+#[test]
 fn a_number_stands_for_a_track_only_if_it_was_named() {
     let mut trace = ring(0, 8);
     let main = trace.track("main");

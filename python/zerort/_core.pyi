@@ -378,7 +378,7 @@ class Reducer:
         """The command the cursor stands at (index, kind, bucket) and what its bucket lacks; None
         outside a pass.
         """
-    def life(self) -> list[tuple[int, int, int, int]]:
+    def life(self) -> list[tuple[int, int, int, int, int]]:
         """Per bucket of the last pass: (bucket, first gradient ns, full ns, last parameter);
         `grad_ready_at` only.
         """
@@ -633,6 +633,8 @@ class Trace:
     """A ring of events and its writer in Chrome's trace format. Times are ns, passed in."""
 
     def __new__(cls, rank: int, capacity: int) -> Trace: ...
+    def state(self, name: str, value: str | int | float) -> None:
+        """Something that is true of the whole run; given again, a name has its new value."""
     def track(self, name: str) -> int:
         """A named row (a thread in Chrome's terms); the same name gives the same id."""
     def span(

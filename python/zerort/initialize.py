@@ -39,6 +39,7 @@ from zerort.start.compare import (
     compare_plans,
 )
 from zerort.start.connect import connected, started
+from zerort.start.facts import facts_of, name_of_run
 from zerort.start.grains import grains_of
 from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
@@ -117,6 +118,9 @@ def initialize(
         flat = _move(setup, undo)
         standing = _standing(setup, flat)
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, standing, undo))
+        run = name_of_run(mesh.control)
+        if setup.sink.enabled:
+            setup.sink.about(facts_of(run, settings, setup.batch, mesh, setup.plan, flat.names))
         started(mesh, settings)
         undo.pop_all()
     _log_start(setup, flat, engine)

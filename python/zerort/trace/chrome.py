@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +29,18 @@ from typing import TypeAlias
 from zerort import _core
 from zerort.errors import ConfigError
 from zerort.trace.clock import DeviceClock, axis_offset
-from zerort.trace.sink import BUCKETS, EXPOSED, MAIN, STEP, WAIT, Arg, BucketLife, DeviceEvent, Mark
+from zerort.trace.sink import (
+    BUCKETS,
+    EXPOSED,
+    MAIN,
+    PHASES,
+    STEP,
+    WAIT,
+    Arg,
+    BucketLife,
+    DeviceEvent,
+    Mark,
+)
 
 __all__ = ["ChromeSink"]
 
@@ -73,6 +84,11 @@ class ChromeSink:
         self._clock = DeviceClock(record)
         self._record = record
 
+    def about(self, facts: Mapping[str, Arg]) -> None:
+        """Facts for the head of the file."""
+        for name, value in facts.items():
+            self._ring.state(name, value)
+
     @contextmanager
     def range(self, name: str) -> Iterator[None]:
         """A span of the main track around a block, also when an exception leaves it."""
@@ -111,9 +127,7 @@ class ChromeSink:
             times = list(accumulate(moments, max))
             about = {"bucket": bucket, **args}
             self._ring.async_span(row, f"bucket {bucket}", key, times[0], times[-1], about)
-            for phase, start, end in zip(
-                ("filling", "queued", "in flight"), times, times[1:], strict=False
-            ):
+            for phase, start, end in zip(PHASES, times, times[1:], strict=False):
                 if end > start:
                     self._ring.async_span(row, phase, key, start, end)
 

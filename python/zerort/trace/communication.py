@@ -142,7 +142,7 @@ class CommunicationWatch:
     def freed(self, unit: int) -> None:
         """No collective."""
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """The trace's."""
 
     def _now(self) -> float | DeviceEvent:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -76,6 +76,9 @@ class ContainedSink(SinkAround):
         def on_device(record: Callable[[], DeviceEvent]) -> None:
             call(inner.on_device, record, otherwise=None)
 
+        def about(facts: Mapping[str, Arg]) -> None:
+            call(inner.about, facts, otherwise=None)
+
         def span(track: str, name: str, start: Mark, end: Mark, **args: Arg) -> None:
             call(inner.span, track, name, start, end, otherwise=None, **args)
 
@@ -88,8 +91,8 @@ class ContainedSink(SinkAround):
         def counter(name: str, at: int, value: float) -> None:
             call(inner.counter, name, at, value, otherwise=None)
 
-        self.mark, self.on_device, self.span = mark, on_device, span
-        self.wait, self.life, self.counter = wait, life, counter
+        self.mark, self.on_device, self.about = mark, on_device, about
+        self.span, self.wait, self.life, self.counter = span, wait, life, counter
         self.flush = lambda: call(inner.flush, otherwise=None)
         self.close = lambda: call(inner.close, otherwise=None)
 
@@ -176,6 +179,6 @@ class ContainedWatch:
         """As `inner`'s."""
         self._call(self._inner.freed, unit, otherwise=None)
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """As `inner`'s."""
         self._call(self._inner.passed, lives, otherwise=None)

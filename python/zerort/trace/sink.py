@@ -13,7 +13,7 @@ after it was opened.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -22,6 +22,7 @@ __all__ = [
     "BUCKETS",
     "EXPOSED",
     "MAIN",
+    "PHASES",
     "STEP",
     "WAIT",
     "Arg",
@@ -39,6 +40,8 @@ doing.
 """
 BUCKETS = "buckets"
 """The track of the buckets' lives."""
+PHASES = ("filling", "queued", "in flight", "summing")
+"""Of a bucket's life, between its moments."""
 WAIT = "wait"
 """The span of a `TraceSink.wait`."""
 STEP = "step"
@@ -70,7 +73,7 @@ Mark: TypeAlias = int | DeviceEvent
 
 
 class BucketLife(NamedTuple):
-    """The four moments of one bucket in one pass, in the order in which they happen."""
+    """The five moments of one bucket in one pass, in the order in which they happen."""
 
     first: Mark
     """Its first gradient came."""
@@ -78,6 +81,8 @@ class BucketLife(NamedTuple):
     """Its last gradient came."""
     launched: Mark
     """Its collective started."""
+    landed: Mark
+    """The last of its collectives was waited for: its result could be taken."""
     retired: Mark
     """Its result was taken and its buffer was free again."""
 
@@ -109,6 +114,10 @@ class TraceSink(Protocol):
         """
         ...
 
+    def about(self, facts: Mapping[str, Arg]) -> None:
+        """What is true of the whole run, such as its stage: kept however many events there are."""
+        ...
+
     def range(self, name: str) -> AbstractContextManager[None]:
         """A span of the main track: `forward`, `backward`, `optimizer`, `publish`."""
         ...
@@ -129,8 +138,7 @@ class TraceSink(Protocol):
         """A bucket has been retired; one call for each bucket and pass.
 
         `args` as far as they are known: `bytes`, `dtype`, `params` (how many), `last` (name of the
-        parameter that came last), `waited_for` (what kept the full bucket from its launch, in
-        words).
+        parameter that came last), `alone_ms` (how long it lacked that one alone).
         """
         ...
 
@@ -165,6 +173,9 @@ class NullSink:
 
     def on_device(self, record: Callable[[], DeviceEvent]) -> None:
         """Ignored: no event is ever recorded."""
+
+    def about(self, facts: Mapping[str, Arg]) -> None:
+        """Ignored."""
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """One shared context that does nothing."""
@@ -204,6 +215,7 @@ class SinkAround:
         self.now = inner.now
         self.mark = inner.mark
         self.on_device = inner.on_device
+        self.about = inner.about
         self.span = inner.span
         self.wait = inner.wait
         self.life = inner.life

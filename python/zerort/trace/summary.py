@@ -20,6 +20,7 @@ from rich.text import Text
 
 from zerort.terminal import Answer, shown, track
 from zerort.trace.reader import Event, Life, Recorded, Step, TraceError, lives, read, steps
+from zerort.trace.sink import PHASES
 
 __all__ = [
     "Account",
@@ -104,13 +105,15 @@ def summarise(paths: Sequence[str | Path], *, last: int = 10) -> Answer:
             {
                 "rank": one.rank,
                 "forgotten_events": one.dropped,
+                "cut": one.cut,
                 "steps": [_step(step) for step in by_rank[one.rank]],
                 "buckets": [_life(life) for life in lives(one.events)],
             }
             for one in ranks
         ],
     }
-    return Answer(document, shown(*tables, share, *_forgotten(ranks)))
+    status = int(any(one.cut for one in ranks))
+    return Answer(document, shown(*tables, share, *_lost(ranks)), status)
 
 
 def _step(step: Step) -> dict[str, Any]:
@@ -122,22 +125,23 @@ def _step(step: Step) -> dict[str, Any]:
 
 
 def _life(life: Life) -> dict[str, Any]:
-    phases = {"filling_ms": life.filling, "queued_ms": life.queued, "in_flight_ms": life.in_flight}
+    phases = {
+        f"{name.replace(' ', '_')}_ms": took for name, took in zip(PHASES, life.phases, strict=True)
+    }
     return {"bucket": life.bucket, **phases, **life.args}
 
 
 def bucket_table(found: Iterable[Life]) -> Table:
     """A row for each bucket, over all its lives."""
-    table = _table("Buckets: median ms, most frequent last parameter and cause of waiting")
-    for heading in ("bucket", "launches", "bytes", "filling", "queued", "in flight"):
+    table = _table("Buckets: median ms, and the parameter that most often comes last")
+    for heading in ("bucket", "launches", "bytes", *PHASES):
         table.add_column(heading, justify="right")
     table.add_column("last", overflow="fold")
-    table.add_column("waited for", overflow="fold")
     grouped: dict[int, list[Life]] = defaultdict(list)
     for life in found:
         grouped[life.bucket].append(life)
     for bucket, group in sorted(grouped.items()):
-        phases = ((life.filling, life.queued, life.in_flight) for life in group)
+        phases = (life.phases for life in group)
         table.add_row(
             str(bucket),
             str(len(group)),
@@ -146,7 +150,6 @@ def bucket_table(found: Iterable[Life]) -> Table:
             Text(
                 _most_often(group, "last")
             ),  # a name may hold brackets, which are markup in a plain string
-            Text(_most_often(group, "waited_for")),
         )
     return table
 
@@ -226,8 +229,13 @@ def _most_often(group: Iterable[Life], arg: str) -> str:
     return ", ".join(f"{name} ({count}x)" for name, count in named.most_common(1))
 
 
-def _forgotten(ranks: Iterable[Recorded]) -> list[str]:
-    return [
+def _lost(ranks: Iterable[Recorded]) -> list[str]:
+    cut = [
+        f"rank {recorded.rank}: its file breaks off; this is what stands before that"
+        for recorded in ranks
+        if recorded.cut
+    ]
+    return cut + [
         f"rank {recorded.rank}: {recorded.dropped:,} older events were forgotten; raise "
         "zerort.trace.capacity"
         for recorded in ranks

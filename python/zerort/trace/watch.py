@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from zerort import _core
-from zerort.trace.sink import BucketLife, Mark, TraceSink
+from zerort.trace.sink import Arg, BucketLife, Mark, TraceSink
 
 __all__ = ["BucketWatch", "Collective", "Unwatched", "Watch", "Watches"]
 
@@ -56,7 +56,7 @@ class Watch(Protocol):
     def freed(self, unit: int) -> None:
         """That memory was given back, if there was any."""
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """A pass is over; `lives` is the core's `Reducer.life()`."""
 
 
@@ -91,7 +91,7 @@ class Unwatched:
     def freed(self, unit: int) -> None:
         """Ignored."""
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """Ignored."""
 
 
@@ -122,6 +122,7 @@ class BucketWatch:
         self._sink = sink
         self._names = names
         self._launched: dict[int, _Launch] = {}
+        self._landed: dict[int, Mark] = {}
         self._retired: dict[int, tuple[_core.Bucket, Mark]] = {}
         self._units: dict[int, tuple[Mark, int, str]] = {}
         self._lanes: list[bool] = []
@@ -156,7 +157,10 @@ class BucketWatch:
         work.when_complete(complete)
 
     def landed(self, name: str) -> None:
-        """The worker that completes it has told."""
+        """Keeps the moment for the life of a bucket that was launched: of several hops the last."""
+        bucket = int(name.rpartition(" b")[2])
+        if bucket in self._launched:
+            self._landed[bucket] = self._sink.mark()
 
     def waited(self, start: Mark, what: str) -> None:
         """Exposed communication."""
@@ -179,16 +183,21 @@ class BucketWatch:
             track, now = f"unit {unit}", self._sink.mark()
             self._sink.span(track, "whole", start, now, bytes=size, buckets=buckets)
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """Reports the lives of the pass, now that all four moments are known."""
         arrivals = {bucket: rest for bucket, *rest in lives}
         for index, (bucket, retired) in self._retired.items():
             if index not in self._launched:
                 continue  # its launch was broken off before anybody could report it
             launch = self._launched[index]
-            first, full, last = arrivals.get(index, (launch.at, launch.at, -1))
-            moments = BucketLife(first, full, launch.at, retired)
-            named = {"last": self._names[last]} if last >= 0 else {}
+            landed = self._landed.get(index, retired)  # a pass that is lost waits for nothing
+            first: Mark = launch.at
+            full: Mark = launch.at
+            named: dict[str, Arg] = {}
+            if index in arrivals:
+                first, prior, full, last = arrivals[index]
+                named = {"last": self._names[last], "alone_ms": (full - prior) / 1e6}
+            moments = BucketLife(first, full, launch.at, landed, retired)
             self._sink.life(
                 index,
                 moments,
@@ -197,7 +206,9 @@ class BucketWatch:
                 params=len(bucket.params),
                 **named,
             )
+        self._launched.clear()
         self._retired.clear()
+        self._landed.clear()
 
     def _count(self, difference: int) -> None:
         # Collectives complete on several threads; the sums must reach the sink in the order in
@@ -255,7 +266,7 @@ class Watches:
         for watch in self._watches:
             watch.freed(unit)
 
-    def passed(self, lives: Sequence[tuple[int, int, int, int]]) -> None:
+    def passed(self, lives: Sequence[tuple[int, int, int, int, int]]) -> None:
         """To each."""
         for watch in self._watches:
             watch.passed(lives)

@@ -14,6 +14,9 @@ pub struct Life {
     pub first_ns: u64,
     /// When its last one came that was waited for: it was full then, unless some never came.
     pub full_ns: u64,
+    /// When the one before it came, `full_ns` where there is none: until then more than one was
+    /// lacking.
+    pub prior_ns: u64,
     /// The parameter that came last.
     pub last: ParamId,
 }
@@ -21,7 +24,8 @@ pub struct Life {
 impl Life {
     /// Notes one more arrival in `bucket`.
     pub(crate) fn note(life: &mut Option<Self>, bucket: BucketId, param: ParamId, now_ns: u64) {
-        let first_ns = life.map_or(now_ns, |life| life.first_ns);
-        *life = Some(Self { bucket, first_ns, full_ns: now_ns, last: param });
+        let (first_ns, prior_ns) =
+            life.map_or((now_ns, now_ns), |life| (life.first_ns, life.full_ns));
+        *life = Some(Self { bucket, first_ns, prior_ns, full_ns: now_ns, last: param });
     }
 }

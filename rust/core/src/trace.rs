@@ -35,6 +35,9 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use crate::ids::Rank;
 
+/// The form of a file: it grows by one when a reader of the form before would go wrong.
+pub const FORMAT: u32 = 1;
+
 /// A named row of a trace: a stream, a worker, the training loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrackId(u32);
@@ -86,6 +89,7 @@ struct Event {
 pub struct Trace {
     rank: Rank,
     capacity: usize,
+    facts: Args,
     tracks: Vec<Box<str>>,
     ring: VecDeque<Event>,
     dropped: u64,
@@ -97,9 +101,19 @@ impl Trace {
         Self {
             rank,
             capacity: capacity.get(),
+            facts: Args::new(),
             tracks: Vec::new(),
             ring: VecDeque::new(),
             dropped: 0,
+        }
+    }
+
+    /// Something that is true of the whole run. The ring does not forget it; a name that was given
+    /// again has its new value.
+    pub fn state(&mut self, name: &str, value: Arg) {
+        match self.facts.iter_mut().find(|(known, _)| &**known == name) {
+            Some((_, known)) => *known = value,
+            None => self.facts.push((name.into(), value)),
         }
     }
 
@@ -175,9 +189,9 @@ impl Trace {
     ///
     /// Whatever `out` answers.
     pub fn write(&self, mut out: impl io::Write) -> io::Result<()> {
-        let (rank, dropped) = (self.rank.0, self.dropped);
         write!(out, "{{\"displayTimeUnit\":\"ms\",\"otherData\":")?;
-        write!(out, "{{\"rank\":{rank},\"dropped\":{dropped}}},\"traceEvents\":[")?;
+        serde_json::to_writer(&mut out, &About(self))?;
+        write!(out, ",\"traceEvents\":[")?;
         let mut separator = "\n";
         for line in self.names().chain(self.lines()) {
             out.write_all(separator.as_bytes())?;
@@ -361,6 +375,23 @@ fn arguments<M: SerializeMap>(map: &mut M, args: &Args) -> Result<(), M::Error> 
         return Ok(());
     }
     map.serialize_entry("args", &Named(args))
+}
+
+/// What is known of a whole file: which form it has, whose it is, and the facts of the run.
+struct About<'a>(&'a Trace);
+
+impl Serialize for About<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Trace { rank, dropped, facts, .. } = self.0;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("format", &FORMAT)?;
+        map.serialize_entry("rank", &rank.0)?;
+        map.serialize_entry("dropped", dropped)?;
+        if !facts.is_empty() {
+            map.serialize_entry("run", &Named(facts))?;
+        }
+        map.end()
+    }
 }
 
 struct Named<'a>(&'a Args);

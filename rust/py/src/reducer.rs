@@ -148,11 +148,12 @@ impl Reducer {
         Some((why.index, kind(why.command), why.command.number(), ids(&why.lacking)))
     }
 
-    /// Per bucket of the last pass: (bucket, first gradient ns, full ns, parameter that came last).
-    fn life(&self) -> Vec<(u32, u64, u64, u32)> {
+    /// Per bucket of the last pass: (bucket, first gradient ns, last but one ns, full ns, parameter
+    /// that came last).
+    fn life(&self) -> Vec<(u32, u64, u64, u64, u32)> {
         self.lock()
             .life()
-            .map(|life| (life.bucket.0, life.first_ns, life.full_ns, life.last.0))
+            .map(|life| (life.bucket.0, life.first_ns, life.prior_ns, life.full_ns, life.last.0))
             .collect()
     }
 }

@@ -28,6 +28,13 @@ impl PyTrace {
         Ok(Self { trace })
     }
 
+    /// Something that is true of the whole run; a name that was given again has its new value.
+    #[allow(clippy::needless_pass_by_value, reason = "Python's objects come by value")]
+    fn state(&mut self, name: &str, value: Bound<'_, PyAny>) -> PyResult<()> {
+        self.trace.state(name, arg(&value)?);
+        Ok(())
+    }
+
     /// A named row (a thread in Chrome's terms); the same name gives the same id.
     fn track(&mut self, name: &str) -> u32 {
         self.trace.track(name).get()
