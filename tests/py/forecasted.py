@@ -15,7 +15,7 @@ from stand_in import GRANULE, Machine
 from tap import tapped
 from weighing import alive, covered
 
-__all__ = ["Counts", "count", "make", "partly_frozen"]
+__all__ = ["Counts", "count", "make", "of_shapes", "partly_frozen"]
 
 WIDTH, LAYERS = 128, 12
 
@@ -34,6 +34,16 @@ def partly_frozen() -> nn.Module:
     for layer in list(model)[::2]:  # type: ignore[call-overload]
         layer.requires_grad_(False)
     return model
+
+
+def of_shapes() -> nn.Module:
+    """Matrices tall and wide, a convolution, and vectors; one layer is frozen."""
+    torch.manual_seed(0)
+    wide = [nn.Linear(WIDTH, 5 * WIDTH), nn.Linear(5 * WIDTH, WIDTH)]
+    square = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(5)]
+    conv = [nn.Unflatten(1, (32, -1)), nn.Conv1d(32, 32, 3, padding=1), nn.Flatten()]
+    square[2].requires_grad_(False)
+    return nn.Sequential(*wide, *square, *conv, nn.Linear(WIDTH, 3 * WIDTH))
 
 
 class Counts(NamedTuple):

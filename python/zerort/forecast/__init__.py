@@ -5,7 +5,9 @@ guarantees: between steps a rank's tensors are what is said here, to the padding
 do: it knows no activations, nothing that lives for the length of a call, and no time.
 """
 
-from zerort.forecast.figures import Forecast, Job, forecast
+from zerort.forecast.figures import Forecast, forecast
+from zerort.forecast.job import Job
 from zerort.forecast.models import made_by, of_size
+from zerort.forecast.owners import Owners
 
-__all__ = ["Forecast", "Job", "forecast", "made_by", "of_size"]
+__all__ = ["Forecast", "Job", "Owners", "forecast", "made_by", "of_size"]

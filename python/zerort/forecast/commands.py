@@ -15,8 +15,10 @@ from rich.text import Text
 from zerort.config import Config, describe, load_part
 from zerort.config.reading import read
 from zerort.errors import ConfigError
-from zerort.forecast.figures import Forecast, Job, forecast
+from zerort.forecast.figures import Forecast, forecast
+from zerort.forecast.job import Job
 from zerort.forecast.models import made_by, of_size
+from zerort.forecast.owners import Owners, unevenness
 from zerort.forecast.table import show
 from zerort.memory import Kind
 from zerort.terminal import Answer, Commands, add_command, elements, progress, ranks, shown
@@ -155,6 +157,19 @@ def _described(one: Forecast) -> dict[str, Any]:
         "sent_bytes_per_step": one.sent,
         "copied_to_host_bytes_per_step": one.to_host,
         "copied_to_device_bytes_per_step": one.to_device,
+        "fullest_rank_over_mean": unevenness(one.by_rank),
+        "whole_parameters": None if one.owners is None else _owning(one.owners),
+    }
+
+
+def _owning(owners: Owners) -> dict[str, Any]:
+    return {
+        "owned_buckets": owners.owned,
+        "exchanged_buckets": owners.exchanged,
+        "padding": owners.padding,
+        "ranks": owners.ranks,
+        "elements_most_over_mean": unevenness(owners.elements),
+        "work_most_over_mean": unevenness(owners.costs),
     }
 
 
@@ -169,10 +184,14 @@ def _forecasts(args: argparse.Namespace) -> _Forecasts:
     micro_batches = _micro_batches(own, job.world)
     columns, refused = [], {}
     for stage, settings in _stages(data, own):
-        if isinstance(settings, Config):
+        try:
+            if not isinstance(settings, Config):
+                raise ConfigError(settings)
             columns.append(forecast(settings, model, job, micro_batches))
-        else:
-            refused[stage] = settings
+        except ConfigError as error:
+            if settings is own:
+                raise
+            refused[stage] = str(error).splitlines()[-1].strip()
     numel = sum(p.numel() for p in model.parameters())
     title = _title(own, job, numel, micro_batches)
     notes = list(_notes(own, job, args, columns))
@@ -190,7 +209,7 @@ def _stages(data: Mapping[str, Any], own: Config) -> Iterator[tuple[int, Config 
         try:
             yield stage, load_part({**data, "zero_optimization": zero}, SECTIONS)
         except ConfigError as error:
-            yield stage, str(error).splitlines()[-1].strip()
+            yield stage, str(error)
 
 
 def _micro_batches(settings: Config, world: int) -> int:

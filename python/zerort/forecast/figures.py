@@ -4,51 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from zerort import _core, optim
+from zerort import _core
 from zerort.config import Config
-from zerort.errors import ConfigError
-from zerort.memory import (
-    Dtypes,
-    Homes,
-    Kind,
-    Piece,
-    Places,
-    PlannedParameter,
-    Shape,
-    pieces,
-    shared_pieces,
-)
-from zerort.mesh.nccl import NcclComm
+from zerort.forecast.buckets import Buckets, Row
+from zerort.forecast.job import Job
+from zerort.forecast.owners import Exchanged, Owners
+from zerort.forecast.updates import Updates
+from zerort.memory import Kind, Piece, pieces, shared_pieces
 from zerort.start.planning import plan_of
 from zerort.step.precision import Precision
 from zerort.wire import WireFormat, format_of
-from zerort.zero.estimates import state_bytes
 
-__all__ = ["Forecast", "Job", "forecast"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Who will train."""
-
-    world: int = 1
-    on_accelerator: bool = True
-    trained_only: bool = False
-    """The optimizer holds parameters that require grad alone."""
-
-    @property
-    def window(self) -> int | None:
-        """Buckets that the ranks' communicator has in flight; None is all."""
-        return NcclComm.window if self.on_accelerator and self.world > 1 else None
-
-    @property
-    def pieces(self) -> int:
-        """That arrive of a shard."""
-        return 1 if self.on_accelerator else self.world
+__all__ = ["Forecast", "forecast"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +33,10 @@ class Forecast:
     to_host: int
     """Bytes that a rank copies in a step."""
     to_device: int
+    owners: Owners | None
+    """Of whole parameters, where the optimizer asks for such."""
+    by_rank: Sequence[int]
+    """Bytes that each rank has between steps, on the device and the host together."""
 
     @property
     def stage(self) -> int:
@@ -101,46 +75,43 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     """
     precision = Precision.of(settings)
     precision.cast(model)
-    groups = _groups(settings, model, trained_only=job.trained_only)
-    numbered = enumerate(group["params"] for group in groups)
+    updates = Updates.of(settings, model, trained_only=job.trained_only)
+    numbered = enumerate(group["params"] for group in updates.groups)
     by_id = {id(parameter): index for index, params in numbered for parameter in params}
-    wires = precision.wires(model)
     members, plan = plan_of(
-        settings, model, by_id, wires, _Unplaced, world=job.world, window=job.window
+        settings,
+        model,
+        by_id,
+        precision.wires(model),
+        _Unplaced,
+        world=job.world,
+        window=job.window,
+        grains_of=updates.grains,
     )
     every = settings.reduces_every_micro_batch(plan.reduces_every_micro_batch)
     passes = micro_batches if every else 1
-    buckets = _Buckets(settings, precision, job, members, plan, groups, micro_batches > passes)
-    rows = buckets.rows()
+    buckets = Buckets(settings, precision, job, members, plan, updates, micro_batches > passes)
+    rows, own = buckets.rows(), buckets.own()
     gathered = _Gathered.of(settings, plan, rows)
     planned = {id(member.tensor) for member in members}
     loose = [p for p in model.parameters() if id(p) not in planned]
-    found = [piece for shape, places in rows for piece in pieces(shape, places)]
-    found += [*shared_pieces(rows), *_lanes(plan, job), gathered.room]
-    found += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
-    part = _Part(job.world)
+    alike = [piece for shape, places in rows for piece in pieces(shape, places)]
+    alike += [*shared_pieces(rows), *_lanes(plan, job)]
+    alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
+    at_rest = sum(piece.nbytes for piece in alike)
+    by_rank = [at_rest + nbytes for nbytes in own.by_rank or [0] * job.world]
+    fullest = by_rank.index(max(by_rank))
+    part, exchange = _Part(job.world), Exchanged.of(plan, precision)
     sent = {
         "gradients": passes * sum(_reduced(spec, rows, part) for spec in plan.buckets),
+        "gradients_to_owners": exchange.there[fullest],
+        "parameters_from_owners": exchange.back[fullest],
         "parameters": sum(_published(spec, rows, part) for spec in plan.buckets)
         + part.of(micro_batches * gathered.brought),
     }
     traffic = _copied(rows, passes, micro_batches * gathered.times)
-    return Forecast(settings, plan, found, sent, *traffic)
-
-
-def _groups(
-    settings: Config, model: nn.Module, *, trained_only: bool
-) -> Sequence[Mapping[str, Any]]:
-    """The groups of the configuration's optimizer, or one of what requires grad."""
-    chosen = settings.optimizer
-    every = chosen is not None and not trained_only
-    params = [p for p in model.parameters() if every or p.requires_grad]
-    if chosen is None:
-        return [{"params": params}]
-    try:
-        return optim.build(chosen.type, params, chosen.params, model).param_groups
-    except ConfigError:  # most have one group anyway, and some will not have it without memory
-        return [{"params": params}]
+    found = [*alike, *own.pieces(fullest, rows), gathered.room]
+    return Forecast(settings, plan, found, sent, *traffic, Owners.of(plan), by_rank)
 
 
 @dataclass(frozen=True)
@@ -152,79 +123,6 @@ class _Part:
     def of(self, nbytes: float) -> int:
         """(N-1)/N."""
         return int(nbytes * (self.world - 1) / self.world)
-
-
-Row = tuple[Shape, Places]
-
-
-@dataclass(frozen=True)
-class _Buckets:
-    """The plan's buckets in elements, on the rank that has most."""
-
-    settings: Config
-    precision: Precision
-    job: Job
-    members: Sequence[PlannedParameter]
-    plan: _core.Plan
-    groups: Sequence[Mapping[str, Any]]
-    """The optimizer's."""
-    adds_up: bool
-    """Micro-batches wait for others."""
-
-    def rows(self) -> list[Row]:
-        """By the bucket's number."""
-        active = [self._active(spec) for spec in self.plan.buckets]
-        totals = [sum(ranks) for ranks in zip(*active, strict=True)]
-        fullest = totals.index(max(totals)) if totals else 0
-        state, shards = self.settings.offloads
-        away = self.job.on_accelerator
-        homes = Homes.chosen(self.plan.buckets, state.ratio) if away and state.on_host else ()
-        return [
-            (
-                self._shape(spec, ranks[fullest]),
-                Places(
-                    spec.id in homes,
-                    away and shards.on_host and spec.sharded,
-                    state.pin_memory,
-                    shards.pin_memory,
-                ),
-            )
-            for spec, ranks in zip(self.plan.buckets, active, strict=True)
-        ]
-
-    def _shape(self, spec: _core.Bucket, active: int) -> Shape:
-        dtypes = Dtypes.of(self.members[spec.params[0]].tensor.dtype, self.precision)
-        # Muon has the matrices among its groups, and another optimizer the rest
-        matrices = spec.group is None or self.groups[spec.group].get("use_muon", True)
-        return Shape(
-            dtypes,
-            spec.numel,
-            self._owned(spec),
-            spec.shard_numel,
-            trained=spec.group is not None,
-            sharded=spec.sharded,
-            sums_locally=self.adds_up,
-            state_bytes=state_bytes(self.settings, dtypes.state, active, matrices=matrices),
-        )
-
-    def _owned(self, spec: _core.Bucket) -> int:
-        return spec.shard_numel if self.plan.shards_optimizer else spec.numel
-
-    def _active(self, spec: _core.Bucket) -> list[int]:
-        """Elements that an optimizer steps, by rank; those behind a parameter are its own."""
-        owned, world = self._owned(spec), self.plan.world
-        starts = [rank * spec.shard_numel * self.plan.shards_optimizer for rank in range(world)]
-        trains = [self.members[param].tensor.requires_grad for param in spec.params]
-        if spec.group is None or not any(trains):
-            return [0] * world
-        if all(trains):
-            return [owned] * world
-        ends = [*spec.offsets[1:], spec.numel]
-        spans = [(lo, hi) for lo, hi, on in zip(spec.offsets, ends, trains, strict=True) if on]
-        return [
-            sum(max(0, min(hi, start + owned) - max(lo, start)) for lo, hi in spans)
-            for start in starts
-        ]
 
 
 @dataclass(frozen=True)

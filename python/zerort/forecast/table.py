@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerort.forecast.figures import Forecast
+from zerort.forecast.owners import Owners, unevenness
 from zerort.memory import Kind
 
 __all__ = ["show", "size"]
@@ -39,15 +40,21 @@ def show(title: str, forecasts: Sequence[Forecast], chosen: int, console: Consol
     for heading, on_host in places:
         if any(one.taken(on_host=on_host) for one in forecasts):
             _memory(table, heading, forecasts, on_host)
+    if any(len(set(one.by_rank)) > 1 for one in forecasts):
+        uneven = (f"{unevenness(one.by_rank):.2f}" for one in forecasts)
+        table.add_row("  of the fullest rank, over the mean", *uneven)
     if any(one.locked for one in forecasts):
         _row(table, "  page-locked, as torch rounds it", forecasts, lambda one: one.locked)
+    sent = list(dict.fromkeys(kind for one in forecasts for kind in one.sent))
     rows: list[tuple[str, Callable[[Forecast], int]]] = [
-        ("  gradients", lambda one: one.sent["gradients"]),
-        ("  parameters", lambda one: one.sent["parameters"]),
+        (f"  {kind.replace('_', ' ')}", lambda one, kind=kind: one.sent[kind])  # type: ignore[misc]
+        for kind in sent
+    ]
+    rows += [
         ("  to the host", lambda one: one.to_host),
         ("  to the device", lambda one: one.to_device),
     ]
-    for heading, part in (("sent in a step", rows[:2]), ("copied in a step", rows[2:])):
+    for heading, part in (("sent in a step", rows[:-2]), ("copied in a step", rows[-2:])):
         if any(count(one) for _, count in part for one in forecasts):
             table.add_section()
             table.add_row(heading)
@@ -66,6 +73,24 @@ def _plan(table: Table, forecasts: Sequence[Forecast]) -> None:
         table.add_row(
             "units", *(f"{len(one.plan.units):,}" * bool(one.plan.units) for one in forecasts)
         )
+    if any(one.owners for one in forecasts):
+        _owners(table, [one.owners for one in forecasts])
+
+
+def _owners(table: Table, owners: Sequence[Owners | None]) -> None:
+    """Nothing where every rank updates all."""
+    table.add_section()
+    table.add_row("whole parameters, each updated by its owner")
+    rows: list[tuple[str, Callable[[Owners], str]]] = [
+        ("  buckets of whole shards", lambda one: f"{one.owned:,}"),
+        ("  buckets that are exchanged", lambda one: f"{one.exchanged:,}"),
+        ("  padding", lambda one: f"{one.padding:.1%}"),
+        ("  ranks that own some", lambda one: f"{one.ranks:,} of {len(one.elements):,}"),
+        ("  elements, most over mean", lambda one: f"{unevenness(one.elements):.2f}"),
+        ("  work, most over mean", lambda one: f"{unevenness(one.costs):.2f}"),
+    ]
+    for name, tell in rows:
+        table.add_row(name, *("" if one is None else tell(one) for one in owners))
 
 
 def _item(dtype: str) -> int:

@@ -23,7 +23,7 @@ from zerort.optim.initial import has_stepped
 from zerort.optim.lion import Lion
 from zerort.optim.muon import muon
 from zerort.optim.nothing import ALL_FROZEN, NONE_GIVEN, NoOptimizer
-from zerort.optim.probe import Abilities, examine
+from zerort.optim.probe import Abilities, examine, is_known
 from zerort.optim.shard import ShardOptimizer
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "build",
     "examine",
     "has_stepped",
+    "is_known",
     "members_of",
     "name_of",
 ]

@@ -19,7 +19,7 @@ activations, `.grad` until it leaves, and buckets in flight; `zerort config --nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ __all__ = [
     "estimate_zero3_model_states_mem_needs_all_live",
     "rank_bytes",
     "state_bytes",
+    "whole_state_bytes",
 ]
 
 SECTIONS = ("zero_optimization", "fp16", "bf16", "amp", "data_types", "optimizer", "zerort")
@@ -69,6 +70,8 @@ _HOMES: dict[str, dict[str, Any]] = {
 }
 _PROBED = 64
 """Rows and columns of the matrix by which an optimizer's state is counted."""
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)
+"""Sides of a parameter by which the state of a whole one is counted."""
 
 
 class Counted(NamedTuple):
@@ -101,10 +104,38 @@ def state_bytes(settings: Config, dtype: torch.dtype, numel: int, *, matrices: b
 
     Raises `ConfigError` for an optimizer that cannot be tried.
     """
-    chosen = settings.optimizer
-    kind, options = ("AdamW", {}) if chosen is None else (chosen.type, chosen.params)
     shape = (_PROBED, _PROBED) if matrices else (_PROBED**2,)
-    return numel * _probed(kind, _Options(options), dtype, shape) // _PROBED**2
+    held = _probed(*_named(settings), dtype, shape)
+    return numel * sum(item * kept for item, kept in held) // _PROBED**2
+
+
+def whole_state_bytes(settings: Config, dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """What the configuration's optimizer keeps of a parameter that it updates whole in `dtype`:
+    that may be of shapes of its own, such as a number for each row.
+
+    Each size of it is taken for a product of sides. Raises `ConfigError` for an optimizer that
+    cannot be tried.
+    """
+    sides = _PRIMES[: len(shape)]
+    held = _probed(*_named(settings), dtype, sides)
+    return sum(item * _scaled(kept, sides, shape) for item, kept in held)
+
+
+def _scaled(numel: int, sides: Sequence[int], shape: Sequence[int]) -> int:
+    """`numel` with each of the prime `sides` that it is a product of changed for its side of
+    `shape`.
+    """
+    for prime, side in zip(sides, shape, strict=True):
+        while numel and numel % prime == 0:
+            numel = numel // prime * side
+    return numel
+
+
+def _named(settings: Config) -> tuple[str, _Options]:
+    chosen = settings.optimizer
+    if chosen is None:
+        return "AdamW", _Options()
+    return chosen.type, _Options(chosen.params)
 
 
 class _Options(dict[str, Any]):
@@ -115,8 +146,10 @@ class _Options(dict[str, Any]):
 
 
 @cache
-def _probed(kind: str, options: _Options, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of state after one step over a parameter."""
+def _probed(
+    kind: str, options: _Options, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Sequence[tuple[int, int]]:
+    """Of each tensor of state after one step over a parameter, bytes of an element and elements."""
     parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     asked = {key: value for key, value in options.items() if key != "capturable"}
@@ -129,7 +162,8 @@ def _probed(kind: str, options: _Options, dtype: torch.dtype, shape: tuple[int, 
             f"raised {type(error).__name__}: {error}"
         ) from error
     held = optimizer.state[parameter].values()
-    return sum(v.nbytes for v in held if isinstance(v, torch.Tensor) and v.numel() > 1)
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
+    return [(each.itemsize, each.numel()) for each in tensors if each.numel() > 1]
 
 
 def _dtypes(settings: Config) -> Dtypes:
