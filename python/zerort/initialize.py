@@ -46,12 +46,12 @@ from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
 from zerort.start.place import gather_loose, meet_heirs, move
-from zerort.start.planning import plan_of
+from zerort.start.planning import Planner, plan_of
 from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
 from zerort.step.precision import Precision
-from zerort.step.readings import Components
+from zerort.step.readings import Components, Relocation
 from zerort.trace import TraceSink, open_sink
 from zerort.trace.breakdown import BreakdownSink, RangeTimes
 from zerort.trace.communication import CommunicationWatch
@@ -151,7 +151,7 @@ class Setup:
     batch: Batch
     precision: Precision
     chosen: Chosen
-    planned: Sequence[PlannedParameter]
+    planner: Planner
     plan: _core.Plan
     sink: TraceSink
     loader: TrainingLoader | None
@@ -167,17 +167,26 @@ class Setup:
         return timedelta(seconds=self.config.zerort.timeout)
 
     @property
+    def planned(self) -> Sequence[PlannedParameter]:
+        """The parameters in the plan, by id."""
+        return self.planner.members
+
+    @property
     def layout(self) -> Layout:
         """Where the model's memory will lie."""
-        every = self.config.reduces_every_micro_batch(self.plan.reduces_every_micro_batch)
+        return self.layout_of(self.plan)
+
+    def layout_of(self, plan: _core.Plan) -> Layout:
+        """Where it would by a plan of it."""
+        every = self.config.reduces_every_micro_batch(plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
         precision = self.precision
         return Layout(
-            self.plan,
+            plan,
             self.mesh.shard.rank,
             precision.sums,
             local_sums,
-            homes=homes_for(self.config, self.plan, self.mesh.device, self.chosen.optimizer),
+            homes=homes_for(self.config, plan, self.mesh.device, self.chosen.optimizer),
             low_masters=precision.low_masters,
             wide_states=precision.wide_states,
         )
@@ -222,7 +231,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     abilities = chosen.able(shards=settings.zero_optimization.stage > 0)
-    members, plan = plan_of(
+    planner, plan = plan_of(
         settings,
         model,
         chosen.groups,
@@ -242,7 +251,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         batch,
         precision,
         chosen,
-        members,
+        planner,
         plan,
         sink,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
@@ -295,6 +304,7 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         passes,
         setup.times,
         communication,
+        Relocation(setup.planned, setup.planner.plan, setup.layout_of),
     )
     return Engine(setup.model, parts)
 

@@ -78,7 +78,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     updates = Updates.of(settings, model, trained_only=job.trained_only)
     numbered = enumerate(group["params"] for group in updates.groups)
     by_id = {id(parameter): index for index, params in numbered for parameter in params}
-    members, plan = plan_of(
+    planner, plan = plan_of(
         settings,
         model,
         by_id,
@@ -88,6 +88,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
         window=job.window,
         grains_of=updates.grains,
     )
+    members = planner.members
     every = settings.reduces_every_micro_batch(plan.reduces_every_micro_batch)
     passes = micro_batches if every else 1
     buckets = Buckets(settings, precision, job, members, plan, updates, micro_batches > passes)

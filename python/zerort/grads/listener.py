@@ -43,19 +43,32 @@ class Listener:
         self.is_deaf = False
         """Whether what runs now brings no gradients."""
         self._flat = flat
-        self._reducer = reducer
         self._executor = executor
-        self._course = course
-        self._hooks = ParameterHooks(flat.params, reducer, executor, self._dispatch)
         self._arrivals = Arrivals(flat)
         # Where the host runs ahead every hook notes the stream its gradient was made on, and a
         # bucket waits for all of them: a sentinel would know of its own only. And a trace tells
         # when each bucket's first gradient came.
         self._sentinels = executor.device.blocks and not executor.watch.times_gradients
-        if self._sentinels:
-            reducer.post_sentinels()
+        self._shielded = False
+        self._listen(reducer, course)
         self._announce: Callable[[], None] = lambda: None
         self._observed = 0
+
+    def _listen(self, reducer: _core.Reducer, course: Course) -> None:
+        self._reducer, self._course = reducer, course
+        self._hooks = ParameterHooks(self._flat.params, reducer, self._executor, self._dispatch)
+        if self._shielded:
+            self._hooks.shield()
+        if self._sentinels:
+            reducer.post_sentinels()
+
+    @unintercepted
+    def turn_to(self, reducer: _core.Reducer, course: Course) -> None:
+        """Between two passes, the plan is another; `follow` comes next."""
+        self.disarm()
+        self._hooks.remove()
+        self._listen(reducer, course)
+        self.active, self._observed = [], 0
 
     @unintercepted
     def follow(self, active: list[bool]) -> bool:
@@ -161,6 +174,7 @@ class Listener:
     @unintercepted
     def shield(self) -> None:
         """From now on no hook is traced by compiled autograd."""
+        self._shielded = True
         self._hooks.shield()
 
     @unintercepted

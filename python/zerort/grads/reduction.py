@@ -62,7 +62,7 @@ class Reduction:
         self._executor.load(plan)
         self.course = self._course(mesh.shard.rank, room)
         self.listener = Listener(flat, self._reducer, self._executor, self.course)
-        self._learnt = False
+        self._order: list[int] | None = None
         self._late = False
         self._drop_stale()
         self.follow()
@@ -285,18 +285,35 @@ class Reduction:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
         arrive.
         """
-        if self._learnt or not self.course.waits:
+        if self._order is not None or not self.course.waits:
             return False
-        self._learnt = True
         seen = self._reducer.observed if self._comm.rank == 0 else []
         order = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64)
         order[: len(seen)] = torch.tensor(seen, dtype=torch.int64)
         self._comm.control.broadcast(order)
-        self.plan = self.plan.reordered([index for index in order.tolist() if index >= 0])
+        self._order = [index for index in order.tolist() if index >= 0]
+        self.plan = self.plan.reordered(self._order)
         self._reducer.reorder(self.plan)
         self._executor.load(self.plan)
         self.course.load(self.plan)
         return True
+
+    @unintercepted
+    def replan(self, plan: _core.Plan, transports: Mapping[int, Transport]) -> None:
+        """Between two passes, the model has the buckets of another `plan`; its order of launches is
+        the one that was learnt. What sources and encoders have kept is gone: nothing waits.
+
+        Below stage 3 only. As in a first pass, nothing leaves before the end of the next one.
+        """
+        self.plan = plan if self._order is None else plan.reordered(self._order)
+        self._sources = {bucket: transport.source for bucket, transport in transports.items()}
+        self._encoders = [transport.encoder for transport in transports.values()]
+        self._reducer = _core.Reducer(self.plan)
+        self._executor.send_by(transports)
+        self._executor.load(self.plan)
+        self.course = Straight(self.plan, self._reducer, self._executor)
+        self.listener.turn_to(self._reducer, self.course)
+        self.follow()
 
     @unintercepted
     def follow_routes(self, room: int, depth: int) -> None:

@@ -34,14 +34,24 @@ class FlatModel:
     ) -> None:
         self.names = [member.name for member in planned]
         self.params = [member.tensor for member in planned]
+        self.state = 0
+        """How often values have been published."""
+        self.lay_out(planned, layout)
+        self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
+
+    def lay_out(self, planned: Sequence[PlannedParameter], layout: Layout) -> None:
+        """Makes the buckets, also in place of others; `planned` are the same parameters always."""
         self.buckets: list[HeldBucket] = [
             _kind(spec)(layout, spec, [planned[index] for index in spec.params])
             for spec in layout.plan.buckets
         ]
         self.trained = [bucket for bucket in self.buckets if isinstance(bucket, FlatBucket)]
         """Those that an optimizer has."""
-        self.state = 0
-        """How often values have been published."""
+        self._members = {
+            id(parameter): (bucket, position)
+            for bucket in self.trained
+            for position, parameter in enumerate(bucket.params)
+        }
         self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
         held = [bucket for bucket in self.buckets if not isinstance(bucket, FlatBucket)]
         self._held = [parameter for bucket in held for parameter in bucket.params]
@@ -55,12 +65,15 @@ class FlatModel:
         self._homes, self._offsets = self._layout()
         self._bases: list[int] = []
         self._places: list[int] = []
-        self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
 
     @property
     def sharded(self) -> list[HeldBucket]:
         """Buckets whose parameters' values are in shards, and nowhere else."""
         return [bucket for bucket in self.buckets if bucket.is_sharded]
+
+    def place_of(self, parameter: nn.Parameter) -> tuple[FlatBucket, int]:
+        """The bucket of a parameter that an optimizer has, and its position there."""
+        return self._members[id(parameter)]
 
     def _layout(self) -> tuple[list[int], list[int]]:
         """By parameter, its bucket and how many bytes it lies behind that one's first. What has no

@@ -66,6 +66,11 @@ class ShardOptimizer:
         """The optimizer's own."""
         return self.optimizer.param_groups
 
+    def relocate(self, flat: FlatModel) -> None:
+        """The model has other buckets; the optimizer has the state that it began with."""
+        self._buckets = flat.trained
+        self.restart(lambda _: None)
+
     def split(self) -> None:
         """Follows freezing and unfreezing: segments are cut where `requires_grad` changes, and
         never joined again.

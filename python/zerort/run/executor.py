@@ -60,7 +60,8 @@ class Executor:
         self._flat = flat
         self._lock = threading.Lock()
         self._pass = Pass()
-        self._maker = Maker(flat, mesh, transports, self.streams, self._pass)
+        self._mesh = mesh
+        self.send_by(transports)
         self._program = Program()
         self._publication = Publication((), self.waits)
         self._cursor = self._allowed = 0
@@ -75,6 +76,10 @@ class Executor:
         return self.waits.watch
 
     # The plan.
+
+    def send_by(self, transports: Mapping[int, Transport]) -> None:
+        """How buckets leave this rank from the next `load` on; the model may have others."""
+        self._maker = Maker(self._flat, self._mesh, transports, self.streams, self._pass)
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a

@@ -6,6 +6,7 @@ It asks a module for shapes and dtypes alone, so that it is the same on the meta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from zerort.memory import Origin, PlannedParameter, plannable
 from zerort.start.grains import Grains, refuse_cut
 from zerort.start.units import in_units
 
-__all__ = ["plan_of"]
+__all__ = ["Planner", "plan_of"]
 
 _SHARDED_WINDOW = 4
 
@@ -30,7 +31,7 @@ def plan_of(
     world: int,
     window: int | None,
     grains_of: Callable[[Sequence[PlannedParameter]], Grains] = lambda _: (None, None),
-) -> tuple[Sequence[PlannedParameter], _core.Plan]:
+) -> tuple[Planner, _core.Plan]:
     """What is planned of `model`, which has been cast, and the plan for `world` ranks that hold
     shards of it; `groups` and the next two as in `plannable`, `window` what the ranks' communicator
     has in flight, `grains_of` what of the parameters may not be cut.
@@ -51,24 +52,44 @@ def plan_of(
         ),
     )
     grains, costs = grains_of(members)
+    planner = Planner(members, units, grains, costs, world, window)
+    return planner, planner.plan(settings)
 
-    def padded(share: float) -> _core.Plan:
-        return _core.Plan(
-            [member.spec() for member in members],
-            world=world,
-            stage=zero.stage,
-            cap_bytes=settings.cap_bytes,
-            cap_elements=settings.cap_elements,
-            window=_window(settings, window),
-            units=units,
-            grains=grains,
-            costs=costs,
-            whole_padding=share,
-        )
 
-    plan = padded(settings.zerort.whole_padding)
-    refuse_cut(plan, [member.name for member in members], padded)
-    return members, plan
+@dataclass(frozen=True)
+class Planner:
+    """A model, as far as its plans depend on it."""
+
+    members: Sequence[PlannedParameter]
+    units: Sequence[int | None] | None
+    grains: Sequence[_core._Grain] | None
+    costs: Sequence[int] | None
+    world: int
+    window: int | None
+    """What the ranks' communicator has in flight."""
+
+    def plan(self, settings: Config) -> _core.Plan:
+        """Its plan by `settings`. Raises `ConfigError` where whole parameters would have to be
+        cut.
+        """
+
+        def padded(share: float) -> _core.Plan:
+            return _core.Plan(
+                [member.spec() for member in self.members],
+                world=self.world,
+                stage=settings.zero_optimization.stage,
+                cap_bytes=settings.cap_bytes,
+                cap_elements=settings.cap_elements,
+                window=_window(settings, self.window),
+                units=self.units,
+                grains=self.grains,
+                costs=self.costs,
+                whole_padding=share,
+            )
+
+        plan = padded(settings.zerort.whole_padding)
+        refuse_cut(plan, [member.name for member in self.members], padded)
+        return plan
 
 
 def _window(settings: Config, usual: int | None) -> int | None:

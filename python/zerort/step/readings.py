@@ -5,16 +5,18 @@ nothing is kept here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from zerort import _core
 from zerort.config import Batch, Config
 from zerort.errors import StepError
 from zerort.grads.reduction import Reduction
+from zerort.memory import Layout, PlannedParameter
 from zerort.mesh import Mesh
 from zerort.params.passes import Passes, Resident
 from zerort.step.accumulation import Counters
@@ -27,6 +29,18 @@ from zerort.trace.communication import CommunicationWatch
 from zerort.wire import format_of
 
 __all__ = ["Components", "Readings", "momentum"]
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """What it takes to give a model other buckets."""
+
+    members: Sequence[PlannedParameter]
+    """The parameters, by id."""
+    plan_of: Callable[[Config], _core.Plan]
+    """Their plan by a configuration. Raises `ConfigError`."""
+    layout_of: Callable[[_core.Plan], Layout]
+    """Where memory lies by a plan."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Components:
     """Where the sink's ranges are timed."""
     communication: CommunicationWatch | None = None
     """What is told of each collective, where a summary is wanted."""
+    relocation: Relocation | None = None
 
 
 class Readings:

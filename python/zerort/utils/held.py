@@ -135,23 +135,19 @@ class Owner:
         self._flat = parts.boundary.flat
         self._transaction = transaction
         self._consensus = Consensus(parts.mesh.control, StepError)
-        self._places = {
-            id(parameter): (bucket, index)
-            for bucket in self._flat.trained
-            for index, parameter in enumerate(bucket.params)
-        }
-        _owners.update(dict.fromkeys(self._places, self))
+        self._params = [id(p) for bucket in self._flat.trained for p in bucket.params]
+        _owners.update(dict.fromkeys(self._params, self))
 
     def close(self) -> None:
         """Its parameters are no engine's any more."""
-        for key in self._places:
+        for key in self._params:
             if _owners.get(key) is self:
                 del _owners[key]
 
     def of(self, parameter: nn.Parameter) -> Held:
         """What is held of one of its parameters."""
         self._transaction.refuse_away("a function of zerort.utils")
-        bucket, index = self._places[id(parameter)]
+        bucket, index = self._flat.place_of(parameter)
         spec = bucket.spec
         return Held(
             self,
