@@ -2,8 +2,8 @@
 
 PYTHON  ?= python3
 RANKS   ?= 2
-# Processes that run tests. Most tests run two ranks of their own, so that two cores are busy with one.
-WORKERS ?= 1
+# Processes that run tests. One group of ranks runs at a time (tests/py/turns.py), beside what needs none.
+WORKERS ?= 2
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -38,7 +38,7 @@ demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESU
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py \
 	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE)) $(if $(MONITORS),--monitors)
 
-test: lint test-rust  ## lint, the Rust tests, then pytest against the installed wheel; WORKERS=2 runs two files at a time
+test: lint test-rust  ## lint, the Rust tests, then pytest against the installed wheel, two files at a time; WORKERS=1 runs one
 	$(PYTEST)
 
 test-rust: | lint-rust

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from turns import turn
+
 torch.set_num_threads(1)
 settings.register_profile("results", deadline=None)
 settings.load_profile("results")
@@ -32,3 +34,10 @@ def shared_ranks() -> Iterator[None]:
     import ranks  # which reads the environment
 
     ranks.end_shared()
+
+
+@pytest.fixture
+def own_ranks() -> Iterator[None]:
+    """For a test that starts two ranks by other ways than ranks.py: it has their turn."""
+    with turn():
+        yield

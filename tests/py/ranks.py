@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 
 from leftovers import Watch
+from turns import turn
 
 TIMEOUT = 60.0
 CALLS = 40  # of one crew: engines that are kept have threads, groups and descriptors
@@ -219,9 +220,10 @@ class _Crew:
     ) -> list[Outcome]:
         """What became of the function on each rank."""
         self.calls += 1
-        for member in self._members:
-            member.send(fn, args)
-        _collect(self._members, timeout, grace)
+        with turn():
+            for member in self._members:
+                member.send(fn, args)
+            _collect(self._members, timeout, grace)
         return [member.outcome or Died(member.process.exitcode) for member in self._members]
 
     def end(self) -> None:

@@ -23,6 +23,8 @@ from ranks import FORKS
 from small_example import EXAMPLE
 from zerort.trace import open_sink
 
+pytestmark = pytest.mark.usefixtures("own_ranks")
+
 STEPS = 20
 TOLD = STEPS // 10
 

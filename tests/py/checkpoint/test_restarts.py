@@ -21,7 +21,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[3] / "examples" / "train_text.py"
 SMALL = Path(__file__).parents[1] / "small_example.py"
 STEPS, SAVED = 20, 2
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("own_ranks")]
 
 TORCHRUN = """
 import os, sys, time

@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 EXAMPLE = EXAMPLES / "deepspeed_loop.py"
 IMPORT = "import zerort as deepspeed\n"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("own_ranks")]
 
 
 def options(save_dir: Path, steps: int) -> list[str]:

@@ -12,6 +12,8 @@ import pytest
 
 import doors
 
+pytestmark = pytest.mark.usefixtures("own_ranks")
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 

@@ -14,7 +14,12 @@ import pytest
 import doors
 import zerort_as_deepspeed
 
-pytestmark = [pytest.mark.slow, doors.needs("accelerate"), pytest.mark.timeout(200)]
+pytestmark = [
+    pytest.mark.slow,
+    doors.needs("accelerate"),
+    pytest.mark.timeout(200),
+    pytest.mark.usefixtures("own_ranks"),
+]
 
 PYTHON = Path(zerort_as_deepspeed.__file__).parents[1]  # sources, or where the wheel is
 PROGRAM = """

@@ -15,6 +15,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "lightning_fit.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 pytestmark = [
+    pytest.mark.usefixtures("own_ranks"),
     pytest.mark.timeout(300),
     pytest.mark.skipif(
         find_spec("pytorch_lightning") is None, reason="pytorch-lightning is not installed"

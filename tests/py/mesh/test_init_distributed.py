@@ -40,6 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("own_ranks")
 def test_ranks_meet_at_a_url_and_at_a_port_that_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from turns import turn
+
 pytestmark = pytest.mark.timeout(150)
 SCRIPT = Path(__file__).parents[1] / "exits.py"
 CASES = ("raises", "own hook", "exits", "finishes", "killed", "is a worker", "store hangs")
@@ -31,7 +33,7 @@ class Scene:
 
 @cache
 def scenes() -> dict[str, Scene]:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, turn():
         run = subprocess.run(
             [sys.executable, "-W", "ignore", str(SCRIPT), folder, *CASES],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("own_ranks")
+
 EXAMPLE = Path(__file__).parents[3] / "examples" / "train_large.py"
 
 
