@@ -384,6 +384,7 @@ def _state(engine: Engine) -> EngineState:
         parts.mesh.job,
         boundary.flat,
         parts.reduction,
+        boundary.exchange,
         boundary.optimizer,
         boundary.loss_scale,
         engine._transaction.part.progress,

@@ -30,6 +30,7 @@ from zerort.mesh import Mesh
 from zerort.optim import Abilities, schedules
 from zerort.params.hall import HALL, Place
 from zerort.params.leaves import mark_configured
+from zerort.run.exchange import Exchange
 from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
 from zerort.start.compare import (
@@ -40,7 +41,7 @@ from zerort.start.compare import (
 )
 from zerort.start.connect import connected, started
 from zerort.start.facts import facts_of, name_of_run
-from zerort.start.grains import grains_of
+from zerort.start.grains import grains_of, log_ways
 from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
@@ -118,6 +119,7 @@ def initialize(
         flat = _move(setup, undo)
         standing = _standing(setup, flat)
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, standing, undo))
+        engine._parts.boundary.exchange.follow()
         run = name_of_run(mesh.control)
         if setup.sink.enabled:
             setup.sink.about(facts_of(run, settings, setup.batch, mesh, setup.plan, flat.names))
@@ -289,7 +291,8 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
     passes = passes_over(setup.model, flat, reduction, mesh, room, standing)
     undo.callback(passes.detach)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
-    boundary = Boundary(mesh, flat, reduction, update, precision.loss_scale, policy, sink)
+    exchange = Exchange(setup.plan, flat, mesh.shard, reduction.executor.waits, sink)
+    boundary = Boundary(mesh, flat, reduction, exchange, update, precision.loss_scale, policy, sink)
     parts = Components(
         config,
         mesh,
@@ -304,7 +307,7 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         passes,
         setup.times,
         communication,
-        Relocation(setup.planned, setup.planner.plan, setup.layout_of),
+        Relocation(setup.planned, setup.planner.other_plan, setup.layout_of),
     )
     return Engine(setup.model, parts)
 
@@ -383,6 +386,7 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     else:
         _log_training(settings, engine, [name for name, p in left if p.requires_grad])
         log_members(setup.chosen.optimizer, flat)
+        log_ways(setup.plan, flat)
     zero = settings.zero_optimization
     large = [(name, p) for name, p in left if p.numel() > zero.stage3_param_persistence_threshold]
     if large and zero.shards_parameters:

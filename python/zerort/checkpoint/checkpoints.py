@@ -83,6 +83,7 @@ class Checkpoints:
             kept = KeepOptions(exclude_frozen, options.allow_pickle)
             return collect(self.state, client_state, kept)
 
+        self.state.take_writes()
         snapshot = self._agreement.agree(what, snap)
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
         saving = Save(comm, self.disk, folder, name, options)
@@ -127,6 +128,7 @@ class Checkpoints:
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
         folder = self._agreement.agree("cannot load", lambda: folder_of(load_dir, "load_dir"))
+        self.state.take_writes()  # what the checkpoint lacks keeps its value
         loading = Load(self.state, self.disk, folder, options, custom, self._policy.timeout)
         loaded = loading.run(tag, fallback=fallback)
         self.bytes_read = loading.bytes_read

@@ -189,6 +189,7 @@ class Load:
             if self.custom is not None:
                 for bucket in self.state.flat.buckets:
                     bucket.take_writes()
+                self.state.exchange.take_writes()
             self._agreement.agree(what, lambda: finish_objects(self.state, staged))
         except BaseException as error:
             self.state.broke_off(

@@ -271,7 +271,7 @@ def _check_scheduler(manifest: Manifest, state: EngineState) -> None:
 
 def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> list[int | None]:
     sources: list[set[int]] = [set() for _ in state.optimizer.groups]
-    for bucket in state.flat.trained:
+    for bucket in state.flat.stepped:
         found = (
             manifest.params[origins[param]].group
             for param in bucket.spec.params
@@ -294,7 +294,7 @@ def _groups(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> l
 def _check_kinds(manifest: Manifest, state: EngineState, origins: Sequence[int]) -> None:
     """Of several optimizers, the same one has each parameter."""
     kinds = () if manifest.optimizer is None else manifest.optimizer.kinds
-    for bucket in state.flat.trained if kinds else ():
+    for bucket in state.flat.stepped if kinds else ():
         for param, name in zip(bucket.spec.params, bucket.names, strict=True):
             group = manifest.params[origins[param]].group if origins[param] >= 0 else None
             own = state.optimizer.kinds[bucket.group]

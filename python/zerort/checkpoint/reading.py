@@ -28,6 +28,7 @@ from zerort.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, rank_fil
 from zerort.checkpoint.state import strides_of
 from zerort.checkpoint.tensors import DTYPES, as_bytes
 from zerort.errors import CheckpointError
+from zerort.memory import Placed
 
 __all__ = ["Reader", "Shard"]
 
@@ -197,7 +198,7 @@ class Shard:
     def want(
         self,
         reader: Reader,
-        bucket: _core.Bucket,
+        bucket: Placed,
         kind: str,
         into: Tensor,
         holders: Set[int] | None = None,
@@ -226,9 +227,7 @@ class Shard:
             if origin >= 0:
                 self._want_turned(reader, kind, fragment, origin, into)
 
-    def want_whole(
-        self, reader: Reader, bucket: _core.Bucket, strides: Strides, into: Tensor
-    ) -> None:
+    def want_whole(self, reader: Reader, bucket: Placed, strides: Strides, into: Tensor) -> None:
         """Asks for what fills this rank's shard of `bucket` out of tensors that were saved whole.
 
         `strides` says how a parameter's elements lie in the bucket.
@@ -243,9 +242,7 @@ class Shard:
             saved = reader.whole(entry.file, entry.name)
             reader.then(partial(_take_turned, part, saved, lies, fragment.param_start))
 
-    def _fragments(
-        self, bucket: _core.Bucket, params: Mapping[int, object]
-    ) -> Iterator[_core.Fragment]:
+    def _fragments(self, bucket: Placed, params: Mapping[int, object]) -> Iterator[_core.Fragment]:
         """This rank's fragments of those parameters."""
         if params:
             for fragment in self.plan.fragments(bucket.id, self.rank):

@@ -18,7 +18,7 @@ from zerort.checkpoint.manifest import ParamState
 from zerort.checkpoint.match import LoadOptions, Match
 from zerort.checkpoint.staging import Staged
 from zerort.checkpoint.state import EngineState, by_bucket, loose, own_shard
-from zerort.memory import HeldBucket
+from zerort.memory import Kept
 from zerort.optim.segments import Segment, regions
 
 __all__ = ["apply"]
@@ -36,10 +36,11 @@ def apply(state: EngineState, match: Match, staged: Staged, options: LoadOptions
 
 
 def _apply_masters(state: EngineState, staged: Staged) -> None:
-    for bucket in state.flat.buckets:
+    for bucket in state.flat.kept:
         bucket.ready()
         bucket.master.copy_(_owned(state, bucket, staged.masters[bucket.spec.id]))
         bucket.write_back()
+    state.exchange.values()
 
 
 def _apply_loose(state: EngineState, staged: Staged) -> None:
@@ -64,7 +65,7 @@ def _write(data: Tensor, values: Tensor) -> None:
     data.copy_(values)
 
 
-def _owned(state: EngineState, bucket: HeldBucket, shard: Tensor) -> Tensor:
+def _owned(state: EngineState, bucket: Kept, shard: Tensor) -> Tensor:
     """The bucket's owned part (owned numel,) on the engine's device, from every rank's shard."""
     device, numel = bucket.master.device, bucket.master.numel()
     if numel == shard.numel():
@@ -79,7 +80,7 @@ def _apply_optimizer(state: EngineState, match: Match, staged: Staged) -> None:
     labels = [None if kept is None else kept.model_dump_json() for kept in match.states]
     state.optimizer.restart(lambda param: labels[param])
     segments = by_bucket(state.optimizer)
-    for bucket in state.flat.trained:
+    for bucket in state.flat.stepped:
         found = staged.states[bucket.spec.id]
         owned = {key: _owned(state, bucket, shard) for key, shard in found.items()}
         tiles = list(regions(bucket))

@@ -34,7 +34,7 @@ from zerort.checkpoint.state import (
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.device.random import random_states
 from zerort.errors import CheckpointError
-from zerort.memory import HeldBucket
+from zerort.memory import Kept
 from zerort.optim.segments import Region, Segment, regions
 
 __all__ = ["KeepOptions", "Snapshot", "collect", "merged_states"]
@@ -66,14 +66,13 @@ class KeepOptions:
 
 
 def collect(state: EngineState, client_state: dict[str, Any], options: KeepOptions) -> Snapshot:
-    """This rank's snapshot. Raises `CheckpointError` for a value that a checkpoint cannot hold,
-    with its path.
+    """This rank's snapshot, behind `EngineState.take_writes`. Raises `CheckpointError` for a value
+    that a checkpoint cannot hold, with its path.
     """
     snapshot, beside = Snapshot(), dict[str, Tensor]()
     exclude_frozen = options.exclude_frozen
-    state.flat.take_writes()
     segments = by_bucket(state.optimizer)
-    for bucket in state.flat.buckets:
+    for bucket in state.flat.kept:
         of_bucket = segments.get(id(bucket), [])
         _collect_bucket(state, bucket, of_bucket, snapshot, exclude_frozen=exclude_frozen)
     snapshot.own.update(_own(state, beside))
@@ -111,7 +110,7 @@ def merged_states(
 
 def _collect_bucket(
     state: EngineState,
-    bucket: HeldBucket,
+    bucket: Kept,
     segments: Iterable[Segment],
     snapshot: Snapshot,
     *,
@@ -271,7 +270,7 @@ def _layout(state: EngineState, *, exclude_frozen: bool) -> dict[str, Any]:
                 "numel": spec.numel,
                 "shard_numel": spec.shard_numel,
             }
-            for spec in state.plan.buckets
+            for spec in state.layout.buckets
         ),
     }
 

@@ -52,7 +52,7 @@ def stage(
 ) -> Staged:
     """Reads and verifies. Raises `CheckpointError` and `OSError`; the engine is as it was."""
     staged, manifest = Staged(), reader.manifest
-    shard = Shard(state.plan, state.comm.rank, match.origins, match.turned, match.from_whole)
+    shard = Shard(state.layout, state.comm.rank, match.origins, match.turned, match.from_whole)
     if options.weights:
         _stage_weights(reader, state, match, shard, staged)
     if options.optimizer:
@@ -76,12 +76,13 @@ def _stage_weights(
     def strides(param: int) -> tuple[int, ...]:
         return strides_of(state.flat.params[param])
 
-    for bucket in state.flat.buckets:
+    for bucket in state.flat.kept:
         spec = bucket.spec
+        own = own_shard(bucket, bucket.master, state.comm.rank)
         if all(match.origins[param] >= 0 for param in spec.params):
-            into = torch.zeros(spec.shard_numel, dtype=bucket.master.dtype)
+            into = torch.zeros(own.shape, dtype=own.dtype)
         else:
-            into = own_shard(bucket, bucket.master, state.comm.rank).detach().cpu().clone()
+            into = own.detach().cpu().clone()
         shard.want(reader, spec, "master", into)
         shard.want_whole(reader, spec, strides, into)
         staged.masters[spec.id] = into
@@ -102,7 +103,8 @@ def _stage_optimizer(
 ) -> None:
     # State of torch's own is of its tensors' dtype. Of another's only what was like the masters.
     follows = is_known(state.optimizer.optimizer)
-    for bucket in state.flat.trained:
+    for bucket in state.flat.stepped:
+        length = own_shard(bucket, bucket.master, state.comm.rank).numel()
         held = {
             param: kept for param in bucket.spec.params if (kept := match.states[param]) is not None
         }
@@ -112,7 +114,7 @@ def _stage_optimizer(
             holders = {param for param, kept in held.items() if key in kept.tensors}
             origin = match.origins[min(holders)]
             dtype = _saved_in(reader.manifest, key, origin, follows=follows)
-            into = torch.zeros(bucket.spec.shard_numel, dtype=dtype or bucket.state_dtype)
+            into = torch.zeros(length, dtype=dtype or bucket.state_dtype)
             shard.want(reader, bucket.spec, f"state.{key}", into, holders)
             found[key] = into
         for param, kept in held.items():

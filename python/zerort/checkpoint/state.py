@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.memory import FlatModel, HeldBucket
+from zerort.memory import FlatModel, Kept
 from zerort.mesh import Comm
 from zerort.optim import Update
 from zerort.optim.segments import Segment
@@ -38,6 +38,16 @@ __all__ = [
 ]
 
 
+class Exchanged(Protocol):
+    """What is used of what brings parameters to masters on other ranks, and back."""
+
+    def take_writes(self) -> None:
+        """The masters follow what has been written outside a step."""
+
+    def values(self) -> None:
+        """The parameters follow the masters."""
+
+
 class Reduced(Protocol):
     """What is used of what brings gradients into shards, and shards to all ranks."""
 
@@ -55,6 +65,7 @@ class EngineState:
     comm: Comm
     flat: FlatModel
     reduction: Reduced
+    exchange: Exchanged
     optimizer: Update
     loss_scale: LossScale
     progress: Progress
@@ -84,8 +95,18 @@ class EngineState:
 
     @property
     def plan(self) -> _core.Plan:
-        """The layout; its launch order may change with time."""
+        """The layout of gradients and values; its launch order may change with time."""
         return self.reduction.plan
+
+    @property
+    def layout(self) -> _core.Plan:
+        """That of masters and the optimizer's state."""
+        return self.flat.layout
+
+    def take_writes(self) -> None:
+        """The masters follow what has been written outside a step; all ranks call it."""
+        self.flat.take_writes()
+        self.exchange.take_writes()
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
@@ -98,9 +119,12 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
     )
 
 
-def own_shard(bucket: HeldBucket, owned: Tensor, rank: int) -> Tensor:
-    """This rank's shard of a tensor that lies as the bucket's owned part does."""
-    return owned.narrow(0, rank * bucket.spec.shard_numel - bucket.start, bucket.spec.shard_numel)
+def own_shard(bucket: Kept, owned: Tensor, rank: int) -> Tensor:
+    """This rank's shard of a tensor that lies as the bucket's owned part does; a room may be
+    shorter.
+    """
+    start = rank * bucket.spec.shard_numel - bucket.start
+    return owned.narrow(0, start, min(bucket.spec.shard_numel, owned.numel() - start))
 
 
 def by_bucket(optimizer: Update) -> dict[int, list[Segment]]:

@@ -68,7 +68,8 @@ class Runtime(Section):
     """
     whole_padding: Annotated[float, Field(ge=0, le=1000)] = 0.1
     """How much longer a bucket may become, as a share of its length, so that no border between
-    shards cuts a parameter which the optimizer has to see whole.
+    shards cuts a parameter which the optimizer has to see whole; where it is not enough, the
+    parts are exchanged at the boundary.
     """
     load_from: str | None = None
     """Stage 3: a safetensors file, its index or their folder, for parameters on the meta device."""

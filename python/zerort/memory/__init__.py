@@ -8,6 +8,7 @@ from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
+from zerort.memory.rooms import Kept, Placed, Room, Stepped, exchanged
 from zerort.memory.sizes import Asked, Dtypes, Kind, Piece, Places, Shape, pieces, shared_pieces
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
 from zerort.memory.values import Freeable, Resident
@@ -24,18 +25,23 @@ __all__ = [
     "HeldBucket",
     "Homes",
     "HostRoom",
+    "Kept",
     "Kind",
     "Layout",
     "Memory",
     "Origin",
     "Piece",
+    "Placed",
     "Places",
     "PlannedParameter",
     "Present",
     "Resident",
+    "Room",
     "Shape",
     "Signature",
+    "Stepped",
     "digest",
+    "exchanged",
     "pieces",
     "plannable",
     "shared_pieces",

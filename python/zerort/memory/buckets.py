@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.device import LINE, Mark, device_for
+from zerort.memory.away import AwayMaster
 from zerort.memory.fingerprint import first_of, line_prints
 from zerort.memory.flat import Memory
 from zerort.memory.homes import Homes
@@ -259,6 +260,11 @@ class HeldBucket:
             self.owned.move(carry)
         self.master = self.owned.tensor
 
+    @property
+    def length(self) -> int:
+        """Of what this rank keeps, in elements."""
+        return self.owned.tensor.numel()
+
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces what this rank keeps, (n,) from `start` of the owned part on."""
         self.ready()
@@ -280,7 +286,8 @@ class FlatBucket(HeldBucket):
 
     `group` is the optimizer's. `owned` is what this rank keeps the optimizer's state of, and
     `master` the optimizer's copy of it in fp32, the same memory where the parameters are fp32
-    themselves and in the same place, or are to do without. `state_dtype` is what the optimizer
+    themselves and in the same place, or are to do without; where parameters are exchanged it has no
+    elements, and `away` stands for what a room has. `state_dtype` is what the optimizer
     computes and keeps its state in, which may be wider than the masters. `sums` holds the reduced
     gradient of `owned`. `local` is this rank's own gradient of the whole bucket, summed over
     micro-batches, where that is the rule and takes a wider dtype than the parameters' (`widens`).
@@ -289,6 +296,8 @@ class FlatBucket(HeldBucket):
     """
 
     __slots__ = ("_masters", "group", "local", "squares", "state_dtype", "sums", "widens")
+
+    is_published = True
 
     def __init__(
         self, layout: Layout, spec: _core.Bucket, members: Sequence[PlannedParameter]
@@ -307,6 +316,8 @@ class FlatBucket(HeldBucket):
         self.squares: float | Tensor = 0.0
 
     def _master_in(self, precise: torch.dtype, homes: Homes, device: torch.device) -> Master:
+        if self.spec.way == "exchanged":
+            return AwayMaster(self.owned, precise, watches=not self.spec.sharded)
         room = homes.room_of(self.spec)
         if room is not None and self._host is None:
             return HostMaster(self.owned, precise, room)
@@ -333,6 +344,22 @@ class FlatBucket(HeldBucket):
     def accum(self) -> Memory:
         """The reduced gradient of `owned`."""
         return self.sums.whole
+
+    @property
+    def gradient(self) -> Tensor:
+        """Its elements (length,)."""
+        return self.accum.tensor
+
+    @property
+    def away(self) -> AwayMaster | None:
+        """What stands for the masters, where the owners of exchanged parameters have them."""
+        return self._masters if isinstance(self._masters, AwayMaster) else None
+
+    def arrive(self, start: int, values: Tensor) -> None:
+        """Some of this rank's part, (n,) from `start` on, has come from the owners."""
+        super().assign(start, values)
+        if self.away is not None:
+            self.away.arrived(start, values)
 
     @property
     def reduced_shard(self) -> Memory:
@@ -402,6 +429,8 @@ class FlatBucket(HeldBucket):
         """Whether `take_writes` finds what nobody has told of; where shards and masters are in two
         places, it is called by who writes.
         """
+        if isinstance(self._masters, AwayMaster):
+            return False
         return not (self.spec.sharded and isinstance(self._masters, HostMaster | DeviceMaster))
 
     def take_writes(self) -> None:

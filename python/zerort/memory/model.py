@@ -18,6 +18,7 @@ from zerort.errors import StepError
 from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.registry import LEAVING, Registry
+from zerort.memory.rooms import Kept, Room, Stepped, kept_layout, rooms_of
 from zerort.memory.unintercepted import unintercepted
 
 __all__ = ["FlatModel"]
@@ -52,6 +53,10 @@ class FlatModel:
             for bucket in self.trained
             for position, parameter in enumerate(bucket.params)
         }
+        self.rooms: dict[int, Room] = rooms_of(layout, self.trained)
+        """Of exchanged buckets, by their number."""
+        self.layout = kept_layout(layout.plan, planned, self.rooms)
+        """Where masters and the optimizer's state lie: a room in the place of its bucket."""
         self._updated = [parameter for bucket in self.trained for parameter in bucket.params]
         held = [bucket for bucket in self.buckets if not isinstance(bucket, FlatBucket)]
         self._held = [parameter for bucket in held for parameter in bucket.params]
@@ -74,6 +79,16 @@ class FlatModel:
     def place_of(self, parameter: nn.Parameter) -> tuple[FlatBucket, int]:
         """The bucket of a parameter that an optimizer has, and its position there."""
         return self._members[id(parameter)]
+
+    @property
+    def stepped(self) -> list[Stepped]:
+        """What the optimizer steps over."""
+        return [self.rooms.get(bucket.spec.id, bucket) for bucket in self.trained]
+
+    @property
+    def kept(self) -> list[Kept]:
+        """What a checkpoint holds, by number, as `layout` has it."""
+        return [self.rooms.get(bucket.spec.id, bucket) for bucket in self.buckets]
 
     def _layout(self) -> tuple[list[int], list[int]]:
         """By parameter, its bucket and how many bytes it lies behind that one's first. What has no

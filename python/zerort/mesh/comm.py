@@ -167,6 +167,14 @@ class Comm(Protocol):
         is started. Asynchronous.
         """
 
+    def all_to_all(
+        self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]
+    ) -> Work:
+        """What sends each rank its run of `send`, so many elements as `leaving` has for it, and
+        fills `recv` with what each has for this one, of lengths `arriving`; both by rank. All ranks
+        make it, also with nothing to send. Asynchronous.
+        """
+
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Copies `buffer`, on `device`, from rank `source` to all, in place."""
 

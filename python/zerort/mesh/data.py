@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
+from zerort.mesh.comm import Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.groups import Groups
 
@@ -34,6 +37,15 @@ class GroupComm:
         self._groups = Groups(control.groups.members, control.groups.peers)
         for name in dict.fromkeys((self.gradients, self.parameters)):
             self._groups.open(name, backend, timeout)
+
+    def all_to_all(
+        self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]
+    ) -> Work:
+        """Among the gradients' collectives."""
+        group = self._groups[self.gradients]
+        splits = list(arriving), list(leaving)
+        call = partial(dist.all_to_all_single, recv, send, *splits, group=group, async_op=True)
+        return self._groups.work("all_to_all", self.gradients, [call])
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Among the parameters' collectives."""

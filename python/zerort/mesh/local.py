@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +64,12 @@ class LocalComm:
 
     def all_gather(self, buffer: Tensor) -> Work:
         """Nothing to move."""
+        return Work()
+
+    def all_to_all(
+        self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]
+    ) -> Work:
+        """Nothing to move: both are empty."""
         return Work()
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from zerort.memory import FlatBucket
+from zerort.memory import Stepped
 from zerort.optim.segments import Segment
 
 __all__ = ["ALL_FROZEN", "NONE_GIVEN", "NoOptimizer"]
@@ -46,9 +46,9 @@ class NoOptimizer:
     def settle_rates(self) -> None:
         """There is no rate."""
 
-    def batches(self) -> Sequence[Sequence[FlatBucket]]:
+    def batches(self) -> Sequence[Sequence[Stepped]]:
         """No bucket is trained."""
         return ()
 
-    def step(self, factor: float, batch: Sequence[FlatBucket]) -> None:
+    def step(self, factor: float, batch: Sequence[Stepped]) -> None:
         """There is nothing to update."""

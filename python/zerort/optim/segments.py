@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from zerort.memory import FlatBucket, Form, HeldBucket, unintercepted
+from zerort.memory import Form, Kept, Stepped, unintercepted
 
 __all__ = ["Region", "Run", "Segment", "flat_segments", "regions", "runs", "shaped_segments"]
 
@@ -32,7 +32,7 @@ class Region:
     parameter: nn.Parameter
 
 
-def regions(bucket: HeldBucket) -> Iterator[Region]:
+def regions(bucket: Kept) -> Iterator[Region]:
     """What tiles the bucket's owned part. Empty parameters have no region. Where parameters may not
     be cut, those that lie in it, without padding: there may be none.
     """
@@ -70,7 +70,7 @@ class Run:
 
 
 @unintercepted
-def runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> list[Run]:
+def runs(bucket: Stepped, label: Callable[[int], Hashable]) -> list[Run]:
     """Regions joined as long as neither `requires_grad` nor the parameter's `label` changes."""
 
     def key(region: Region) -> tuple[bool, Hashable]:
@@ -87,7 +87,7 @@ def runs(bucket: FlatBucket, label: Callable[[int], Hashable]) -> list[Run]:
 class Segment:
     """A part of a bucket's owned part that the optimizer sees as one parameter."""
 
-    bucket: FlatBucket
+    bucket: Stepped
     param: int
     """Id of the parameter that it begins with."""
     start: int
@@ -135,7 +135,7 @@ class Segment:
 
     def load_gradient(self) -> None:
         """Shows the optimizer the reduced gradient, or none where the segment is frozen."""
-        gradient = self.of(self.bucket.accum.tensor) if self.active else None
+        gradient = self.of(self.bucket.gradient) if self.active else None
         # torch wants gradients in their parameter's dtype; sums in less than that are widened here.
         self.tensor.grad = None if gradient is None else gradient.to(self.tensor.dtype)
 
@@ -150,14 +150,14 @@ class Segment:
         return parts
 
 
-def flat_segments(bucket: FlatBucket) -> list[Segment]:
+def flat_segments(bucket: Stepped) -> list[Segment]:
     """The owned part in one piece, if it has an element."""
     first = next(regions(bucket), None)
     return [] if first is None else [Segment(bucket, first.param, 0, bucket.master.numel())]
 
 
 def shaped_segments(
-    bucket: FlatBucket, form_of: Callable[[str, Form], Form] = lambda _, form: form
+    bucket: Stepped, form_of: Callable[[str, Form], Form] = lambda _, form: form
 ) -> list[Segment]:
     """One for each parameter that lies in the owned part, which cuts none, in its form or what
     `form_of` makes of its name and that.

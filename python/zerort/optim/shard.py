@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from zerort.errors import StepError
-from zerort.memory import FlatBucket, FlatModel, Form
+from zerort.memory import FlatModel, Form, Stepped
 from zerort.optim.chain import Chain, members_of, name_of
 from zerort.optim.initial import InitialState
 from zerort.optim.muon import is_muon, matrix
@@ -43,7 +43,7 @@ class ShardOptimizer:
         self, optimizer: Optimizer, flat: FlatModel, abilities: Sequence[Abilities]
     ) -> None:
         self.optimizer = optimizer
-        self._buckets = flat.trained
+        self._buckets = flat.stepped
         self._parts: list[_Part] = []
         for member, can in zip(members_of(optimizer), abilities, strict=True):
             first = self._parts[-1].groups.stop if self._parts else 0
@@ -68,7 +68,7 @@ class ShardOptimizer:
 
     def relocate(self, flat: FlatModel) -> None:
         """The model has other buckets; the optimizer has the state that it began with."""
-        self._buckets = flat.trained
+        self._buckets = flat.stepped
         self.restart(lambda _: None)
 
     def split(self) -> None:
@@ -107,7 +107,7 @@ class ShardOptimizer:
     def _uncut(self) -> list[Segment]:
         return [segment for bucket in self._buckets for segment in self._part(bucket).cut(bucket)]
 
-    def _part(self, bucket: FlatBucket) -> _Part:
+    def _part(self, bucket: Stepped) -> _Part:
         """Who updates a bucket."""
         return next(part for part in self._parts if bucket.group in part.groups)
 
@@ -130,7 +130,7 @@ class ShardOptimizer:
         if isinstance(self.optimizer, Chain):
             self.optimizer.keep_ratios()
 
-    def batches(self) -> list[list[FlatBucket]]:
+    def batches(self) -> list[list[Stepped]]:
         """Buckets that are updated together, in the order of the plan. One on the host is updated
         alone, so that its parameters are sent while the next is updated, and one that is widened
         for it, so that no more is wide at once: where that is torch's own optimizer, and no hook
@@ -138,7 +138,7 @@ class ShardOptimizer:
         """
         if not any(map(_goes_alone, self._buckets)) or not self._steps_in_parts():
             return [self._buckets]
-        found: list[list[FlatBucket]] = []
+        found: list[list[Stepped]] = []
         for alone, run in groupby(self._buckets, key=_goes_alone):
             together = list(run)
             found += [[bucket] for bucket in together] if alone else [together]
@@ -149,7 +149,7 @@ class ShardOptimizer:
         heard = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
         return is_known(self.optimizer) and not any(heard) and not any(map(_is_watched, stepped))
 
-    def step(self, factor: float, batch: Sequence[FlatBucket]) -> None:
+    def step(self, factor: float, batch: Sequence[Stepped]) -> None:
         """One update of these buckets, with the reduced gradients times `factor`."""
         self.settle_rates()
         chosen = set(map(id, batch))
@@ -223,7 +223,7 @@ class _Part:
             and all(group.get("fused") for group in optimizer.param_groups)
         )
 
-    def cut(self, bucket: FlatBucket) -> list[Segment]:
+    def cut(self, bucket: Stepped) -> list[Segment]:
         """What the optimizer sees of a bucket of its own."""
         if bucket.group in self._whole:
             return shaped_segments(bucket, self._form)
@@ -259,7 +259,7 @@ def _is_watched(optimizer: Optimizer) -> bool:
     return not counted or any(getattr(optimizer, name, None) for name in hooks)
 
 
-def _goes_alone(bucket: FlatBucket) -> bool:
+def _goes_alone(bucket: Stepped) -> bool:
     return bucket.is_on_host or bucket.state_dtype != bucket.master.dtype
 
 

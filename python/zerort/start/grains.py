@@ -1,22 +1,23 @@
 """What of each parameter no border between shards may cut, and what its update costs its owner.
 
-What follows the optimizer is asked of it before the plan is made, and of the plan before memory
-moves.
+What follows the optimizer is asked of it before the plan is made; how whole parameters reach those
+who step them is said once there is one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from zerort import _core
-from zerort.errors import ConfigError
-from zerort.memory import PlannedParameter
+from zerort.memory import DTYPES, FlatModel, PlannedParameter
 from zerort.optim import Abilities, members_of
 from zerort.optim.muon import flops, is_muon
 
-__all__ = ["Grains", "grains_of", "refuse_cut"]
+__all__ = ["Grains", "grains_of", "log_ways"]
+
+_log = logging.getLogger("zerort")
 
 Grains = tuple["list[_core._Grain] | None", "list[int] | None"]
 """Grain and cost of each parameter."""
@@ -51,33 +52,38 @@ def _cost(member: Any, parameter: PlannedParameter) -> int:
     return parameter.tensor.numel()
 
 
-def refuse_cut(
-    plan: _core.Plan, names: Sequence[str], replanned: Callable[[float], _core.Plan]
-) -> None:
-    """Raises `ConfigError` where whole parameters do not fit into equal shards, with what would
-    let them; `replanned` makes the plan for another padding.
-    """
-    if all(bucket.way != "exchanged" for bucket in plan.buckets):
+def log_ways(plan: _core.Plan, flat: FlatModel) -> None:
+    """Says how whole parameters reach their owners, what that takes, and how many ranks own any."""
+    whole = [bucket for bucket in plan.buckets if bucket.way is not None]
+    if not whole:
         return
-    loose = {min(bucket.params): bucket for bucket in replanned(_ANY).buckets}
-    needed = {
-        bucket.id: loose[min(bucket.params)].numel / bucket.numel - 1
-        for bucket in plan.buckets
-        if bucket.way == "exchanged"
-    }
-    worst = max(needed, key=lambda id: needed[id])
-    bucket, most = plan.buckets[worst], math.ceil(100 * needed[worst]) / 100
-    numel, param = max(zip(bucket.numels, bucket.params, strict=True))
-    raise ConfigError(
-        f"the optimizer looks at whole parameters, which {len(needed)} of {len(plan.buckets)} "
-        f"buckets cannot hold uncut in {plan.world} equal shards without growing by more than "
-        f"zerort.whole_padding allows: bucket {worst}, of {len(bucket.params)} parameters and "
-        f"{bucket.numel} elements, the largest {names[param]} of {numel}, would grow by "
-        f"{needed[worst]:.0%}. Give larger buckets, which pack better "
-        f"(zero_optimization.reduce_bucket_size), or zerort.whole_padding: {most:g}, or use "
-        "zero_optimization.stage 0"
+    owned = [bucket for bucket in whole if bucket.way == "owned"]
+    there, back = _exchanged_bytes(plan, flat)
+    _log.info(
+        "whole parameters: %d buckets are owned, their shards hold %d elements uncut in %d; %d are "
+        "exchanged, at a boundary %d bytes of gradients go to their owners and %d bytes of "
+        "parameters come back; %d of %d ranks update them",
+        len(owned),
+        sum(sum(bucket.numels) for bucket in owned),
+        sum(bucket.numel for bucket in owned),
+        len(whole) - len(owned),
+        there,
+        back,
+        sum(cost > 0 for cost in plan.costs),
+        plan.world,
     )
 
 
-_ANY = 1000.0
-"""A padding under which every parameter can have a shard alone."""
+def _exchanged_bytes(plan: _core.Plan, flat: FlatModel) -> tuple[int, int]:
+    """Of all ranks at a boundary: gradients, and parameters."""
+    items = {
+        DTYPES[room.dtype]: (room.bucket.accum.tensor.itemsize, room.dtype.itemsize)
+        for room in flat.rooms.values()
+    }
+    there = back = 0
+    for rank in range(plan.world if items else 0):
+        for exchange in plan.exchanges(rank):
+            sums, values = items[exchange.dtype]
+            there += sum(exchange.send_splits) * sums
+            back += sum(exchange.recv_splits) * values
+    return there, back

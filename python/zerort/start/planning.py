@@ -12,8 +12,9 @@ from torch import nn
 
 from zerort import _core
 from zerort.config import Config
-from zerort.memory import Origin, PlannedParameter, plannable
-from zerort.start.grains import Grains, refuse_cut
+from zerort.errors import ConfigError
+from zerort.memory import Origin, PlannedParameter, exchanged, plannable
+from zerort.start.grains import Grains
 from zerort.start.units import in_units
 
 __all__ = ["Planner", "plan_of"]
@@ -36,8 +37,7 @@ def plan_of(
     shards of it; `groups` and the next two as in `plannable`, `window` what the ranks' communicator
     has in flight, `grains_of` what of the parameters may not be cut.
 
-    Raises `PlanError` naming the parameter that cannot be planned, `ConfigError` where whole
-    parameters would have to be cut.
+    Raises `PlanError` naming the parameter that cannot be planned.
     """
     zero = settings.zero_optimization
     members, units = in_units(
@@ -69,26 +69,31 @@ class Planner:
     """What the ranks' communicator has in flight."""
 
     def plan(self, settings: Config) -> _core.Plan:
-        """Its plan by `settings`. Raises `ConfigError` where whole parameters would have to be
-        cut.
+        """Its plan by `settings`."""
+        return _core.Plan(
+            [member.spec() for member in self.members],
+            world=self.world,
+            stage=settings.zero_optimization.stage,
+            cap_bytes=settings.cap_bytes,
+            cap_elements=settings.cap_elements,
+            window=_window(settings, self.window),
+            units=self.units,
+            grains=self.grains,
+            costs=self.costs,
+            whole_padding=settings.zerort.whole_padding,
+        )
+
+    def other_plan(self, settings: Config) -> _core.Plan:
+        """Its plan by `settings`, for an engine that runs already. Raises `ConfigError` where ranks
+        would exchange parameters, which is arranged when an engine starts.
         """
-
-        def padded(share: float) -> _core.Plan:
-            return _core.Plan(
-                [member.spec() for member in self.members],
-                world=self.world,
-                stage=settings.zero_optimization.stage,
-                cap_bytes=settings.cap_bytes,
-                cap_elements=settings.cap_elements,
-                window=_window(settings, self.window),
-                units=self.units,
-                grains=self.grains,
-                costs=self.costs,
-                whole_padding=share,
+        plan = self.plan(settings)
+        if exchanged(plan):
+            raise ConfigError(
+                "these buckets would hold parameters that ranks exchange, which a running engine "
+                "does not begin: give larger buckets, or more zerort.whole_padding, or start with "
+                "them"
             )
-
-        plan = padded(settings.zerort.whole_padding)
-        refuse_cut(plan, [member.name for member in self.members], padded)
         return plan
 
 

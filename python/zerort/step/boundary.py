@@ -20,6 +20,7 @@ from zerort.memory import FlatModel
 from zerort.mesh import Mesh
 from zerort.optim import Update
 from zerort.run.changes import lost
+from zerort.run.exchange import Exchange
 from zerort.step.interrupts import held
 from zerort.step.precision import LossScale
 from zerort.step.standby import Standby
@@ -60,6 +61,7 @@ class Boundary:
     mesh: Mesh
     flat: FlatModel
     reduction: Reduction
+    exchange: Exchange
     optimizer: Update
     loss_scale: LossScale
     policy: Policy
@@ -106,7 +108,7 @@ class Boundary:
         return outcome
 
     def _cross(self, divide_factor: float, failure: str | None, correction: float) -> Outcome:
-        failure = failure or self.broken or self.reduction.failure
+        failure = failure or self.broken or self.reduction.failure or self._prepare()
         scale, applied, self.overflow = self.loss_scale.scale, False, False
         try:
             written = self.reduction.lost()  # is said once, also where there is another failure
@@ -118,7 +120,8 @@ class Boundary:
             self.overflow = not verdict.finite
             if self.overflow:
                 return self._overflow(scale)
-            self._apply(correction / (clip_factor(self.norm, self.policy.clip) * scale))
+            factor = correction / (clip_factor(self.norm, self.policy.clip) * scale)
+            self._apply(factor, written=verdict.written)
             self.loss_scale.update(False)
             applied = True
             return Outcome.APPLIED
@@ -134,8 +137,17 @@ class Boundary:
             )
             raise
         finally:
+            self.exchange.release()
             self.reduction.reset(applied=applied, growth=self.loss_scale.scale / scale)
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
+
+    def _prepare(self) -> str | None:
+        """Memory for the exchange; returns why there is none."""
+        try:
+            self.exchange.prepare()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def _agree(self, divide_factor: float, failure: str | None) -> Verdict:
         verdict = self._vote(failure)
@@ -161,7 +173,12 @@ class Boundary:
     def _vote(self, failure: str | None) -> Verdict:
         unreduced = self.reduction.unreduced()
         self._explain(unreduced)
-        ballot = Ballot(unreduced, failure is not None, self.reduction.fingerprint)
+        ballot = Ballot(
+            unreduced,
+            failure is not None,
+            self.reduction.fingerprint,
+            written=self.exchange.written(),
+        )
         waiting, failed = self.reduction.waiting("vote"), failure is not None
         with self.sink.range("vote"), waiting, self.standby.attending(failed=failed):
             return vote(self.mesh, self.flat, ballot)
@@ -261,7 +278,9 @@ class Boundary:
             f"{whose} a gradient that is not finite, first in parameter {self.flat.names[position]}"
         )
 
-    def _apply(self, factor: float) -> None:
+    def _apply(self, factor: float, *, written: bool) -> None:
+        self.exchange.take_writes(written)
+        self.exchange.gradients()
         try:
             with self.sink.range("optimizer"):
                 self.flat.take_writes()
@@ -273,6 +292,7 @@ class Boundary:
             )
             raise
         finally:  # the peers, whose optimizers went through, wait for this rank's shards
+            self.exchange.values()
             with self.sink.range("publish"):
                 self._publish()
 
@@ -285,7 +305,7 @@ class Boundary:
             for bucket in batch:
                 bucket.write_back()
             if len(batches) > 1:
-                ready.update(bucket.spec.id for bucket in batch)
+                ready.update(bucket.spec.id for bucket in batch if bucket.is_published)
                 self.reduction.publish_ready(ready)
 
     def _publish(self) -> None:

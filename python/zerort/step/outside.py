@@ -31,6 +31,7 @@ class Outside:
 
     def __init__(self, transaction: Transaction, parts: Components) -> None:
         self._transaction, self._reduction = transaction, parts.reduction
+        self._exchange = parts.boundary.exchange
         self._flat: FlatModel = parts.boundary.flat
         self._consensus = Consensus(parts.mesh.control, StepError)
         update: Update = parts.boundary.optimizer
@@ -57,13 +58,15 @@ class Outside:
         self._meet(what)
         with torch.no_grad():
             self._flat.take_writes()
-            for bucket in self._flat.trained:
+            self._exchange.take_writes()
+            for bucket in self._flat.stepped:
                 bucket.ready()
             try:
                 return self._consensus.agree(f"{what} failed", lambda: inner(*args, **kwargs))
             finally:
-                for bucket in self._flat.trained:
+                for bucket in self._flat.stepped:
                     bucket.write_back()
+                self._exchange.values()
                 self._reduction.publish()
 
     def _meet(self, what: str) -> None:

@@ -22,7 +22,7 @@ from zerort.config.offload import OffloadDeviceEnum as Device
 from zerort.config.offload import OffloadStateTypeEnum as Kind
 from zerort.device import device_for
 from zerort.errors import ConfigError
-from zerort.memory import FlatBucket, HeldBucket, unintercepted
+from zerort.memory import FlatBucket, HeldBucket, Kept, Stepped, unintercepted
 from zerort.memory.moved import Carrier, FromHost, ToHost, shift
 from zerort.step.readings import Components
 from zerort.step.transaction import Transaction
@@ -94,7 +94,8 @@ class States:
             case Kind.lp_params:
                 yield from (partial(self._values, bucket) for bucket in self._flat.buckets)
             case Kind.hp_params:
-                yield from (partial(self._masters, bucket) for bucket in self._flat.trained)
+                yield from (partial(self._masters, bucket) for bucket in self._flat.stepped)
+                yield from (bucket.move_masters for bucket in self._flat.trained if bucket.away)
             case Kind.optim_states:
                 yield partial(shift, list(self._of_optimizer()))
             case Kind.lp_grads:
@@ -106,11 +107,11 @@ class States:
         bucket.move_values(carry)
         self._follow(bucket)
 
-    def _masters(self, bucket: FlatBucket, carry: Carrier) -> None:
+    def _masters(self, bucket: Stepped, carry: Carrier) -> None:
         bucket.move_masters(carry)
         self._follow(bucket)
 
-    def _follow(self, bucket: HeldBucket) -> None:
+    def _follow(self, bucket: Kept) -> None:
         for segment in self._update.segments:
             if segment.bucket is bucket:
                 segment.follow()

@@ -2,8 +2,9 @@
 
 The vote is one small all-reduce. Every rank fills its own row, so the sum is everybody's row, in
 rank order on every rank: the norm is summed in one order everywhere, and a culprit has a number. It
-carries the squared norm, what is left in `.grad`, a poison flag and a fingerprint; the host reads
-it before the optimizer runs. No rank applies a step that any rank has reported as failed.
+carries the squared norm, what is left in `.grad`, a poison flag, whether exchanged parameters have
+been written, and a fingerprint; the host reads it before the optimizer runs. No rank applies a step
+that any rank has reported as failed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Ballot:
     """This rank could not complete its backward."""
     fingerprint: int
     """64 bits over the schedule and over which parameters are frozen."""
+    written: bool = False
+    """Something outside a step has written into exchanged parameters, whose masters are elsewhere.
+    """
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Verdict:
     """Ranks that failed."""
     mismatched: tuple[int, ...]
     """Ranks whose fingerprint is not rank 0's."""
+    written: bool = False
+    """Masters on some rank have to follow what was written on some rank."""
 
     @property
     def finite(self) -> bool:
@@ -56,13 +62,14 @@ class Verdict:
 
 
 def vote(mesh: Mesh, flat: FlatModel, ballot: Ballot) -> Verdict:
-    """Exchanges the ballots: one all-reduce of five doubles a rank, on the host. Before it the
+    """Exchanges the ballots: one all-reduce of six doubles a rank, on the host. Before it the
     squares are read from the device, which is the boundary's one synchronisation. Of the ranks that
     hold one shard the first brings them.
     """
     high, low = divmod(ballot.fingerprint, _HALF)
     row = [_total([bucket.squares for bucket in flat.trained]) if mesh.counts() else 0.0]
-    row += [float(ballot.unreduced), float(ballot.poisoned), float(high), float(low)]
+    row += [float(ballot.unreduced), float(ballot.poisoned), float(ballot.written)]
+    row += [float(high), float(low)]
     rows = torch.zeros(mesh.world, len(row), dtype=torch.float64)
     rows[mesh.rank] = torch.tensor(row, dtype=torch.float64)
     mesh.control.all_reduce(rows)
@@ -89,7 +96,7 @@ def _count(rows: list[list[float]]) -> Verdict:
     squares = 0.0
     for row in rows:
         squares += row[0]
-    prints = [row[3:] for row in rows]
+    prints = [row[4:] for row in rows]
     # Rounded to fp32 once: the fp64 sum differs in its last bits with where buckets are cut, the
     # norm must not.
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().float().item()
@@ -98,4 +105,5 @@ def _count(rows: list[list[float]]) -> Verdict:
         unreduced=int(sum(row[1] for row in rows)),
         poisoned=tuple(rank for rank, row in enumerate(rows) if row[2]),
         mismatched=tuple(rank for rank, mark in enumerate(prints) if mark != prints[0]),
+        written=any(row[3] for row in rows),
     )

@@ -8,7 +8,7 @@ lie in memory. Nothing here communicates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from zerort.device import device_for
 from zerort.errors import StepError
 from zerort.optim.segments import Segment
-from zerort.utils.held import Held
+from zerort.utils.held import Held, Place
 
 __all__ = ["GRADIENT", "MASTER", "Field", "State"]
 
@@ -26,6 +26,9 @@ _FP32 = 4
 
 class Field(Protocol):
     """One kind of values of a parameter."""
+
+    def place(self, held: Held) -> Place[Any]:
+        """Where they lie."""
 
     def read(self, held: Held) -> Tensor | None:
         """This rank's fragment; None where there is none (yet)."""
@@ -37,18 +40,22 @@ class Field(Protocol):
 class Master:
     """The optimizer's copy, in fp32, or fp64 where the parameter is."""
 
+    def place(self, held: Held) -> Place[Any]:
+        """With its owner, where it has one."""
+        return held.kept
+
     def read(self, held: Held) -> Tensor | None:
         """What the optimizer has, widened where that is of 16 bits, with what has been written into
         the parameter since.
         """
-        held.bucket.take_writes()
-        fragment = held.fragment(held.bucket.master)
+        held.take_writes()
+        fragment = held.kept.fragment(held.kept.bucket.master)
         return fragment.float() if fragment.itemsize < _FP32 else fragment
 
     def write(self, held: Held, fragment: Tensor) -> None:
         """The parameter follows, in its own dtype."""
-        held.bucket.take_writes()
-        held.bucket.assign(held.own[0], fragment)
+        held.take_writes()
+        held.kept.bucket.assign(held.kept.own[0], fragment)
 
 
 class Gradient:
@@ -56,11 +63,15 @@ class Gradient:
     a mean, in fp16 still times the loss scale.
     """
 
+    def place(self, held: Held) -> Place[Any]:
+        """In shards."""
+        return held.summed
+
     def read(self, held: Held) -> Tensor | None:
         """None while nothing has been reduced, and for a frozen parameter."""
         if not held.owner.has_sums or not held.requires_grad:
             return None
-        return held.fragment(held.bucket.accum.tensor)
+        return held.summed.fragment(held.bucket.accum.tensor)
 
     def write(self, held: Held, fragment: Tensor) -> None:
         """The norm follows."""
@@ -81,18 +92,22 @@ class State:
 
     key: str
 
+    def place(self, held: Held) -> Place[Any]:
+        """With the master."""
+        return held.kept
+
     def read(self, held: Held) -> Tensor | None:
         """None before the optimizer has made any. Raises `StepError` for a key that it has not, or
         that is not of the parameter's shape.
         """
         pieces = list(held.segments())
         if not pieces:
-            return held.fragment(held.bucket.master).clone()  # empty
+            return held.kept.fragment(held.kept.bucket.master).clone()  # empty
         values = [self._value(held, segment) for segment, _, _ in pieces]
         found = [value for value in values if value is not None]
         if not found or len(found) < len(values):
             return None
-        lo, hi = held.own
+        lo, hi = held.kept.own
         fragment = torch.empty(hi - lo, dtype=found[0].dtype, device=found[0].device)
         for (segment, first, last), value in zip(pieces, found, strict=True):
             part = segment.flattened(value).narrow(0, first - segment.start, last - first)
@@ -101,7 +116,7 @@ class State:
 
     def write(self, held: Held, fragment: Tensor) -> None:
         """Into what the optimizer holds."""
-        lo, _ = held.own
+        lo, _ = held.kept.own
         for segment, first, last in held.segments():
             value = self._value(held, segment)
             if value is None:

@@ -123,20 +123,21 @@ def _read(call: str, param: Any, field: Field) -> Tensor | None:
     if mine is None:
         return None
     own: list[Tensor | None] = []
+    place = field.place(mine)
 
     def attempt() -> torch.dtype | None:
         own.append(field.read(mine))
-        lo, hi = mine.own
+        lo, hi = place.own
         return None if own[0] is None or lo == hi else own[0].dtype
 
     dtypes = {dtype for dtype in mine.owner.together(call, mine.name, attempt) if dtype is not None}
     fragment = own[0]
     if not dtypes:  # no rank has any, or the parameter has no element
         return None if fragment is None or mine.numel else mine.form.over(fragment.clone())
-    if fragment is None or mine.own[0] == mine.own[1]:
+    if fragment is None or place.own[0] == place.own[1]:
         (dtype,) = dtypes
         fragment = torch.empty(0, dtype=dtype, device=mine.bucket.master.device)
-    return mine.whole(fragment)
+    return mine.whole(place, fragment)
 
 
 @unintercepted
@@ -148,7 +149,7 @@ def _write(call: str, mine: Held, field: Field, value: Tensor) -> None:
                 f"{mine.form.shape}, got {value.numel()}"
             )
         field.read(mine)
-        return mine.cut(value.detach())
+        return field.place(mine).cut(value.detach())
 
     fragments: list[Tensor] = []
     mine.owner.together(call, mine.name, lambda: fragments.append(check()))
@@ -159,10 +160,10 @@ def _write(call: str, mine: Held, field: Field, value: Tensor) -> None:
 @unintercepted
 def _publish(mine: Held) -> None:
     """Every rank that has the parameter whole has the new values."""
+    place = mine.kept
     with torch.no_grad():
-        mine.bucket.ready()
-        whole = mine.whole(mine.fragment(mine.bucket.owned.tensor).clone())
-        mine.replace(whole)
+        place.bucket.ready()
+        mine.replace(mine.whole(place, place.fragment(place.bucket.master).to(mine.dtype)))
 
 
 def _nothing() -> None:

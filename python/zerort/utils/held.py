@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zerort.errors import StepError
-from zerort.memory import FlatBucket, Form, unintercepted
+from zerort.memory import FlatBucket, Form, Kept, Room, Stepped, unintercepted
 from zerort.mesh import Consensus
 from zerort.optim.segments import Segment
 from zerort.params.roll import UTILITY
 from zerort.step.readings import Components
 from zerort.step.transaction import Transaction
 
-__all__ = ["Held", "Owner", "held"]
+__all__ = ["Held", "Owner", "Place", "held"]
 
 T = TypeVar("T")
 
@@ -31,20 +31,26 @@ _owners: dict[int, Owner] = {}
 """By the parameter's id."""
 
 
+B = TypeVar("B", bound=Kept)
+
+
 @dataclass(frozen=True)
-class Held:
-    """One parameter in its engine's memory: at `position` in its bucket, whose elements `start` and
-    `numel` count.
+class Place(Generic[B]):
+    """Where a parameter lies among all ranks' parts of a bucket, or among its rooms: so many
+    elements from `start` on.
     """
 
-    owner: Owner
-    parameter: nn.Parameter
-    name: str
-    bucket: FlatBucket
+    bucket: B
     form: Form
-    position: int
     start: int
     numel: int
+
+    @classmethod
+    def of(cls, bucket: B, param: int) -> Place[B]:
+        """Of the parameter of that id."""
+        spec = bucket.spec
+        index = spec.params.index(param)
+        return cls(bucket, bucket.forms[index], spec.offsets[index], spec.numels[index])
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         """Which elements of the bucket are the parameter's, of those from `lo` to `hi`."""
@@ -54,7 +60,7 @@ class Held:
     def own(self) -> tuple[int, int]:
         """Which elements of the bucket's owned part are the parameter's: from, to."""
         bucket = self.bucket
-        lo, hi = self.span(bucket.start, bucket.start + bucket.master.numel())
+        lo, hi = self.span(bucket.start, bucket.start + bucket.length)
         return lo - bucket.start, hi - bucket.start
 
     def fragment(self, owned: Tensor) -> Tensor:
@@ -70,13 +76,47 @@ class Held:
         at = lo + self.bucket.start - self.start
         return flat.narrow(0, min(max(at, 0), self.numel), hi - lo)
 
-    def whole(self, fragment: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter in its engine's memory: at `position` in its bucket."""
+
+    owner: Owner
+    parameter: nn.Parameter
+    name: str
+    position: int
+    summed: Place[FlatBucket]
+    """Where its gradient and its values are."""
+    kept: Place[Stepped]
+    """Where its master is, and the optimizer's state of it."""
+
+    @property
+    def bucket(self) -> FlatBucket:
+        """Its own."""
+        return self.summed.bucket
+
+    @property
+    def form(self) -> Form:
+        """How its elements lie."""
+        return self.summed.form
+
+    @property
+    def numel(self) -> int:
+        """Of all of it."""
+        return self.summed.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameter."""
+        return self.bucket.owned.tensor.dtype
+
+    def whole(self, place: Place[Any], fragment: Tensor) -> Tensor:
         """The parameter put together of all ranks' fragments, in its shape. All ranks call it."""
-        comm, bucket = self.owner.comm, self.bucket
+        comm, bucket = self.owner.comm, place.bucket
         if not self.owner.is_sharded or not self.numel:
             return self.form.over(fragment.clone())
         shard = bucket.spec.shard_numel
-        spans = [self.span(rank * shard, (rank + 1) * shard) for rank in range(comm.world)]
+        spans = [place.span(rank * shard, (rank + 1) * shard) for rank in range(comm.world)]
         most = max(hi - lo for lo, hi in spans)
         # what is at home on the host comes together where collectives run
         parts = torch.zeros(comm.world * most, dtype=fragment.dtype, device=comm.device)
@@ -84,6 +124,13 @@ class Held:
         comm.all_gather(parts).start().wait()
         pieces = [parts.narrow(0, r * most, hi - lo) for r, (lo, hi) in enumerate(spans)]
         return self.form.over(torch.cat(pieces))
+
+    def take_writes(self) -> None:
+        """A master on this rank follows what has been written into the parameter. Where that is
+        exchanged, calls that all ranks make together do so.
+        """
+        if self.kept.bucket is self.summed.bucket:
+            self.summed.bucket.take_writes()
 
     @property
     def requires_grad(self) -> bool:
@@ -107,20 +154,26 @@ class Held:
         self.owner.reduction.replace_local_gradient(self.bucket.spec.id, self.position, value)
 
     def replace(self, value: Tensor) -> None:
-        """Writes a whole `value` where the parameter is whole on this rank."""
-        values = self.bucket.values
+        """Writes a whole `value`, which follows from the master, into this rank's part, and where
+        the parameter is whole on this rank.
+        """
+        kept = self.kept.bucket
+        if isinstance(kept, Room):
+            kept.sent(*self.kept.own)
+            self.bucket.arrive(self.summed.own[0], self.summed.cut(value))
+        values, start = self.bucket.values, self.summed.start
         if values.is_whole:
-            self.form.over(values.tensor.narrow(0, self.start, self.numel)).copy_(value)
+            self.form.over(values.tensor.narrow(0, start, self.numel)).copy_(value)
             torch.autograd.graph.increment_version([self.parameter])
 
     def segments(self) -> Iterator[tuple[Segment, int, int]]:
         """Where the optimizer keeps its state of this rank's fragment: segments, and from where to
         where of the bucket's owned part.
         """
-        lo, hi = self.own
+        lo, hi = self.kept.own
         for segment in self.owner.optimizer.segments:
             first, last = max(lo, segment.start), min(hi, segment.start + segment.length)
-            if segment.bucket is self.bucket and first < last:
+            if segment.bucket is self.kept.bucket and first < last:
                 yield segment, first, last
 
 
@@ -132,6 +185,7 @@ class Owner:
         self.optimizer = parts.boundary.optimizer
         self.is_sharded = parts.reduction.plan.shards_optimizer
         self.reduction = parts.reduction
+        self._exchange = parts.boundary.exchange
         self._flat = parts.boundary.flat
         self._transaction = transaction
         self._consensus = Consensus(parts.mesh.control, StepError)
@@ -148,16 +202,15 @@ class Owner:
         """What is held of one of its parameters."""
         self._transaction.refuse_away("a function of zerort.utils")
         bucket, index = self._flat.place_of(parameter)
-        spec = bucket.spec
+        param = bucket.spec.params[index]
+        kept: Stepped = self._flat.rooms.get(bucket.spec.id, bucket)
         return Held(
             self,
             parameter,
             bucket.names[index],
-            bucket,
-            bucket.forms[index],
             index,
-            spec.offsets[index],
-            spec.numels[index],
+            Place.of(bucket, param),
+            Place.of(kept, param),
         )
 
     @property
@@ -172,6 +225,7 @@ class Owner:
         call with this parameter.
         """
         self._transaction.pause(UTILITY)
+        self._exchange.take_writes()
         found: list[tuple[str, Any]] = self._consensus.gather(
             f"{call} failed", lambda: (f"{call} with {name}", attempt())
         )

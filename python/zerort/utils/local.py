@@ -84,7 +84,7 @@ def _read(mine: Held | None, field: Field) -> Tensor | None:
 def _write(mine: Held | None, field: Field, value: Tensor) -> None:
     if mine is None:
         return
-    lo, hi = mine.own
+    lo, hi = field.place(mine).own
     if value.numel() != hi - lo:
         raise StepError(
             f"parameter {mine.name}: this rank's fragment has {hi - lo} elements, got "

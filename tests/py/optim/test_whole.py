@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from whole import ADAFACTOR, MUON, SMALL, counted, engine_of, flat, seeded, tokens, train
 
 import ranks
-from catching import assert_told, caught
 from reference import Moment
 from training import keep, weights
-from zerort.errors import ConfigError
 from zerort.optim import build
 from zerort.optim.muon import flops
 from zerort.optim.segments import regions
@@ -57,13 +54,21 @@ class Trust(Optimizer):
 OPTIMIZERS: dict[str, Any] = {"Muon": MUON, "Adafactor": ADAFACTOR, "trust ratio": Trust}
 
 
-def ends(rank: int, world: int, name: str, accumulation: int) -> dict[int, Any]:
-    """By stage, the weights after some steps, with parameters frozen and thawed between them; the
+Run = tuple[int, str]
+"""A stage, and the way of matrices."""
+SHARDED: list[Run] = [(stage, way) for way in ("owned", "exchanged") for stage in (1, 2, 3)]
+RUNS: list[Run] = [(0, "owned"), *SHARDED]
+
+
+def ends(rank: int, world: int, name: str, accumulation: int) -> dict[Run, Any]:
+    """By run, the weights after some steps, with parameters frozen and thawed between them; the
     matrices orthogonalised, and the elements of state on this rank.
     """
     found = {}
-    for stage in (0, 1, 2, 3):
-        engine = engine_of(stage, OPTIMIZERS[name], accumulation)
+    for stage, way in RUNS:
+        engine = engine_of(stage, OPTIMIZERS[name], accumulation, way)
+        ways = {bucket.way for bucket in engine._parts.reduction.plan.buckets} - {None}
+        assert way in ways or not stage or world == 1
         with counted() if name == "Muon" else nullcontext([]) as seen:
             train(engine, rank)
         engine.module.tall.weight.requires_grad_(False)
@@ -76,7 +81,7 @@ def ends(rank: int, world: int, name: str, accumulation: int) -> dict[int, Any]:
             for value in state.values()
             if isinstance(value, Tensor) and value.numel() > 1
         ]
-        found[stage] = flat(engine), len(seen), sum(kept)
+        found[stage, way] = flat(engine), len(seen), sum(kept)
         keep(engine)
     return found
 
@@ -103,11 +108,11 @@ ended = ranks.once(None)(lambda world, name, gas: ranks.run(world, ends, name, g
 @pytest.mark.parametrize(("name", "world", "accumulation"), parameters(*CASES, slow=SLOW))
 def test_every_stage_gives_the_same_bits(name: str, world: int, accumulation: int) -> None:
     found = ended(world, name, accumulation)
-    expected = found[0][0][0]
+    expected = found[0][RUNS[0]][0]
     assert expected.isfinite().all()
     for rank in found:
-        for stage, (end, _, _) in rank.items():
-            assert torch.equal(end, expected), f"stage {stage}: {(end - expected).abs().max()}"
+        for run, (end, _, _) in rank.items():
+            assert torch.equal(end, expected), f"{run}: {(end - expected).abs().max()}"
 
 
 @pytest.mark.parametrize(
@@ -118,19 +123,19 @@ def test_each_matrix_is_orthogonalised_once_a_boundary_by_one_rank(
     name: str, world: int, accumulation: int
 ) -> None:
     found = ended(world, name, accumulation)
-    for stage in (1, 2, 3):
-        counts = [rank[stage][1] for rank in found]
+    for run in SHARDED:
+        counts = [rank[run][1] for rank in found]
         assert sum(counts) == 2 * HIDDEN
         assert max(counts) < sum(counts) or world == 1
-    assert all(rank[0][1] == 2 * HIDDEN for rank in found)
+    assert all(rank[RUNS[0]][1] == 2 * HIDDEN for rank in found)
 
 
 @pytest.mark.parametrize("name", parameters(*((name,) for name in OPTIMIZERS)))
 def test_state_is_kept_once_among_the_ranks(name: str) -> None:
     found = ended(2, name, 1)
-    whole = found[0][0][2]
-    for stage in (1, 2, 3):
-        kept = [rank[stage][2] for rank in found]
+    whole = found[0][RUNS[0]][2]
+    for run in SHARDED:
+        kept = [rank[run][2] for rank in found]
         slack = 0 if name != "Muon" else 1500  # moments of a flat shard have its padding
         assert whole <= sum(kept) <= whole + slack and max(kept) <= 0.7 * whole
 
@@ -142,20 +147,20 @@ Seen = tuple[tuple[int, ...], Tensor, Tensor, Tensor]
 """A shape, a gradient, and values before and after the step."""
 
 
-def gradients_and_updates(rank: int, world: int, stage: int) -> list[Seen]:
+def gradients_and_updates(rank: int, world: int, stage: int, way: str) -> list[Seen]:
     """What entered the optimizer and what it made of it, for this rank's matrices."""
-    engine = engine_of(stage)
+    engine = engine_of(stage, way=way)
     held = [p for g in engine.optimizer.param_groups if g["use_muon"] for p in g["params"]]
     noted: list[tuple[Tensor, Tensor]] = []
 
     def note(*_: Any) -> None:
         noted.extend((p.grad.clone(), p.detach().clone()) for p in held)
 
-    plan, buckets = engine._parts.reduction.plan, engine._parts.boundary.flat.trained
-    owned = [bucket for bucket in buckets if bucket.spec.grain == "whole"]
+    flat = engine._parts.boundary.flat
+    owned = [bucket for bucket in flat.stepped if bucket.spec.grain == "whole"]
     assert owned
     for bucket in owned:  # without padding, which may be behind another rank's parameter
-        fragments = plan.fragments(bucket.spec.id, rank)
+        fragments = flat.layout.fragments(bucket.spec.id, rank)
         assert [(r.param, r.start, r.end - r.start) for r in regions(bucket)] == [
             (f.param, f.shard_start, f.length) for f in fragments
         ]
@@ -176,15 +181,15 @@ def twin(world: int) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @needs_muon
-@pytest.mark.parametrize("stage", [1, 3])
-def test_an_update_is_torchs_own_on_the_mean_gradient(stage: int) -> None:
+@pytest.mark.parametrize(("stage", "way"), [(1, "owned"), (2, "exchanged"), (3, "exchanged")])
+def test_an_update_is_torchs_own_on_the_mean_gradient(stage: int, way: str) -> None:
     model, _ = twin(2)
     expected = {
         tuple(p.flatten(1).shape): p
         for p in model.parameters()
         if p.grad is not None and p.dim() > 1
     }
-    seen = [piece for rank in ranks.run(2, gradients_and_updates, stage) for piece in rank]
+    seen = [piece for rank in ranks.shared(2, gradients_and_updates, stage, way) for piece in rank]
     assert len(seen) == HIDDEN
     for shape, gradient, before, after in seen:
         alone = nn.Parameter(before.clone(memory_format=torch.preserve_format))
@@ -217,7 +222,7 @@ def test_a_first_step_ends_where_one_process_ends() -> None:
             matrices[-1].grad = parameter.grad.flatten(1)
     torch.optim.Muon(matrices, lr=0.05, weight_decay=0.01).step()
     torch.optim.AdamW(adam, lr=3e-3, weight_decay=0.01).step()
-    for found in ranks.run(2, first_step, 2):
+    for found in ranks.shared(2, first_step, 2):
         for name, parameter in model.named_parameters():
             way = (parameter.detach() - before[name]).norm()
             if not name.startswith("unused"):  # a gradient of zero decays, none does not
@@ -227,8 +232,9 @@ def test_a_first_step_ends_where_one_process_ends() -> None:
 # ---- checkpoints
 
 
-def save(rank: int, world: int, name: str, stage: int, folder: str, steps: int) -> Tensor:
-    engine = engine_of(stage, OPTIMIZERS[name])
+def save(rank: int, world: int, name: str, run: Run, folder: str, steps: int) -> Tensor:
+    stage, way = run
+    engine = engine_of(stage, OPTIMIZERS[name], 1, way)
     train(engine, rank, steps)
     engine.save_checkpoint(folder, tag="first")
     keep(engine)
@@ -236,11 +242,12 @@ def save(rank: int, world: int, name: str, stage: int, folder: str, steps: int) 
 
 
 def resume(
-    rank: int, world: int, name: str, stage: int, folder: str, source: str, target: str | None
+    rank: int, world: int, name: str, run: Run, folder: str, source: str, target: str | None
 ) -> Tensor:
     """Loads; saves what has been loaded under `target`, or trains on."""
-    bucket = SMALL if target is None else 700
-    engine = engine_of(stage, OPTIMIZERS[name], zero_optimization={"reduce_bucket_size": bucket})
+    (stage, way), bucket = run, SMALL if target is None else 700
+    changes = {"zero_optimization": {"reduce_bucket_size": bucket}}
+    engine = engine_of(stage, OPTIMIZERS[name], 1, way, **changes)
     engine.load_checkpoint(folder, tag=source)
     if target is not None:
         engine.save_checkpoint(folder, tag=target)
@@ -255,31 +262,18 @@ def test_what_was_saved_resumes_on_other_ranks_and_stages_to_the_bit(
     name: str, tmp_path: Path
 ) -> None:
     folder = str(tmp_path)
-    before = ranks.run(2, save, name, 2, folder, 2)[0]
-    for world, stage, source, target in ((3, 1, "first", "a"), (1, 0, "a", "b"), (2, 3, "b", "c")):
-        for end in ranks.run(world, resume, name, stage, folder, source, target):
+    before = ranks.shared(2, save, name, (2, "owned"), folder, 2)[0]
+    on = [(3, 1, "exchanged"), (1, 0, "owned"), (2, 3, "exchanged"), (2, 2, "owned")]
+    tags = ["first", "a", "b", "c", "d"]
+    for (world, *run), source, target in zip(on, tags, tags[1:], strict=False):
+        for end in ranks.shared(world, resume, name, run, folder, source, target):
             assert torch.equal(end, before)
-    expected = ranks.run(2, resume, name, 2, folder, "first", None)[0]
+    expected = ranks.shared(2, resume, name, (2, "owned"), folder, "first", None)[0]
     assert not torch.equal(expected, before)
-    for tag in ("a", "b", "c"):
-        assert torch.equal(ranks.run(2, resume, name, 2, folder, tag, None)[0], expected), tag
-
-
-# ---- what cannot be
-
-
-def test_a_plan_that_would_cut_a_parameter_says_what_would_not() -> None:
-    [error, other] = ranks.run(2, refused, {})
-    assert str(error) == str(other)
-    assert_told(error, ConfigError, "looks at whole parameters", "the largest", "whole_padding: ")
-    needed = float(str(error).split("zerort.whole_padding: ")[1].split(",")[0])
-    assert ranks.run(2, refused, {"whole_padding": needed}) == [None, None]
-    [error, _] = ranks.run(2, refused, {"whole_padding": needed - 0.02})
-    assert_told(error, ConfigError, "looks at whole parameters")
-
-
-def refused(rank: int, world: int, changes: dict[str, Any]) -> Exception | None:
-    return caught(partial(engine_of, 1, ADAFACTOR, zerort=changes))
+    for tag in tags[1:]:
+        way = "exchanged" if tag in "ad" else "owned"
+        ended = ranks.shared(2, resume, name, (2, way), folder, tag, None)
+        assert torch.equal(ended[0], expected), tag
 
 
 @needs_muon

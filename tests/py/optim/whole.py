@@ -18,7 +18,8 @@ VOCABULARY = 24
 MUON = {"type": "Muon", "params": {"lr": 0.05, "adam_lr": 3e-3, "weight_decay": 0.01}}
 ADAFACTOR = {"type": "Adafactor", "params": {"lr": 0.01}}
 SMALL = 1500  # elements of a bucket
-WIDE = {"whole_padding": 20.0, "reduce_at": "micro_batch"}
+PADDINGS = {"owned": 20.0, "exchanged": 0.0}
+"""What lets every bucket go a way; one that needs no padding is owned all the same."""
 
 
 class Shapes(nn.Module):
@@ -58,15 +59,21 @@ def tokens(at: Moment) -> Tensor:
     return at.tokens(VOCABULARY, MICRO_BATCH, 9)
 
 
-def engine_of(stage: int, optimizer: Any = None, accumulation: int = 1, **changes: Any) -> Any:
+def engine_of(
+    stage: int, optimizer: Any = None, accumulation: int = 1, way: str = "owned", **changes: Any
+) -> Any:
     """An engine over `Shapes`; `changes` replace sections of the configuration."""
     zero = {"stage": stage, "reduce_bucket_size": SMALL, "stage3_param_persistence_threshold": 0}
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
-        "zerort": WIDE,
         **changes,
+        "zerort": {
+            "whole_padding": PADDINGS[way],
+            "reduce_at": "micro_batch",
+            **changes.get("zerort", {}),
+        },
         "zero_optimization": {**zero, **changes.get("zero_optimization", {})},
     }
     given = {}

@@ -44,7 +44,7 @@ ROWS: Sequence[Key] = (
     same(
         "zerort.whole_padding",
         "how much longer a bucket may become so that shards hold whole parameters; 0.1 when left "
-        "out",
+        "out; where it is not enough, parts are exchanged",
     ),
     same(
         "zerort.load_from",
