@@ -14,6 +14,7 @@ from zerort._core import __version__
 from zerort.checkpoint.commands import add_checkpoint_commands
 from zerort.doctor.commands import add_doctor_command
 from zerort.forecast.commands import add_config_command
+from zerort.forecast.estimate import add_estimate_command
 from zerort.report.commands import add_trace_commands
 from zerort.terminal import Parser, add_group, execute
 
@@ -36,6 +37,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"zerort {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_config_command(commands)
+    add_estimate_command(commands)
     add_trace_commands(add_group(commands, "trace", help="where the time of a run went"))
     add_checkpoint_commands(add_group(commands, "ckpt", help="checkpoints, and what is in them"))
     add_doctor_command(commands)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from zerort.config import Config, describe, load_part
 from zerort.config.reading import read
@@ -23,7 +24,7 @@ from zerort.forecast.table import show
 from zerort.memory import Kind
 from zerort.terminal import Answer, Commands, add_command, elements, progress, ranks, shown
 
-__all__ = ["add_config_command"]
+__all__ = ["Forecasts", "add_config_command", "at_every_stage"]
 
 SECTIONS = (
     "train_batch_size",
@@ -113,10 +114,12 @@ def _config(args: argparse.Namespace) -> Answer:
 
 
 @dataclass(frozen=True)
-class _Forecasts:
+class Forecasts:
     """For the stage of the file and the others beside it."""
 
     title: str
+    numel: int
+    """Parameters of the model."""
     columns: Sequence[Forecast]
     chosen: int
     """The file's stage."""
@@ -125,12 +128,14 @@ class _Forecasts:
     """Why there is none, by stage."""
 
     def show(self, console: Console) -> None:
+        """Prints the table and the notes below it."""
         show(self.title, self.columns, self.chosen, console)
         for note in [*self.notes, *(f"stage {at}: {why}" for at, why in self.refused.items())]:
             console.print(f"  {note}", markup=False, highlight=False)
 
     @property
     def document(self) -> dict[str, Any]:
+        """The same for `--json`."""
         return {
             "stage": self.chosen,
             "forecasts": [_described(one) for one in self.columns],
@@ -151,7 +156,9 @@ def _described(one: Forecast) -> dict[str, Any]:
     return {
         "stage": one.stage,
         "buckets": len(one.plan.buckets),
+        "buckets_in_flight": one.plan.window,
         "units": len(one.plan.units),
+        "largest_unit_elements": max((unit.numel for unit in one.plan.units), default=0),
         **held,
         "page_locked_bytes": one.locked,
         "sent_bytes_per_step": one.sent,
@@ -173,7 +180,7 @@ def _owning(owners: Owners) -> dict[str, Any]:
     }
 
 
-def _forecasts(args: argparse.Namespace) -> _Forecasts:
+def _forecasts(args: argparse.Namespace) -> Forecasts:
     """Raises `ConfigError`, `PlanError`."""
     if args.largest is not None and args.numel is None:
         raise ConfigError("--largest is for --numel; a --model says it itself")
@@ -181,7 +188,18 @@ def _forecasts(args: argparse.Namespace) -> _Forecasts:
     job = Job(args.world, args.device == "accelerator", args.trained_only)
     own = load_part(data, SECTIONS)
     model = of_size(args.numel, args.largest, own) if args.model is None else made_by(args.model)
-    micro_batches = _micro_batches(own, job.world)
+    found = at_every_stage(data, model, job, _micro_batches(own, job.world))
+    notes = ["* the file's stage.", *found.notes]
+    if args.model is None:
+        notes.append("Of a model of this size only: layers that fill a bucket each.")
+    return replace(found, notes=notes)
+
+
+def at_every_stage(
+    data: Mapping[str, Any], model: nn.Module, job: Job, micro_batches: int
+) -> Forecasts:
+    """Of `model`, on the meta device, which is cast. Raises `ConfigError`, `PlanError`."""
+    own = load_part(data, SECTIONS)
     columns, refused = [], {}
     for stage, settings in _stages(data, own):
         try:
@@ -194,8 +212,8 @@ def _forecasts(args: argparse.Namespace) -> _Forecasts:
             refused[stage] = str(error).splitlines()[-1].strip()
     numel = sum(p.numel() for p in model.parameters())
     title = _title(own, job, numel, micro_batches)
-    notes = list(_notes(own, job, args, columns))
-    return _Forecasts(title, columns, own.zero_optimization.stage, notes, refused)
+    notes = list(_notes(own, job, columns))
+    return Forecasts(title, numel, columns, own.zero_optimization.stage, notes, refused)
 
 
 def _stages(data: Mapping[str, Any], own: Config) -> Iterator[tuple[int, Config | str]]:
@@ -229,13 +247,8 @@ def _title(settings: Config, job: Job, numel: int, micro_batches: int) -> str:
     return f"{numel:,} parameters, {ranks}, {precision}, {optimizer}, {batches}"
 
 
-def _notes(
-    settings: Config, job: Job, args: argparse.Namespace, columns: list[Forecast]
-) -> Iterator[str]:
-    yield "* the file's stage. Not counted: activations, .grad until it leaves, what a step needs"
-    yield "  for its own length."
-    if args.model is None:
-        yield "Of a model of this size only: layers that fill a bucket each."
+def _notes(settings: Config, job: Job, columns: Sequence[Forecast]) -> Iterator[str]:
+    yield "Not counted: activations, .grad until it leaves, what a step needs for its own length."
     state, shards = settings.offloads
     if not job.on_accelerator and (state.on_host or shards.on_host):
         yield "Offloading asks for nothing on the CPU."

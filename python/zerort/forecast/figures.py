@@ -151,9 +151,10 @@ class _Gathered:
 
 def _lanes(plan: _core.Plan, job: Job) -> Iterator[Piece]:
     """Memory of buckets in flight: the n-th launch uses lane n modulo the window."""
-    order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
+    specs = plan.buckets  # made anew each time that it is read
+    order = [specs[bucket] for kind, bucket in plan.schedule if kind == "launch"]
     for position in range(plan.window):
-        users = [plan.buckets[bucket] for bucket in order[position :: plan.window]]
+        users = order[position :: plan.window]
         shards = [_wire(spec).shard_bytes(spec.shard_numel) for spec in users]
         if shards:
             yield Piece(Kind.ON_THEIR_WAY, plan.world * max(shards))

@@ -54,18 +54,28 @@ def _imported(name: str, module: str, path: str) -> Any:
         sys.path.remove("")
 
 
-def of_size(numel: int, largest: int | None, settings: Config) -> nn.Module:
-    """A model of `numel` elements, with `largest` of them in one layer, the others in layers that
-    fill a bucket.
+def of_size(
+    numel: int, largest: int | None, settings: Config, *, layers: int | None = None
+) -> nn.Module:
+    """A model of `numel` elements: `layers` alike, or with `largest` elements in one layer and the
+    others in layers that fill a bucket. What is longer than a bucket is cut into parameters that
+    fill one.
     """
     item = 4 if settings.compute_dtype == "fp32" else 2
     cap = settings.cap_elements or max(1, (settings.cap_bytes or 0) // item)
     first = min(numel, largest or 0)
     rest = numel - first
-    sizes = [first] * bool(first) + [cap] * (rest // cap) + [rest % cap] * bool(rest % cap)
+    each = max(1, -(-rest // layers)) if layers else cap
+    sizes = [first] * bool(first) + [each] * (rest // each) + [rest % each] * bool(rest % each)
     model = nn.Module()
     for index, size in enumerate(sizes):
-        layer = nn.Module()
-        layer.weight = nn.Parameter(torch.empty(size, device="meta"))
-        model.add_module(str(index), layer)
+        model.add_module(str(index), _layer(size, cap if layers else size))
     return model
+
+
+def _layer(numel: int, longest: int) -> nn.Module:
+    layer = nn.Module()
+    for index, start in enumerate(range(0, numel, longest)):
+        weight = torch.empty(min(longest, numel - start), device="meta")
+        layer.register_parameter(f"weight{index}", nn.Parameter(weight))
+    return layer
