@@ -10,24 +10,33 @@ __version__: str
 
 __all__ = [
     "Bucket",
+    "BucketTimes",
     "Buffer",
     "Exchange",
     "Finished",
     "Fragment",
     "Gatherer",
     "Hop",
+    "Link",
     "List",
     "LossScale",
+    "Machine",
     "Plan",
+    "Prediction",
     "Reading",
     "Reducer",
     "Trace",
+    "Traffic",
     "Unit",
+    "Workload",
     "__version__",
+    "choose_buckets",
     "cut_units",
     "first_nonfinite",
+    "guess_bucket_bytes",
     "reduce",
     "reshard",
+    "simulate",
     "squared_norm",
     "take_writes",
 ]
@@ -38,6 +47,7 @@ _Pass = Literal["forward", "backward", "local_backward", "evaluation"]
 _At = Literal["forward", "backward", "local_backward", "evaluation", "boundary", "need", "serve"]
 _Op = Literal["reduce_scatter", "all_reduce", "all_gather", "copy"]
 _Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
+_Algorithm = Literal["ring", "halving", "tree", "flat", "broadcasts", "best", "measured"]
 _Grain = Literal["element", "whole"] | int
 _Way = Literal["owned", "exchanged"]
 
@@ -667,3 +677,200 @@ class Trace:
         """Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises
         `OSError`.
         """
+
+@final
+class Link:
+    """What a kind of collective costs: ns of one message, ns of a byte through a rank's link, and
+    how it is made.
+
+    `measured`: both are those of a whole collective, of `alpha_ns + byte_ns * bytes of the whole`
+    with the ranks that they were measured with. `message_ns` is what every further message of
+    `flat` adds where all are sent at once. Raises `PlanError` for a price below 0, an infinity, an
+    algorithm that does not exist.
+    """
+
+    def __new__(
+        cls,
+        alpha_ns: float,
+        byte_ns: float,
+        algorithm: _Algorithm = "best",
+        message_ns: float | None = None,
+    ) -> Link: ...
+    def duration_ns(
+        self,
+        op: Literal["reduce_scatter", "all_gather", "all_reduce"],
+        ranks: int,
+        nbytes: int,
+    ) -> int:
+        """ns of one collective over `nbytes`, those of the whole, among `ranks`."""
+
+@final
+class Machine:
+    """What a step runs on.
+
+    `scatter` reduces and `gather` gathers, between hosts; `inner` and `inner_gather` within one,
+    where there are several `hosts` (0 or 1: all ranks on the outer links); `control` has the
+    vote. `lanes`: collectives under way at once. `blocks`: waiting blocks the host, as on a CPU.
+    `sums_pieces`: what arrives is every rank's piece and is summed here. `wires`: bytes of an
+    element by the number of its wire format. `room`: elements that may be whole at stage 3, and
+    `depth`, stops ahead that they are gathered, where the plan has no lists.
+    """
+
+    def __new__(
+        cls,
+        scatter: Link,
+        gather: Link | None = None,
+        *,
+        lanes: int = 1,
+        inner: Link | None = None,
+        inner_gather: Link | None = None,
+        inner_lanes: int = 1,
+        hosts: int = 0,
+        control: Link | None = None,
+        launch_ns: float = 0.0,
+        pack_byte_ns: float = 0.0,
+        sum_byte_ns: float = 0.0,
+        update_element_ns: float = 0.0,
+        update_ns: float = 0.0,
+        vote_ns: float = 0.0,
+        blocks: bool = False,
+        sums_pieces: bool = False,
+        wires: Sequence[float] = ...,
+        room: int = ...,
+        depth: int = 1,
+    ) -> Machine: ...
+
+@final
+class Workload:
+    """What a rank computes in a step: ns of one micro-batch's forward and backward, and when in the
+    backward the gradient of each parameter comes, by id.
+    """
+
+    def __new__(
+        cls,
+        forward_ns: int,
+        backward_ns: int,
+        arrivals: Sequence[int],
+        *,
+        micro_batches: int = 1,
+        other_ns: int = 0,
+    ) -> Workload: ...
+    @property
+    def observed(self) -> list[int]:
+        """Parameters in the order in which their gradients come, for `Plan.reordered`."""
+
+@final
+class Traffic:
+    """One kind of collective over a step."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """That this rank sends."""
+    @property
+    def wire_ns(self) -> int:
+        """On the wire, each by itself."""
+    @property
+    def flight_ns(self) -> int:
+        """Between start and end, added up; what waits its turn counts."""
+    @property
+    def exposed_ns(self) -> int:
+        """That a rank stood still for."""
+    @property
+    def hidden_ns(self) -> int:
+        """The rest of `flight_ns`."""
+
+@final
+class BucketTimes:
+    """A bucket in a predicted step; moments are ns behind the step's start, in its last pass."""
+
+    @property
+    def bucket(self) -> int: ...
+    @property
+    def full_ns(self) -> int: ...
+    @property
+    def launched_ns(self) -> int: ...
+    @property
+    def landed_ns(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Of its gradient as encoded."""
+    @property
+    def reduce(self) -> Traffic: ...
+
+@final
+class Prediction:
+    """The step of one rank.
+
+    `total_ns` is `forward_ns`, `backward_ns` (computing), `pack_ns`, `sum_ns`, `exposed_ns`
+    (standing still for gradients), `gather_ns` (for parameters at stage 3), `vote_ns`, `update_ns`,
+    `publish_ns` (for updated parameters) and `other_ns` together.
+    """
+
+    @property
+    def total_ns(self) -> int: ...
+    @property
+    def forward_ns(self) -> int: ...
+    @property
+    def backward_ns(self) -> int: ...
+    @property
+    def pack_ns(self) -> int: ...
+    @property
+    def sum_ns(self) -> int: ...
+    @property
+    def exposed_ns(self) -> int: ...
+    @property
+    def gather_ns(self) -> int: ...
+    @property
+    def vote_ns(self) -> int: ...
+    @property
+    def update_ns(self) -> int: ...
+    @property
+    def publish_ns(self) -> int: ...
+    @property
+    def other_ns(self) -> int: ...
+    @property
+    def communication_ns(self) -> int:
+        """What communication adds: all standing still, and the vote."""
+    @property
+    def sent_bytes(self) -> int: ...
+    @property
+    def peak_in_flight(self) -> int:
+        """Most bytes of gradients that were under way at once."""
+    @property
+    def peak_whole(self) -> int:
+        """Most elements that were whole or gathering at once, of those that are sharded."""
+    @property
+    def reduce(self) -> Traffic: ...
+    @property
+    def gather(self) -> Traffic: ...
+    @property
+    def publish(self) -> Traffic: ...
+    @property
+    def buckets(self) -> list[BucketTimes]:
+        """In the order in which they were launched."""
+
+def simulate(plan: Plan, workload: Workload, machine: Machine) -> Prediction:
+    """The step of one rank along the plan's own lists; at stage 3, where it has none, along lists
+    of units that are used one after the other. Raises `PlanError`.
+    """
+
+def choose_buckets(
+    plan: Plan,
+    workload: Workload,
+    machine: Machine,
+    *,
+    cap_bytes: int | None = None,
+    cap_elements: int | None = None,
+    windows: Sequence[int | None] = ...,
+) -> tuple[int | None, int | None, int | None, Prediction]:
+    """The bucket size and window with which the plan's parameters are fastest: (bytes or None,
+    elements or None, window or None for all, the step).
+
+    What is tried are sizes around the closed form and those that are given, each with each of
+    `windows` and the plan's own. Raises `PlanError`.
+    """
+
+def guess_bucket_bytes(alpha_ns: float, byte_ns: float, rate: float, total: float) -> float:
+    """The closed form of the best uniform bucket, in bytes, for `alpha_ns` a collective, `byte_ns`
+    a byte, `rate` bytes a ns from the backward and `total` bytes.
+    """

@@ -89,6 +89,7 @@
 
 pub mod bucket;
 pub mod command;
+pub mod cost;
 mod cursor;
 pub mod error;
 pub mod exchange;

@@ -12,6 +12,7 @@ mod abi;
 mod borrow;
 mod bucket;
 mod buffer;
+mod cost;
 mod descriptor;
 #[allow(unsafe_code)]
 mod dlpack;
@@ -42,6 +43,24 @@ mod _core {
     use super::bucket::Hop;
     #[pymodule_export]
     use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::cost::Link;
+    #[pymodule_export]
+    use super::cost::Machine;
+    #[pymodule_export]
+    use super::cost::PyBucketTimes;
+    #[pymodule_export]
+    use super::cost::PyPrediction;
+    #[pymodule_export]
+    use super::cost::Traffic;
+    #[pymodule_export]
+    use super::cost::Workload;
+    #[pymodule_export]
+    use super::cost::choose_buckets;
+    #[pymodule_export]
+    use super::cost::guess_bucket_bytes;
+    #[pymodule_export]
+    use super::cost::simulate;
     #[pymodule_export]
     use super::exchange::Exchange;
     #[pymodule_export]
