@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import zerort.compat.lightning  # noqa: F401 (registers the strategies' names)
 from zerort.compat.lightning import ZerortFabricStrategy, ZerortStrategy
 from zerort.compat.lightning.modules import is_sharded
+from zerort.optim import Chain
 
 WIDTH = 24
 CUT = {
@@ -284,6 +286,25 @@ class TwoOptimizers(Net):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[3])]
 
 
+class TwoThatLightningSteps(TwoOptimizers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+
+class TwoAsOne(Net):
+    """Each layer has an optimizer of its own, with another rate, under one scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        chain = Chain(
+            [
+                torch.optim.AdamW(self.net[0].parameters(), lr=1e-2),
+                torch.optim.SGD(self.net[3].parameters(), lr=1e-1, momentum=0.9),
+            ]
+        )
+        return [chain], [torch.optim.lr_scheduler.StepLR(chain, 1, gamma=0.7)]
+
+
 class NoLoss(Net):
     def training_step(self, batch: Any, index: int) -> Any:
         return None
@@ -346,6 +367,7 @@ def refused(strategy: Callable[..., Any], folder: Path) -> Any:
     (folder / "empty").mkdir(exist_ok=True)
     return {
         "two": fit(TwoOptimizers(), **manual),
+        "two that step": fit(TwoThatLightningSteps()),
         "by value": fit(Net(), gradient_clip_algorithm="value"),
         "none": fit(NoLoss(), accumulate_grad_batches=1),
         "another norm": fit(ClipsByHand(), accumulate_grad_batches=1),
@@ -475,6 +497,27 @@ def fabric_alone(strategy: Any, folder: Path) -> Any:
     return outputs, losses, sharded, state["at"], early, twice
 
 
+def chained(strategy: Any, fabrics: Any, folder: Path) -> Any:
+    """A fit with several optimizers as one, and the same in a loop of Fabric's."""
+    torch.manual_seed(7)
+    module = TwoAsOne()
+    trainer(strategy).fit(module, data())
+    fabric = Fabric(strategy=fabrics, accelerator="cpu", devices=dist.get_world_size())
+    fabric.launch()
+    torch.manual_seed(7)
+    model = TwoAsOne().net
+    [chain], _ = TwoAsOne.configure_optimizers(SimpleNamespace(net=model))  # type: ignore[arg-type]
+    apart = raised(lambda: fabric.setup(model, *chain.members))
+    model, optimizer = fabric.setup(model, chain)
+    for inputs, targets in fabric.setup_dataloaders(data()):
+        optimizer.zero_grad()
+        fabric.backward(((model(inputs) - targets) ** 2).mean())
+        optimizer.step()
+        module.losses.append(model(inputs).sum().item())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return module.losses, weights(module), rates, apart
+
+
 def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
     def ours(**more: Any) -> ZerortStrategy:
         return zerort_at(stage, **more)
@@ -498,6 +541,10 @@ def flows_at(stage: int) -> Mapping[str, Callable[[Path], Any]]:
         f"ddp fabric alone {stage}": lambda folder: fabric_alone("ddp", folder),
         f"fabric alone {stage}": lambda folder: fabric_alone(
             ZerortFabricStrategy(stage, CUT), folder
+        ),
+        f"ddp chained {stage}": lambda folder: chained("ddp", "ddp", folder),
+        f"chained {stage}": lambda folder: chained(
+            ours(), ZerortFabricStrategy(stage, CUT), folder
         ),
         f"object {stage}": lambda folder: with_object(ours, folder),
         f"refused {stage}": lambda folder: refused(ours, folder),

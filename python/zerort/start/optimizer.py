@@ -83,7 +83,7 @@ def choose_optimizer(
     makes = callable(optimizer) and not isinstance(optimizer, Optimizer)
     given = optimizer(params) if makes else optimizer
     if isinstance(given, list | tuple):
-        chosen = _chained(given, model)
+        chosen = _chained(given)
     elif isinstance(given, Optimizer):
         chosen = given
     elif optimizer is None and settings.optimizer is not None:
@@ -94,6 +94,8 @@ def choose_optimizer(
             "one of parameters, or a list of optimizers over different parameters, got "
             f"{type(given).__name__}"
         )
+    if isinstance(given, Chain | list | tuple):
+        _refuse_unshared(chosen, model)
     _refuse_strangers(chosen, model)
     if has_stepped(chosen):
         raise PlanError(
@@ -104,11 +106,8 @@ def choose_optimizer(
     return Chosen(chosen)
 
 
-def _chained(optimizers: Sequence[Any], model: nn.Module) -> Optimizer:
-    """Several optimizers as one; between them they have every parameter that requires grad, once.
-
-    Raises `ConfigError` for what is none, `PlanError` naming a parameter in two or in none.
-    """
+def _chained(optimizers: Sequence[Any]) -> Optimizer:
+    """Several optimizers as one. Raises `ConfigError` for what is none."""
     for each in optimizers:
         if not isinstance(each, Optimizer):
             raise ConfigError(
@@ -117,10 +116,16 @@ def _chained(optimizers: Sequence[Any], model: nn.Module) -> Optimizer:
             )
     if not optimizers:
         raise ConfigError("initialize(optimizer=[]): expected at least one optimizer")
-    chain = Chain(optimizers)
+    return Chain(optimizers)
+
+
+def _refuse_unshared(chain: Optimizer, model: nn.Module) -> None:
+    """Raises `PlanError` naming a parameter that several optimizers have, or that requires grad and
+    none has.
+    """
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     holders: dict[int, str] = {}
-    for member in chain.members:
+    for member in members_of(chain):
         held = {id(p) for group in member.param_groups for p in group["params"]}
         for twice in held & holders.keys():
             raise PlanError(
@@ -136,7 +141,6 @@ def _chained(optimizers: Sequence[Any], model: nn.Module) -> Optimizer:
             f"{name_of(chain)}: give it to one, or freeze it with requires_grad_(False); there are "
             f"{len(left)} such parameters"
         )
-    return chain
 
 
 def log_members(optimizer: Optimizer, flat: FlatModel) -> None:

@@ -121,10 +121,22 @@ def test_overfit_batches_gives_the_numbers_of_ddp(stage: int) -> None:
 
 
 @every_stage
+def test_several_optimizers_as_one_give_the_numbers_of_ddp(stage: int) -> None:
+    for ours, theirs in zip(result("chained", stage), result("ddp chained", stage), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        for name, value in ours[1].items():
+            torch.testing.assert_close(value, theirs[1][name], rtol=1e-5, atol=1e-6)
+        assert ours[2] == theirs[2] == [1e-2, 1e-1]
+        assert "fabric.setup got 2 optimizers, and an engine has one optimizer, which" in ours[3]
+
+
+@every_stage
 def test_what_an_engine_cannot_do_is_refused_by_name(stage: int) -> None:
     for found in result("refused", stage):
         for case, words in {
-            "two": "configure_optimizers returns 2 optimizers, and an engine has one",
+            "two": "returns 2 optimizers, and an engine has one optimizer, which steps them all: "
+            "give it zerort.optim.Chain(",
+            "two that step": "configure_optimizers returns several optimizers: an engine has one",
             "by value": 'ConfigError: gradient_clip_algorithm="value"',
             "none": "returning None in distributed training is not supported",  # Lightning's own
             "64": "the precision plugin DoublePrecision is not supported",

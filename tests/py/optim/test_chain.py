@@ -158,8 +158,9 @@ def test_its_state_can_be_taken_out_and_put_back() -> None:
 def test_a_parameter_in_both_or_in_neither_is_named() -> None:
     model = seeded()
     both = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(model[2].parameters())]
-    error = caught(partial(engine_of, model, both))
-    assert_told(error, PlanError, "parameter 2.", "is in two of the optimizers, SGD and Adam")
+    for given in (both, Chain(both)):
+        error = caught(partial(engine_of, model, given))
+        assert_told(error, PlanError, "parameter 2.", "is in two of the optimizers, SGD and Adam")
     model[2].bias.requires_grad_(False)
     neither = [torch.optim.SGD([model[0].weight, model[0].bias], lr=0.1)]
     error = caught(partial(engine_of, model, neither))

@@ -24,6 +24,7 @@ from zerort.checkpoint import get_client_state, get_fp32_state_dict
 from zerort.compat.lightning.modules import SetUp, forward_only, is_sharded
 from zerort.compat.lightning.packages import fabric, pytorch
 from zerort.compat.lightning.precision import FabricFullPrecision, adapted_of_fabric, cast
+from zerort.compat.lightning.refusals import SEVERAL
 from zerort.compat.lightning.settings import Given, completed, stage_of
 from zerort.compat.lightning.stored import TAG, folder_of, packed, refuse_place, unpacked
 from zerort.errors import CheckpointError, ConfigError
@@ -136,10 +137,7 @@ class ZerortFabricStrategy(_DDPStrategy):  # type: ignore[misc]
     ) -> tuple[Any, ...]:
         """An engine over the module and its one optimizer; the scheduler stays the caller's."""
         if len(optimizers) != 1:
-            raise ConfigError(
-                f"fabric.setup got {len(optimizers)} optimizers, and an engine has one: put the "
-                "parameters into groups of one optimizer"
-            )
+            raise ConfigError(f"fabric.setup got {len(optimizers)} optimizers, and {SEVERAL}")
         engine, optimizer = self._open(module, optimizers[0])
         found = (engine, [optimizer])
         return (*found, scheduler) if _TAKES_SCHEDULER else found

@@ -10,12 +10,19 @@ import torch
 from zerort.compat.lightning.packages import pytorch
 from zerort.errors import ConfigError
 
-__all__ = ["only_optimizer", "refuse_clipping"]
+__all__ = ["SEVERAL", "only_optimizer", "refuse_clipping"]
 
 _rank_zero = pytorch("utilities.rank_zero")
 _is_overridden = pytorch("utilities.model_helpers").is_overridden
 _LightningModule = pytorch("core").LightningModule
 _MockOptimizer = pytorch("core.optimizer")._MockOptimizer
+
+
+SEVERAL = (
+    "an engine has one optimizer, which steps them all: give it zerort.optim.Chain([first, "
+    "second]), one torch.optim.Optimizer made of both, and make schedulers over that"
+)
+"""What to do with optimizers that are to step together."""
 
 
 def refuse_clipping(trainer: Any) -> None:
@@ -45,8 +52,8 @@ def only_optimizer(optimizers: Iterable[Any], settings: Mapping[str, Any]) -> An
         return None
     if len(found) != 1:
         raise ConfigError(
-            f"configure_optimizers returns {len(found)} optimizers, and an engine has one: put "
-            "the parameters into groups of one optimizer, or use another strategy"
+            f"configure_optimizers returns {len(found)} optimizers, and {SEVERAL}; what steps one "
+            "and not the other, as a GAN does, needs another strategy"
         )
     if isinstance(found[0], torch.optim.LBFGS):
         raise ConfigError(

@@ -25,7 +25,7 @@ from zerort.compat.lightning.metrics import Metrics
 from zerort.compat.lightning.modules import Whole, forward_only, is_sharded
 from zerort.compat.lightning.packages import fabric, pytorch
 from zerort.compat.lightning.precision import FullPrecision, adapted
-from zerort.compat.lightning.refusals import only_optimizer, refuse_clipping
+from zerort.compat.lightning.refusals import SEVERAL, only_optimizer, refuse_clipping
 from zerort.compat.lightning.saving import Saving
 from zerort.compat.lightning.settings import Given, completed, stage_of
 from zerort.errors import ConfigError
@@ -155,6 +155,19 @@ class ZerortStrategy(Collectives, Saving, _DDPStrategy):  # type: ignore[misc]
             self._meet_before_batches(trainer.fit_loop.epoch_loop)
             # in manual optimization it is how a window is dropped
             self._lightning_optimizers[0].zero_grad = self.engine.zero_grad
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Raises `ConfigError` for several optimizers, which Lightning itself refuses where it
+        steps.
+        """
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise ConfigError(
+                f"configure_optimizers returns several optimizers: {SEVERAL}"
+            ) from error
 
     def _settings(self) -> dict[str, Any]:
         trainer = self.lightning_module.trainer
