@@ -12,13 +12,10 @@ does to the world outside, which the twin's step does too.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +25,7 @@ from zerort.memory import DTYPES
 from zerort.optim.chain import members_of
 from zerort.optim.initial import InitialState
 from zerort.optim.lion import Lion
+from zerort.optim.twin import Twin
 
 __all__ = ["Abilities", "examine", "is_known"]
 
@@ -50,8 +48,12 @@ _OF_WHOLE = tuple(
 )
 
 STEPS = 3
-NUMEL = 256
-"""Elements of a flat tensor of the probe, and of two halves of it."""
+NUMEL = 16384
+"""Elements of a flat tensor of the probe: those who keep state in blocks of 8 bits leave tensors of
+less than 4096 as they are.
+"""
+CUT = 5211
+"""Where it is cut in two: no multiple of a block, for a border may lie anywhere."""
 SCALES = (1e-10, 1e6)
 """Of gradients, when it is looked for what parameters have to do with each other: a limit on a norm
 shows only above it, a floor only below.
@@ -154,11 +156,13 @@ class _Start:
         )
         return cls(model, value, gradients)
 
-    def halves(self) -> list[_Start]:
+    def cut(self) -> list[_Start]:
         """A flat one's, as two."""
-        gradients = zip(*(gradient.chunk(2) for gradient in self.gradients), strict=True)
-        pairs = zip(self.value.chunk(2), gradients, strict=True)
-        return [_Start(self.model, value, half) for value, half in pairs]
+        parts = slice(0, CUT), slice(CUT, None)
+        return [
+            _Start(self.model, self.value[part], [gradient[part] for gradient in self.gradients])
+            for part in parts
+        ]
 
 
 Starts = Sequence[Sequence[_Start]]
@@ -212,7 +216,7 @@ class _Probe:
         found.update(self._cut([index]))
 
     def _cut(self, groups: Sequence[int]) -> dict[int, str]:
-        """Which of `groups` step otherwise over halves of flat tensors than over the tensors. The
+        """Which of `groups` step otherwise over flat tensors cut in two than over the tensors. The
         other groups have parameters of their own shapes.
         """
         once: list[Sequence[_Start]] = list(self._shaped)
@@ -220,7 +224,7 @@ class _Probe:
         for index in groups:
             model = self._groups[index][0]
             flat = _Start.drawn(model, (NUMEL,))
-            once[index], twice[index] = [flat], flat.halves()
+            once[index], twice[index] = [flat], flat.cut()
         one, two = self._run(once), self._run(twice)
         if not any(_moved(ends, starts) for ends, starts in zip(one, once, strict=True)):
             return {}
@@ -229,8 +233,8 @@ class _Probe:
             left, right = torch.cat(one[index]), torch.cat(two[index])
             if not torch.allclose(left, right, rtol=1e-5, atol=1e-7, equal_nan=True):
                 found[index] = (
-                    f"{STEPS} steps over {NUMEL} elements differ from the same steps over two "
-                    f"halves of {NUMEL // 2}: {_LOOKS_AT_WHOLE}"
+                    f"{STEPS} steps over {NUMEL} elements differ from the same steps over the "
+                    f"first {CUT} and the others apart: {_LOOKS_AT_WHOLE}"
                 )
         return found
 
@@ -240,8 +244,8 @@ class _Probe:
 
     def _nothing(self) -> None:
         """Steps where a group is empty, and where no tensor has a gradient."""
-        _Twin(self._optimizer).step()
-        twin = _Twin(self._optimizer)
+        Twin(self._optimizer).step()
+        twin = Twin(self._optimizer)
         for index, group in enumerate(self._groups):
             drawn = [_Start.drawn(p, (NUMEL,)) for p in group[:1]]
             twin.give(index, [nn.Parameter(start.value) for start in drawn])
@@ -283,7 +287,7 @@ class _Probe:
         """The tensors of each group after the steps, flat; each begins with the initial state of
         its model. Without `gaps` there are no groups that are empty.
         """
-        twin = _Twin(self._optimizer)
+        twin = Twin(self._optimizer)
         self._initial.begin(twin.optimizer)
         params = [[nn.Parameter(start.value.clone()) for start in group] for group in starts]
         for index, (group, alike) in enumerate(zip(params, starts, strict=True)):
@@ -322,81 +326,3 @@ def _alike(start: Tensor, one: Tensor, other: Tensor) -> bool:
 
 def _small(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(min(size, 8) for size in parameter.shape)
-
-
-class _Twin:
-    """A copy of an optimizer that shares no parameter, state or option with it.
-
-    `torch.optim.Optimizer` says what of itself is copied and leaves out the attributes of
-    subclasses, so its dictionary is copied here; what refuses to be copied is shared.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._memo: dict[int, Any] = {}
-        self._others: list[nn.Parameter] = []
-        self._memo[id(optimizer.state)] = defaultdict(dict)
-        self._stand_in(p for group in optimizer.param_groups for p in group["params"])
-        self.optimizer = self._copied(optimizer)
-        for index, group in enumerate(self.optimizer.param_groups):
-            self.give(index, [])
-            _start_moving(group)
-        train = getattr(type(self.optimizer), "train", None)
-        if callable(train):  # one that is evaluated at other weights steps in training alone
-            train(self.optimizer)
-
-    def give(self, index: int, params: list[nn.Parameter]) -> None:
-        """Puts `params` into a group, in place: the optimizer may hold the very list."""
-        self.optimizer.param_groups[index]["params"][:] = params
-
-    def drop_empty(self) -> None:
-        """Leaves out groups without parameters."""
-        self.optimizer.param_groups[:] = [g for g in self.optimizer.param_groups if g["params"]]
-
-    def step(self) -> None:
-        """What the class does, without what schedulers have put before it on the instance."""
-        type(self.optimizer).step(self.optimizer)
-
-    def has_moved_others(self) -> bool:
-        """Whether what stands for the module's parameters, in copies of the optimizer's own
-        attributes, has changed.
-        """
-        return any(bool((parameter != 1).any()) for parameter in self._others)
-
-    def _stand_in(self, params: Iterator[nn.Parameter]) -> None:
-        for parameter in params:
-            if id(parameter) not in self._memo:
-                other = nn.Parameter(torch.ones(1, device=parameter.device))
-                other.grad = torch.ones_like(other)
-                self._memo[id(parameter)] = other
-                self._others.append(other)
-
-    def _copied(self, optimizer: Optimizer) -> Optimizer:
-        twin: Optimizer = object.__new__(type(optimizer))
-        self._memo[id(optimizer)] = twin
-        for value in vars(optimizer).values():
-            if isinstance(value, nn.Module):
-                self._stand_in(value.parameters())
-            elif isinstance(value, Optimizer) and id(value) not in self._memo:
-                self._copied(value)
-        twin.__dict__.update({key: self._copy(value) for key, value in vars(optimizer).items()})
-        for name in ("step", "train", "eval"):
-            twin.__dict__.pop(name, None)
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            if hooks in twin.__dict__:
-                twin.__dict__[hooks] = OrderedDict()
-        return twin
-
-    def _copy(self, value: Any) -> Any:
-        try:
-            return copy.deepcopy(value, self._memo)
-        except Exception:
-            return value
-
-
-def _start_moving(group: dict[str, Any]) -> None:
-    """A rate of zero, before a warm-up, would show nothing."""
-    rate = group.get("lr")
-    if isinstance(rate, Tensor) and not rate.any():
-        group["lr"] = torch.full_like(rate, 0.01)
-    elif not isinstance(rate, Tensor) and rate == 0:
-        group["lr"] = 0.01

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ranks
+from blocks import BlockState
 from catching import assert_told, caught
 from models import WIDTH
 from terms import engine_over_terms
@@ -287,6 +288,8 @@ ELEMENTWISE: dict[str, Callable[[Any], Optimizer]] = {
 }
 WHOLE: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
     "norm": (Whole, "it looks at whole tensors"),
+    "state in blocks": (BlockState, "it looks at whole tensors"),
+    "state in blocks of all": (partial(BlockState, least=0), "it looks at whole tensors"),
     "matrices": (OnlyMatrices, "ValueError: matrices only, got 1 dimensions"),
 }
 NEVER: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
