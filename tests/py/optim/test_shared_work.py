@@ -4,6 +4,7 @@ products are shared evenly among the ranks.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,23 +15,24 @@ from whole import ADAFACTOR, counted, engine_of, flat, seeded, tokens, train
 
 import ranks
 import zerort
+from blocks import BlockState
 from reference import Moment
 from zerort.optim.muon import flops
 
-RUNS = list(product((1, 2, 3), (1, 3)))
-"""Stages and micro-batches."""
+RUNS = [*product((1, 2, 3), (1, 3), ("owned",)), (1, 3, "exchanged"), (3, 1, "exchanged")]
+"""Stages, micro-batches, and the way of matrices."""
 FROZEN = 1
 """The step in which a layer is frozen."""
 
 
-def weights_after(rank: int, world: int) -> dict[tuple[int, int], Tensor]:
-    found = {}
-    for stage, accumulation in RUNS:
-        engine = engine_of(stage, ADAFACTOR, accumulation)
+def weights_after(rank: int, world: int) -> list[Tensor]:
+    found = []
+    for stage, accumulation, way in RUNS:
+        engine = engine_of(stage, ADAFACTOR, accumulation, way)
         for step in range(3):
             engine.module.tall.weight.requires_grad_(step != FROZEN)
             train(engine, rank, 1, step)
-        found[stage, accumulation] = flat(engine)
+        found.append(flat(engine))
         engine.destroy()
     return found
 
@@ -51,14 +53,14 @@ def alone(world: int, accumulation: int) -> Tensor:
 def test_adafactor_ends_where_one_process_ends_but_for_the_order_of_sums() -> None:
     start = torch.cat([parameter.detach().reshape(-1) for parameter in seeded().parameters()])
     found = ranks.shared(2, weights_after)
-    for stage, accumulation in RUNS:
+    for at, (stage, accumulation, way) in enumerate(RUNS):
         expected = alone(2, accumulation)
-        way = (expected - start).abs().max()
-        assert way > 0.01
+        moved = (expected - start).abs().max()
+        assert moved > 0.01
         for rank in found:
-            off = (rank[stage, accumulation] - expected).abs().max()
             # roundings of small gradients grow when they are divided by their own root mean square
-            assert off <= 2e-4 * way, (stage, accumulation, off / way)
+            off = (rank[at] - expected).abs().max()
+            assert off <= 2e-4 * moved, (stage, accumulation, way, off / moved)
 
 
 class Mixed(nn.Module):
@@ -103,3 +105,19 @@ def test_a_ranks_products_are_the_mean_and_at_most_a_matrix_of_each_bucket(stage
     assert all(buckets == 1 for _, buckets in found)
     # every rank has as many elements: that no border cuts a matrix leaves the rest to their cost
     assert max(work) <= sum(work) / 2 + 2 * square
+
+
+def with_blocks(rank: int, world: int) -> list[Tensor]:
+    ends = []
+    for stage, way in ((0, "owned"), (1, "owned"), (2, "exchanged"), (3, "exchanged")):
+        engine = engine_of(stage, partial(BlockState, least=0), way=way)
+        train(engine, rank, 3)
+        ends.append(flat(engine))
+        engine.destroy()
+    return ends
+
+
+def test_state_in_blocks_is_that_of_one_process_at_every_stage() -> None:
+    """A border within a block, or a block across two parameters, would round otherwise."""
+    for whole, *sharded in ranks.shared(2, with_blocks):
+        assert all(torch.equal(end, whole) for end in sharded)
