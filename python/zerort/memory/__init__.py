@@ -2,7 +2,7 @@
 
 from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
 from zerort.memory.fingerprint import digest
-from zerort.memory.flat import Memory
+from zerort.memory.flat import Memory, Side
 from zerort.memory.forms import Alone, Form
 from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.model import FlatModel
@@ -38,6 +38,7 @@ __all__ = [
     "Resident",
     "Room",
     "Shape",
+    "Side",
     "Signature",
     "Stepped",
     "digest",

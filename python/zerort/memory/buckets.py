@@ -17,7 +17,7 @@ from zerort import _core
 from zerort.device import LINE, Mark, device_for
 from zerort.memory.away import AwayMaster
 from zerort.memory.fingerprint import first_of, line_prints
-from zerort.memory.flat import Memory
+from zerort.memory.flat import Memory, Side
 from zerort.memory.homes import Homes
 from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, SameMaster
 from zerort.memory.moved import Carrier
@@ -354,6 +354,22 @@ class FlatBucket(HeldBucket):
     def away(self) -> AwayMaster | None:
         """What stands for the masters, where the owners of exchanged parameters have them."""
         return self._masters if isinstance(self._masters, AwayMaster) else None
+
+    @property
+    def summed(self) -> Side:
+        """The reduced gradient of `owned`, where it is at home."""
+        return Side(self.accum.tensor, self.sums.host if isinstance(self.sums, HostSums) else None)
+
+    @property
+    def part(self) -> Side:
+        """What this rank keeps of the parameters, where it is at home."""
+        return Side(self.owned.tensor, self._host)
+
+    @property
+    def noted(self) -> Side:
+        """The same as `note_writes` has found it; what there is where nothing was noted."""
+        away = self.away
+        return self.part if away is None or away.noted is None else Side(away.noted, self._host)
 
     def arrive(self, start: int, values: Tensor) -> None:
         """Some of this rank's part, (n,) from `start` on, has come from the owners."""

@@ -7,15 +7,41 @@ a copy, and has a storage of its own. What it does not do: it does not know what
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
+from zerort.device import Host, Mark
 from zerort.memory.moved import Carrier
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "Side"]
+
+
+class Side(NamedTuple):
+    """Flat memory (n,) of the device's, or of the host's beside a device."""
+
+    tensor: Tensor
+    host: Host | None = None
+
+    def part(self, start: int, length: int) -> Side:
+        """Elements of it."""
+        return Side(self.tensor.narrow(0, start, length), self.host)
+
+    def copy_(self, source: Side) -> Mark | None:
+        """Becomes what `source` is cast to, which is in another place; returns the moment behind
+        that, until which `source` has to stay as it is.
+        """
+        cast = source.tensor.to(self.tensor.dtype)
+        if self.host is not None:
+            return self.host.receive(self.tensor, cast)
+        assert source.host is not None
+        mark = source.host.send(self.tensor, cast)
+        if cast is not source.tensor:
+            mark.wait()  # nobody else keeps it
+        return mark
 
 
 class Memory:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zerort import _core
 from zerort.memory.buckets import FlatBucket, Layout
+from zerort.memory.flat import Side
 from zerort.memory.forms import Form
 from zerort.memory.moved import Carrier
 from zerort.memory.parameters import PlannedParameter
@@ -223,18 +224,33 @@ class Room:
         assert self._gradient is not None, "the room is not open"
         return self._gradient
 
+    @property
+    def kept(self) -> Side:
+        """The masters, where they are at home."""
+        return Side(self.master, self._host)
+
+    @property
+    def reduced(self) -> Side:
+        """The gradient, there too."""
+        return Side(self.gradient, self._host)
+
     def open(self) -> None:
         """Memory for the gradient, zeros between parameters."""
         if self._gradient is None:
-            self._gradient = torch.zeros(self.length, dtype=self._sums, device=self.master.device)
+            self._gradient = self._zeros(self._sums).tensor
 
     def close(self) -> None:
         """It is given back."""
         self._gradient = None
 
-    def fresh(self) -> Tensor:
+    def fresh(self) -> Side:
         """Memory for the parameters as they are (length,), for `follow` and `take_writes`."""
-        return torch.zeros(self.length, dtype=self.dtype, device=self.master.device)
+        return self._zeros(self.dtype)
+
+    def _zeros(self, dtype: torch.dtype) -> Side:
+        if self._host is not None:
+            return Side(self._host.zeros(self.length, dtype), self._host)
+        return Side(torch.zeros(self.length, dtype=dtype, device=self.master.device))
 
     def follow(self, values: Tensor) -> None:
         """The masters become the parameters as they are (length,)."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from zerort.device import Mark
+from zerort.device import Host, Mark
 from zerort.memory.flat import Memory
 from zerort.memory.homes import HostRoom, Landing
 from zerort.memory.moved import Carrier
@@ -83,6 +83,11 @@ class HostSums:
         self._mark: Mark | None = None
         self._landing: Landing | None = None
         room.reserve(sums=numel * dtype.itemsize)
+
+    @property
+    def host(self) -> Host:
+        """Where they are."""
+        return self._room.host
 
     @property
     def whole(self) -> Memory:

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.memory import DTYPES, FlatBucket, FlatModel, Room, exchanged, unintercepted
+from zerort.memory import DTYPES, FlatBucket, FlatModel, Room, Side, exchanged, unintercepted
 from zerort.mesh import Comm, Work
 from zerort.run.waits import Waits
 from zerort.trace import TraceSink
 
 __all__ = ["Exchange"]
 
-OfShard = Callable[[FlatBucket], Tensor]
+OfShard = Callable[[FlatBucket], Side]
 """Something of a bucket, in the layout of this rank's shard."""
-OfRoom = Callable[[Room], Tensor]
+OfRoom = Callable[[Room], Side]
 
 
 class Exchange:
@@ -77,14 +77,14 @@ class Exchange:
     def gradients(self) -> None:
         """Reduced gradients come whole into the rooms, behind `prepare`."""
         with self._crossing("gradients") as cross:
-            cross([r.to_owners(_gradient, _room_gradient, r.sums) for r in self._routes])
+            cross([r.to_owners(_summed, _reduced, r.sums) for r in self._routes])
 
     def values(self) -> None:
         """Updated parameters go from the rooms into the shards, in their own dtype."""
         for bucket in self._buckets:
             bucket.ready()
         with self._crossing("parameters") as cross, torch.no_grad():
-            cross([r.to_holders(_master, _owned, r.values) for r in self._routes])
+            cross([r.to_holders(_kept, _part, r.values) for r in self._routes])
         for bucket in self._buckets:
             if bucket.away is not None:
                 bucket.away.lead()
@@ -96,7 +96,7 @@ class Exchange:
 
     def follow(self) -> None:
         """The masters become the parameters as they are."""
-        found = self._values_whole(_owned)
+        found = self._values_whole(_part)
         for room in self._rooms:
             room.follow(found[room.spec.id])
         for bucket in self._buckets:
@@ -109,7 +109,7 @@ class Exchange:
         """
         if not self._routes or not (self._any_written() if written is None else written):
             return
-        found = self._values_whole(_owned)
+        found = self._values_whole(_part)
         noted = self._values_whole(_noted) if any(map(_has_noted, self._buckets)) else {}
         with torch.no_grad():
             for room in self._rooms:
@@ -132,14 +132,14 @@ class Exchange:
             bucket.ready()
         found = {room.spec.id: room.fresh() for room in self._rooms}
 
-        def into(room: Room) -> Tensor:
+        def into(room: Room) -> Side:
             return found[room.spec.id]
 
         with self._crossing("parameters as they are") as cross, torch.no_grad():
             cross([r.to_owners(of, into, r.values) for r in self._routes])
         for route in self._routes:
             route.close()
-        return found
+        return {number: side.tensor for number, side in found.items()}
 
     # How it goes.
 
@@ -168,15 +168,21 @@ class Exchange:
 
 
 class Copies(NamedTuple):
-    """Tensors, and what they become."""
+    """Pieces of memory, and what they become, in their own dtypes and places."""
 
-    into: Sequence[Tensor]
-    source: Sequence[Tensor]
+    into: Sequence[Side]
+    source: Sequence[Side]
 
     def copy(self) -> None:
-        """In their own dtypes and places."""
-        if self.into:
-            torch._foreach_copy_(list(self.into), list(self.source))
+        """All of them; the host waits where some are its own, beside a device."""
+        pairs = list(zip(self.into, self.source, strict=True))
+        near = [(a.tensor, b.tensor) for a, b in pairs if (a.host is None) == (b.host is None)]
+        far = [(a, b) for a, b in pairs if (a.host is None) != (b.host is None)]
+        if near:
+            torch._foreach_copy_([into for into, _ in near], [source for _, source in near])
+        for mark in [into.copy_(source) for into, source in far]:
+            if mark is not None:
+                mark.wait()
 
 
 @dataclass(frozen=True)
@@ -199,9 +205,9 @@ class InShard(NamedTuple):
     start: int
     length: int
 
-    def of(self, parts: dict[int, Tensor]) -> Tensor:
-        """It, of tensors by bucket."""
-        return parts[self.bucket.spec.id].narrow(0, self.start, self.length)
+    def of(self, parts: dict[int, Side]) -> Side:
+        """It, of memory by bucket."""
+        return parts[self.bucket.spec.id].part(self.start, self.length)
 
 
 class InRoom(NamedTuple):
@@ -211,9 +217,9 @@ class InRoom(NamedTuple):
     start: int
     length: int
 
-    def of(self, parts: dict[int, Tensor]) -> Tensor:
-        """It, of tensors by bucket."""
-        return parts[self.room.spec.id].narrow(0, self.start, self.length)
+    def of(self, parts: dict[int, Side]) -> Side:
+        """It, of memory by bucket."""
+        return parts[self.room.spec.id].part(self.start, self.length)
 
 
 class Route:
@@ -292,7 +298,7 @@ class Route:
 
     def _parts(
         self, shard: OfShard, room: OfRoom, dtype: torch.dtype
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor, Tensor]:
+    ) -> tuple[dict[int, Side], dict[int, Side], Tensor, Tensor]:
         near, far = self.open()
         return (
             {bucket.spec.id: shard(bucket) for bucket in self._buckets},
@@ -302,30 +308,29 @@ class Route:
         )
 
 
-def _cut(flat: Tensor, runs: Sequence[InShard] | Sequence[InRoom]) -> Sequence[Tensor]:
-    return torch.split(flat, [run.length for run in runs]) if runs else ()
+def _cut(flat: Tensor, runs: Sequence[InShard] | Sequence[InRoom]) -> Sequence[Side]:
+    return [*map(Side, torch.split(flat, [run.length for run in runs]))] if runs else ()
 
 
-def _gradient(bucket: FlatBucket) -> Tensor:
-    return bucket.gradient
+def _summed(bucket: FlatBucket) -> Side:
+    return bucket.summed
 
 
-def _room_gradient(room: Room) -> Tensor:
-    return room.gradient
+def _part(bucket: FlatBucket) -> Side:
+    return bucket.part
 
 
-def _master(room: Room) -> Tensor:
-    return room.master
+def _noted(bucket: FlatBucket) -> Side:
+    return bucket.noted
 
 
-def _owned(bucket: FlatBucket) -> Tensor:
-    return bucket.owned.tensor
+def _reduced(room: Room) -> Side:
+    return room.reduced
+
+
+def _kept(room: Room) -> Side:
+    return room.kept
 
 
 def _has_noted(bucket: FlatBucket) -> bool:
     return bucket.away is not None and bucket.away.noted is not None
-
-
-def _noted(bucket: FlatBucket) -> Tensor:
-    away = bucket.away
-    return bucket.owned.tensor if away is None or away.noted is None else away.noted

@@ -60,13 +60,13 @@ def log_ways(plan: _core.Plan, flat: FlatModel) -> None:
     owned = [bucket for bucket in whole if bucket.way == "owned"]
     there, back = _exchanged_bytes(plan, flat)
     _log.info(
-        "whole parameters: %d buckets are owned, their shards hold %d elements uncut in %d; %d are "
-        "exchanged, at a boundary %d bytes of gradients go to their owners and %d bytes of "
-        "parameters come back; %d of %d ranks update them",
+        "whole parameters: the shards of %d of %d buckets hold them uncut, %d elements in %d; of "
+        "the others ranks exchange parts, at a boundary %d bytes of gradients to their owners and "
+        "%d bytes of parameters back; %d of %d ranks update them",
         len(owned),
+        len(whole),
         sum(sum(bucket.numels) for bucket in owned),
         sum(bucket.numel for bucket in owned),
-        len(whole) - len(owned),
         there,
         back,
         sum(cost > 0 for cost in plan.costs),

@@ -63,7 +63,8 @@ class Traffic:
         away = [bucket for bucket in flat.trained if bucket.is_on_host]
         here = [bucket for bucket in flat.trained if not bucket.is_on_host]
         return cls(
-            sum(bucket.master.nbytes + bucket.accum.tensor.nbytes for bucket in away),
+            sum(bucket.master.nbytes + bucket.accum.tensor.nbytes for bucket in away)
+            + sum(room.master.nbytes for room in flat.rooms.values() if room.is_on_host),
             sum(bucket.accum.tensor.nbytes for bucket in away),
             sum(bucket.owned.tensor.nbytes for bucket in away if not bucket.shard_on_host),
             sum(bucket.owned.tensor.nbytes for bucket in here if bucket.shard_on_host),

@@ -2,8 +2,10 @@
 deepspeed.utils.safe_get_local_* and safe_set_local_*.
 
 A fragment is a run (n,) of the parameter's elements in the order in which they lie in memory,
-possibly empty: what is split among ranks are buckets, not parameters. At stage 0 it is the whole
-parameter. For a parameter of no engine a getter returns None and a setter does nothing.
+possibly empty: what is split among ranks are buckets, not parameters. At stage 0, and with the
+owner of a whole parameter, it is the whole parameter; where parameters are exchanged its gradient
+is in shards all the same. For a parameter of no engine a getter returns None and a setter does
+nothing.
 
 Those of masters and optimizer state are this rank's alone. All ranks call those of gradients
 together, because sums may still be under way.
@@ -54,7 +56,7 @@ def safe_get_local_optimizer_state(param: Any, optim_state_key: str) -> Tensor |
 def safe_set_local_fp32_param(param: Any, value: Tensor) -> None:
     """Replaces the optimizer's copy by `value` (n,), and the parameter by the same in its own
     dtype: at stage 3 as soon as it is gathered, at stages 1 and 2 on this rank, and on the others
-    behind the next step.
+    behind the next step; where parameters are exchanged, behind the next step on all.
 
     Raises `StepError` for another number of elements.
     """

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from whole import engine_of, train
+from whole import counted, engine_of, train
 
 import ranks
 from training import keep
+from zerort.memory import Form
 from zerort.mesh.data import GroupComm
+from zerort.optim.muon import flops
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is torch 2.9's"
@@ -43,12 +45,19 @@ def sent(rank: int, world: int, stage: int, changes: dict[str, Any]) -> dict[str
     """What one rank sends in two steps of three micro-batches, and what the plan says."""
     engine = engine_of(stage, None, 3, "exchanged", **changes)
     parts = engine._parts
-    with crossings() as seen:
+    with crossings() as seen, counted() as shapes:
         train(engine, rank, 2)
     model, plan = parts.boundary.flat, parts.reduction.plan
     optimizer = engine.optimizer
     found = {
         "seen": seen,
+        "flops": sum(flops(shape, 5) for shape in shapes) / 2,
+        "largest": max(
+            flops(form.shape, 5)
+            for bucket in model.stepped
+            if bucket.spec.grain == "whole"
+            for form in [Form.of(parameter.flatten(1)) for parameter in bucket.params]
+        ),
         "exchanges": [
             (e.dtype, sum(e.send_splits), sum(e.recv_splits)) for e in plan.exchanges(rank)
         ],
@@ -115,3 +124,10 @@ def test_a_rank_keeps_masters_and_state_of_what_it_owns_alone(world: int) -> Non
         assert all(own[b] <= length < own[b] + 32 for b, length in rooms.items())
         assert rank["state"] == sum(own.values())
         assert rank["open"] == [None] * len(rooms)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_rank_does_more_than_the_mean_and_the_largest_matrix(world: int) -> None:
+    found = sent_by_all(world, 2, False)
+    work = [rank["flops"] for rank in found]
+    assert 0 < max(work) <= sum(work) / world + found[0]["largest"]
