@@ -7,6 +7,7 @@ Where the output is not a terminal, a line is printed every tenth of the run ins
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 import zerort
 from corpus import Corpus
+from zerort.report.report import write_report
+from zerort.report.run import load
 from zerort.trace.reader import TraceError, read
 from zerort.trace.summary import account
 
@@ -88,6 +91,20 @@ class Progress:
             except TraceError as error:  # a run that was resumed at its end
                 told = str(error)
             self.console.print(told, highlight=False)
+
+    def page(self, traces: Sequence[Path]) -> None:
+        """Writes the report of all ranks' traces beside them, and names it: the last line."""
+        if self.console.quiet or not traces:
+            return
+        try:
+            run = load(traces)
+        except TraceError as error:  # as above, or a folder that several runs have written into
+            self.console.print(f"no report: {error}", markup=False, highlight=False)
+            return
+        page = write_report(run, traces[0].with_name("report.html"))
+        self.console.print(f"report: {page} (open it in a browser)", soft_wrap=True)
+        for loss in run.losses:
+            self.console.print(f"  {loss}", markup=False, highlight=False)
 
     def __enter__(self) -> Progress:
         self._last = time.perf_counter()

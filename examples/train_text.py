@@ -95,16 +95,16 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def trace_of_rank_0(config: dict[str, Any]) -> Path | None:
-    """Where rank 0's trace will be, its folder made; None when no trace is asked for."""
+def traces(config: dict[str, Any]) -> list[Path]:
+    """Where each rank's trace will be, their folder made; empty when no trace is asked for."""
     template = os.environ.get("ZERORT_TRACE") or config.get("zerort", {}).get("trace", {}).get(
         "path"
     )
     if not template:
-        return None
-    path = Path(template.replace("{rank}", "0"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+        return []
+    paths = [Path(template.replace("{rank}", str(rank))) for rank in range(ranks()[1])]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    return paths
 
 
 def train(
@@ -164,7 +164,7 @@ def main() -> None:
     args = arguments()
     try:
         config = configuration(args)
-        trace = trace_of_rank_0(config)
+        written = traces(config)
         corpus = Corpus.load(args.text)
     except (OSError, ValueError) as error:
         sys.exit(f"train_text: {error}")
@@ -181,10 +181,14 @@ def main() -> None:
         train(engine, corpus, args, progress)
     after = bits_per_byte(engine, corpus)
     text = sample(engine)
-    engine.destroy()
-    progress.report(before, after, text, trace)
+    engine.destroy()  # which writes this rank's trace
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # and the others have written theirs
+    progress.report(before, after, text, written[0] if written else None)
     if args.monitors:
         progress.console.print(f"monitors: {MONITORED} (tensorboard --logdir {MONITORED})")
+    # on several hosts without a common folder the others' traces are elsewhere
+    progress.page([trace for trace in written if trace.exists()])
 
 
 if __name__ == "__main__":

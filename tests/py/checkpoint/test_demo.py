@@ -118,6 +118,9 @@ def test_a_run_that_was_killed_and_interrupted_resumes_on_the_uninterrupted_curv
     with Job(tmp_path / "whole") as whole:
         expected = dict(whole.losses())
         assert list(expected) == list(range(TOLD, STEPS + 1, TOLD))
+        assert whole.codes() == [0, 0]
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "2 ranks" in page and f"steps 1 to {STEPS}" in page and 'class="loss"' not in page
     with Job(tmp_path / "sharded", "--stage=3") as sharded:
         found = {step: float(loss) for step, loss in sharded.losses()}
         assert found == {
@@ -156,4 +159,6 @@ def test_the_report_of_a_run_that_had_nothing_left_to_do_says_so(
     trace = tmp_path / "trace-0.json"
     open_sink(str(trace), rank=0, world=1, capacity=10).close()
     progress.Progress(total=1, shown=True).report(2.5, 2.5, "text", trace)
-    assert "the trace holds no whole step" in capsys.readouterr().out
+    progress.Progress(total=1, shown=True).page([trace])
+    assert capsys.readouterr().out.count("the trace holds no whole step") == 2
+    assert not (tmp_path / "report.html").exists()
