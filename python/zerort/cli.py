@@ -16,6 +16,7 @@ from zerort.doctor.commands import add_doctor_command
 from zerort.forecast.commands import add_config_command
 from zerort.forecast.estimate import add_estimate_command
 from zerort.report.commands import add_trace_commands
+from zerort.simulate.commands import add_simulate_command
 from zerort.terminal import Parser, add_group, execute
 
 __all__ = ["main", "parser"]
@@ -38,6 +39,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_config_command(commands)
     add_estimate_command(commands)
+    add_simulate_command(commands)
     add_trace_commands(add_group(commands, "trace", help="where the time of a run went"))
     add_checkpoint_commands(add_group(commands, "ckpt", help="checkpoints, and what is in them"))
     add_doctor_command(commands)

@@ -301,6 +301,14 @@ Case = tuple[Callable[[Path], list[Any]], int, str]
 COMMANDS: dict[str, Case | None] = {
     "config": (lambda at: [a_config(at), "--numel", "1M", "--world", "2"], 0, "forecasts"),
     "estimate": (lambda at: ["--params", "1M", "--layers", "2", "--ranks", "2"], 0, "forecasts"),
+    "simulate": (
+        lambda at: [
+            *("--model", "models:mlp", "--flops", "1TFLOP/s", "--ranks", "2,4"),
+            *("--wire", "alpha=20us,beta=1GB/s"),
+        ],
+        0,
+        "points",
+    ),
     "trace summary": (lambda at: [record(at / "trace.json")], 0, "ranks"),
     "ckpt ls": (lambda at: [two_checkpoints(at)], 0, "checkpoints"),
     "ckpt show": (lambda at: [two_checkpoints(at), "one"], 0, "tensors"),
