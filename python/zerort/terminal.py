@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from zerort.errors import ZerortError
 
 __all__ = [
+    "FOUND",
     "Answer",
     "Commands",
     "Parser",
@@ -70,6 +71,8 @@ class Answer:
     """Prints it for a person."""
     status: int = 0
     """0, or 1 where something is not as it should be."""
+    speaks: bool = True
+    """False on a rank that leaves it to another to say."""
 
 
 class _Help(argparse.HelpFormatter):
@@ -161,7 +164,9 @@ def execute(parser: Parser, argv: Sequence[str] | None = None) -> int:
 
 def _printed(answer: Answer, *, as_json: bool) -> int:
     try:
-        if as_json:
+        if not answer.speaks:
+            pass
+        elif as_json:
             print(json.dumps(plain(answer.document), indent=2, allow_nan=False))
         else:
             answer.show(_Terminal())

@@ -324,7 +324,7 @@ COMMANDS: dict[str, Case | None] = {
         0,
         "path",
     ),
-    "doctor": (lambda at: [], 0, "rows"),
+    "doctor": (lambda at: ["--quick"], 0, "findings"),
 }
 """Of each command a line that works, made in a folder, the status, and a key of its document. None
 where a test of the command's own runs it with `--json`.
