@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from zerort.errors import ConfigError
 from zerort.forecast.table import size
 from zerort.simulate.model import of_model
+from zerort.simulate.page import write_page
 from zerort.simulate.quantities import flops, scales, wire
 from zerort.simulate.recorded import of_trace
 from zerort.simulate.scales import FIXED, Cluster, Point, at
@@ -63,6 +65,9 @@ def add_simulate_command(commands: Commands) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="of gradients on the wire (default: as they are in memory)",
     )
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="HTML", help="a page to write, with curves over the ranks"
+    )
     _add_model_arguments(parser)
 
 
@@ -92,7 +97,10 @@ def _simulate(args: argparse.Namespace) -> Answer:
     cluster = Cluster(args.wire, args.inner, args.hosts, args.wire_format)
     points = [at(subject, cluster, ranks, stage) for ranks in track(args.ranks, "simulating")]
     notes = list(_notes(subject, points, stage))
-    return Answer(_document(args, subject, stage, points, notes), shown(_table(points), *notes))
+    said = notes
+    if args.out is not None:
+        said = [*notes, f"wrote {write_page(args.out, subject, points, notes, args.trace)}"]
+    return Answer(_document(args, subject, stage, points, notes), shown(_table(points), *said))
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -138,6 +146,7 @@ def _document(
         "inner": args.inner,
         "hosts": args.hosts,
         "wire_format": args.wire_format,
+        "page": args.out,
         "points": points,
         "measured": subject.measured
         and {"ranks": subject.measured[0], "step_ms": subject.measured[1]},

@@ -249,3 +249,20 @@ def test_the_document_has_every_scale_and_what_was_measured(
     assert document["measured"] == {"ranks": 2, "step_ms": pytest.approx(100, rel=1e-3)}
     assert document["stage"] == 1
     assert document["points"][0]["fixed"].keys() == {"25 MiB", "5e8 elements"}
+
+
+@pytest.mark.parametrize("of", ["a trace", "a model"])
+def test_the_page_has_a_curve_for_each_size_and_asks_no_server(
+    of: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.html"
+    given = ["--model", "models:mlp", "--flops", "1TFLOP/s"]
+    if of == "a trace":
+        given = ["--trace", str(record(tmp_path / "trace.json", facts=dict(CPU)))]
+    assert main(["simulate", *given, "--ranks", "2..8", *LINK, "-o", str(out)]) == 0
+    assert str(out) in " ".join(capsys.readouterr().out.split())
+    page = out.read_text(encoding="utf-8")
+    for name in ("chosen", "25 MiB", "5e8 elements", "Memory of a rank"):
+        assert name in page
+    assert ("measured: 100" in page) == (of == "a trace")
+    assert "http" not in page.replace("http://www.w3.org", "")
