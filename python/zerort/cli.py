@@ -18,6 +18,7 @@ from zerort.forecast.estimate import add_estimate_command
 from zerort.report.commands import add_trace_commands
 from zerort.simulate.commands import add_simulate_command
 from zerort.terminal import Parser, add_group, execute
+from zerort.tune.commands import add_tune_command
 
 __all__ = ["main", "parser"]
 
@@ -43,6 +44,7 @@ def parser() -> Parser:
     add_trace_commands(add_group(commands, "trace", help="where the time of a run went"))
     add_checkpoint_commands(add_group(commands, "ckpt", help="checkpoints, and what is in them"))
     add_doctor_command(commands)
+    add_tune_command(commands)
     return top
 
 

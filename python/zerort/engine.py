@@ -39,6 +39,7 @@ from zerort.step.progress import Progress
 from zerort.step.readings import Components, Readings
 from zerort.step.states import MovableStates, States
 from zerort.step.transaction import Transaction
+from zerort.tune.calls import observing
 from zerort.utils.held import Owner
 
 __all__ = ["COMPILED_WHOLE", "Engine"]
@@ -318,6 +319,17 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
             num_local_io_workers,
         )
         return further_loader(request, self._parts.mesh.job, self._parts.config)
+
+    def tune(self, steps: int = 20, config: str | None = None) -> None:
+        """Observes the next `steps` steps, behind three to warm up, measures the wire, and logs on
+        rank 0 what a step is predicted to take and has taken, and the setting of buckets and window
+        with which it is predicted to be fastest. All ranks call it, between two steps; nothing of
+        this run is changed. With the path of its `config` the changed one is written beside that.
+
+        Raises `ConfigError` for fewer than one step, where the changed file cannot be written, and
+        on an accelerator and at stage 3, which are not observed.
+        """
+        self._events.add(observing(self._parts, steps, config))
 
     def empty_partition_cache(self) -> None:
         """Nothing: at stage 3 no parameter is kept whole behind a step, below it all are."""

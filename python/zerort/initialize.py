@@ -59,6 +59,7 @@ from zerort.trace.communication import CommunicationWatch
 from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.nvtx import NvtxSink
 from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
+from zerort.tune.task import overridden
 from zerort.zero.init import close_if_empty, inherit, origin_of
 
 __all__ = ["initialize"]
@@ -104,7 +105,9 @@ def initialize(
         refused={"mpu": mpu, "mesh_param": mesh_param},
     )
     with ExitStack() as undo:
-        settings, mesh = connected(lambda: load(config, args, config_params), model, undo)
+        settings, mesh = connected(
+            lambda: overridden(load(config, args, config_params)), model, undo
+        )
         log.show(mesh.rank)
         if settings.log_level is not None:
             log.set_level(settings.log_level)

@@ -325,6 +325,7 @@ COMMANDS: dict[str, Case | None] = {
         "path",
     ),
     "doctor": (lambda at: ["--quick"], 0, "findings"),
+    "tune": None,
 }
 """Of each command a line that works, made in a folder, the status, and a key of its document. None
 where a test of the command's own runs it with `--json`.

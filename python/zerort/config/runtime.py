@@ -56,6 +56,8 @@ class Runtime(Section):
     """Launched and unretired buckets; None lets the back end choose."""
     bucket_bytes: Size | None = None
     """Upper bound of a bucket in bytes, instead of `reduce_bucket_size`."""
+    tune: bool = False
+    """Before the first update buckets and window are chosen by what is measured."""
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
     reduce_at: Literal["micro_batch", "boundary"] | None = None

@@ -21,6 +21,7 @@ from zerort.features.site import Site
 from zerort.features.throughput import Throughput
 from zerort.features.timers import Timers
 from zerort.features.trace_mark import TraceMark
+from zerort.features.tuned import open_tuning
 from zerort.optim import NoOptimizer
 from zerort.step.events import Events, Feature
 
@@ -37,6 +38,7 @@ FEATURES: Sequence[Callable[[Site], Feature | None]] = (
     FlopsProfile.open,
     Monitored.open,
     TraceMark.open,
+    open_tuning,
 )
 """In the order in which they hear an event."""
 

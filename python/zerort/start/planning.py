@@ -68,10 +68,13 @@ class Planner:
     window: int | None
     """What the ranks' communicator has in flight."""
 
-    def plan(self, settings: Config) -> _core.Plan:
-        """Its plan by `settings`."""
+    def plan(self, settings: Config, wire: int | None = None) -> _core.Plan:
+        """Its plan by `settings`; gradients are sent in the members' own formats, or all in that
+        of the number `wire`.
+        """
+        specs = [member.spec() for member in self.members]
         return _core.Plan(
-            [member.spec() for member in self.members],
+            [(n, dtype, g, own if wire is None else wire) for n, dtype, g, own in specs],
             world=self.world,
             stage=settings.zero_optimization.stage,
             cap_bytes=settings.cap_bytes,
@@ -83,11 +86,11 @@ class Planner:
             whole_padding=settings.zerort.whole_padding,
         )
 
-    def other_plan(self, settings: Config) -> _core.Plan:
+    def other_plan(self, settings: Config, wire: int | None = None) -> _core.Plan:
         """Its plan by `settings`, for an engine that runs already. Raises `ConfigError` where ranks
         would exchange parameters, which is arranged when an engine starts.
         """
-        plan = self.plan(settings)
+        plan = self.plan(settings, wire)
         if exchanged(plan):
             raise ConfigError(
                 "these buckets would hold parameters that ranks exchange, which a running engine "

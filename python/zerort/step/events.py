@@ -130,6 +130,14 @@ class Events:
     """Calls the features of one engine, each event's in their order."""
 
     def __init__(self, features: Sequence[Feature] = ()) -> None:
+        self._listen(features)
+        self._initial = copy.deepcopy(self.state())
+
+    def add(self, feature: Feature) -> None:
+        """From now on it hears too, behind the others. It keeps nothing in checkpoints."""
+        self._listen((*self.features, feature))
+
+    def _listen(self, features: Sequence[Feature]) -> None:
         self.features = tuple(features)
         self._hear: dict[str, tuple[Callable[..., Any], ...]] = {
             event: tuple(
@@ -144,7 +152,6 @@ class Events:
         self._backward = self._hear["backward"]
         self._scaled = self._hear["scaled"]
         self._ended = self._hear["ended"]
-        self._initial = copy.deepcopy(self.state())
 
     def find(self, kind: type[F]) -> F | None:
         """The feature of this kind, if it is on."""

@@ -37,8 +37,10 @@ class Relocation:
 
     members: Sequence[PlannedParameter]
     """The parameters, by id."""
-    plan_of: Callable[[Config], _core.Plan]
-    """Their plan by a configuration. Raises `ConfigError`."""
+    plan_of: Callable[[Config, int | None], _core.Plan]
+    """Their plan by a configuration, gradients sent in the wire format of this number, or in the
+    one that was chosen for each. Raises `ConfigError`.
+    """
     layout_of: Callable[[_core.Plan], Layout]
     """Where memory lies by a plan."""
 

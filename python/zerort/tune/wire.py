@@ -35,6 +35,9 @@ time does not count: it meets cold memory and ranks that are not in step.
 _TOGETHER = 4
 """Gathers that are under way at once, as where buckets are published."""
 
+_LANES = 2
+"""Of gloo: its threads for a group."""
+
 Start = Callable[[int], Callable[[], list[Work]]]
 """Takes a number of bytes; what it returns starts collectives over them in all."""
 
@@ -52,6 +55,8 @@ class Wire:
     """From shards to the whole, of one of several that are under way."""
     vote: float
     """Seconds of the all-reduce of a step's vote."""
+    lanes: int = 1
+    """Collectives that the library has under way at once."""
 
 
 def measure_wire(mesh: Mesh) -> Wire:
@@ -60,11 +65,13 @@ def measure_wire(mesh: Mesh) -> Wire:
     if comm.world == 1:
         return Wire(1, Line(0.0, 0.0), Line(0.0, 0.0), 0.0)
     meter = Meter(comm.control, comm)
+    lanes = _LANES if mesh.device.type == "cpu" else 1
     return Wire(
         comm.world,
         fit(meter.samples(lambda nbytes: _reduces(comm, nbytes))),
-        _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes)))),
+        _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes))), lanes),
         meter.vote(),
+        lanes,
     )
 
 
@@ -121,9 +128,9 @@ class Meter:
         return slowest
 
 
-def _each(together: Line) -> Line:
-    """Of one, where so many went together."""
-    return Line(together.alpha / _TOGETHER, together.beta)
+def _each(together: Line, lanes: int) -> Line:
+    """Of one, where so many went together, `lanes` at a time."""
+    return Line(together.alpha * lanes / _TOGETHER, together.beta)
 
 
 def _reduces(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:

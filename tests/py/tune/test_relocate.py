@@ -64,7 +64,7 @@ def move_at_the_first_boundary(engine: Any, config: Any) -> None:
         part.meet = meet
         assert refusal(parts) is None
         before = parts.reduction.plan
-        relocate(parts, parts.relocation.plan_of(load(config)))
+        relocate(parts, parts.relocation.plan_of(load(config), None))
         assert len(parts.reduction.plan.buckets) < len(before.buckets)
 
     part.meet = met

@@ -35,6 +35,10 @@ ROWS: Sequence[Key] = (
         'launched and unretired buckets, a number or "all"; the back end\'s choice when left out',
     ),
     same("zerort.bucket_bytes", "upper bound of a bucket in bytes, instead of reduce_bucket_size"),
+    same(
+        "zerort.tune",
+        "true: bucket_bytes and window are chosen before the first update, by what is measured",
+    ),
     same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
     same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
     same(

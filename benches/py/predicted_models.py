@@ -1,0 +1,147 @@
+"""The models of `predict.py`, and one race: a step's measured time beside its prediction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import zerort
+from workloads import GPT, Shape, next_token_loss
+from zerort.tune.fit import Line
+from zerort.tune.model import Predictor
+from zerort.tune.profile import Observer, slowest
+from zerort.tune.wire import Wire, measure_wire
+
+__all__ = ["MODELS", "race"]
+
+_SMALL = Shape(vocabulary=512, context=64, width=256, depth=4, heads=4)
+_WARM, _STEPS = 3, 3
+
+
+class _Nap(torch.autograd.Function):
+    """The identity, for as long as a layer computes on an accelerator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return gradients[0], None
+
+
+class Paced(nn.Module):
+    """`module` on its inputs, after a while in which no core is used."""
+
+    def __init__(self, module: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.module, self.seconds = module, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module's."""
+        out: Tensor = self.module(_Nap.apply(x, self.seconds))
+        return out
+
+
+class _Training:
+    """A model and one micro-batch's loss."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        self.model, self.loss = model, loss
+
+
+def _gpt() -> _Training:
+    """3.4 million parameters."""
+    tokens = torch.randint(512, (4, 65))
+    return _Training(
+        GPT(_SMALL), lambda engine: next_token_loss(engine(tokens[:, :-1]), tokens[:, 1:])
+    )
+
+
+def _rows(*layers: nn.Module, batch: int, width: int) -> _Training:
+    x = torch.randn(batch, width)
+    return _Training(nn.Sequential(*layers), lambda engine: engine(x).square().mean())
+
+
+def _wide() -> _Training:
+    """4.2 million parameters in 4 matrices, each a bucket."""
+    layers = (layer for _ in range(4) for layer in (nn.Linear(1024, 1024), nn.ReLU()))
+    return _rows(*layers, batch=128, width=1024)
+
+
+def _paced() -> _Training:
+    """2.1 million parameters in 32 layers of 3 ms forward."""
+    layers = (Paced(nn.Linear(256, 256), 0.003) for _ in range(32))
+    return _rows(*layers, batch=4, width=256)
+
+
+MODELS: dict[str, Callable[[], _Training]] = {"gpt": _gpt, "wide": _wide, "paced": _paced}
+
+
+def race(
+    build: Callable[[], _Training], stage: int, bucket: int, rounds: int
+) -> tuple[float, float, tuple[float, float]]:
+    """Seconds of a step at a stage, predicted and measured, and of these the exposed ones."""
+    torch.manual_seed(0)
+    training = build()
+    engine, *_ = zerort.initialize(
+        model=training.model,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "steps_per_print": None,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+            "zero_optimization": {"stage": stage},
+            "zerort": {"bucket_bytes": bucket},
+        },
+    )
+    parts = engine._parts
+
+    def step() -> None:
+        engine.backward(training.loss(engine))
+        engine.step()
+
+    for _ in range(_WARM):
+        step()
+    observer, wires = Observer(parts), [measure_wire(parts.mesh)]
+    for _ in range(rounds):
+        dist.barrier()
+        for _ in range(_STEPS):
+            observer.start()
+            step()
+            observer.crossed()
+    observer.close()
+    wires.append(measure_wire(parts.mesh))
+    profiles = [None] * dist.get_world_size()
+    dist.all_gather_object(profiles, observer.profile())
+    profile = slowest(profiles)
+    predictor = Predictor(
+        between(*wires), profile, parts.reduction.plan, blocks=True, sums_pieces=True
+    )
+    prediction = predictor.prediction(parts.reduction.plan)
+    engine.destroy()
+    waited = prediction.exposed_ns + prediction.publish_ns + prediction.vote_ns
+    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed)
+
+
+def between(one: Wire, other: Wire) -> Wire:
+    """The mean of two measurements, before and behind what is predicted."""
+
+    def line(a: Line, b: Line) -> Line:
+        return Line((a.alpha + b.alpha) / 2, (a.beta + b.beta) / 2)
+
+    return Wire(
+        one.ranks,
+        line(one.reduce, other.reduce),
+        line(one.gather, other.gather),
+        (one.vote + other.vote) / 2,
+        one.lanes,
+    )

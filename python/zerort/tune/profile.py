@@ -1,0 +1,193 @@
+"""What a rank computes in a step, observed from a run: when gradients come, and how long forward,
+backward and update take without what they wait for their peers.
+
+What it guarantees: parameters have no hook of this after `close` (tensor pre-hooks, which leave no
+trace), and nothing here communicates. What it does not do: on an accelerator the host's times say
+nothing of the device's, so only hosts that compute themselves are observed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import cast
+
+from torch import Tensor
+
+from zerort.step.readings import Components
+from zerort.trace import TraceSink
+from zerort.trace.breakdown import BreakdownSink, RangeTimes
+from zerort.trace.sink import SinkAround
+
+__all__ = ["Observer", "Profile", "slowest"]
+
+_PARTS = ("forward", "backward", "step", "retire", "vote", "optimizer", "publish")
+"""Ranges of a step; the last four are parts of `step`."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one rank, in seconds of a step: medians over the steps that were observed."""
+
+    wall: float
+    """From one boundary to the next."""
+    exposed: float
+    """Of that, what the host stood still for its peers."""
+    micro_batches: int
+    forward: float
+    """Of one micro-batch."""
+    backward: float
+    """Of one micro-batch, packing included."""
+    sums: float
+    """Adding up what has arrived."""
+    update: float
+    other: float
+    """All else: the user's own, and what the engine does between these."""
+    arrivals: tuple[float, ...]
+    """By parameter, when its gradient comes behind the beginning of the backward."""
+
+    @property
+    def computing(self) -> float:
+        """All but the waiting."""
+        return self.wall - self.exposed
+
+
+@dataclass(frozen=True)
+class _Step:
+    wall: float
+    parts: dict[str, tuple[float, float]]
+    """Seconds in each range, and of them those that were waited."""
+    arrivals: list[float]
+
+
+class Observer:
+    """Of one engine, from its making until `close`; `crossed` ends a step."""
+
+    def __init__(self, parts: Components) -> None:
+        self.steps: list[_Step] = []
+        self._parts = parts
+        self._params = parts.boundary.flat.params
+        self._micro_batches = parts.batch.accumulation
+        self._came = [0.0] * len(self._params)
+        self._begun = self._crossed = time.perf_counter()
+        self._times = RangeTimes()
+        self._times.clock = lambda: parts.reduction.waited
+        self._sink = cast(SinkAround, parts.sink)
+        self._before: TraceSink = self._sink.inner
+        self._sink.inner = _Ears(self._before, self._times, self._heard)
+        self._handles = [
+            parameter.register_hook(partial(_note, self._came, index))  # type: ignore[no-untyped-call]
+            for index, parameter in enumerate(self._params)
+            if parameter.requires_grad
+        ]
+        self._marks = self._read()
+
+    @contextmanager
+    def _heard(self, name: str, shown: AbstractContextManager[None]) -> Iterator[None]:
+        """A backward begins by the engine's call, or behind a forward."""
+        if name == "backward":
+            self._begun = time.perf_counter()
+        with shown:
+            yield
+        if name == "forward":
+            self._begun = time.perf_counter()
+
+    def start(self) -> None:
+        """A step begins now; else where the last has ended."""
+        self._marks, self._crossed = self._read(), time.perf_counter()
+
+    def crossed(self) -> None:
+        """A step is over."""
+        now, marks = time.perf_counter(), self._read()
+        parts = {
+            name: (marks[name][0] - seconds, marks[name][1] - waited)
+            for name, (seconds, waited) in self._marks.items()
+        }
+        arrivals = [max(0.0, came - self._begun) if came else 0.0 for came in self._came]
+        self.steps.append(_Step(now - self._crossed, parts, arrivals))
+        self._marks, self._crossed = marks, now
+
+    def forget(self) -> None:
+        """What has been observed was not typical."""
+        self.steps.clear()
+
+    def close(self) -> None:
+        """Leaves the engine as it was."""
+        if self._sink.inner is not self._before:
+            self._sink.inner = self._before
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._params:
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None  # an empty dictionary is still crossed for
+        self._handles = []
+
+    def profile(self) -> Profile:
+        """Of the steps so far, one at least."""
+
+        def typical(of: Callable[[_Step], float]) -> float:
+            return median(map(of, self.steps))
+
+        def computed(name: str) -> float:
+            return typical(lambda step: step.parts[name][0] - step.parts[name][1])
+
+        count = self._micro_batches
+        every = zip(*(step.arrivals for step in self.steps), strict=True)
+        arrivals = tuple(map(median, every))
+        # a backward of the user's own is in no range: it lasts until the last gradient
+        outside = computed("backward") == 0.0
+        backward = max(computed("backward") / count, max(arrivals, default=0.0))
+        wall, exposed = typical(lambda step: step.wall), typical(_waited)
+        forward, sums, update = (computed(part) for part in ("forward", "retire", "optimizer"))
+        used = forward + backward * (count if not outside else 1) + sums + update
+        return Profile(
+            wall=wall,
+            exposed=exposed,
+            micro_batches=count,
+            forward=forward / count,
+            backward=backward,
+            sums=sums,
+            update=update,
+            other=max(0.0, wall - exposed - used),
+            arrivals=arrivals,
+        )
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        seconds, clocked = self._times.seconds, self._times.clocked
+        return {name: (seconds(name), clocked(name)) for name in _PARTS}
+
+
+class _Ears(BreakdownSink):
+    """Times ranges, and tells of them."""
+
+    def __init__(
+        self,
+        inner: TraceSink,
+        times: RangeTimes,
+        heard: Callable[[str, AbstractContextManager[None]], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__(inner, times, logs=False)
+        self._heard = heard
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """As it is, timed."""
+        return self._heard(name, super().range(name))
+
+
+def _waited(step: _Step) -> float:
+    return sum(step.parts[name][1] for name in ("forward", "backward", "step"))
+
+
+def _note(
+    came: list[float], index: int, _: Tensor, now: Callable[[], float] = time.perf_counter
+) -> None:
+    came[index] = now()
+
+
+def slowest(profiles: Sequence[Profile]) -> Profile:
+    """Of all ranks', the one that the others wait for."""
+    return max(profiles, key=lambda profile: profile.computing)
