@@ -13,7 +13,7 @@ from zerort.report.page import Section
 from zerort.report.svg import Scale
 from zerort.report.words import count, ms
 
-__all__ = ["ranks_shown", "step_section"]
+__all__ = ["axis_of", "ranks_shown", "step_section"]
 
 MOST_RANKS, MOST_BUCKETS, MOST_SHAPES = 8, 40, 12_000
 """What is drawn at the most: ranks, buckets of each, and shapes altogether."""
@@ -79,12 +79,21 @@ def _lanes(figures: Figures, ranks: Sequence[int]) -> dict[int, Lanes]:
     number = figures.drawn
     every = {rank.rank: rank for rank in figures.run.ranks}
     steps = {rank: (every[rank].steps[number], every[rank].ahead[number]) for rank in every}
-    start = min(step.start - ahead for step, ahead in steps.values())
-    end = max(step.end - ahead for step, ahead in steps.values())
+    start, end = axis_of(figures)
     scale = Scale(0.0, end - start)
     return {
         rank: Lanes(figures.run, steps[rank][0], scale, -start - steps[rank][1]) for rank in ranks
     }
+
+
+def axis_of(figures: Figures) -> tuple[float, float]:
+    """When the first rank begins the drawn step and the last one ends it, on the first's clock."""
+    number = figures.drawn
+    every = [(rank.steps[number], rank.ahead[number]) for rank in figures.run.ranks]
+    return (
+        min(step.start - ahead for step, ahead in every),
+        max(step.end - ahead for step, ahead in every),
+    )
 
 
 def _buckets_shown(figures: Figures, lanes: dict[int, Lanes]) -> set[int]:

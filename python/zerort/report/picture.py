@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zerort.errors import ConfigError
-from zerort.report.drawn_step import ranks_shown
+from zerort.report.drawn_step import axis_of, ranks_shown
 from zerort.report.figures import Figures
 from zerort.report.findings import findings
 from zerort.report.lanes import colour_of
@@ -39,6 +39,8 @@ COLOURS: Mapping[str, str] = {
 }
 """The page's, in light."""
 
+_LETTERS = 150
+"""That fit into the whole width."""
 _MOST_RANKS, _MOST_BUCKETS, _MOST_FINDINGS = 2, 16, 3
 
 
@@ -84,7 +86,7 @@ def _split(axis: Any, found: Figures) -> None:
     for kind, took in found.split.by_kind().items():
         axis.barh(0, took, left=at, height=0.8, color=COLOURS[colour_of(kind)])
         name = f"{KIND_NAMES.get(kind, kind)}\n{ms(took)}, {percent(took, wall)}"
-        if took / wall > 0.07:
+        if took / wall * _LETTERS > max(map(len, name.split("\n"))):
             dark = kind in ("exposed", "vote", "publish", "optimizer", "sums")
             colour = "white" if dark else "#1d1f22"
             axis.text(at + took / 2, 0, name, ha="center", va="center", fontsize=8, color=colour)
@@ -105,17 +107,19 @@ def _words(axis: Any, told: Sequence[tuple[str, str]]) -> None:
 def _lanes(axis: Any, found: Figures, rank: int) -> None:
     _bare(axis)
     step = next(one for one in found.run.ranks if one.rank == rank).steps[found.drawn]
+    start, end = axis_of(found)
+    start += next(one for one in found.run.ranks if one.rank == rank).ahead[found.drawn]
     for part in step.slices:
-        axis.barh(0, part.took, left=part.start - step.start, height=0.9, color=_colour(part.kind))
+        axis.barh(0, part.took, left=part.start - start, height=0.9, color=_colour(part.kind))
     order = list(dict.fromkeys(life.bucket for life in sorted(step.lives, key=_launched)))
     rows = {bucket: -1 - index for index, bucket in enumerate(order[:_MOST_BUCKETS])}
-    for bucket, start, end, colour, height in _bars(step):
+    for bucket, since, until, colour, height in _bars(step):
         if bucket in rows:
-            left = start - step.start
-            axis.barh(rows[bucket], end - start, left=left, height=height, color=COLOURS[colour])
+            left, took = since - start, until - since
+            axis.barh(rows[bucket], took, left=left, height=height, color=COLOURS[colour])
     axis.set_yticks([0, *rows.values()], ["loop", *(f"b{bucket}" for bucket in rows)])
     axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.set_xlim(0, step.wall)
+    axis.set_xlim(0, end - axis_of(found)[0])
     axis.set_title(f"rank {rank}, step {found.drawn}", fontsize=9, loc="left")
 
 

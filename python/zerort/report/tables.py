@@ -164,7 +164,7 @@ def _steps(figures: Figures, shown: Sequence[int]) -> Iterator[str]:
     def y(value: float) -> float:
         return 6 + (_CHART - _FOOT - 6) * (1 - value / top)
 
-    for value in ticks(top, 4):
+    for value in ticks(top, 5):
         yield line(0, y(value), 100, y(value), "grid")
         if value:
             yield text(0, y(value) - 3, ms(value) if value else "0", "tick")
@@ -172,7 +172,7 @@ def _steps(figures: Figures, shown: Sequence[int]) -> Iterator[str]:
     for number in shown:
         wall = figures.walls[number]
         if wall > top:  # the first: drawn to scale it would press all others flat
-            yield text(scale.at(number), 9, f"step {number}: {ms(wall)}", "soft")
+            yield text(scale.at(number), 9, f"step {number}: {ms(wall)}, above", "soft")
             continue
         colour = "exposed" if number in outliers else "dot"
         told = f"step {number}: {ms(wall)}, {wall / figures.median:.2f} times the median"
