@@ -43,7 +43,7 @@ def of_shapes() -> nn.Module:
     square = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(5)]
     conv = [nn.Unflatten(1, (32, -1)), nn.Conv1d(32, 32, 3, padding=1), nn.Flatten()]
     square[2].requires_grad_(False)
-    return nn.Sequential(*wide, *square, *conv, nn.Linear(WIDTH, 3 * WIDTH))
+    return nn.Sequential(*wide, *square, *conv, nn.Linear(WIDTH, WIDTH))
 
 
 class Counts(NamedTuple):

@@ -39,7 +39,10 @@ class Call:
 
 
 def _piece_for_every_peer(arguments: dict[str, Any], rank: int, world: int) -> int:
-    return arguments["input"].nbytes * (world - 1) // world
+    splits, sent = arguments["input_split_sizes"], arguments["input"]
+    if splits:
+        return sent.itemsize * (sum(splits) - splits[rank])
+    return sent.nbytes * (world - 1) // world
 
 
 def _whole_to_every_peer(arguments: dict[str, Any], rank: int, world: int) -> int:
