@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -94,6 +95,8 @@ def _simulate(args: argparse.Namespace) -> Answer:
         raise ConfigError("--inner says how ranks of a host are connected: give --hosts too")
     subject = _subject(args)
     stage = subject.stage if args.stage is None else args.stage
+    if stage != subject.stage:
+        subject = replace(subject, measured=None)  # of another stage
     cluster = Cluster(args.wire, args.inner, args.hosts, args.wire_format)
     points = [at(subject, cluster, ranks, stage) for ranks in track(args.ranks, "simulating")]
     notes = list(_notes(subject, points, stage))

@@ -23,7 +23,7 @@ __all__ = ["FIXED", "Cluster", "Fixed", "Point", "at"]
 DDP_BYTES = 25 << 20
 DEEPSPEED_ELEMENTS = 500_000_000
 _DEVICE_WINDOW = 4
-_WINDOWS = (2, 4, 8)
+_WINDOWS = (1, 2, 3, 4, 6, 8)
 _WIRE_BYTES = [4.0, 2.0, 2.0, 8.0]
 """Of an element, by the number of the wire format."""
 _WIRE_FORMATS = ("fp32", "bf16", "fp16", "fp64")

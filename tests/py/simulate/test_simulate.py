@@ -249,6 +249,10 @@ def test_the_document_has_every_scale_and_what_was_measured(
     assert document["measured"] == {"ranks": 2, "step_ms": pytest.approx(100, rel=1e-3)}
     assert document["stage"] == 1
     assert document["points"][0]["fixed"].keys() == {"25 MiB", "5e8 elements"}
+    line = ["simulate", "--trace", str(path), "--ranks", "2", *LINK, "--json", "--stage", "2"]
+    assert main(line) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["measured"] is None, "it was measured at another stage"
 
 
 @pytest.mark.parametrize("of", ["a trace", "a model"])
