@@ -22,6 +22,8 @@ from zerort.checkpoint.reading import Reader, Shard
 from zerort.checkpoint.tags import LATEST, folder_of, latest, read_manifest
 from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
+from zerort.params.sharded import keeper_of
+from zerort.zero import GatheredParameters
 
 __all__ = [
     "SavedTensor",
@@ -133,11 +135,15 @@ def saved_tensors(
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> nn.Module:
-    """Loads a checkpoint's weights into a plain module, on CPU, and returns it. Raises as
-    `get_fp32_state_dict`.
+    """Loads a checkpoint's weights into a plain module, on CPU, and returns it; a module in shards
+    stays where it is, and all ranks call this. Raises as `get_fp32_state_dict`.
     """
-    model = model.cpu()
-    model.load_state_dict(get_fp32_state_dict(checkpoint_dir, tag), strict=False)
+    params = list(model.parameters())
+    if all(keeper_of(parameter) is None for parameter in params):
+        model = model.cpu()
+    weights = get_fp32_state_dict(checkpoint_dir, tag)
+    with GatheredParameters(params, modifier_rank=0):
+        model.load_state_dict(weights, strict=False)
     return model
 
 

@@ -5,6 +5,7 @@ command line.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from test_api import Everything, everything, step
 
 import ranks
+import training
 from saved import Net, adamw, config_of, engine_of, train, weights
 from zerort.checkpoint import get_fp32_state_dict, load_state_dict_from_zero_checkpoint
 from zerort.cli import main
 from zerort.errors import CheckpointError
+from zerort.zero import GatheredParameters
 
 
 def export(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
@@ -81,6 +84,36 @@ def test_tied_weights_stand_once_in_safetensors_and_twice_in_a_state_dict(tmp_pa
     plain = load_state_dict_from_zero_checkpoint(Everything(), tmp_path)
     for name, value in weights(engine).items():
         assert torch.equal(plain.state_dict()[name], value), name
+
+
+def load_into_shards(rank: int, world: int, folder: str) -> list[bool]:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = engine_of(config_of(3) | {"zero_optimization": zero})
+    engine.save_checkpoint(folder)
+    saved = training.weights(engine)
+    params = list(engine.module.parameters())
+    found = []
+    gathered = GatheredParameters(params), GatheredParameters(params, modifier_rank=0)
+    for outer in (*gathered, nullcontext()):
+        train(engine, rank, world, range(1))
+        found.append(same(training.weights(engine), saved))
+        with outer:
+            load_state_dict_from_zero_checkpoint(engine.module, folder)
+        found.append(same(training.weights(engine), saved))
+    train(engine, rank, world, range(1))
+    engine.destroy()
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_checkpoint_is_loaded_into_a_module_in_shards_within_a_gather_or_alone(
+    tmp_path: Path,
+) -> None:
+    for found in ranks.shared(2, load_into_shards, str(tmp_path)):
+        assert found == [False, True] * 3
 
 
 def test_an_export_that_fails_leaves_the_file_that_was_there(
