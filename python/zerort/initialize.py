@@ -235,7 +235,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     precision.cast(model)
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
-    abilities = chosen.able(shards=settings.zero_optimization.stage > 0)
+    abilities = chosen.able(shards=settings.zero_optimization.shards_optimizer)
     planner, plan = plan_of(
         settings,
         model,

@@ -141,6 +141,11 @@ class Zero(Section):
         return self
 
     @property
+    def shards_optimizer(self) -> bool:
+        """Whether the stage shards the optimizer, and its state."""
+        return self.stage > 0
+
+    @property
     def shards_parameters(self) -> bool:
         """Whether the stage shards parameters between their uses."""
         return self.stage == 3
@@ -309,7 +314,7 @@ class Config(Given):
         zero = self.zero_optimization
         state, shards = zero.offloads
         kind = self.optimizer.type.lower() if self.optimizer is not None else ""
-        if kind in CPU_ADAMS and zero.stage > 0 and zero.offload_optimizer is None:
+        if kind in CPU_ADAMS and zero.shards_optimizer and zero.offload_optimizer is None:
             pinned = bool(zero.cpu_offload_use_pin_memory)
             state = OffloadOptimizer(device="cpu", pin_memory=pinned)
         return state, shards

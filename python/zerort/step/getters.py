@@ -66,7 +66,7 @@ class Getters:
 
     zero_optimization = _key(
         "Whether anything is sharded: the stage is not 0.",
-        lambda c: c.zero_optimization.stage > 0,
+        lambda c: c.zero_optimization.shards_optimizer,
     )
     zero_optimization_stage = _key("The ZeRO stage.", lambda c: c.zero_optimization.stage)
     zero_optimization_partition_gradients = _key(

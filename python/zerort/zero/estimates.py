@@ -193,7 +193,7 @@ def _pieces(settings: Config, counted: Counted, ranks: int) -> Iterator[Piece]:
         # the part of the optimizer that stays is another bucket
         away = int(numel * state.ratio) if state.on_host and trained else 0
         for part, homed in ((away, True), (numel - away, False)):
-            owned = part if zero.stage == 0 else part // ranks
+            owned = part // ranks if zero.shards_optimizer else part
             shape = Shape(
                 dtypes,
                 part,
