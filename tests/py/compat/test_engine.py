@@ -39,6 +39,17 @@ def step(engine: Any, factor: float = 1.0) -> None:
     engine.step()
 
 
+def test_the_configuration_has_deepspeeds_private_name_too() -> None:
+    engine = engine_of(bf16={"enabled": True})
+    found = engine._config
+    assert found.train_micro_batch_size_per_gpu == 2 and found.gradient_accumulation_steps == 1
+    assert found.zero_optimization.stage == 2 and found.bf16.enabled
+    assert dict(found) == dict(engine.config), "as a mapping what was given"
+    engine.set_train_micro_batch_size(1)
+    assert engine._config.train_batch_size == engine.train_batch_size() == 1
+    engine.destroy()
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_the_class_is_set_on_the_instance_and_the_optimizer_is_torchs(stage: int) -> None:
     model = nn.Linear(4, 4)

@@ -15,6 +15,8 @@ from zerort.compat.deepspeed.failures import (
     deepspeeds_failures,
 )
 from zerort.compat.deepspeed.optimizer import follow
+from zerort.compat.deepspeed.pieces import with_sizes
+from zerort.config import Batch, Config
 from zerort.engine import Engine
 from zerort.errors import CheckpointError
 
@@ -28,6 +30,18 @@ class DeepSpeedEngine(Engine):
 
     pipeline_parallelism = has_moe_layers = False
     """Neither is built."""
+
+    @property
+    def _config(self) -> Config:
+        """The configuration under DeepSpeed's name for it, as `DeepSpeedConfig` has it: with all
+        batch sizes as they are now.
+        """
+        batch = Batch(
+            self.train_batch_size(),
+            self.train_micro_batch_size_per_gpu(),
+            self.gradient_accumulation_steps(),
+        )
+        return with_sizes(self.config, batch)
 
     @as_deepspeed_fails
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zerort.compat.deepspeed import comm
-from zerort.config import Config, load
+from zerort.config import Batch, Config, load
 from zerort.errors import ConfigError
 from zerort.zero import OffloadDeviceEnum, OffloadStateTypeEnum
 
@@ -50,9 +50,13 @@ class DeepSpeedConfig:
         in it, batch sizes that do not multiply up too.
         """
         loaded = load(config, None, None)
-        batch = loaded.resolve_batch(comm.get_world_size())
-        sizes = (batch.train, batch.micro, batch.accumulation)
-        return loaded.model_copy(update=dict(zip(_SIZES, sizes, strict=True)))
+        return with_sizes(loaded, loaded.resolve_batch(comm.get_world_size()))
+
+
+def with_sizes(config: Config, batch: Batch) -> Config:
+    """It with all batch sizes, those that follow from the others too."""
+    sizes = (batch.train, batch.micro, batch.accumulation)
+    return config.model_copy(update=dict(zip(_SIZES, sizes, strict=True)))
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
