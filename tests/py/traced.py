@@ -55,6 +55,8 @@ class Scene:
     gathers: float = 0.0
     """What each forward stands still for a unit's parameters."""
     roll_call: float = 0.0
+    on_device: bool = False
+    """No spans of collectives, and one wait for all sums."""
     stall: float = 0.0
     """For how long each bucket is waited for at the end, however long ago it was complete."""
     window: int = 64
@@ -127,9 +129,13 @@ class Scene:
                 rank = writer.rank
                 retired = free if self.window < len(self.loads) else max(free, writer.at)
                 prior = begun[rank] + load.prior * took[rank]
-                moments = (prior, full[rank], launched[rank], retired, retired)
+                landed = free if self.on_device else retired
+                moments = (prior, full[rank], launched[rank], landed, retired)
                 writer.life(index, load, moments, free)
         for writer in writers:
+            if self.on_device and ends and ends[-1] > writer.at:
+                writer.wait(writer.at, ends[-1], "reduced gradients")
+                writer.at = ends[-1]
             for index, end in enumerate(ends):
                 if max(end, writer.at + self.stall) > writer.at:
                     until = max(end, writer.at + self.stall)
@@ -201,12 +207,16 @@ class _Writer:
         for phase, since, until in zip(phases, times, times[1:], strict=False):
             if until > since:
                 self.ring.async_span(self.buckets, phase, key, since, until)
+        if self.scene.on_device:
+            return
         took = self.scene.alpha + load.size / self.scene.rate
         name, about = f"reduce_scatter b{index}", {"bytes": load.size}
         self.ring.span(self.wire[index % 8], name, self.ns(end - took), self.ns(end), about)
 
     def publish(self, start: float, end: float) -> None:
         self.wait(start, end, "all_gather of bucket 0 (a .. b)")
+        if self.scene.on_device:
+            return
         size = {"bytes": sum(load.size for load in self.scene.loads)}
         self.ring.span(self.wire[0], "all_gather b0", self.ns(start), self.ns(end), size)
 

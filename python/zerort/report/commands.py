@@ -11,7 +11,7 @@ from zerort.report.figures import figures
 from zerort.report.findings import findings
 from zerort.report.picture import write_picture
 from zerort.report.report import page_of, write_page
-from zerort.report.run import load
+from zerort.report.run import load, trace_files
 from zerort.terminal import Answer, Commands, add_command, count, progress, shown
 from zerort.trace.reader import TraceError
 from zerort.trace.summary import summarise
@@ -85,6 +85,8 @@ def _summary(args: argparse.Namespace) -> Answer:
 
 def _report(args: argparse.Namespace) -> Answer:
     with progress("reading traces"):
+        if any(_is_same(args.out, path) for path in trace_files(args.files)):
+            raise TraceError(f"{args.out}: is one of the traces: name another file for the page")
         found = figures(load(args.files))
         # what may lack a package comes first: then either both are written, or none
         written = [write_picture(found, args.out.with_suffix(".png"))] if args.png else []
@@ -101,6 +103,10 @@ def _report(args: argparse.Namespace) -> Answer:
     }
     lines = [f"  {one.words}" for one in told[:3]]
     return Answer(document, shown(named, *lines))
+
+
+def _is_same(out: Path, path: Path) -> bool:
+    return out.exists() and path.exists() and out.samefile(path)
 
 
 def _diff(args: argparse.Namespace) -> Answer:

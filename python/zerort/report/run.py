@@ -17,7 +17,7 @@ from typing import Any
 from zerort.report.timeline import RankStep, rank_steps
 from zerort.trace.reader import Recorded, TraceError, read
 
-__all__ = ["Rank", "Run", "load"]
+__all__ = ["Rank", "Run", "load", "trace_files"]
 
 _NEAR = 2
 """Steps on either side of one whose votes align it."""
@@ -68,7 +68,7 @@ class Run:
 
 def load(paths: Iterable[str | Path]) -> Run:
     """Reads files, and of folders the traces in them. Raises `TraceError`."""
-    recorded = {path: read(path) for path in _files(paths)}
+    recorded = {path: read(path) for path in trace_files(paths)}
     owners = _owners(recorded)
     steps = {owners[rank].rank: rank_steps(owners[rank]) for rank in sorted(owners)}
     losses = [*_missing(owners), *_broken(owners, steps)]
@@ -83,7 +83,8 @@ def load(paths: Iterable[str | Path]) -> Run:
     return Run(_aligned(having, numbers), numbers, facts, losses)
 
 
-def _files(paths: Iterable[str | Path]) -> list[Path]:
+def trace_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Of folders the traces in them. Raises `TraceError` for one without."""
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():

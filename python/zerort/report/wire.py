@@ -9,11 +9,12 @@ is known.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from zerort.report.run import Run
+from zerort.report.timeline import Collective, RankStep
 
 __all__ = ["Latency", "Transfer", "Wire", "busy", "latency", "transfers", "wire"]
 
@@ -73,9 +74,7 @@ class Wire:
 
 
 def wire(run: Run, numbers: Sequence[int]) -> Wire | None:
-    """None where the traces tell of no reduction: on an accelerator its own stream would have to
-    be asked.
-    """
+    """None where nothing is reduced, as on one rank."""
     found = [each for each in transfers(run, numbers) if each.operation in REDUCING]
     if not found:
         return None
@@ -100,7 +99,7 @@ def transfers(run: Run, numbers: Sequence[int]) -> list[Transfer]:
         for rank in run.ranks:
             seen: dict[tuple[str, int], int] = defaultdict(int)
             ahead = rank.ahead[number]
-            for one in sorted(rank.steps[number].collectives, key=lambda one: one.start):
+            for one in sorted(_sent(rank.steps[number]), key=lambda one: one.start):
                 key = one.operation, one.bucket
                 nth = one.operation, one.bucket, seen[key]
                 together[nth].append((one.start - ahead, one.end - ahead, one.size))
@@ -110,6 +109,18 @@ def transfers(run: Run, numbers: Sequence[int]) -> list[Transfer]:
             end = max(part[1] for part in parts)
             found.append(Transfer(number, operation, bucket, start, max(start, end), parts[0][2]))
     return found
+
+
+def _sent(step: RankStep) -> Iterator[Collective]:
+    """A step's collectives. On an accelerator they have no spans of their own: there a reduction is
+    on the wire from its launch until its result could be taken, at the most.
+    """
+    yield from step.collectives
+    if any(one.operation in REDUCING for one in step.collectives):
+        return
+    for life in step.lives:
+        size = int(life.args.get("bytes", 0))
+        yield Collective("reduce_scatter", life.bucket, life.launched, life.landed, size)
 
 
 def busy(found: Iterable[Transfer]) -> float:

@@ -186,6 +186,17 @@ def test_sums_that_could_hide_and_are_waited_for_all_the_same_are_said(tmp_path:
     assert "could_hide" not in said(calm, tmp_path / "calm")
 
 
+def test_on_a_device_the_wire_is_known_by_the_buckets_lives_and_all_sums_are_waited_for_at_once(
+    tmp_path: Path,
+) -> None:
+    heavy = replace(HEAVY, on_device=True, facts={"device": "cuda"})
+    words = said(heavy, tmp_path / "heavy")["cannot_hide"].words
+    assert "100 MB of gradients a step" in words
+    assert "The step stands still for them for 147 ms" in words
+    assert "need 201 ms" in words
+    assert set(said(replace(QUIET, on_device=True), tmp_path / "quiet")) == {"hidden"}
+
+
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong(tmp_path: Path) -> None:
     assert set(said(QUIET, tmp_path)) == {"hidden"}
 

@@ -44,6 +44,14 @@ def test_what_is_no_trace_is_refused_and_no_page_is_written(
     assert not out.exists()
 
 
+def test_a_page_never_replaces_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = Scene(ranks=2).write(tmp_path)
+    before = paths[0].read_text()
+    assert "is one of the traces" in refused(capsys, paths[0], *paths)
+    assert "is one of the traces" in refused(capsys, paths[0], tmp_path)
+    assert paths[0].read_text() == before
+
+
 def test_a_trace_of_another_version_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

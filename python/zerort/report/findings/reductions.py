@@ -11,11 +11,13 @@ from zerort.report.words import amount, count, ms, percent, rate
 __all__ = ["cannot_hide", "could_hide", "every_micro_batch", "hidden", "last_bucket", "latency"]
 
 _FOUR_BYTES = "f32"
+_SUMS = ("bucket", "reduced gradients")
+"""What is waited for; on an accelerator for all buckets at once."""
 
 
 def exposed(figures: Figures) -> float:
     """Milliseconds of a step in which ranks stood still for sums of buckets."""
-    return sum(took for of, took in figures.split.exposed() if of.startswith("bucket"))
+    return sum(took for of, took in figures.split.exposed() if of.startswith(_SUMS))
 
 
 def passes(figures: Figures) -> float:
@@ -109,13 +111,17 @@ def could_hide(figures: Figures) -> Finding | None:
     if last_bucket(figures) is not None:
         return None
     worst = max(figures.buckets, key=lambda bucket: bucket.exposed)
+    most = (
+        f" Longest for bucket {worst.bucket} ({worst.contents}), {ms(worst.exposed)}."
+        if worst.exposed
+        else ""
+    )
     on_cores = figures.run.facts.get("device") == "cpu"
     return Finding(
         "could_hide",
         cost,
         f"The step stands still for sums for {ms(cost)}, though they could hide: the wire is busy "
-        f"for {ms(wire.busy)}, and the backward beside it lasts {ms(hiding(figures))}. Longest "
-        f"for bucket {worst.bucket} ({worst.contents}), {ms(worst.exposed)}.",
+        f"for {ms(wire.busy)}, and the backward beside it lasts {ms(hiding(figures))}.{most}",
         "On the CPU a collective needs a core while the backward has them all: leave one free "
         "(OMP_NUM_THREADS), or let the wire carry less (communication_data_type)."
         if on_cores
