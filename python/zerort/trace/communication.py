@@ -105,12 +105,14 @@ class CommunicationWatch:
         return 0
 
     def started(self, name: str, size: int, work: Collective) -> None:
-        """A collective over `size` bytes, of all ranks' parts, has started."""
+        """A collective over `size` bytes, of all ranks' parts, has started; of an all-to-all, those
+        that this rank sends.
+        """
         operation = name.split(" ", maxsplit=1)[0]
         if self._wanted is not None and operation not in self._wanted:
             return
         with self._changing:
-            part = size // self.world
+            part = size if operation == "all_to_all" else size // self.world
             self._records.setdefault((operation, part), Record()).count += 1
             self._under_way[name] = (operation, part, self._now())
 

@@ -4,8 +4,10 @@ That the bits are those of the other way is shown in test_whole.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from training import keep
 from zerort.memory import Form
 from zerort.mesh.data import GroupComm
 from zerort.optim.muon import flops
+from zerort.trace.reader import read, steps
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is torch 2.9's"
@@ -131,3 +134,31 @@ def test_no_rank_does_more_than_the_mean_and_the_largest_matrix(world: int) -> N
     found = sent_by_all(world, 2, False)
     work = [rank["flops"] for rank in found]
     assert 0 < max(work) <= sum(work) / world + found[0]["largest"]
+
+
+def traced(rank: int, world: int, folder: str) -> tuple[list[int], Any]:
+    """Bytes that this rank sends at a boundary, and the summary of collectives."""
+    trace = {"trace": {"path": f"{folder}/trace-{{rank}}.json"}}
+    engine = engine_of(2, None, 1, "exchanged", zerort=trace, comms_logger={"enabled": True})
+    train(engine, rank, 3)
+    sent = list(engine._parts.boundary.exchange.sent)
+    records = engine._parts.communication.records()
+    engine.destroy()
+    return sent, {key: record.count for key, record in records.items() if key[0] == "all_to_all"}
+
+
+def test_a_trace_shows_the_exchange_as_communication(tmp_path: Path) -> None:
+    found = ranks.run(2, traced, str(tmp_path))
+    for rank, (sent, counts) in enumerate(found):
+        events = read(tmp_path / f"trace-{rank}.json").events
+        spans = [event for event in events if event["ph"] == "X"]
+        names = Counter(span["name"] for span in spans)
+        assert names["exchange gradients"] == names["exchange parameters"] == 3
+        for what, size in zip(("gradients", "parameters"), sent, strict=True):
+            [*sizes] = (s["args"]["bytes"] for s in spans if s["name"] == f"all_to_all {what} 0")
+            assert sizes == [size] * 3
+        assert sum(counts.values()) == 6 + 1 and {size for _, size in counts} <= {*sent, sent[0]}
+        for step in steps(events)[1:]:  # behind the start, which brings the masters
+            waits = [what for what, _ in step.waits if what.startswith("exchanged")]
+            assert waits == ["exchanged gradients", "exchanged parameters"]
+            assert step.exposed >= sum(took for what, took in step.waits if what in waits) > 0
