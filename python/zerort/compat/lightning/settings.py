@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from zerort.config import load
-from zerort.config.model import Zero
 from zerort.config.reading import ConfigLike, read
+from zerort.config.zero import Zero
 from zerort.errors import ConfigError
 
 __all__ = ["Given", "completed", "stage_of"]
