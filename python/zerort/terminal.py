@@ -32,6 +32,8 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from zerort.errors import ZerortError
 
@@ -46,6 +48,7 @@ __all__ = [
     "count",
     "elements",
     "execute",
+    "grid",
     "plain",
     "positive",
     "progress",
@@ -155,11 +158,17 @@ def execute(parser: Parser, argv: Sequence[str] | None = None) -> int:
         print("zerort: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ZerortError, OSError) as error:
-        print(f"zerort: {error}", file=sys.stderr)
+        print(f"zerort: {_reason(error)}", file=sys.stderr)
         return UNUSABLE
     except Exception:  # a mistake of ours: there is no answer, so the status is not 1
         traceback.print_exc()
         return UNUSABLE
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, ZerortError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _printed(answer: Answer, *, as_json: bool) -> int:
@@ -207,6 +216,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [plain(item) for item in value]
     raise TypeError(f"a {type(value).__name__} in a document")
+
+
+def grid(*headings: str, title: str | None = None) -> Table:
+    """A table whose cells are folded where the terminal is narrow: a name is whole, or not one."""
+    table = Table(title=None if title is None else Text(title), title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def shown(*parts: RenderableType) -> Callable[[Console], None]:

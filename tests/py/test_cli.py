@@ -419,7 +419,7 @@ def raising(error):
     ("error", "status", "said"),
     [
         (ConfigError("a: expected b"), 2, "zerort: a: expected b\n"),
-        (FileNotFoundError(2, "No such file", "x\udcff"), 2, r"No such file: 'x\udcff'"),
+        (FileNotFoundError(2, "No such file", "x\udcff"), 2, "zerort: x\\udcff: No such file\n"),
         (KeyboardInterrupt(), 130, "zerort: interrupted\n"),
         (KeyError("a mistake of ours"), 2, "Traceback"),
     ],

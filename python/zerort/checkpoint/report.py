@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.tags import latest, listed, read_manifest
 from zerort.checkpoint.verify import problems
 from zerort.errors import CheckpointError
-from zerort.terminal import Answer, progress, shown, track
+from zerort.terminal import Answer, grid, progress, shown, track
 
 __all__ = ["diff", "ls", "show", "verify"]
 
@@ -43,7 +42,7 @@ def ls(folder: Path) -> Answer:
     """The checkpoints of a folder, the newest first; what `latest` names has a star."""
     disk = Disk()
     named = latest(disk, folder)
-    table = Table("tag", "step", "ranks", "stage", "size", "saved", "zerort")
+    table = grid("tag", "step", "ranks", "stage", "size", "saved", "zerort")
     rows: list[dict[str, Any]] = []
     for entry in listed(disk, folder):
         is_latest = entry.tag == named
@@ -81,7 +80,7 @@ def show(folder: Path, tag: str | None) -> Answer:
         "buckets": str(len(found.buckets)),
     }
     rows = list(_tensors(found))
-    table = Table("tensor", "shape", "dtype", "optimizer state", "")
+    table = grid("tensor", "shape", "dtype", "optimizer state", "")
     for row in rows:
         state = ", ".join(row["optimizer_state"])
         note = "" if row["note"] == "trained" else row["note"]
@@ -147,7 +146,7 @@ def diff(one: Path, other: Path) -> Answer:
     document = {"tensors": len(weights[0].keys() | weights[1].keys()), "different": found}
     if not found:
         return Answer(document, shown(f"{len(weights[0])} tensors, all equal to the bit"))
-    table = Table("tensor", "difference", "largest", "norm, relative")
+    table = grid("tensor", "difference", "largest", "norm, relative")
     for row in found:
         table.add_row(escape(row["name"]), *_cells(row))
     return Answer(document, shown(table), 1)

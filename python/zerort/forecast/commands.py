@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -22,7 +21,7 @@ from zerort.forecast.models import made_by, of_size
 from zerort.forecast.owners import Owners, unevenness
 from zerort.forecast.table import show
 from zerort.memory import Kind
-from zerort.terminal import Answer, Commands, add_command, elements, progress, ranks, shown
+from zerort.terminal import Answer, Commands, add_command, elements, grid, progress, ranks, shown
 
 __all__ = ["Forecasts", "add_config_command", "at_every_stage"]
 
@@ -93,7 +92,7 @@ def add_config_command(commands: Commands) -> None:
 
 def _config(args: argparse.Namespace) -> Answer:
     rows = describe(args.file)
-    table = Table("key", "value", "effect", title=Text(args.file), title_justify="left")
+    table = grid("key", "value", "effect", title=args.file)
     for row in rows:
         table.add_row(*map(Text, row))  # a value may hold brackets, which are markup in a string
     names = ("key", "value", "effect")
