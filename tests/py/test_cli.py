@@ -310,6 +310,8 @@ COMMANDS: dict[str, Case | None] = {
         "points",
     ),
     "trace summary": (lambda at: [record(at / "trace.json")], 0, "ranks"),
+    "trace report": (lambda at: [record(at / "a.json"), "-o", at / "report.html"], 0, "written"),
+    "trace diff": (lambda at: [record(at / "a.json"), record(at / "b.json", count=3)], 0, "step"),
     "ckpt ls": (lambda at: [two_checkpoints(at)], 0, "checkpoints"),
     "ckpt show": (lambda at: [two_checkpoints(at), "one"], 0, "tensors"),
     "ckpt verify": (lambda at: [two_checkpoints(at)], 0, "checkpoints"),
@@ -335,6 +337,20 @@ RUN = [name for name, case in COMMANDS.items() if case is not None]
 
 def test_every_command_is_in_the_table() -> None:
     assert {name for name, _ in leaves(parser())} == COMMANDS.keys()
+
+
+def test_every_command_is_in_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"**`zerort {name}" not in page] == []
+
+
+def test_a_name_in_a_narrow_terminal_is_folded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["config", str(a_config(tmp_path))]) == 0
+    rows = [line.split("│")[1:2] for line in capsys.readouterr().out.splitlines()]
+    assert "".join(cell.strip() for row in rows for cell in row) == (
+        "train_batch_sizezero_optimization.stage"
+    )
 
 
 @pytest.mark.parametrize("name", RUN)
