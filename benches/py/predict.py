@@ -8,8 +8,8 @@ them: how good is the model that `zerort tune` and `zerort simulate` rely on?
 Hosts are network namespaces behind links of a given rate (`hosts.py`), one rank of one thread in
 each; without root and iproute2 nothing runs, and the reason is said. A step is timed in rounds of a
 few steps, and its forward, backward and update in the same rounds, so that what the machine does
-meanwhile is in both. The wire is measured apart, before and behind them. The prediction knows the
-plan, the wire and the computing, and nothing of what was waited for.
+meanwhile is in both. The wire is measured apart, before, between and behind them. The prediction
+knows the plan, the wire and the computing, and nothing of what was waited for.
 
 Between 4 hosts on a machine of fewer cores computing would wait for cores, not for the wire: there
 a layer sleeps as long as it should compute, and in the model `paced` always.
@@ -52,6 +52,7 @@ class Row:
     measured: float
     exposed: tuple[float, float]
     """Predicted and measured, of the step."""
+    wire: str
 
     @property
     def error(self) -> float:
@@ -69,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", **numbers, default=[200, 1000, 5000], help="Mbit a second")
     parser.add_argument("--stages", **numbers, default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", default=["gpt", "wide", "paced"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="write the table there too")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -201,7 +202,7 @@ def main() -> int:
 
     def heard(row: Row) -> None:
         rows.append(row)
-        console.print("  ".join(cells(row)), highlight=False)
+        console.print("  ".join(cells(row)), f"  [{row.wire}]", markup=False, highlight=False)
 
     for count in args.hosts:
         for megabits in args.rates:

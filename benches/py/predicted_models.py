@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import zerort
 from workloads import GPT, Shape, next_token_loss
+from zerort.tune.findings import told
 from zerort.tune.fit import Line
 from zerort.tune.model import Predictor
 from zerort.tune.profile import Observer, slowest
@@ -20,7 +23,7 @@ from zerort.tune.wire import Wire, measure_wire
 __all__ = ["MODELS", "race"]
 
 _SMALL = Shape(vocabulary=512, context=64, width=256, depth=4, heads=4)
-_WARM, _STEPS = 3, 3
+_WARM, _STEPS = 3, 2
 
 
 class _Nap(torch.autograd.Function):
@@ -45,9 +48,9 @@ class Paced(nn.Module):
         super().__init__()
         self.module, self.seconds = module, seconds
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
         """As the module's."""
-        out: Tensor = self.module(_Nap.apply(x, self.seconds))
+        out: Tensor = self.module(_Nap.apply(x, self.seconds), *others)
         return out
 
 
@@ -58,40 +61,48 @@ class _Training:
         self.model, self.loss = model, loss
 
 
-def _gpt() -> _Training:
+def _gpt(*, paced: bool) -> _Training:
     """3.4 million parameters."""
-    tokens = torch.randint(512, (4, 65))
-    return _Training(
-        GPT(_SMALL), lambda engine: next_token_loss(engine(tokens[:, :-1]), tokens[:, 1:])
-    )
+    size, length = (1, 9) if paced else (4, 65)
+    tokens = torch.randint(512, (size, length))
+    model = GPT(_SMALL)
+    if paced:
+        model.blocks = nn.ModuleList(Paced(block, 0.02) for block in model.blocks)
+
+    def loss(engine: Any) -> Tensor:
+        return next_token_loss(engine(tokens[:, :-1]), tokens[:, 1:])
+
+    return _Training(model, loss)
 
 
-def _rows(*layers: nn.Module, batch: int, width: int) -> _Training:
+def _wide(*, paced: bool) -> _Training:
+    """4.2 million parameters in 4 matrices, each a bucket."""
+    linear = [nn.Linear(1024, 1024) for _ in range(4)]
+    layers = [Paced(layer, 0.02) for layer in linear] if paced else linear
+    return _in_a_row(layers, batch=4 if paced else 128, width=1024)
+
+
+def _paced(*, paced: bool) -> _Training:
+    """2.1 million parameters in 32 layers of 3 ms forward."""
+    return _in_a_row([Paced(nn.Linear(256, 256), 0.003) for _ in range(32)], batch=4, width=256)
+
+
+def _in_a_row(layers: Sequence[nn.Module], *, batch: int, width: int) -> _Training:
     x = torch.randn(batch, width)
     return _Training(nn.Sequential(*layers), lambda engine: engine(x).square().mean())
 
 
-def _wide() -> _Training:
-    """4.2 million parameters in 4 matrices, each a bucket."""
-    layers = (layer for _ in range(4) for layer in (nn.Linear(1024, 1024), nn.ReLU()))
-    return _rows(*layers, batch=128, width=1024)
-
-
-def _paced() -> _Training:
-    """2.1 million parameters in 32 layers of 3 ms forward."""
-    layers = (Paced(nn.Linear(256, 256), 0.003) for _ in range(32))
-    return _rows(*layers, batch=4, width=256)
-
-
-MODELS: dict[str, Callable[[], _Training]] = {"gpt": _gpt, "wide": _wide, "paced": _paced}
+MODELS: dict[str, Callable[..., _Training]] = {"gpt": _gpt, "wide": _wide, "paced": _paced}
 
 
 def race(
-    build: Callable[[], _Training], stage: int, bucket: int, rounds: int
-) -> tuple[float, float, tuple[float, float]]:
-    """Seconds of a step at a stage, predicted and measured, and of these the exposed ones."""
+    build: Callable[..., _Training], stage: int, bucket: int, rounds: int
+) -> tuple[float, float, tuple[float, float], str]:
+    """Seconds of a step at a stage, predicted and measured, of these the exposed ones, and the wire
+    as it was measured.
+    """
     torch.manual_seed(0)
-    training = build()
+    training = build(paced=dist.get_world_size() > (os.cpu_count() or 1))
     engine, *_ = zerort.initialize(
         model=training.model,
         config={
@@ -112,7 +123,9 @@ def race(
     for _ in range(_WARM):
         step()
     observer, wires = Observer(parts), [measure_wire(parts.mesh)]
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number == rounds // 2:
+            wires.append(measure_wire(parts.mesh))
         dist.barrier()
         for _ in range(_STEPS):
             observer.start()
@@ -123,25 +136,24 @@ def race(
     profiles = [None] * dist.get_world_size()
     dist.all_gather_object(profiles, observer.profile())
     profile = slowest(profiles)
-    predictor = Predictor(
-        between(*wires), profile, parts.reduction.plan, blocks=True, sums_pieces=True
-    )
+    wire = middle(wires)
+    predictor = Predictor(wire, profile, parts.reduction.plan, blocks=True, sums_pieces=True)
     prediction = predictor.prediction(parts.reduction.plan)
     engine.destroy()
     waited = prediction.exposed_ns + prediction.publish_ns + prediction.vote_ns
-    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed)
+    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed), told(wire)
 
 
-def between(one: Wire, other: Wire) -> Wire:
-    """The mean of two measurements, before and behind what is predicted."""
+def middle(wires: Sequence[Wire]) -> Wire:
+    """Of several measurements, the median of each figure."""
 
-    def line(a: Line, b: Line) -> Line:
-        return Line((a.alpha + b.alpha) / 2, (a.beta + b.beta) / 2)
+    def line(lines: Sequence[Line]) -> Line:
+        return Line(median(line.alpha for line in lines), median(line.beta for line in lines))
 
     return Wire(
-        one.ranks,
-        line(one.reduce, other.reduce),
-        line(one.gather, other.gather),
-        (one.vote + other.vote) / 2,
-        one.lanes,
+        wires[0].ranks,
+        line([wire.reduce for wire in wires]),
+        line([wire.gather for wire in wires]),
+        median(wire.vote for wire in wires),
+        wires[0].lanes,
     )

@@ -1,7 +1,8 @@
 """Measures the wire: what the collectives of a step cost on the engine's own groups.
 
-Each kind is timed as a step uses it: a bucket's reduce-scatter (on gloo an all-to-all), the gather
-that publishes buckets, several at once, and the vote's small all-reduce. Sizes grow until one takes
+Each kind is timed as a step uses it: buckets' reduce-scatters (on gloo all-to-alls), as many as the
+library has under way at once, the gather that publishes buckets, several at once, and the vote's
+small all-reduce. Sizes grow until one takes
 long enough to tell the rate, so that a slow wire is not asked for more than it can carry in a
 few hundred milliseconds.
 
@@ -20,17 +21,20 @@ import torch
 
 from zerort.device import device_for
 from zerort.mesh import Comm, Control, Mesh, Work
-from zerort.tune.fit import Line, Sample, fit
+from zerort.tune.fit import Line, Sample, fit, quarter
 
 __all__ = ["Wire", "measure_wire"]
 
 _SMALLEST, _LARGEST, _GROWTH = 16 << 10, 64 << 20, 4
 """Bytes of a collective."""
 _LONG = 0.02
-"""Seconds. One that takes as long tells the rate, and none is larger."""
-_ROUNDS, _LEAST = 5, 2
-"""How often each size is timed, and how often where that takes long. One more comes before, whose
-time does not count: it meets cold memory and ranks that are not in step.
+"""Seconds. One that takes as long tells the rate, and none is larger; but of three sizes at least,
+for where the first takes long there may be little behind alpha.
+"""
+_ROUNDS, _LEAST, _PATIENCE = 12, 3, 0.06
+"""How often each size is timed at most and at least, and seconds that it may take between the two.
+One more comes before, whose time does not count: it meets cold memory and ranks that are not in
+step.
 """
 _TOGETHER = 4
 """Gathers that are under way at once, as where buckets are published."""
@@ -68,7 +72,7 @@ def measure_wire(mesh: Mesh) -> Wire:
     lanes = _LANES if mesh.device.type == "cpu" else 1
     return Wire(
         comm.world,
-        fit(meter.samples(lambda nbytes: _reduces(comm, nbytes))),
+        fit(meter.samples(lambda nbytes: _reduces(comm, nbytes, lanes))),
         _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes))), lanes),
         meter.vote(),
         lanes,
@@ -86,24 +90,24 @@ class Meter:
         """Of growing sizes."""
         found: list[Sample] = []
         nbytes, took = _SMALLEST, 0.0
-        while nbytes <= _LARGEST and took < _LONG:
+        while nbytes <= _LARGEST and (took < _LONG or nbytes < _SMALLEST * _GROWTH**2):
             run = start(nbytes)
-            rounds = _ROUNDS if took < _LONG / _GROWTH else _LEAST
+            rounds = min(_ROUNDS, max(_LEAST, int(_PATIENCE / (_GROWTH * took + 1e-9))))
             times = self._slowest([self._timed(run) for _ in range(1 + rounds)])[1:]
             found += [Sample(nbytes, seconds) for seconds in times]
-            took = sorted(times)[len(times) // 2]
+            took = quarter(times)
             nbytes *= _GROWTH
         return found
 
     def vote(self) -> float:
-        """The median of a few."""
+        """The typical one of a few."""
         row = torch.zeros(self._control.world, 5, dtype=torch.float64)
         times = []
-        for _ in range(1 + 2 * _ROUNDS):
+        for _ in range(2 * _ROUNDS):
             begun = time.perf_counter()
             self._control.all_reduce(row)
             times.append(time.perf_counter() - begun)
-        return sorted(self._slowest(times[1:]))[_ROUNDS]
+        return quarter(self._slowest(times[1:]))
 
     def _timed(self, run: Callable[[], list[Work]]) -> float:
         self._settle()
@@ -133,12 +137,17 @@ def _each(together: Line, lanes: int) -> Line:
     return Line(together.alpha * lanes / _TOGETHER, together.beta)
 
 
-def _reduces(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:
-    shard = _elements(comm, nbytes)
-    send = torch.zeros(comm.world * shard, device=comm.device)
-    pieces = comm.pieces(adds=True)
-    recv = torch.zeros(pieces * shard, device=comm.device)
-    return lambda: [comm.reduce_scatter(recv, send).start()]
+def _reduces(comm: Comm, nbytes: int, lanes: int) -> Callable[[], list[Work]]:
+    """As many as go at once, all together of `nbytes`."""
+    shard, pieces = _elements(comm, nbytes // lanes), comm.pieces(adds=True)
+    buffers = [
+        (
+            torch.zeros(pieces * shard, device=comm.device),
+            torch.zeros(comm.world * shard, device=comm.device),
+        )
+        for _ in range(lanes)
+    ]
+    return lambda: [comm.reduce_scatter(recv, send).start() for recv, send in buffers]
 
 
 def _gathers(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:

@@ -97,6 +97,21 @@ def test_sizes_grow_until_one_takes_long_and_no_further(monkeypatch):
     assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-7))
 
 
+def test_three_sizes_are_timed_where_the_first_takes_long(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
+
+    def start(nbytes):
+        def run():
+            now[0] += 0.05 + 1e-8 * nbytes
+            return [Work()]
+
+        return run
+
+    found = fit(Meter(SteadyControl(), LocalComm(torch.device("cpu"))).samples(start))
+    assert (found.alpha, found.beta) == pytest.approx((0.05, 1e-8))
+
+
 def test_a_rank_alone_has_no_wire():
     mesh = Mesh(LocalControl(), torch.device("cpu"), timedelta(seconds=10))
     assert measure_wire(mesh) == Wire(1, Line(0.0, 0.0), Line(0.0, 0.0), 0.0)
