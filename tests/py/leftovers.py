@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules import module as modules
 
+import logged
 from zerort import log
 
 WATCHED = {
@@ -63,8 +64,9 @@ class Watch:
     def __init__(self) -> None:
         self._random, self._seeded = random.getstate(), torch.get_rng_state()
         self._settings = dict(_settings())
-        self._members: dict[str, dict[str, Any]] = {}
         self._seen: set[str] = set()
+        self._modules: dict[str, ModuleType] = {}
+        self._places: list[_Place] = []
 
     def begin(self) -> None:
         """Before a call, when its modules are imported."""
@@ -72,23 +74,54 @@ class Watch:
         torch.set_rng_state(self._seeded)
         for name, module in list(sys.modules.items()):
             if name not in self._seen and _is_watched(name, module):
-                self._members[name] = dict(_members(name, module))
+                self._modules[name] = module
+                self._places += _places(name, module)
         self._seen = set(sys.modules)
         gc.freeze()  # what is there before the call need not be looked through after it
 
     def left(self) -> tuple[str, ...]:
         """What the call has changed; what it has dropped is gone when this returns."""
         gc.collect()
+        logged.withdraw()
         log._default.withdraw()  # every engine's start puts it there
         found = [name for name, now in _settings() if now != self._settings[name]]
-        for name, members in self._members.items():
-            now = dict(_members(name, sys.modules[name])) if name in sys.modules else {}
-            found += [
-                f"{name}.{member}"
-                for member, value in members.items()
-                if not _same(now.get(member, _GONE), value) and f"{name}.{member}" not in KEPT
+        found += [
+            name for name, module in self._modules.items() if sys.modules.get(name) is not module
+        ]
+        for place in self._places:
+            found += place.changed()
+        return tuple(path for path in found if path not in KEPT)
+
+
+class _Place:
+    """A module, a class, or a collection of our own, and what it held."""
+
+    def __init__(self, path: str, holder: Any) -> None:
+        self._path, self._holder = path, holder
+        self._before = self._now()
+        self._identities = list(map(id, self._before.values()))
+
+    def changed(self) -> list[str]:
+        """The paths of what is another object now."""
+        now = self._now()
+        if list(map(id, now.values())) == self._identities:
+            return []
+        if isinstance(self._holder, ModuleType | type):  # which may have got more
+            return [
+                f"{self._path}.{name}"
+                for name, value in self._before.items()
+                if now.get(name, _GONE) is not value
             ]
-        return tuple(found)
+        return [self._path]
+
+    def _now(self) -> dict[Any, Any]:
+        match self._holder:
+            case ModuleType() | type():
+                return dict(vars(self._holder))
+            case dict():
+                return dict(enumerate([*self._holder, *self._holder.values()]))
+            case _:
+                return dict(enumerate(self._holder))
 
 
 _GONE = object()
@@ -141,24 +174,13 @@ def _is_ours(module: ModuleType) -> bool:
     return str(getattr(module, "__file__", None)).startswith(HERE)
 
 
-def _members(name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The module's names, and those of its classes."""
+def _places(name: str, module: ModuleType) -> list[_Place]:
+    """The module, its classes if they are zerort's or ours, and our collections."""
     ours = _is_ours(module)
+    found = [_Place(name, module)]
     for member, value in list(vars(module).items()):
-        if ours and isinstance(value, dict | list | set):
-            yield member, [*value.items()] if isinstance(value, dict) else [*value]
-            continue
-        yield member, value
-        is_class = issubclass(type(value), type) and value.__module__ == name
-        if is_class and (ours or name.startswith("zerort")):
-            for inner, each in list(vars(value).items()):
-                yield f"{member}.{inner}", each
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Identity, and of what was copied that of its elements."""
-    if type(one) is list and type(other) is list:
-        return len(one) == len(other) and all(map(_same, one, other))
-    if type(one) is tuple and type(other) is tuple:
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other
+        is_collection = issubclass(type(value), dict | list | set)
+        is_class = issubclass(type(value), type) and name not in WATCHED
+        if (is_collection and ours) or (is_class and value.__module__ == name):
+            found.append(_Place(f"{name}.{member}", value))
+    return found

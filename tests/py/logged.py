@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["log_lines"]
+__all__ = ["log_lines", "withdraw"]
+
+_LOGGER = logging.getLogger("zerort")
+_added: list[tuple[logging.Handler, int]] = []  # and the level before it
 
 
 def log_lines(level: int = logging.INFO) -> list[str]:
@@ -12,7 +15,15 @@ def log_lines(level: int = logging.INFO) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("zerort")
-    logger.addHandler(handler)
-    logger.setLevel(level)
+    _added.append((handler, _LOGGER.level))
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(level)
     return lines
+
+
+def withdraw() -> None:
+    """Leaves the logger as it was before `log_lines`; the lists stay as they are."""
+    while _added:
+        handler, level = _added.pop()
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(level)

@@ -53,7 +53,9 @@ PRELOAD = [
     "torch._dynamo",
     "torch._functorch.aot_autograd",
     "pytest",
+    "hypothesis",
     "zerort",
+    "zerort.cli",
 ]
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -120,6 +120,6 @@ class Scene:
 
 def both(scenario: Callable[..., Any], *args: Any) -> Any:
     """What two ranks agree on."""
-    first, second = ranks.run(2, scenario, *args)
+    first, second = ranks.shared(2, scenario, *args)
     assert first == second
     return first

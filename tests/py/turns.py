@@ -11,11 +11,13 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOCK = os.open(__file__, os.O_RDONLY)
-_within: list[None] = []  # of turns in this process
+_within: list[None] = []  # of turns in this process, of all its threads
+_mutex = threading.Lock()
 
 
 @contextmanager
@@ -25,15 +27,17 @@ def turn() -> Iterator[None]:
     The wait does not count for pytest's time-out, but it does for what is timed around it: a test
     about seconds takes them in its ranks.
     """
-    if not _within:
-        _take()
-    _within.append(None)
+    with _mutex:
+        if not _within:
+            _take()
+        _within.append(None)
     try:
         yield
     finally:
-        _within.pop()
-        if not _within:
-            fcntl.flock(_LOCK, fcntl.LOCK_UN)
+        with _mutex:
+            _within.pop()
+            if not _within:
+                fcntl.flock(_LOCK, fcntl.LOCK_UN)
 
 
 def _take() -> None:

@@ -82,7 +82,7 @@ def saved(tmp_path_factory: Any) -> tuple[Path, dict[str, dict[str, torch.Tensor
     folder = tmp_path_factory.mktemp("saved")
     ends: dict[str, dict[str, torch.Tensor]] = {}
     for world in WORLDS:
-        ends |= ranks.run(world, save_all, str(folder))[0]
+        ends |= ranks.shared(world, save_all, str(folder))[0]
     return folder, ends
 
 
@@ -105,7 +105,7 @@ def test_every_world_and_stage_resumes_from_every_other_to_the_bit(
     world: int, saved: Any, tmp_path: Path
 ) -> None:
     folder, ends = saved
-    results = ranks.run(world, load_all, str(folder), str(tmp_path), timeout=150)
+    results = ranks.shared(world, load_all, str(folder), str(tmp_path), timeout=150)
     assert len(results[0]) == 3 * 12 * 2
     for resumed, end in results[0].items():
         source, _, target = resumed.partition("-at-")
@@ -167,8 +167,8 @@ def load_refactored(rank: int, world: int, folder: str) -> None:
 
 
 def test_another_order_of_parameters_and_another_bucket_size_change_no_bit(tmp_path: Path) -> None:
-    ranks.run(3, save_one, str(tmp_path))
-    ranks.run(2, load_refactored, str(tmp_path))
+    ranks.shared(3, save_one, str(tmp_path))
+    ranks.shared(2, load_refactored, str(tmp_path))
     one, other = manifest_of(tmp_path / "t"), manifest_of(tmp_path / "again")
     assert [p["name"] for p in one["params"]] != [p["name"] for p in other["params"]]
     assert len(one["buckets"]) != len(other["buckets"])
@@ -228,9 +228,9 @@ def test_parameters_that_lie_otherwise_in_memory_are_turned(
     forms: tuple[str, str], dtype: str, tmp_path: Path
 ) -> None:
     folder = str(tmp_path)
-    two = ranks.run(2, turn, folder, forms[0], 2, dtype, (None, "two"))
-    one = ranks.run(1, turn, folder, forms[1], 0, dtype, ("two", "one"))
-    three = ranks.run(3, turn, folder, forms[0], 1, dtype, ("one", "three"))
+    two = ranks.shared(2, turn, folder, forms[0], 2, dtype, (None, "two"))
+    one = ranks.shared(1, turn, folder, forms[1], 0, dtype, ("two", "one"))
+    three = ranks.shared(3, turn, folder, forms[0], 1, dtype, ("one", "three"))
     strides = [
         {p["name"]: p["strides"] for p in manifest_of(tmp_path / tag)["params"]}
         for tag in ("two", "one")
@@ -279,10 +279,10 @@ def load_big(rank: int, world: int, folder: str, stage: int, turned: bool) -> in
 def test_a_rank_reads_its_share_and_the_rest_of_its_blocks(
     stage: int, turned: bool, tmp_path: Path
 ) -> None:
-    ranks.run(2, save_big, str(tmp_path))
+    ranks.shared(2, save_big, str(tmp_path))
     manifest = manifest_of(tmp_path / "t")
     assert len(manifest["buckets"]) == 1
-    read = ranks.run(4, load_big, str(tmp_path), stage, turned)
+    read = ranks.shared(4, load_big, str(tmp_path), stage, turned)
     shards = sum(entry["end"] - entry["start"] for entry in manifest["tensors"] if "runs" in entry)
     slices = 2  # masters and one kind of state, each of which begins and ends within a block
     assert shards > 48_000_000 and sum(read) >= shards

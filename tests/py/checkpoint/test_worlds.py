@@ -75,7 +75,7 @@ def go_on(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers_and_data(tmp_path: Path) -> None:
-    told = ranks.run(2, go_on, str(tmp_path))
+    told = ranks.shared(2, go_on, str(tmp_path))
     for rank in told:
         assert rank["resumed"] == rank["here"]
     assert told[0]["here"][0] != told[1]["here"][0]
@@ -109,8 +109,8 @@ def in_the_middle_of_an_epoch(rank: int, world: int, folder: str, resume: bool) 
 def test_the_place_in_the_data_fits_any_number_of_ranks_and_random_numbers_do_not(
     saved: int, loads: int, tmp_path: Path
 ) -> None:
-    before = ranks.run(saved, in_the_middle_of_an_epoch, str(tmp_path), False)
-    after = ranks.run(loads, in_the_middle_of_an_epoch, str(tmp_path), True)
+    before = ranks.shared(saved, in_the_middle_of_an_epoch, str(tmp_path), False)
+    after = ranks.shared(loads, in_the_middle_of_an_epoch, str(tmp_path), True)
     seen = [sample for rank in before + after for sample in rank["seen"]]
     assert sorted(seen) == list(range(24))  # each once, in the second epoch
     for rank in after:
@@ -145,9 +145,9 @@ def stage_of(name: str, stage: int) -> int:
 
 def test_the_state_of_any_optimizer_moves_to_other_worlds_and_back(tmp_path: Path) -> None:
     two, three, one = (str(tmp_path / name) for name in ("two", "three", "one"))
-    ranks.run(2, save_each_optimizer, two)
-    ranks.run(3, move_each_optimizer, two, three, 1)
-    ranks.run(1, move_each_optimizer, three, one, 0)
+    ranks.shared(2, save_each_optimizer, two)
+    ranks.shared(3, move_each_optimizer, two, three, 1)
+    ranks.shared(1, move_each_optimizer, three, one, 0)
     for name in OPTIMIZERS:
         tag = name.replace(" ", "-")
         saved = contents(Path(two) / tag)
@@ -171,9 +171,9 @@ def move_everything(rank: int, world: int, folder: str, source: str | None, targ
 def test_tied_and_frozen_weights_buffers_and_odd_shapes_move_to_other_worlds(
     tmp_path: Path,
 ) -> None:
-    two = ranks.run(2, move_everything, str(tmp_path), None, "two")
-    three = ranks.run(3, move_everything, str(tmp_path), "two", "three")
-    one = ranks.run(1, move_everything, str(tmp_path), "three", "one")
+    two = ranks.shared(2, move_everything, str(tmp_path), None, "two")
+    three = ranks.shared(3, move_everything, str(tmp_path), "two", "three")
+    one = ranks.shared(1, move_everything, str(tmp_path), "three", "one")
     for values, seen, tied in (*two, *three, *one):
         assert_equal(values, two[0][0])
         assert (seen, tied) == (1, True)
@@ -203,7 +203,7 @@ def load_what_one_rank_finds_damaged(rank: int, world: int, folder: str) -> tupl
 
 
 def test_damage_that_one_rank_finds_changes_nothing_on_any(tmp_path: Path) -> None:
-    one, other = ranks.run(2, load_what_one_rank_finds_damaged, str(tmp_path))
+    one, other = ranks.shared(2, load_what_one_rank_finds_damaged, str(tmp_path))
     assert one == other and one[1]
     assert "rank_1.safetensors is damaged" in one[0] and "CheckpointError" in one[0]
 
@@ -232,7 +232,7 @@ def test_a_folder_that_is_read_only_is_a_named_error_and_loads() -> None:
         base.chmod(0o755)
         folder = base / "saved"
         folder.mkdir(mode=0o755)
-        one, other = ranks.run(2, save_where_nobody_may, str(folder))
+        one, other = ranks.shared(2, save_where_nobody_may, str(folder))
         assert one == other
         for message in one[:3]:
             assert (
@@ -263,7 +263,8 @@ def test_two_jobs_that_save_into_one_folder_save_or_are_refused(tmp_path: Path) 
     with ThreadPoolExecutor() as pool:
         jobs = list(
             pool.map(
-                lambda job: ranks.run(1, save_again_and_again, str(tmp_path), *job)[0], ("ab", "ba")
+                lambda job: ranks.run(1, save_again_and_again, str(tmp_path), *job)[0],
+                ("ab", "ba"),
             )
         )
     for told, job in zip(jobs, ("a", "b"), strict=True):

@@ -70,7 +70,14 @@ def differing(rank: int, world: int, jobs: list[Job]) -> list[Job]:
     ]
 
 
-@pytest.mark.parametrize(("world", "gas", "stages"), [(1, 1, (1, 3)), (2, 2, STAGES)])
+@pytest.mark.parametrize(
+    ("world", "gas", "stages"),
+    [
+        pytest.param(1, 1, (1, 3), marks=pytest.mark.slow),
+        (2, 2, (1, 3)),
+        pytest.param(2, 2, (0, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_backward_trains_to_the_bits_of_the_plain_one(
     world: int, gas: int, stages: tuple[int, ...]
 ) -> None:

@@ -93,7 +93,7 @@ def _failed(rank: int, world: int, stage: int) -> dict[str, Any]:
 
 @every_stage
 def test_who_waits_hears_the_reason_of_a_rank_that_goes_on(stage: int) -> None:
-    waits, fails = ranks.run(2, _failed, stage)
+    waits, fails = ranks.shared(2, _failed, stage)
     for where in ("between", "forward", "backward"):
         assert fails[where] == f"KeyError: '{where}'", "its own error, and no other"
         assert waits[where].startswith("CommError: rank 0: "), where
@@ -122,7 +122,7 @@ def _alike(rank: int, world: int, stage: int) -> list[Any]:
 
 @every_stage
 def test_each_failure_is_heard_once_and_ranks_that_stay_meet_again(stage: int) -> None:
-    hears, fails = ranks.run(2, _alike, stage)
+    hears, fails = ranks.shared(2, _alike, stage)
     for found in (hears, fails):
         assert found[2:4] == ["None", "None"]
     assert hears[4].endswith("rank 1 has failed: KeyError: 'one'")
@@ -145,7 +145,7 @@ def _as_ever(rank: int, world: int, stage: int) -> list[float]:
 
 @every_stage
 def test_where_none_fails_collectives_pair_at_every_place(stage: int) -> None:
-    assert ranks.run(2, _as_ever, stage) == [[2.0] * 7] * 2
+    assert ranks.shared(2, _as_ever, stage) == [[2.0] * 7] * 2
 
 
 def _uneven(rank: int, world: int) -> tuple[float, str]:
@@ -160,7 +160,7 @@ def _uneven(rank: int, world: int) -> tuple[float, str]:
 
 
 def test_at_stage_3_evaluations_may_differ_in_number_and_training_is_told_at_once() -> None:
-    for together, told in ranks.run(2, _uneven):
+    for together, told in ranks.shared(2, _uneven):
         assert together == 2.0
         assert "rank 0 is between passes" in told and "rank 1 begins a training forward" in told
 
@@ -172,7 +172,7 @@ def _apart(rank: int, world: int) -> str:
 
 
 def test_ranks_that_come_to_different_collectives_are_told_which() -> None:
-    for rank, told in enumerate(ranks.run(2, _apart)):
+    for rank, told in enumerate(ranks.shared(2, _apart)):
         assert told.startswith(f"rank {rank}: ")
         assert f"rank 0 comes to {CALL}; rank 1 comes to a barrier of Lightning's" in told
 
@@ -186,4 +186,4 @@ def _alone(rank: int, world: int) -> None:
 
 
 def test_one_rank_meets_nobody() -> None:
-    ranks.run(1, _alone)
+    ranks.shared(1, _alone)

@@ -213,7 +213,7 @@ def twin_of(results: list[tuple[Any, ...]], gas: int) -> dict[str, Tensor]:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("stage", "gas"), [(0, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 3)])
 def test_a_model_that_drops_layers_trains_to_its_twins_weights(stage: int, gas: int) -> None:
-    results = ranks.run(2, drop_layers, stage, gas)
+    results = ranks.shared(2, drop_layers, stage, gas)
     kept = results[0][1]
     assert all(kept[0]) and not all(all(row) for row in kept[gas * 2 :])
     for weights, *_ in results:

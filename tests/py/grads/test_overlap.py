@@ -101,7 +101,7 @@ FORWARD = [0, 1, 2, 3]
 
 
 def test_red_2_a_bucket_leaves_right_behind_its_last_gradient() -> None:
-    for _, events in ranks.run(2, two_steps, [FORWARD] * 2, "all"):
+    for _, events in ranks.shared(2, two_steps, [FORWARD] * 2, "all"):
         assert events == [
             (kind, layer) for layer in (3, 2, 1, 0) for kind in ("gradient", "launch")
         ]
@@ -109,20 +109,20 @@ def test_red_2_a_bucket_leaves_right_behind_its_last_gradient() -> None:
 
 def test_all_buckets_but_the_last_leave_before_the_last_gradient() -> None:
     order = [2, 0, 3, 1]
-    for _, events in ranks.run(3, two_steps, [order] * 3, "all"):
+    for _, events in ranks.shared(3, two_steps, [order] * 3, "all"):
         last = events.index(("gradient", order[0]))
         assert launches(events[:last]) == [1, 3, 0]
 
 
 def test_the_second_step_launches_in_the_order_that_rank_0_saw_in_the_first() -> None:
     orders = [[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 1, 0]]
-    for first, second in ranks.run(3, two_steps, orders, "all"):
+    for first, second in ranks.shared(3, two_steps, orders, "all"):
         assert launches(first) == [3, 2, 1, 0]  # as planned: from the last parameter to the first
         assert launches(second) == [1, 3, 0, 2]
 
 
 def test_a_gradient_that_comes_out_of_turn_waits_for_the_lists_head() -> None:
-    _, ((_, events)) = ranks.run(2, two_steps, [[0, 1, 2, 3], [3, 2, 1, 0]], "all")
+    _, ((_, events)) = ranks.shared(2, two_steps, [[0, 1, 2, 3], [3, 2, 1, 0]], "all")
     gradients = [("gradient", layer) for layer in (0, 1, 2, 3)]
     assert events == [*gradients, *(("launch", layer) for layer in (3, 2, 1, 0))]
 
@@ -177,7 +177,7 @@ def step_while_the_peer_waits(
 def test_red_5_no_hook_blocks_when_a_peer_is_late(
     window: int | str, launched: int, stage: int
 ) -> None:
-    (count, completed, weight), (_, _, other) = ranks.run(
+    (count, completed, weight), (_, _, other) = ranks.shared(
         2, step_while_the_peer_waits, window, stage, timeout=20
     )
     assert (count, completed) == (launched, [False] * launched)
@@ -242,7 +242,7 @@ SENT_ON = {"c10d.broadcast_.default", "aten.split.Tensor"}
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_bucket_costs_the_backward_one_batched_copy_and_one_collective(stage: int) -> None:
     buckets = LINEARS // 2
-    for beyond in ranks.run(2, backward_with_engine, stage):
+    for beyond in ranks.shared(2, backward_with_engine, stage):
         steady = {name: count for name, count in beyond.items() if stage > 0 or name not in SENT_ON}
         assert steady.pop("aten.detach.default") <= 2, (
             "the loss that is returned; torch 2.6 counts it twice"

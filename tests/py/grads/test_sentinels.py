@@ -467,7 +467,15 @@ def train_both_ways(
     return same
 
 
-@pytest.mark.parametrize(("world", "gas", "stage"), [(2, 1, 0), (2, 3, 1), (2, 3, 2), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "gas", "stage"),
+    [
+        (2, 1, 0),
+        pytest.param(2, 3, 1, marks=pytest.mark.slow),
+        (2, 3, 2),
+        pytest.param(3, 1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_sentinels_change_no_bit(world: int, gas: int, stage: int) -> None:
     for same in ranks.shared(world, train_both_ways, UNSTEADY, gas, stage, timeout=180):
         assert [name for name in UNSTEADY if not same[name]] == []

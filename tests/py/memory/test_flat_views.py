@@ -201,7 +201,7 @@ SCENARIOS: list[Callable[[int, int], None]] = [
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_flat_views(scenario: Callable[[int, int], None], world: int) -> None:
-    ranks.run(world, scenario)
+    ranks.shared(world, scenario)
 
 
 # ---- files of a known size
@@ -222,7 +222,7 @@ def file_size(rank: int, world: int, kind: str) -> int:
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 def test_a_file_holds_each_parameter_once_and_no_flat_buffer(kind: str) -> None:
     parameters = 8 * (64 * 64 + 64) * 4
-    for size in ranks.run(2, file_size, kind):
+    for size in ranks.shared(2, file_size, kind):
         assert parameters < size < parameters + 8_000
 
 
@@ -248,7 +248,7 @@ def start_with_overlap(rank: int, world: int, apart: int) -> Exception | None:
 
 @pytest.mark.parametrize("apart", [0, 4, 7])
 def test_parameters_that_overlap_in_memory_are_refused_by_name(apart: int) -> None:
-    for error in ranks.run(2, start_with_overlap, apart):
+    for error in ranks.shared(2, start_with_overlap, apart):
         assert_told(error, PlanError, "a", "b", "memory")
 
 
@@ -260,4 +260,4 @@ def train_neighbours(rank: int, world: int) -> tuple[float, float]:
 
 
 def test_parameters_side_by_side_in_one_storage_train() -> None:
-    assert ranks.run(2, train_neighbours) == [(-1.0, -2.0)] * 2
+    assert ranks.shared(2, train_neighbours) == [(-1.0, -2.0)] * 2

@@ -185,4 +185,4 @@ SCENARIOS: list[Callable[[int, int], Any]] = [
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_views(scenario: Callable[[int, int], Any]) -> None:
-    ranks.run(2, scenario)
+    ranks.shared(2, scenario)

@@ -72,7 +72,7 @@ def write_each_way(rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_write_reaches_the_masters_whatever_made_it(stage: int) -> None:
-    ranks.run(2, at_each_stage, stage, write_each_way)
+    ranks.shared(2, at_each_stage, stage, write_each_way)
 
 
 def clip_after_each_step(rank: int, world: int) -> None:
@@ -149,7 +149,7 @@ def note_what_a_feature_writes(rank: int, world: int) -> None:
     ids=lambda scenario: scenario.__name__,
 )
 def test_masters_know_what_was_written(scenario: Callable[[int, int], None], stage: int) -> None:
-    ranks.run(2, at_each_stage, stage, scenario)
+    ranks.shared(2, at_each_stage, stage, scenario)
 
 
 # ---- the kernel, and the same in torch for devices

@@ -96,7 +96,7 @@ def train_the_head(rank: int, world: int) -> dict[tuple[int, float, str], list[T
 
 @ranks.once(None)
 def heads() -> list[dict[tuple[int, float, str], list[Tensor]]]:
-    return ranks.run(2, train_the_head)
+    return ranks.shared(2, train_the_head)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -146,7 +146,7 @@ def freeze_and_thaw(rank: int, world: int, clip: float) -> list[list[float]]:
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_four_ranks_share_a_model_of_three_elements(clip: float) -> None:
-    found = ranks.run(4, freeze_and_thaw, clip)
+    found = ranks.shared(4, freeze_and_thaw, clip)
     assert all(rows == found[0] for rows in found)
     assert found[0][0] == found[0][1] == found[0][2]
     if not clip:
@@ -189,7 +189,7 @@ def train_empties(rank: int, world: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_a_group_may_hold_no_element_or_no_parameter(kind: str) -> None:
-    ranks.run(2, train_empties, kind)
+    ranks.shared(2, train_empties, kind)
 
 
 def resume_the_head(rank: int, world: int, kind: str) -> None:
@@ -209,4 +209,4 @@ def resume_the_head(rank: int, world: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "adagrad"])
 def test_a_rank_with_nothing_to_update_saves_and_resumes(kind: str) -> None:
-    ranks.run(2, resume_the_head, kind)
+    ranks.shared(2, resume_the_head, kind)

@@ -479,7 +479,7 @@ def train_each(rank: int, world: int, stage: int, clip: float) -> dict[str, list
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_users_optimizers_train_like_plain_descent(stage: int, clip: float) -> None:
-    for found in ranks.run(2, train_each, stage, clip):
+    for found in ranks.shared(2, train_each, stage, clip):
         expected = found.pop("plain")
         if not clip:
             assert expected == [START - 2 * RATE * 1.0, START - 3 * RATE * 2.0]
@@ -499,7 +499,7 @@ def train_whole(rank: int, world: int) -> list[float]:
 
 def test_one_of_whole_parameters_trains_at_stage_0() -> None:
     step = [RATE / WIDTH**0.5, RATE / (2 * WIDTH) ** 0.5]
-    for found in ranks.run(2, train_whole):
+    for found in ranks.shared(2, train_whole):
         assert found == pytest.approx([START - step[0], START - step[1]])
 
 
@@ -556,7 +556,7 @@ def begin_with_state(rank: int, world: int) -> None:
 
 
 def test_each_parameter_begins_with_its_own_state() -> None:
-    ranks.run(2, begin_with_state)
+    ranks.shared(2, begin_with_state)
 
 
 def adagrad_over_a_scalar(rank: int, world: int) -> None:
@@ -576,4 +576,4 @@ def adagrad_over_a_scalar(rank: int, world: int) -> None:
 
 
 def test_a_scalar_first_in_the_group_is_no_model_for_the_others() -> None:
-    ranks.run(2, adagrad_over_a_scalar)
+    ranks.shared(2, adagrad_over_a_scalar)

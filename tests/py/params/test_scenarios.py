@@ -268,4 +268,4 @@ def act(rank: int, world: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", [each.__name__ for each in SCENARIOS])
 def test_it_trains_as_a_plain_module_does(name: str) -> None:
-    ranks.run(2, act, name, timeout=60)
+    ranks.shared(2, act, name, timeout=60)

@@ -120,7 +120,7 @@ SCENARIOS = [
     ],
 )
 def test_it_trains_as_a_plain_module_does(name: str) -> None:
-    ranks.run(2, act, name)
+    ranks.shared(2, act, name)
 
 
 def act(rank: int, world: int, name: str) -> None:
@@ -157,7 +157,7 @@ def change_the_loss(rank: int, world: int) -> tuple[list[Exception | None], list
 
 @needs_guards
 def test_a_program_that_changes_is_refused_once_and_then_right() -> None:
-    for errors, told in ranks.run(2, change_the_loss):
+    for errors, told in ranks.shared(2, change_the_loss):
         assert len(set(told)) == len(told) > 0
         assert errors[:3] == [None] * 3
         assert errors[4:] == [None] * 3
@@ -184,5 +184,5 @@ def go_back_directly_from_the_side(rank: int, world: int) -> Exception | None:
 
 @needs_guards
 def test_a_direct_backward_from_the_side_is_refused() -> None:
-    for error in ranks.run(2, go_back_directly_from_the_side):
+    for error in ranks.shared(2, go_back_directly_from_the_side):
         assert_told(error, RuntimeError, "are sharded", "engine.backward(loss)")

@@ -332,7 +332,7 @@ def act(rank: int, world: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", [bad.__name__ for bad in BAD])
 def test_it_is_named_and_training_goes_on(name: str) -> None:
-    ranks.run(2, act, name, timeout=60)
+    ranks.shared(2, act, name, timeout=60)
 
 
 def run_out_of_memory(rank: int, world: int) -> None:
@@ -367,7 +367,7 @@ def start_without_room(rank: int, world: int) -> list[str]:
 
 
 def test_a_unit_that_is_larger_than_room_is_named_once() -> None:
-    first, second = ranks.run(2, start_without_room)
+    first, second = ranks.shared(2, start_without_room)
     assert len(first) == 1 and second == []
     assert "blocks." in first[0]
 
@@ -393,7 +393,7 @@ def outlive_the_engine(rank: int, world: int) -> None:
 
 
 def test_a_parameter_whose_engine_is_gone_says_so() -> None:
-    ranks.run(2, outlive_the_engine)
+    ranks.shared(2, outlive_the_engine)
 
 
 def hold_twice(rank: int, world: int) -> None:
@@ -414,7 +414,7 @@ def hold_twice(rank: int, world: int) -> None:
 
 
 def test_what_is_held_twice_is_not_taken_for_everything() -> None:
-    ranks.run(2, hold_twice)
+    ranks.shared(2, hold_twice)
 
 
 def be_a_stray(rank: int, world: int) -> list[str]:
@@ -428,7 +428,7 @@ def be_a_stray(rank: int, world: int) -> list[str]:
 
 
 def test_a_pass_that_never_follows_its_list_is_named_once() -> None:
-    first, second = ranks.run(2, be_a_stray)
+    first, second = ranks.shared(2, be_a_stray)
     assert first == second or (first and second)
     assert any("the forward of Net needs" in line for line in first), first
     assert len(set(first)) == len(first)

@@ -37,7 +37,7 @@ def _four_steps(engine: Any) -> None:
 
 def test_keys_without_effect_are_listed_once_by_rank_0() -> None:
     changes = {"zero_optimization": {"overlap_comm": True, "allgather_bucket_size": 1000}}
-    first, second = ranks.run(2, _lines, changes, _nothing)
+    first, second = ranks.shared(2, _lines, changes, _nothing)
     assert second == []
     (line,) = first
     assert (
@@ -47,7 +47,7 @@ def test_keys_without_effect_are_listed_once_by_rank_0() -> None:
 
 
 def test_a_clipping_norm_that_nobody_gave_is_said_once() -> None:
-    lines, _ = ranks.run(2, _lines_with_default_clipping)
+    lines, _ = ranks.shared(2, _lines_with_default_clipping)
     assert [line for line in lines if "gradient_clipping" in line] == [
         "gradient_clipping is not given: gradients are clipped to norm 1"
     ]
@@ -71,7 +71,7 @@ def _lines_with_a_layer_left_out(rank: int, world: int) -> list[str]:
 
 
 def test_parameters_that_no_optimizer_updates_are_named_once() -> None:
-    lines, others = ranks.run(2, _lines_with_a_layer_left_out)
+    lines, others = ranks.shared(2, _lines_with_a_layer_left_out)
     assert lines == ["not in the optimizer, so never updated: b"]
     assert others == []
 
@@ -82,7 +82,7 @@ CLIPPED = {"gradient_clipping": 1000.0}
 
 
 def test_steps_per_print_prints_every_so_many_steps() -> None:
-    first, second = ranks.run(2, _lines, {"steps_per_print": 2, **CLIPPED}, _four_steps)
+    first, second = ranks.shared(2, _lines, {"steps_per_print": 2, **CLIPPED}, _four_steps)
     assert second == []
     told = [line for line in first if not line.startswith(WHERE)]
     assert [line.split(",")[0] for line in told] == ["step=2", "step=4"]
@@ -91,7 +91,7 @@ def test_steps_per_print_prints_every_so_many_steps() -> None:
 
 def test_wall_clock_breakdown_tells_each_part_of_each_step() -> None:
     changes = {"wall_clock_breakdown": True, **CLIPPED}
-    first, second = ranks.run(2, _lines, changes, _four_steps)
+    first, second = ranks.shared(2, _lines, changes, _four_steps)
     assert second == []
     told = [line for line in first if not line.startswith(WHERE)]
     assert len(told) == 4
@@ -100,7 +100,7 @@ def test_wall_clock_breakdown_tells_each_part_of_each_step() -> None:
 
 
 def test_dump_state_shows_the_configuration_with_its_defaults() -> None:
-    (line,), _ = ranks.run(2, _lines, {"dump_state": True}, _nothing)
+    (line,), _ = ranks.shared(2, _lines, {"dump_state": True}, _nothing)
     assert '"gradient_allreduce_op": "mean"' in line
 
 
@@ -122,7 +122,7 @@ def _shown(rank: int, world: int, before: str, after: str) -> str:
 
 
 def _stderr(before: str = "", after: str = "") -> str:
-    (shown,) = ranks.run(1, _shown, before, after)
+    (shown,) = ranks.shared(1, _shown, before, after)
     return str(shown)
 
 
@@ -162,4 +162,4 @@ def _levels(rank: int, world: int) -> tuple[int, bool]:
 
 
 def test_only_rank_0_shows_progress_and_a_second_engine_changes_nothing() -> None:
-    assert ranks.run(2, _levels) == [(logging.INFO, True), (logging.WARNING, True)]
+    assert ranks.shared(2, _levels) == [(logging.INFO, True), (logging.WARNING, True)]

@@ -48,7 +48,7 @@ def _start_with_another_model(
 def test_ranks_with_different_models_name_the_first_difference(
     odd: type[Terms], words: list[str], stage: int
 ) -> None:
-    for error in ranks.run(2, _start_with_another_model, odd, stage, timeout=LIMIT):
+    for error in ranks.shared(2, _start_with_another_model, odd, stage, timeout=LIMIT):
         assert_told(error, PlanMismatch, *words)
 
 
@@ -61,7 +61,7 @@ def _start_with_other_buckets(rank: int, world: int) -> Exception | None:
 
 
 def test_ranks_with_different_bucket_sizes_do_not_start() -> None:
-    for error in ranks.run(2, _start_with_other_buckets, timeout=LIMIT):
+    for error in ranks.shared(2, _start_with_other_buckets, timeout=LIMIT):
         assert_told(error, PlanMismatch, "rank 1")
 
 
@@ -86,7 +86,7 @@ def _start_with_settings(rank: int, world: int, key: str) -> Exception | None:
 
 @pytest.mark.parametrize("key", SETTINGS)
 def test_ranks_with_different_settings_name_the_first_key(key: str) -> None:
-    for error in ranks.run(2, _start_with_settings, key, timeout=LIMIT):
+    for error in ranks.shared(2, _start_with_settings, key, timeout=LIMIT):
         assert_told(error, PlanMismatch, f"{key} is", "on rank 0 and", "on rank 1")
 
 
@@ -97,7 +97,7 @@ def _print_on_rank_0(rank: int, world: int) -> Exception | None:
 
 
 def test_what_is_printed_may_differ_between_ranks() -> None:
-    assert ranks.run(2, _print_on_rank_0, timeout=LIMIT) == [None, None]
+    assert ranks.shared(2, _print_on_rank_0, timeout=LIMIT) == [None, None]
 
 
 def _start_with_other_rates(rank: int, world: int, momentum: bool) -> Exception | None:
@@ -109,7 +109,7 @@ def _start_with_other_rates(rank: int, world: int, momentum: bool) -> Exception 
 
 @pytest.mark.parametrize("momentum", [False, True])
 def test_ranks_whose_optimizers_have_other_numbers_do_not_start(momentum: bool) -> None:
-    for error in ranks.run(2, _start_with_other_rates, momentum, timeout=LIMIT):
+    for error in ranks.shared(2, _start_with_other_rates, momentum, timeout=LIMIT):
         assert_told(error, PlanMismatch, "momentum" if momentum else "lr", "group 0", "on rank 1")
 
 
@@ -119,7 +119,7 @@ def _start_under_inference_mode(rank: int, world: int) -> Exception | None:
 
 
 def test_nothing_starts_under_inference_mode() -> None:
-    assert_told(ranks.run(1, _start_under_inference_mode)[0], PlanError, "inference_mode")
+    assert_told(ranks.shared(1, _start_under_inference_mode)[0], PlanError, "inference_mode")
 
 
 def _start_twice(rank: int, world: int) -> tuple[Exception | None, Exception | None]:
@@ -132,7 +132,7 @@ def _start_twice(rank: int, world: int) -> tuple[Exception | None, Exception | N
 
 
 def test_a_model_or_optimizer_that_has_an_engine_already_is_told_so() -> None:
-    for again, first in ranks.run(2, _start_twice, timeout=LIMIT):
+    for again, first in ranks.shared(2, _start_twice, timeout=LIMIT):
         assert_told(again, PlanError, "not the model's", "engine has had")
         assert_told(first, StepError, "parameter a", "second initialize")
 
@@ -142,7 +142,7 @@ def _start_with_a_mistake_on_rank_1(rank: int, world: int) -> Exception | None:
 
 
 def test_a_configuration_mistake_on_one_rank_stops_all() -> None:
-    innocent, culprit = ranks.run(2, _start_with_a_mistake_on_rank_1, timeout=LIMIT)
+    innocent, culprit = ranks.shared(2, _start_with_a_mistake_on_rank_1, timeout=LIMIT)
     assert_told(culprit, ConfigError, "gradient_cliping", "gradient_clipping")
     assert_told(innocent, ZerortError, "rank 1", "gradient_cliping")
 
@@ -281,14 +281,14 @@ def _start(rank: int, world: int, name: str, stage: int) -> Exception | None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name(name: str, world: int) -> None:
     _, kind, words = REFUSED[name]
-    for error in ranks.run(world, _start, name, 1, timeout=LIMIT):
+    for error in ranks.shared(world, _start, name, 1, timeout=LIMIT):
         assert_told(error, kind, *words)
 
 
 @pytest.mark.parametrize("name", ["complex_parameter", "shared_storage", "lazy"])
 def test_what_cannot_be_sharded_is_refused_by_name(name: str) -> None:
     _, kind, words = REFUSED[name]
-    for error in ranks.run(2, _start, name, 3, timeout=LIMIT):
+    for error in ranks.shared(2, _start, name, 3, timeout=LIMIT):
         assert_told(error, kind, *words)
 
 
@@ -337,7 +337,7 @@ def _start_with_environment(rank: int, world: int, environment: dict[str, str]) 
 
 
 def test_a_rank_without_a_master_address_is_told_what_is_missing() -> None:
-    (error,) = ranks.run(
+    (error,) = ranks.shared(
         1, _start_with_environment, {"RANK": "1", "WORLD_SIZE": "2"}, timeout=LIMIT
     )
     assert_told(error, ZerortError, "MASTER_ADDR")
@@ -350,5 +350,5 @@ def _start_with_trace(rank: int, world: int, path: str) -> Exception | None:
 def test_a_trace_that_cannot_be_written_is_refused_at_the_start(tmp_path: Any) -> None:
     path = str(tmp_path / "missing" / "trace.json")
     (tmp_path / "missing").write_text("a file where a folder should be")
-    for error in ranks.run(2, _start_with_trace, path, timeout=LIMIT):
+    for error in ranks.shared(2, _start_with_trace, path, timeout=LIMIT):
         assert_told(error, ZerortError, "missing")

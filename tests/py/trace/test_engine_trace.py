@@ -55,7 +55,7 @@ class Run:
     """The files of one run, and the buckets that were planned."""
 
     def __init__(self, folder: Path, changes: Config) -> None:
-        self.buckets = ranks.run(WORLD, record, str(folder), changes)[0]
+        self.buckets = ranks.shared(WORLD, record, str(folder), changes)[0]
         self.paths = [folder / f"trace-{rank}.json" for rank in range(WORLD)]
         self.events = [check_file(path) for path in self.paths]
 
@@ -309,7 +309,7 @@ def count_calls(rank: int, world: int, per_bucket: int, folder: str | None) -> C
 
 def test_calls_of_the_sink_grow_with_buckets_and_not_with_parameters(tmp_path: Path) -> None:
     few, many = (
-        ranks.run(WORLD, count_calls, per_bucket, str(tmp_path))[0] for per_bucket in (1, 16)
+        ranks.shared(WORLD, count_calls, per_bucket, str(tmp_path))[0] for per_bucket in (1, 16)
     )
     assert few == many
     assert few["life"] == LAYERS
@@ -318,7 +318,7 @@ def test_calls_of_the_sink_grow_with_buckets_and_not_with_parameters(tmp_path: P
 
 
 def test_without_a_trace_the_sink_hears_of_ranges_and_steps_only() -> None:
-    for counts in ranks.run(WORLD, count_calls, 16, None):
+    for counts in ranks.shared(WORLD, count_calls, 16, None):
         assert counts == {"range": 7, "step": 1}
 
 

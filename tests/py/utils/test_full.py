@@ -139,12 +139,12 @@ def masters(rank: int, world: int, stage: int, dtype: str) -> dict[str, Any]:
 
 @ranks.once(None)
 def gradients_at(stage: int) -> list[dict[str, Any]]:
-    return ranks.run(2, gradients, stage)
+    return ranks.shared(2, gradients, stage)
 
 
 @ranks.once(None)
 def masters_at(stage: int, dtype: str) -> list[dict[str, Any]]:
-    return ranks.run(2, masters, stage, dtype)
+    return ranks.shared(2, masters, stage, dtype)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -225,7 +225,7 @@ def windows(rank: int, world: int, stage: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_gradient_is_that_of_the_window_so_far_times_the_loss_scale(stage: int) -> None:
-    for found in ranks.run(2, windows, stage):
+    for found in ranks.shared(2, windows, stage):
         one, both = found["read"]
         first, second = (part * 8 / 2 for part in found["wanted"])
         if stage == 3:  # reduced in every micro-batch
@@ -293,7 +293,7 @@ def test_what_no_sync_keeps_on_a_rank_can_be_read_and_replaced(case: int) -> Non
 
 @ranks.once(None)
 def held_back_on_two() -> list[list[dict[str, Any]]]:
-    return ranks.run(2, held_back)
+    return ranks.shared(2, held_back)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -344,7 +344,7 @@ def misused(rank: int, world: int) -> dict[str, Any]:
 
 
 def test_a_call_that_cannot_be_raises_on_all_ranks() -> None:
-    said = ranks.run(2, misused)
+    said = ranks.shared(2, misused)
     for each in said:
         assert "rank 0 calls safe_get_full_fp32_param() with 0.weight" in each["another parameter"]
         assert "rank 1 calls safe_get_full_fp32_param() with 2.weight" in each["another parameter"]

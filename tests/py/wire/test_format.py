@@ -120,7 +120,7 @@ def _variant(rank: int, wire: str, stage: int) -> Seen:
 
 @ranks.once(None)
 def seen() -> list[dict[tuple[str, int], Seen]]:
-    return ranks.run(WORLD, variants)
+    return ranks.shared(WORLD, variants)
 
 
 def distance(wire: str, stage: int) -> float:
@@ -179,7 +179,7 @@ def _skip(engine: Any, rank: int) -> None:
 
 @every_stage
 def test_a_step_that_is_skipped_leaves_no_trace_in_what_is_fed_back(stage: int) -> None:
-    for plain, skipped in ranks.run(WORLD, with_a_step_that_is_skipped, stage):
+    for plain, skipped in ranks.shared(WORLD, with_a_step_that_is_skipped, stage):
         assert torch.equal(plain, skipped)
 
 
@@ -199,7 +199,7 @@ def with_a_window_that_is_dropped(rank: int, world: int) -> list[Tensor]:
 
 
 def test_a_window_that_is_dropped_leaves_no_trace_in_what_is_fed_back() -> None:
-    for plain, dropped in ranks.run(WORLD, with_a_window_that_is_dropped):
+    for plain, dropped in ranks.shared(WORLD, with_a_window_that_is_dropped):
         assert torch.equal(plain, dropped)
 
 
@@ -215,7 +215,7 @@ def with_a_nan(rank: int, world: int) -> str:
 
 
 def test_a_nan_survives_the_wire_and_its_rank_and_parameter_are_named() -> None:
-    for message in ranks.run(WORLD, with_a_nan):
+    for message in ranks.shared(WORLD, with_a_nan):
         assert "rank 1 brought" in message
         assert "second" in message
 
@@ -238,7 +238,7 @@ def over_a_library_that_adds(rank: int, world: int, wire: str) -> tuple[set[str]
 
 @pytest.mark.parametrize("wire", ["int8", "fp32"])
 def test_a_library_that_adds_is_asked_to_only_where_the_format_allows_it(wire: str) -> None:
-    for operations, added, exchanged in ranks.run(WORLD, over_a_library_that_adds, wire):
+    for operations, added, exchanged in ranks.shared(WORLD, over_a_library_that_adds, wire):
         # the reduce-scatter is resolved at import, so that nobody hears of it here
         assert ("all_to_all_single" in operations) == (wire == "int8")
         torch.testing.assert_close(added, exchanged)
