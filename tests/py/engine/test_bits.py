@@ -46,8 +46,17 @@ def digest_of(variant: str, world: int, name: str, gas: int, reduce_at: str) -> 
 
 
 @pytest.mark.parametrize("variant", AT_BOUNDARY)
-@pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("name", ["gpt_clipped", "odd_shapes_with_adamw", "unused_on_one_rank"])
+@pytest.mark.parametrize(
+    ("name", "gas"),
+    [
+        ("gpt_clipped", 1),
+        ("odd_shapes_with_adamw", 3),
+        ("unused_on_one_rank", 3),
+        pytest.param("gpt_clipped", 3, marks=pytest.mark.slow),
+        pytest.param("odd_shapes_with_adamw", 1, marks=pytest.mark.slow),
+        pytest.param("unused_on_one_rank", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_stage_bucket_size_and_window_change_no_bit(name: str, gas: int, variant: str) -> None:
     first = next(iter(AT_BOUNDARY))
     assert digest_of(variant, 2, name, gas, "boundary") == digest_of(
