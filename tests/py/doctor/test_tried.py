@@ -20,6 +20,8 @@ from zerort.doctor.job import gathered
 from zerort.doctor.pair import self_test
 from zerort.mesh import connect
 
+pytestmark = pytest.mark.usefixtures("own_ranks")
+
 NAMES = ["reduce-scatter", "all-gather", "all-to-all", "broadcast", "vote"]
 
 
