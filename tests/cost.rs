@@ -4,7 +4,7 @@ mod arbitrary;
 
 use std::sync::Arc;
 
-use arbitrary::{plan, spec, uniform};
+use arbitrary::{plan, sharded, spec, uniform};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::cost::{
@@ -82,6 +82,44 @@ fn messages_of_two_lanes_overlap_and_bytes_do_not() {
         .map(|bucket| bucket.landed_ns)
         .collect();
     assert_eq!(ends, [310, 410, 510, 610]);
+}
+
+#[test]
+fn bytes_follow_one_another_also_where_two_may_be_under_way() {
+    let (plan, work) = four(None);
+    let mut wide = machine(link(Algorithm::Ring, 10.0, 150.0 / 512.0), true);
+    wide.network.outer.lanes = 2;
+    let predicted = simulate(&plan, &work, &wide).unwrap();
+    let ends: Vec<u64> = predicted.buckets.iter().map(|bucket| bucket.landed_ns).collect();
+    assert_eq!(ends, [310, 460, 610, 760]);
+}
+
+#[test]
+fn a_launch_waits_where_the_window_has_no_memory_left() {
+    for (window, launched) in [(Some(1), [150, 400, 650, 900]), (None, [150, 250, 350, 450])] {
+        let (plan, work) = four(window);
+        let slow = machine(link(Algorithm::Ring, 250.0, 0.0), false);
+        let predicted = simulate(&plan, &work, &slow).unwrap();
+        let at: Vec<u64> = predicted.buckets.iter().map(|bucket| bucket.launched_ns).collect();
+        // the first backward's gradients come 100 ns apart, behind whatever it waited for
+        assert_eq!(at, launched, "{window:?}");
+        let most = window.map_or(4, u64::from);
+        assert_eq!(predicted.peak_in_flight, most * 1024);
+    }
+}
+
+#[test]
+fn what_a_unit_needs_is_gathered_ahead_as_far_as_there_is_room() {
+    let plan = sharded(3, None);
+    let work = workload(&plan, 300, 300);
+    for (room, waited, gathers) in [(768, 100, 3), (256, 500, 5)] {
+        let machine = Machine { room, ..machine(link(Algorithm::Ring, 100.0, 0.0), false) };
+        let predicted = simulate(&plan, &work, &machine).unwrap();
+        assert_eq!(predicted.gather_ns, waited, "{room}");
+        assert_eq!(predicted.gather.sent_bytes, gathers * 512, "{room}");
+        assert_eq!(predicted.peak_whole, room);
+        assert_eq!(predicted.publish_ns, 0);
+    }
 }
 
 #[test]
