@@ -188,7 +188,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main() -> int:
-    """Returns the exit status: 0 also where the aim is missed, which is printed."""
+    """Returns the exit status: 0 also where the aim is missed, which is printed; 1 where ranks have
+    failed.
+    """
     args, console = arguments(), Console(width=110)
     if args.rank:
         rank_main(args)
@@ -198,7 +200,7 @@ def main() -> int:
         console.print(f"skipped: {reason}")
         return 0
     rows: list[Row] = []
-    began = time.perf_counter()
+    began, failed = time.perf_counter(), False
 
     def heard(row: Row) -> None:
         rows.append(row)
@@ -206,7 +208,13 @@ def main() -> int:
 
     for count in args.hosts:
         for megabits in args.rates:
-            rows_of(count, megabits, args, heard)
+            try:
+                rows_of(count, megabits, args, heard)
+            except RuntimeError as error:  # the others are worth having
+                failed = True
+                console.print(str(error), style="red")
+    if not rows:
+        return 1
     table = Table(*_COLUMNS)
     for row in rows:
         table.add_row(*cells(row))
@@ -219,7 +227,7 @@ def main() -> int:
     )
     if args.markdown is not None:
         args.markdown.write_text(markdown(rows))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

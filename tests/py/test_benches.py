@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,25 @@ import pytest
 pytestmark = pytest.mark.usefixtures("own_ranks")
 
 BENCHES = Path(__file__).parents[2] / "benches" / "py"
+HOSTS = """
+import os, signal, subprocess, sys
+from hosts import hosts, why_not
+
+def left():
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    return [name for name in listed.split() if f"-{os.getpid()}-" in name]
+
+if (reason := why_not()) is not None:
+    sys.exit(reason)
+for end in (signal.SIGINT, signal.SIGTERM):
+    try:
+        with hosts(2, 10**9) as found:
+            assert len(left()) == 3, left()
+            os.kill(os.getpid(), end)
+            signal.pause()
+    except (KeyboardInterrupt, SystemExit):
+        print("left", left())
+"""
 
 
 def test_the_border_bench_runs() -> None:
@@ -31,3 +52,38 @@ def test_the_step_time_bench_races_stages() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zerort stage") == 2, done.stdout
+
+
+def hosts_or_skip() -> None:
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+
+
+def test_hosts_are_taken_down_when_they_are_interrupted() -> None:
+    hosts_or_skip()
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTS],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=BENCHES,
+    )
+    if done.returncode == 1 and not done.stdout:
+        pytest.skip(done.stderr)  # a container without the right to make them
+    assert done.stdout == "left []\nleft []\n", done.stderr
+
+
+@pytest.mark.slow
+def test_the_prediction_bench_compares_a_step() -> None:
+    hosts_or_skip()
+    command = [sys.executable, str(BENCHES / "predict.py"), "--rates=1000", "--hosts=2"]
+    done = subprocess.run(
+        [*command, "--stages=2", "--models=paced", "--rounds=1"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "skipped" in done.stdout or "1 steps in" in done.stdout, done.stdout
