@@ -20,6 +20,7 @@ from zerort.forecast.job import Job
 from zerort.forecast.models import made_by, of_size
 from zerort.forecast.owners import Owners, unevenness
 from zerort.forecast.table import show
+from zerort.forecast.updates import asks_for_matrices
 from zerort.memory import Kind
 from zerort.terminal import Answer, Commands, add_command, elements, grid, progress, ranks, shown
 
@@ -212,6 +213,8 @@ def at_every_stage(
     numel = sum(p.numel() for p in model.parameters())
     title = _title(own, job, numel, micro_batches)
     notes = list(_notes(own, job, columns))
+    if not any(p.dim() > 1 for p in model.parameters()) and asks_for_matrices(own):
+        notes.append("Without matrices, which the optimizer looks at whole: a --model has them.")
     return Forecasts(title, numel, columns, own.zero_optimization.stage, notes, refused)
 
 

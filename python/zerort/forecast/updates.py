@@ -26,7 +26,7 @@ from zerort.optim.muon import is_muon
 from zerort.start.grains import Grains, grains_of
 from zerort.zero.estimates import state_bytes, whole_state_bytes
 
-__all__ = ["Updates"]
+__all__ = ["Updates", "asks_for_matrices"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,11 @@ class Updates:
         if len(shape) > 2 and any(map(is_muon, members_of(self.optimizer))):
             shape = shape[0], math.prod(shape[1:])  # as it is shown them
         return whole_state_bytes(self.settings, dtype, shape)
+
+
+def asks_for_matrices(settings: Config) -> bool:
+    """Whether the configuration's optimizer looks at whole ones, and has state of its own of them:
+    a number of elements alone says nothing of that.
+    """
+    matrix = nn.Parameter(torch.empty(2, 2, device="meta"))
+    return bool(Updates.of(settings, nn.ParameterList([matrix]), trained_only=False).whole)

@@ -150,6 +150,18 @@ def test_owners_are_printed_beside_the_stages(
     assert "ranks that own" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "lacks"), [(MUON, True), (ADAFACTOR, True), ({"type": "AdamW"}, False)]
+)
+def test_a_size_alone_says_that_it_has_no_matrices(
+    optimizer: Any, lacks: bool, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config(2, optimizer, padding=20)))
+    assert main(["config", str(path), "--numel", "1e6", "--world", "2"]) == 0
+    assert ("Without matrices" in capsys.readouterr().out) == lacks
+
+
 def layers() -> nn.Module:
     return nn.Sequential(*(nn.Linear(24, 24 + index % 3, bias=False) for index in range(3000)))
 
