@@ -3,9 +3,9 @@ bucket.
 
     python docs/draw_step.py runs/train_text/trace-0.json --step 10 --out docs/step.svg
 
-A bucket's bar has three parts: it fills (first to last gradient), is queued (full, but its turn has
-not come), and is in flight (launched, not yet retired). The strong bars within are its collectives,
-from start to completion: below the upper row's backward they cost no time.
+A bucket's bar has four parts: it fills (first to last gradient), is queued (full, but its turn has
+not come), is in flight (launched, its result not yet taken), and is summed. The strong bars within
+are its collectives, from start to completion: below the upper row's backward they cost no time.
 
 At stage 3 there is a row for each unit instead, in the order of the forward: a pale bar is how long
 it has memory, from its gather to its free, and its buckets' collectives lie in the same row.
@@ -36,6 +36,7 @@ COLOURS = {
     "filling": "#d5dbe3",
     "queued": "#f2cf5b",
     "in flight": "#fde3c8",
+    "summing": "#b07a3f",
     "reduce_scatter": "#f58518",
     "all_gather": "#9d755d",
 }

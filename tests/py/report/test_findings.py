@@ -197,6 +197,16 @@ def test_on_a_device_the_wire_is_known_by_the_buckets_lives_and_all_sums_are_wai
     assert set(said(replace(QUIET, on_device=True), tmp_path / "quiet")) == {"hidden"}
 
 
+def test_an_outlier_is_the_fault_of_who_was_slow_and_not_of_who_waited(tmp_path: Path) -> None:
+    """Rank 0 waits for longer than rank 1 is late in either pass."""
+    scene = Scene(
+        forward=lambda rank, step: 120.0 if (rank, step) == (1, 7) else 20.0,
+        backward=lambda rank, step: 300.0 if (rank, step) == (1, 7) else 60.0,
+    )
+    words = said(scene, tmp_path)["outliers"].words
+    assert "rank 1 was 240 ms longer in backward" in words
+
+
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong(tmp_path: Path) -> None:
     assert set(said(QUIET, tmp_path)) == {"hidden"}
 

@@ -144,7 +144,7 @@ def test_a_larger_run_is_sampled_and_says_so(tmp_path: Path) -> None:
 
 
 @in_a_browser
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
 def test_nothing_is_cut_off_and_nothing_is_complained_of(
     page: Path, tmp_path: Path, width: int
 ) -> None:

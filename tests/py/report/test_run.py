@@ -12,8 +12,10 @@ import pytest
 from traced import Scene
 from zerort import _core
 from zerort.cli import main
-from zerort.report.run import load
+from zerort.report.run import Rank, Run, load
 from zerort.report.split import split
+from zerort.report.timeline import Collective, RankStep
+from zerort.report.wire import transfers
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *files: object) -> str:
@@ -98,7 +100,7 @@ def test_missing_ranks_are_named_and_the_others_shown(
     line = refused(capsys, out, paths[0], paths[2])
     assert "of 4 ranks 2 are missing (1, 3)" in line
     assert "of 4 ranks 2 are missing (1, 3)" in out.read_text()
-    assert "4 ranks" in out.read_text()
+    assert ">4 ranks · " in out.read_text()
 
 
 def test_ranks_of_different_runs_and_a_rank_twice_are_refused(
@@ -148,6 +150,16 @@ def test_a_vote_that_one_rank_sees_late_is_no_jump(tmp_path: Path) -> None:
     """Its process had no core for a second."""
     run = load(Scene(clock=lambda rank, step: 1000.0 * (rank == 1 and step == 6)).write(tmp_path))
     assert run.ranks[1].ahead[6] == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_collective_is_on_the_wire_from_when_the_last_rank_has_started_it() -> None:
+    def step(start: float) -> RankStep:
+        sent = [Collective("reduce_scatter", 0, start, 112.0, 4096)]
+        return RankStep(1, 0.0, 200.0, collectives=sent)
+
+    ranks = [Rank(0, {1: step(100.0)}, {1: 0.0}), Rank(1, {1: step(1110.0)}, {1: 1000.0})]
+    (found,) = transfers(Run(ranks, [1]), [1])
+    assert (found.start, found.end, found.took) == (110.0, 112.0, 2.0)
 
 
 def test_the_parts_of_a_step_are_as_long_as_the_step(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ lives twice a step.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -137,6 +138,21 @@ def test_a_bucket_says_how_long_it_lacked_its_last_gradient_alone(runs: Any, sta
     several = [life for life in found if life.args["params"] > 1]
     assert any(life.args["alone_ms"] > 0 for life in several)
     assert any(life.args["alone_ms"] < life.filling / 2 for life in several)
+
+
+@every_stage
+def test_the_pages_own_picture_draws_each_phase_in_the_row_of_its_bucket(
+    runs: Any, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "docs")
+    draw = importlib.import_module("draw_step")
+    run = runs(stage)
+    drawn = draw.bars(run.events[0], 2)
+    rows = {bar.row for bar in drawn}
+    assert rows == {"loop", *(f"bucket {index}" for index in range(len(run.buckets)))}
+    # at stage 0 a second collective follows the sum
+    phases = {"filling", "in flight", *(["summing"] if stage else [])}
+    assert {bar.name for bar in drawn} >= phases
 
 
 @every_stage
