@@ -69,7 +69,7 @@ def test_hosts_are_taken_down_when_they_are_interrupted() -> None:
         timeout=60,
         cwd=BENCHES,
     )
-    if done.returncode == 1 and not done.stdout:
+    if done.returncode == 1 and "Traceback" not in done.stderr:
         pytest.skip(done.stderr)  # a container without the right to make them
     assert done.stdout == "left []\nleft []\n", done.stderr
 

@@ -36,7 +36,7 @@ __all__ = ["refusal", "relocate"]
 
 def refusal(parts: Components) -> str | None:
     """Why this engine's buckets have to stay as they are; None where they need not."""
-    optimizer, buckets = parts.boundary.optimizer, parts.boundary.flat.trained
+    optimizer = parts.boundary.optimizer
     if parts.reduction.plan.shards_parameter:
         return (
             "at stage 3 units of parameters are cut by their buckets' size when the engine starts"
@@ -45,8 +45,15 @@ def refusal(parts: Components) -> str | None:
         return "there is no optimizer"
     if has_stepped(optimizer.optimizer):
         return "the optimizer has state already"
+    return _chosen_by_bucket(parts)
+
+
+def _chosen_by_bucket(parts: Components) -> str | None:
+    buckets = parts.boundary.flat.trained
     if any(bucket.spec.way == "exchanged" for bucket in buckets):
         return "ranks exchange parts of matrices, which was planned when the engine started"
+    if parts.config.quantize_training.enabled:
+        return "quantize_training has chosen its buckets when the engine started"
     if not all(isinstance(format_of(bucket.spec.wire), Dense) for bucket in buckets):
         return "a wire format may keep what it has rounded off, by bucket"
     return None
