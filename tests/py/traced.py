@@ -29,6 +29,8 @@ class Load:
     size: int = 1_000_000
     prior: float = 0.5
     full: float = 0.6
+    first: float | None = None
+    """The first gradient, where that is not the last but one."""
     last: str = "weight"
     params: int = 4
     dtype: str = "f32"
@@ -130,8 +132,9 @@ class Scene:
                 retired = free if self.window < len(self.loads) else max(free, writer.at)
                 prior = begun[rank] + load.prior * took[rank]
                 landed = free if self.on_device else retired
-                moments = (prior, full[rank], launched[rank], landed, retired)
-                writer.life(index, load, moments, free)
+                first = prior if load.first is None else begun[rank] + load.first * took[rank]
+                moments = (first, full[rank], launched[rank], landed, retired)
+                writer.life(index, load, moments, full[rank] - prior, free)
         for writer in writers:
             if self.on_device and ends and ends[-1] > writer.at:
                 writer.wait(writer.at, ends[-1], "reduced gradients")
@@ -191,7 +194,9 @@ class _Writer:
         self.at += gathers + took
         self.outer("forward", start, self.at)
 
-    def life(self, index: int, load: Load, moments: Sequence[float], end: float) -> None:
+    def life(
+        self, index: int, load: Load, moments: Sequence[float], alone: float, end: float
+    ) -> None:
         times = [self.ns(moment) for moment in moments]
         key, self._lives = self._lives, self._lives + 1
         carried: dict[str, Any] = {
@@ -200,7 +205,7 @@ class _Writer:
             "dtype": load.dtype,
             "params": load.params,
             "last": f"layers.{index}.{load.last}",
-            "alone_ms": moments[1] - moments[0],
+            "alone_ms": alone,
         }
         self.ring.async_span(self.buckets, f"bucket {index}", key, times[0], times[-1], carried)
         phases = ("filling", "queued", "in flight", "summing")

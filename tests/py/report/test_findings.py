@@ -197,6 +197,23 @@ def test_on_a_device_the_wire_is_known_by_the_buckets_lives_and_all_sums_are_wai
     assert set(said(replace(QUIET, on_device=True), tmp_path / "quiet")) == {"hidden"}
 
 
+def test_a_layer_that_computes_long_before_its_last_gradient_is_no_late_parameter(
+    tmp_path: Path,
+) -> None:
+    """The bucket has filled for longer than it lacked that one."""
+    first = Load(prior=0.55, full=0.9, first=0.05, last="tok")
+    scene = Scene(loads=[first, *LATE[1:]], rate=2e5)
+    assert "last_parameter" not in said(scene, tmp_path / "fills")
+    short = replace(scene, loads=[replace(first, first=0.5), *LATE[1:]])
+    assert "last_parameter" in said(short, tmp_path / "lacks")
+
+
+def test_bytes_that_take_longer_than_their_start_are_no_latency(tmp_path: Path) -> None:
+    loads = [*many(60, 100_000), Load(1_600_000, 0.99, 1.0)]
+    assert "latency" not in said(Scene(loads=loads, alpha=1.0, rate=4e4), tmp_path / "bytes")
+    assert "latency" in said(Scene(loads=loads, alpha=1.0, rate=4e6), tmp_path / "start")
+
+
 def test_an_outlier_is_the_fault_of_who_was_slow_and_not_of_who_waited(tmp_path: Path) -> None:
     """Rank 0 waits for longer than rank 1 is late in either pass."""
     scene = Scene(
