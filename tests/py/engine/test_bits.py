@@ -90,7 +90,7 @@ def test_with_one_micro_batch_both_times_of_reduction_agree(variant: str) -> Non
 
 
 def test_the_comparison_notices_another_number() -> None:
-    first = next(iter(AT_BOUNDARY))
-    assert digest_of(first, 2, "gpt_clipped", 1, "boundary") != digest_of(
-        first, 2, "gpt_clipped", 3, "boundary"
+    first = next(iter(AT_MICRO_BATCH))
+    assert digest_of(first, 2, "gpt_clipped", 1, "micro_batch") != digest_of(
+        first, 2, "gpt_clipped", 3, "micro_batch"
     )
