@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zerort import _core
 from zerort.config import Config
@@ -23,6 +24,22 @@ Row = tuple[Shape, Places]
 
 
 @dataclass(frozen=True)
+class Even(Sequence[int]):
+    """The same for each of many ranks, in the memory of one."""
+
+    value: int
+    ranks: int
+
+    def __len__(self) -> int:
+        return self.ranks
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < self.ranks:
+            raise IndexError(rank)
+        return self.value
+
+
+@dataclass(frozen=True)
 class Own:
     """Bytes that are a rank's own, by the bucket's number and by rank."""
 
@@ -34,7 +51,12 @@ class Own:
     @property
     def by_rank(self) -> list[int]:
         """Of all buckets."""
-        return [sum(own) for own in zip(*self.states, *self.rooms, strict=True)]
+        rows = [*self.states, *self.rooms]
+        alike = sum(row.value for row in rows if isinstance(row, Even))
+        uneven = [row for row in rows if not isinstance(row, Even)]
+        if not uneven:
+            return [alike] * (len(rows[0]) if rows else 0)
+        return [alike + sum(own) for own in zip(*uneven, strict=True)]
 
     def pieces(self, rank: int, rows: Sequence[Row]) -> Iterator[Piece]:
         """Of one rank; `rows` says where."""
@@ -83,13 +105,14 @@ class Buckets:
         ]
         return Own(states, [self._room(spec) for spec in self.plan.buckets])
 
-    def _room(self, spec: _core.Bucket) -> list[int]:
+    def _room(self, spec: _core.Bucket) -> Sequence[int]:
+        if spec.way != "exchanged":
+            return Even(0, self.plan.world)
         found, item = [0] * self.plan.world, self._dtypes(spec).master.itemsize
-        if spec.way == "exchanged":
-            for param, numel in zip(spec.params, spec.numels, strict=True):
-                owner = self.plan.owner(param)
-                assert owner is not None
-                found[owner] += numel * item
+        for param, numel in zip(spec.params, spec.numels, strict=True):
+            owner = self.plan.owner(param)
+            assert owner is not None
+            found[owner] += numel * item
         return found
 
     def _shape(self, spec: _core.Bucket) -> Shape:
@@ -109,11 +132,13 @@ class Buckets:
     def _owned(self, spec: _core.Bucket) -> int:
         return spec.shard_numel if self.plan.shards_optimizer else spec.numel
 
-    def _kept(self, spec: _core.Bucket) -> list[int]:
+    def _kept(self, spec: _core.Bucket) -> Sequence[int]:
         if spec.group is None:
-            return [0] * self.plan.world
+            return Even(0, self.plan.world)
         group, dtype = spec.group, self._dtypes(spec).state
         active = self._active(spec)
+        if isinstance(active, Even):
+            return Even(self.updates.kept(group, dtype, active.value), active.ranks)
         kept = {numel: self.updates.kept(group, dtype, numel) for numel in set(active)}
         return [kept[numel] for numel in active]
 
@@ -132,16 +157,16 @@ class Buckets:
                 found[owner] += kept
         return [own + shared for own in found]
 
-    def _active(self, spec: _core.Bucket) -> list[int]:
+    def _active(self, spec: _core.Bucket) -> Sequence[int]:
         """Elements that an optimizer steps, by rank; those behind a parameter are its own."""
         owned, world = self._owned(spec), self.plan.world
         trains = [self.members[param].tensor.requires_grad for param in spec.params]
         if all(trains):
-            return [owned] * world
+            return Even(owned, world)
         ends = [*spec.offsets[1:], spec.numel]
         spans = [(lo, hi) for lo, hi, on in zip(spec.offsets, ends, trains, strict=True) if on]
         if not self.plan.shards_optimizer:
-            return [sum(hi - lo for lo, hi in spans)] * world
+            return Even(sum(hi - lo for lo, hi in spans), world)
         return _cut(spans, owned, world)
 
 

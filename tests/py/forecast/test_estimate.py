@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -63,6 +64,18 @@ def test_the_largest_unit_and_the_window_are_counted(capsys: pytest.CaptureFixtu
     assert [one["device_bytes"]["gathered"] for one in gathered] == [
         pytest.approx(2 * 3 * 8e9 / layers, rel=WITHIN) for layers in (4, 8)
     ]
+
+
+@pytest.mark.timeout(60)
+def test_ranks_that_hold_the_same_are_counted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """One number for each rank and bucket would be a gigabyte here."""
+    tracemalloc.start()
+    try:
+        found = estimated(capsys, "--params=4e9", "--layers=4", "--ranks=262144")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found["forecasts"][3]["buckets"] > 250 and peak < 200e6
 
 
 def test_a_model_is_estimated_as_its_configuration_is(
