@@ -219,6 +219,7 @@ def test_an_outlier_is_the_fault_of_who_was_slow_and_not_of_who_waited(tmp_path:
     scene = Scene(
         forward=lambda rank, step: 120.0 if (rank, step) == (1, 7) else 20.0,
         backward=lambda rank, step: 300.0 if (rank, step) == (1, 7) else 60.0,
+        loads=many(2),
     )
     words = said(scene, tmp_path)["outliers"].words
     assert "rank 1 was 240 ms longer in backward" in words
