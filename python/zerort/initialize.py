@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -310,9 +310,15 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         passes,
         setup.times,
         communication,
-        Relocation(setup.planned, setup.planner.other_plan, setup.layout_of),
+        _relocation(setup),
     )
     return Engine(setup.model, parts)
+
+
+def _relocation(setup: Setup) -> Relocation:
+    planner = setup.planner.settled()
+    layout_of = replace(setup, planner=planner).layout_of
+    return Relocation(planner.members, planner.other_plan, layout_of)
 
 
 def _communication(config: Config, mesh: Mesh) -> CommunicationWatch | None:

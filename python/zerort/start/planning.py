@@ -6,14 +6,14 @@ It asks a module for shapes and dtypes alone, so that it is the same on the meta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
-from zerort.memory import Origin, PlannedParameter, exchanged, plannable
+from zerort.memory import Origin, PlannedParameter, Present, exchanged, plannable
 from zerort.start.grains import Grains
 from zerort.start.units import in_units
 
@@ -85,6 +85,13 @@ class Planner:
             costs=self.costs,
             whole_padding=settings.zerort.whole_padding,
         )
+
+    def settled(self) -> Planner:
+        """The same once buckets have been filled: parameters have their values themselves, and what
+        they were born in is given back.
+        """
+        members = [replace(member, origin=Present(member.tensor)) for member in self.members]
+        return replace(self, members=members)
 
     def other_plan(self, settings: Config, wire: int | None = None) -> _core.Plan:
         """Its plan by `settings`, for an engine that runs already. Raises `ConfigError` where ranks

@@ -15,7 +15,7 @@ step is not taken along: `refusal` says so first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from zerort import _core
 from zerort.device import device_for
 from zerort.grads.sources import transport_of
-from zerort.memory import FlatBucket, Present, unintercepted
+from zerort.memory import FlatBucket, unintercepted
 from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.start import agreed
@@ -72,7 +72,7 @@ def relocate(parts: Components, plan: _core.Plan) -> None:
     reduction.unload()
 
     def lay_out() -> None:
-        flat.lay_out([replace(member, origin=Present(member.tensor)) for member in members], layout)
+        flat.lay_out(members, layout)
         for bucket in flat.buckets:
             bucket.keep()
 

@@ -101,7 +101,7 @@ class Meter:
 
     def vote(self) -> float:
         """The typical one of a few."""
-        row = torch.zeros(self._control.world, 5, dtype=torch.float64)
+        row = torch.zeros(self._control.world, 6, dtype=torch.float64)
         times = []
         for _ in range(2 * _ROUNDS):
             begun = time.perf_counter()

@@ -194,7 +194,7 @@ def fail_at_each(
 
 
 @pytest.mark.parametrize("how", ["raise", "full"])
-@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(
     how: str, failing_rank: int, tmp_path: Path
 ) -> None:
@@ -230,7 +230,7 @@ def save_and_die(rank: int, world: int, folder: str, failing_rank: int, at: int)
     engine.save_checkpoint(folder, "new")
 
 
-@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_at_any_operation_leaves_a_checkpoint_that_loads(
     failing_rank: int, tmp_path: Path
 ) -> None:

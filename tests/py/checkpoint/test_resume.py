@@ -99,7 +99,7 @@ def same_arithmetic(source: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "world", [1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 4))]
+    "world", [2, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 3, 4))]
 )
 def test_every_world_and_stage_resumes_from_every_other_to_the_bit(
     world: int, saved: Any, tmp_path: Path

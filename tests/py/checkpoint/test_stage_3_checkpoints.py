@@ -61,7 +61,7 @@ def elsewhere(rank: int, world: int, folder: str, dtype: str) -> dict[str, Tenso
     return weights(engine)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_stage_2_and_stage_3_load_each_others_checkpoints_to_the_bit(
     dtype: str, tmp_path: Path
 ) -> None:

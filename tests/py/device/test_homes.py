@@ -73,7 +73,7 @@ def every_setting(rank: int, world: int) -> Found:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bits_are_those_without_offloading_and_no_access_races(world: int, name: str) -> None:
     for found in ran(world):
@@ -82,7 +82,7 @@ def test_bits_are_those_without_offloading_and_no_access_races(world: int, name:
         assert equal
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_host_waits_once_more_at_the_boundary_and_never_in_a_backward(
     world: int, name: str

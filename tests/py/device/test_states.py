@@ -127,7 +127,7 @@ def all_settings(world: int) -> list[Found]:
     return ranks.run(world, every_setting, timeout=200)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_whose_states_leave_behind_each_step_is_the_same_to_the_bit(
     world: int, name: str

@@ -103,7 +103,7 @@ def computed(rank: int, world: int) -> None:
             assert torch.equal(lowered(low), expected(low)), stage
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_engine_without_an_optimizer_computes_what_the_model_does(world: int) -> None:
     ranks.run(world, computed)
 
@@ -228,7 +228,7 @@ def bare(rank: int, world: int, folder: str) -> None:
     assert_told(error, PlanError, "a Bare, has no parameters")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_without_a_parameter_runs_forward_too(world: int, tmp_path: Any) -> None:
     ranks.run(world, bare, str(tmp_path))
 

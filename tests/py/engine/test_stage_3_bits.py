@@ -75,7 +75,9 @@ def test_late_gradients_are_summed_all_the_same(name: str, gas: int) -> None:
                 torch.testing.assert_close(here[weight], values, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world", [3, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 4))]
+)
 @pytest.mark.parametrize("name", ["gpt_clipped", "odd_shapes_with_adamw", "tied", "groups"])
 def test_neither_does_it_on_other_numbers_of_ranks(name: str, world: int) -> None:
     assert_alike(_on_more[world][name])  # type: ignore[arg-type]

@@ -151,7 +151,7 @@ def run_cases(rank: int, world: int, folder: str) -> dict[Any, tuple[Any, ...]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def runs(request: Any, tmp_path_factory: Any) -> tuple[Path, int, Any]:
     folder = tmp_path_factory.mktemp("grid")
     return folder, request.param, ranks.run(request.param, run_cases, str(folder), timeout=150)

@@ -44,7 +44,7 @@ def look_at_the_hooks(rank: int, world: int, stage: int, gas: int) -> tuple[list
     return scene.hooked(), crossings, own
 
 
-@pytest.mark.parametrize("gas", [1, 2])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_after_two_steps_each_bucket_has_one_hook_and_the_users_are_left(
     stage: int, gas: int

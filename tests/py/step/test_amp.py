@@ -74,7 +74,10 @@ def digests(world: int, gas: int) -> list[list[str]]:
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(("world", "gas"), [(1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "gas"),
+    [(2, 3), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 3), (2, 1)))],
+)
 @pytest.mark.parametrize("name", TWINS)
 def test_a_level_trains_as_what_it_stands_for_to_the_bit(name: str, world: int, gas: int) -> None:
     first = 2 * len(STAGES) * list(TWINS).index(name)
@@ -223,7 +226,7 @@ def _scales(rank: int, world: int, gas: int) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_overflow_on_one_rank_halves_once_on_all_and_growth_ends_at_the_maximum(
     gas: int, world: int
 ) -> None:

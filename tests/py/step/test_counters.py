@@ -334,7 +334,9 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"), [(1, 0), (2, 0), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2), (2, 3)]
+)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_control(scenario: Callable[[int, int], None], world: int, stage: int) -> None:
     ranks.shared(world, at_each_stage, stage, scenario)

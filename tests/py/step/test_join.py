@@ -203,7 +203,15 @@ def _raise_in(rank: int, world: int, where: str, stage: int, gas: int) -> tuple[
     return error, tuple(b - a for a, b in zip(before, weights(engine), strict=True))
 
 
-@pytest.mark.parametrize(("stage", "gas"), [(2, 1), (1, 1), (2, 2), (1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "gas"),
+    [
+        (2, 1),
+        (1, 2),
+        (3, 1),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 1), (2, 2), (3, 2))),
+    ],
+)
 @pytest.mark.parametrize("where", ["backward", "user code", "saving"])
 def test_an_exception_that_leaves_the_context_is_raised_on_all(
     where: str, stage: int, gas: int

@@ -41,6 +41,11 @@ BYTES = {"full": 2 + 4 + 4 + 8, "low": 2 + 2 + 8, "lowest": 2 + 2 + 4, "half": 2
 """Of a parameter: itself and its master, the sum of its gradient, and Adam's two moments."""
 
 
+some_stages = pytest.mark.parametrize(
+    "stage", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2)), 3]
+)
+
+
 def model(layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
@@ -137,7 +142,7 @@ def twin(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {n: p.detach().float() for n, p in zip(names, params, strict=True)}, kept
 
 
-@pytest.mark.parametrize("stage", range(4))
+@some_stages
 @pytest.mark.parametrize("kind", DTYPES)
 def test_parameters_that_are_their_own_masters_train_like_plain_torch(
     kind: str, stage: int
@@ -172,7 +177,7 @@ def weigh(rank: int, world: int, stage: int) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("stage", range(4))
+@some_stages
 def test_what_is_given_up_takes_no_memory(stage: int) -> None:
     for found in ranks.run(WORLD, weigh, stage):
         for kind in DTYPES:
@@ -221,7 +226,7 @@ def sums(rank: int, world: int, stage: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("stage", range(4))
+@some_stages
 def test_sums_are_of_the_masters_dtype_unless_another_is_asked_for(stage: int) -> None:
     assert ranks.run(WORLD, sums, stage) == [[-64.0, -65.0]] * WORLD
 

@@ -50,7 +50,7 @@ OF_FP16 = batches(["gpt", "mlp"], STATIC_FP16)
 
 
 @every_stage
-@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp", "groups", "unused_on_one_rank"])
 def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage: int) -> None:
     when: ReduceAt = "micro_batch" if stage >= 2 else "boundary"
@@ -61,7 +61,7 @@ def test_bf16_trains_like_the_twin_with_fp32_masters(name: str, gas: int, stage:
 
 
 @every_stage
-@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
 def test_fp16_trains_like_the_twin_under_a_static_loss_scale(
     name: str, gas: int, stage: int
@@ -81,7 +81,7 @@ def test_an_fp32_wire_loses_nothing_of_a_bf16_window(stage: int) -> None:
     )
 
 
-@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("dtype", [BF16, STATIC_FP16], ids=["bf16", "fp16"])
 def test_gathered_sums_do_not_depend_on_buckets_and_windows(dtype: Config, gas: int) -> None:
     def variant(size: int, window: int | str) -> Config:

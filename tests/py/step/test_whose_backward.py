@@ -140,7 +140,7 @@ SCENARIOS: list[Callable[[int, int], None]] = [
 ]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_forwards_within_a_backward(scenario: Callable[[int, int], None], stage: int) -> None:
     if stage == 3 and scenario is another_thread_evaluates:
