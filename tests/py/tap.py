@@ -15,6 +15,7 @@ import inspect
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,8 +111,16 @@ _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 
 def carried() -> int:
     """Bytes that peers have acknowledged on all TCP connections of this process, since each was
-    made.
+    made, once no more are: an acknowledgement may be held back for 200 ms.
     """
+    found, before = _acknowledged(), -1
+    while found != before:
+        time.sleep(0.25)
+        found, before = _acknowledged(), found
+    return found
+
+
+def _acknowledged() -> int:
     total = 0
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
