@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zerort
 from workloads import GPT, Shape, next_token_loss
-from zerort.tune.findings import told
+from zerort.tune.findings import wire_line
 from zerort.tune.fit import Line
 from zerort.tune.model import Predictor
 from zerort.tune.profile import Observer, slowest
@@ -141,7 +141,7 @@ def race(
     prediction = predictor.prediction(parts.reduction.plan)
     engine.destroy()
     waited = prediction.exposed_ns + prediction.publish_ns + prediction.vote_ns
-    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed), told(wire)
+    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed), wire_line(wire)
 
 
 def middle(wires: Sequence[Wire]) -> Wire:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zerort.device.gpus import GPU, gpus
 from zerort.doctor.finding import Finding, Machine, note, ok, problem
 
 __all__ = ["devices"]
@@ -15,15 +16,15 @@ _SHARING = (2, 30)
 """The NCCL that lets ranks share a GPU."""
 
 
-def devices(machine: Machine, cuda: Any = torch.cuda) -> Iterator[Finding]:
+def devices(machine: Machine, found: Any = gpus) -> Iterator[Finding]:
     """What torch sees, with the memory that is free."""
-    if not cuda.is_available():
+    if not found.is_available():
         yield from _without(machine)
         return
-    count = cuda.device_count()
+    count = found.device_count()
     for index in range(count):
-        free, total = cuda.mem_get_info(index)
-        text = f"cuda:{index} {cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} free"
+        free, total = found.mem_get_info(index)
+        text = f"{GPU}:{index} {found.get_device_name(index)}, {_gib(free)} of {_gib(total)} free"
         if free < total / 2:
             yield note("devices", text, "another process has the rest: nvidia-smi says which")
         else:
@@ -37,7 +38,7 @@ def devices(machine: Machine, cuda: Any = torch.cuda) -> Iterator[Finding]:
             f"torchrun --nproc_per_node={count}",
         )
     if count > 1:
-        yield _peers(cuda, count)
+        yield _peers(found, count)
 
 
 def _without(machine: Machine) -> Iterator[Finding]:
@@ -54,9 +55,9 @@ def _without(machine: Machine) -> Iterator[Finding]:
         yield ok("devices", "none: ranks train on the CPU, over gloo")
 
 
-def _peers(cuda: Any, count: int) -> Finding:
+def _peers(found: Any, count: int) -> Finding:
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    apart = [f"{a}-{b}" for a, b in pairs if not cuda.can_device_access_peer(a, b)]
+    apart = [f"{a}-{b}" for a, b in pairs if not found.can_device_access_peer(a, b)]
     if not apart:
         return ok("peer access", f"between all {count}")
     return note(

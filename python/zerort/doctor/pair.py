@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from zerort.device.gpus import GPU, gpus
 from zerort.doctor.collectives import tried
 from zerort.doctor.finding import Finding, Level, Machine, problem
 from zerort.errors import ZerortError
@@ -122,7 +123,7 @@ def _last_line(folder: Path, rank: int) -> str:
 
 def main(rank: int, folder: Path, limit: float) -> None:
     """One of the two. NCCL where each has a GPU, else gloo."""
-    on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    on_gpus = gpus.is_available() and gpus.device_count() > 1
     timeout = timedelta(seconds=limit)
     init_distributed(
         "nccl" if on_gpus else "gloo",
@@ -131,7 +132,7 @@ def main(rank: int, folder: Path, limit: float) -> None:
         rank=rank,
         world_size=2,
     )
-    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
+    device = torch.device(GPU, rank) if on_gpus else torch.device("cpu")
     mesh = Mesh(meet(timeout), device, timeout)
     found = plain(list(tried(mesh)))
     mesh.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from zerort.device.gpus import gpus
 from zerort.doctor.finding import Finding, Machine, note, ok, problem
 from zerort.doctor.names import findings
 
@@ -37,7 +38,7 @@ def back_ends(machine: Machine) -> Iterator[Finding]:
         yield problem(
             "back ends", f"{found or 'none'}: ranks vote over gloo", "install a torch with gloo"
         )
-    elif torch.cuda.is_available() and "nccl" not in found:
+    elif gpus.is_available() and "nccl" not in found:
         yield problem(
             "back ends", "gloo alone, beside GPUs", "install torch's build for CUDA or ROCm"
         )
@@ -72,7 +73,7 @@ def compared(built: tuple[int, ...], loaded: tuple[int, ...] | None) -> Iterator
 
 
 def _built_with() -> tuple[int, ...]:
-    found = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    found = gpus.nccl.version()  # type: ignore[no-untyped-call]
     return tuple(found) if isinstance(found, tuple) else parts(int(found))
 
 

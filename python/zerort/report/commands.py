@@ -94,14 +94,14 @@ def _report(args: argparse.Namespace) -> Answer:
     named = " and ".join(map(str, written))
     if found.run.losses:
         raise TraceError(f"{'; '.join(found.run.losses)}. {named} has what could be read")
-    told = findings(found)
+    said = findings(found)
     document = {
         "written": written,
         "step_ms": found.split.wall,
         "parts_ms": found.split.by_kind(),
-        "findings": told,
+        "findings": said,
     }
-    lines = [f"  {one.words}" for one in told[:3]]
+    lines = [f"  {one.words}" for one in said[:3]]
     return Answer(document, shown(named, *lines))
 
 

@@ -87,9 +87,9 @@ def _curve(one: Series, colour: str, plane: _Plane) -> Iterator[str]:
         for (x1, y1), (x2, y2) in pairwise(places):
             yield line(x1, y1, x2, y2, colour)
     for (at, value), (px, py) in zip(points, places, strict=True):
-        told = f"{one.name}\n{at:g} ranks: {value:.4g} {plane.unit}"
+        hint = f"{one.name}\n{at:g} ranks: {value:.4g} {plane.unit}"
         note = f"\n{one.note}" if one.note else ""
-        yield dot(px, py, 4 if one.measured else 2.5, colour, told + note)
+        yield dot(px, py, 4 if one.measured else 2.5, colour, hint + note)
 
 
 def _names(drawn: Sequence[Series], plane: _Plane) -> Iterator[str]:

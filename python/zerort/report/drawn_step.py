@@ -38,8 +38,8 @@ def step_section(figures: Figures) -> Section:
     words = (
         f"Step {figures.drawn} is the one of median length. Each rank has a strip for what its "
         "training loop did, and below it a row for each bucket in the order in which buckets "
-        "leave: a bucket fills as gradients come, travels, and is summed. All ranks share one time "
-        "axis; their clocks are aligned by the end of the vote, which all see at once."
+        "leave: a bucket fills as gradients come, is in flight, and is summed. All ranks share one "
+        "time axis; their clocks are aligned by the end of the vote, which all see at once."
     )
     body = "".join(
         _rank(rank, lanes[rank], [one for one in lanes[rank].order() if one in buckets], index < 2)
@@ -128,10 +128,10 @@ def _rank(rank: int, lanes: Lanes, buckets: Sequence[int], is_open: bool) -> str
         else ""
     )
     strip = f'<div class="lanes"><div class="names"></div><div>{lanes.loop()}</div></div>'
-    told = count(len(buckets), "bucket", "buckets")
+    counted = count(len(buckets), "bucket", "buckets")
     return (
         f"<details{' open' if is_open else ''}><summary><b>rank {rank}</b> "
-        f'<span class="soft">{told}</span>{strip}</summary>{rows}</details>'
+        f'<span class="soft">{counted}</span>{strip}</summary>{rows}</details>'
     )
 
 

@@ -87,11 +87,11 @@ class Lanes:
         contents = self._run.contents(bucket)
         head = f"bucket {bucket}" + (f": {contents}" if contents else "")
         for whole in self._wholes[bucket]:
-            told = (
+            hint = (
                 f"{head}\nunit {whole.unit}: {amount(whole.size)} of parameters are whole for "
                 f"{ms(whole.end - whole.start)}"
             )
-            yield self._drawn(whole.start, whole.end, top + BAR - 2, 4, "whole", told)
+            yield self._drawn(whole.start, whole.end, top + BAR - 2, 4, "whole", hint)
         for life, behind in self._lives[bucket]:
             yield from self._life(life, behind, top, head)
         for one in self._collectives[bucket]:
@@ -102,37 +102,37 @@ class Lanes:
         carried = f"{amount(about.get('bytes', 0))} {about.get('dtype', '')}".strip()
         last, alone = about.get("last"), float(about.get("alone_ms", 0.0))
         came = f", {last} last" + (f", alone for {ms(alone)}" if alone > 0 else "") if last else ""
-        told = f"{head}\nfills for {ms(life.filling)}: {about.get('params', '')} gradients{came}"
-        yield self._drawn(life.first, life.full, top + 2, BAR - 4, "filling", told)
+        hint = f"{head}\nfills for {ms(life.filling)}: {about.get('params', '')} gradients{came}"
+        yield self._drawn(life.first, life.full, top + 2, BAR - 4, "filling", hint)
         if life.queued > 0:
             why = {"": "", "room": ", for room"}.get(behind, f", for {behind}, which goes first")
-            told = f"{head}\nfull, waits for its turn for {ms(life.queued)}{why}"
-            yield self._drawn(life.full, life.launched, top + 2, BAR - 4, "queued", told)
-        told = f"{head}\nin flight for {ms(life.in_flight)}: {carried}"
-        yield self._drawn(life.launched, life.landed, top + 2, BAR - 4, "hidden", told)
-        told = f"{head}\nsummed in {ms(life.summing)}"
-        yield self._drawn(life.landed, life.retired, top, BAR, "sums", told)
+            hint = f"{head}\nfull, waits for its turn for {ms(life.queued)}{why}"
+            yield self._drawn(life.full, life.launched, top + 2, BAR - 4, "queued", hint)
+        hint = f"{head}\nin flight for {ms(life.in_flight)}: {carried}"
+        yield self._drawn(life.launched, life.landed, top + 2, BAR - 4, "hidden", hint)
+        hint = f"{head}\nsummed in {ms(life.summing)}"
+        yield self._drawn(life.landed, life.retired, top, BAR, "sums", hint)
 
     def _collective(self, one: Collective, top: float, head: str) -> Iterator[str]:
         reduces = one.operation.startswith(_REDUCES)
-        told = f"{head}\n{one.operation} of {amount(one.size)} for {ms(one.end - one.start)}"
+        hint = f"{head}\n{one.operation} of {amount(one.size)} for {ms(one.end - one.start)}"
         if not reduces:
-            yield self._drawn(one.start, one.end, top, BAR, "publish", told)
+            yield self._drawn(one.start, one.end, top, BAR, "publish", hint)
             return
         # Where the loop stands still meanwhile it is exposed, elsewhere compute hides it.
-        yield self._drawn(one.start, one.end, top, BAR, "flying", told)
+        yield self._drawn(one.start, one.end, top, BAR, "flying", hint)
         for part in self._step.slices:
             if part.kind == "exposed" and part.thing == ("bucket", one.bucket):
                 start, end = max(part.start, one.start), min(part.end, one.end)
                 if end > start:
-                    waited = f"{told}\nthe loop stands still for it for {ms(part.took)}"
+                    waited = f"{hint}\nthe loop stands still for it for {ms(part.took)}"
                     yield self._drawn(start, end, top, BAR, "exposed", waited)
 
     def _drawn(
-        self, start: float, end: float, top: float, height: float, colour: str, told: str
+        self, start: float, end: float, top: float, height: float, colour: str, hint: str
     ) -> str:
         start, end = start + self._shift, end + self._shift
-        return bar(self._scale, start, end, top, height, colour, told)
+        return bar(self._scale, start, end, top, height, colour, hint)
 
 
 def _said(part: Slice) -> str:

@@ -84,8 +84,8 @@ def _bar(parts: Split, height: float, scale: Scale) -> Iterator[str]:
     at = 0.0
     for part in parts.parts:
         name = KIND_NAMES.get(part.kind, part.kind)
-        told = f"{name}{f', for {part.of}' if part.of else ''}: {ms(part.took)}"
-        share = f"{told} ({percent(part.took, parts.wall)})"
+        hint = f"{name}{f', for {part.of}' if part.of else ''}: {ms(part.took)}"
+        share = f"{hint} ({percent(part.took, parts.wall)})"
         yield bar(scale, at, at + part.took, 0, height, colour_of(part.kind), share)
         at += part.took
     at = 0.0

@@ -48,14 +48,14 @@ def write_picture(found: Figures, out: Path) -> Path:
     """Raises `ConfigError` without matplotlib, and `OSError`."""
     drawing = _matplotlib(out)
     ranks = ranks_shown(found)[:_MOST_RANKS]
-    told = findings(found)[:_MOST_FINDINGS]
-    sheet = drawing.Figure(figsize=(11, 4.2 + 0.75 * len(told) + 2.6 * len(ranks)), dpi=110)
-    ratios = [1.0, 0.2 + 1.0 * len(told), *[3.2] * len(ranks)]
+    lines = findings(found)[:_MOST_FINDINGS]
+    sheet = drawing.Figure(figsize=(11, 4.2 + 0.75 * len(lines) + 2.6 * len(ranks)), dpi=110)
+    ratios = [1.0, 0.2 + 1.0 * len(lines), *[3.2] * len(ranks)]
     axes = sheet.subplots(len(ratios), 1, gridspec_kw={"height_ratios": ratios, "hspace": 0.55})
     sheet.suptitle(headline(found), x=0.06, y=0.975, ha="left", fontsize=15, weight="bold")
     sheet.text(0.06, 0.94, facts_line(found), fontsize=9, color="#5c6168", va="top")
     _split(axes[0], found)
-    _words(axes[1], [(ms(one.cost) if one.cost else "", one.words) for one in told])
+    _words(axes[1], [(ms(one.cost) if one.cost else "", one.words) for one in lines])
     for rank, axis in zip(ranks, axes[2:], strict=True):
         _lanes(axis, found, rank)
     sheet.subplots_adjust(left=0.06, right=0.97, top=0.88, bottom=0.06)
@@ -95,10 +95,10 @@ def _split(axis: Any, found: Figures) -> None:
     axis.set_xlabel("ms of a typical step", fontsize=8, color="#5c6168")
 
 
-def _words(axis: Any, told: Sequence[tuple[str, str]]) -> None:
+def _words(axis: Any, lines: Sequence[tuple[str, str]]) -> None:
     axis.axis("off")
-    for index, (cost, words) in enumerate(told):
-        y = 1 - index / max(len(told), 1)
+    for index, (cost, words) in enumerate(lines):
+        y = 1 - index / max(len(lines), 1)
         axis.text(0.0, y, cost, fontsize=11, weight="bold", va="top", transform=axis.transAxes)
         wrapped = textwrap.fill(words, 118)
         axis.text(0.1, y, wrapped, fontsize=9, va="top", transform=axis.transAxes)

@@ -2,7 +2,7 @@
 
 Colour has one meaning each: greys compute, orange is communication (strong where ranks stand still
 for it, pale where compute hides it), violet the vote, green the optimizer, blue parameters on their
-way. All are told apart in dark as in light, and by brightness too.
+way. All differ in dark as in light, and by brightness too.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ td.name,td.bars{grid-column:1/-1;width:auto}td.bars::before,td.name:first-child:
 
 SCRIPT = """
 (function(){var tip=document.getElementById('tip'),all=document.querySelectorAll('svg title');
-for(var i=0;i<all.length;i++){all[i].parentNode.setAttribute('data-told',all[i].textContent);
+for(var i=0;i<all.length;i++){all[i].parentNode.setAttribute('data-hint',all[i].textContent);
 all[i].remove()}
-function show(e){var told=e.target.getAttribute&&e.target.getAttribute('data-told');
-if(!told){tip.style.display='none';return}
-tip.textContent=told;tip.style.display='block';
+function show(e){var hint=e.target.getAttribute&&e.target.getAttribute('data-hint');
+if(!hint){tip.style.display='none';return}
+tip.textContent=hint;tip.style.display='block';
 var w=tip.offsetWidth,h=tip.offsetHeight,x=e.clientX+12,y=e.clientY+14;
 if(x+w>innerWidth-8)x=Math.max(8,e.clientX-w-12);if(y+h>innerHeight-8)y=e.clientY-h-12;
 tip.style.left=x+'px';tip.style.top=Math.max(8,y)+'px'}

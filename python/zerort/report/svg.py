@@ -1,7 +1,7 @@
 """Shapes of a picture that is as wide as its column: x in percent, y in pixels, so that text keeps
 its size on a phone and on a desk.
 
-A shape's `told` is shown by the browser when a pointer rests on it, and by the page's script on a
+A shape's `hint` is shown by the browser when a pointer rests on it, and by the page's script on a
 touch. Colours are classes of the page's style, which has a light and a dark value for each.
 """
 
@@ -40,12 +40,12 @@ def picture(height: float, shapes: Iterable[str], label: str) -> str:
 
 
 def bar(
-    scale: Scale, start: float, end: float, top: float, height: float, colour: str, told: str = ""
+    scale: Scale, start: float, end: float, top: float, height: float, colour: str, hint: str = ""
 ) -> str:
     """A rectangle, at least a hair wide."""
     x = scale.at(start)
     width = max(scale.at(end) - x, 0.08)
-    title = f"<title>{escape(told)}</title>" if told else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     return (
         f'<rect class="{colour}" x="{_number(x)}%" width="{_number(width)}%" y="{top:g}" '
         f'height="{height:g}">{title}</rect>'
@@ -60,9 +60,9 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     )
 
 
-def dot(x: float, y: float, radius: float, colour: str, told: str = "") -> str:
+def dot(x: float, y: float, radius: float, colour: str, hint: str = "") -> str:
     """A filled circle."""
-    title = f"<title>{escape(told)}</title>" if told else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     return (
         f'<circle class="{colour}" cx="{_number(x)}%" cy="{_number(y)}" r="{radius:g}">{title}'
         "</circle>"

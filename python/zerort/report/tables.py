@@ -60,8 +60,8 @@ def _bucket(bucket: BucketCost, longest: float) -> list[str]:
         ("publish", bucket.published, "for its updated parameters"),
     ):
         if took:
-            told = f"bucket {bucket.bucket}: {ms(took)} a step {why}"
-            shapes.append(bar(scale, at, at + took, 3, 11, kind, told))
+            hint = f"bucket {bucket.bucket}: {ms(took)} a step {why}"
+            shapes.append(bar(scale, at, at + took, 3, 11, kind, hint))
         at += took
     times = f" x {bucket.launches:.0f}" if bucket.launches > 1.5 else ""
     is_late = bucket.alone >= max(1.0, bucket.filling / 2)
@@ -175,8 +175,8 @@ def _steps(figures: Figures, shown: Sequence[int]) -> Iterator[str]:
             yield text(scale.at(number), 9, f"step {number}: {ms(wall)}, above", "soft")
             continue
         colour = "exposed" if number in outliers else "dot"
-        told = f"step {number}: {ms(wall)}, {wall / figures.median:.2f} times the median"
-        yield dot(scale.at(number), y(wall), 3.2, colour, told)
+        hint = f"step {number}: {ms(wall)}, {wall / figures.median:.2f} times the median"
+        yield dot(scale.at(number), y(wall), 3.2, colour, hint)
     for number in sorted(outliers & set(shown), key=lambda each: -figures.walls[each])[:6]:
         side = "end" if scale.at(number) > 80 else "start"
         x = scale.at(number) + (-0.9 if side == "end" else 0.9)

@@ -20,7 +20,7 @@ __all__ = ["Latency", "Transfer", "Wire", "busy", "latency", "transfers", "wire"
 
 REDUCING = ("reduce_scatter", "all_reduce", "all_to_all", "reduce")
 _SPREAD = 4.0
-"""Largest size over smallest from which on time before the first byte can be told from the rate."""
+"""Largest size over smallest from which on time before the first byte differs from the rate."""
 _FEW = 8
 
 

@@ -20,7 +20,7 @@ from zerort.errors import ConfigError
 from zerort.terminal import Answer, Commands, Parser, add_command, positive
 from zerort.tune.calls import TunedFile
 from zerort.tune.feature import WARM_UP
-from zerort.tune.findings import Findings, described, told
+from zerort.tune.findings import Findings, described, wire_line
 from zerort.tune.model import Setting
 from zerort.tune.task import Task
 
@@ -149,7 +149,7 @@ def _answer(found: Findings, tried: Findings | None, file: TunedFile | None, sta
         for name, setting, predicted, measured in rows:
             times = (f"{1000 * seconds:.1f}" for seconds in (predicted, measured))
             table.add_row(name, Text(described(setting)), *times)
-        console.print(told(found.wire), markup=False, highlight=False)
+        console.print(wire_line(found.wire), markup=False, highlight=False)
         console.print(table)
         console.print(_verdict(found, tried, file), markup=False, highlight=False)
 

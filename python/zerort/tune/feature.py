@@ -84,7 +84,7 @@ class Tuning(Feature):
 
     @property
     def is_over(self) -> bool:
-        """Whether it has told what it has found, or has been closed."""
+        """Whether it has reported what it has found, or has been closed."""
         return self._is_over
 
     def crossed(self, crossing: Crossing) -> None:

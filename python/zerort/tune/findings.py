@@ -50,7 +50,7 @@ class Findings:
 
     def lines(self) -> Iterator[str]:
         """For a log."""
-        yield told(self.wire)
+        yield wire_line(self.wire)
         yield (
             f"present: {described(self.present)}; a step predicted {_ms(self.predicted)}, measured "
             f"{_ms(self.measured)} over {self.steps} steps"
@@ -65,7 +65,7 @@ class Findings:
             yield "proposed: nothing else; no other setting is predicted to be faster"
 
 
-def told(wire: Wire) -> str:
+def wire_line(wire: Wire) -> str:
     """The figures of a wire."""
     if wire.ranks == 1:
         return "one rank sends nothing"

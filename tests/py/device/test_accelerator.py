@@ -241,13 +241,11 @@ def test_a_model_on_two_accelerators_is_refused_by_both_names(
 
 
 def test_no_other_room_names_a_device_a_stream_or_an_event() -> None:
-    # the doctor says what a machine has, where nothing runs yet
-    rooms = {"device", "doctor"}
     naming = re.compile(r"\bcuda\b|\bxpu\b|torch\.(accelerator|Stream|Event)\(?|get_device_module")
     found = [
         f"{path.relative_to(PACKAGE)}: {line.strip()}"
         for path in PACKAGE.rglob("*.py")
-        if path.parent.name not in rooms and path.relative_to(PACKAGE) != ALIAS
+        if path.parent.name != "device" and path.relative_to(PACKAGE) != ALIAS
         for line in path.read_text(encoding="utf-8").splitlines()
         if naming.search(line) and "`torch.Event" not in line
     ]
