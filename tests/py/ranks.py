@@ -222,7 +222,7 @@ class _Crew:
     ) -> list[Outcome]:
         """What became of the function on each rank."""
         self.calls += 1
-        with turn():
+        with turn(len(self._members)):
             for member in self._members:
                 member.send(fn, args)
             _collect(self._members, timeout, grace)

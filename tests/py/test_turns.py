@@ -1,5 +1,5 @@
-"""Processes that run tests let one group of ranks run at a time, and a test's time-out does not
-count how long it waits for them.
+"""Processes that run tests let two ranks run at a time, of one group or of two, and a test's
+time-out does not count how long it waits for them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ LONG, SHORT = 60.0, 0.5
 class Holder:
     """A process that takes a turn, says so, and keeps it until it is ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
         self.pipe, theirs = FORKS.Pipe()
-        self.process = FORKS.Process(target=_hold, args=(theirs,), daemon=True)
+        self.process = FORKS.Process(target=_hold, args=(theirs, ranks), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -35,18 +35,18 @@ class Holder:
         self.process.join()
 
 
-def _hold(pipe: Connection) -> None:
-    with turn():
+def _hold(pipe: Connection, ranks: int) -> None:
+    with turn(ranks):
         pipe.send("")
         pipe.poll(LONG)
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[], Holder]]:
+def start() -> Iterator[Callable[[int], Holder]]:
     started: list[Holder] = []
 
-    def start() -> Holder:
-        started.append(Holder())
+    def start(ranks: int) -> Holder:
+        started.append(Holder(ranks))
         return started[-1]
 
     yield start
@@ -54,28 +54,45 @@ def start() -> Iterator[Callable[[], Holder]]:
         holder.end()
 
 
-def test_ranks_wait_until_those_that_run_have_ended(start: Callable[[], Holder]) -> None:
-    running = start()
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 1), (1, 2), (4, 1)])
+def test_ranks_wait_until_those_that_run_have_ended(
+    start: Callable[[int], Holder], first: int, second: int
+) -> None:
+    running = start(first)
     assert running.has_it()
-    waiting = start()
+    waiting = start(second)
     assert not waiting.has_it(within=SHORT)
     running.end()
     assert waiting.has_it()
 
 
-def test_a_turn_within_a_turn_is_the_same(start: Callable[[], Holder]) -> None:
+@pytest.mark.parametrize("ends", [0, 1])
+def test_two_groups_of_one_rank_run_beside_each_other_and_a_pair_waits_for_both(
+    start: Callable[[int], Holder], ends: int
+) -> None:
+    running = [start(1), start(1)]
+    assert running[0].has_it() and running[1].has_it()
+    pair = start(2)
+    assert not pair.has_it(within=SHORT)
+    running[ends].end()
+    assert not pair.has_it(within=SHORT)
+    running[1 - ends].end()
+    assert pair.has_it()
+
+
+def test_a_turn_within_a_turn_is_the_same(start: Callable[[int], Holder]) -> None:
     with turn():
         with turn():
             pass
-        waiting = start()
+        waiting = start(2)
         assert not waiting.has_it(within=SHORT)
     assert waiting.has_it()
 
 
 def test_waiting_for_a_turn_does_not_count_for_the_time_out(
-    start: Callable[[], Holder],
+    start: Callable[[int], Holder],
 ) -> None:
-    running = start()
+    running = start(2)
     assert running.has_it()
     threading.Timer(2.0, os.kill, (running.process.pid, signal.SIGKILL)).start()
     limit, _ = signal.setitimer(signal.ITIMER_REAL, 1.0)  # as if the test had that much left
