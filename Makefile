@@ -21,7 +21,7 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-rust test-all wheel sdist bench lint lint-rust lint-python all help clean
+.PHONY: demo test test-rust test-python test-all wheel sdist bench lint lint-rust lint-python all help clean
 
 # A file's tests stay together, in order: they share the ranks that were started for the first of them. Files go in their own
 # order, not the longest lists first: those need no ranks, and the files that do would wait for one another at the end.
@@ -39,11 +39,14 @@ demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESU
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) examples/train_text.py \
 	    $(if $(RESUME),--resume) $(if $(STAGE),--stage $(STAGE)) $(if $(MONITORS),--monitors)
 
-test: lint test-rust  ## lint, the Rust tests, then pytest against the installed wheel, two files at a time; WORKERS=1 runs one
-	$(PYTEST)
+test: lint test-rust test-python  ## lint, the Rust tests, then pytest against the installed wheel, two files at a time; WORKERS=1 runs one
 
+# With make --jobs=2 these run beside Python's, which take longer and go first.
 test-rust: | lint-rust
-	cargo test --locked
+	nice cargo test --locked
+
+test-python: | lint-python
+	$(PYTEST)
 
 test-all: test wheel sdist $(SERVICES)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
 	$(PYTEST) -m 'slow or distribution'
@@ -66,10 +69,9 @@ bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundan
 
 lint: lint-rust lint-python  ## formatting, clippy, ruff, mypy, and the stub against the built module
 
-# With make --jobs=2 these are done while the wheel is built and installed.
 lint-rust:
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	nice cargo clippy --locked --workspace --all-targets -- -D warnings
 
 lint-python: $(WHEEL)
 	$(BIN)/python packaging/licenses.py --check
