@@ -1,10 +1,10 @@
 """Runs one function on N real processes of one gloo group, and says what every one of them was
 doing when it fails.
 
-Every run gets fresh processes, forked from a server that has imported torch already (0.2 s for two
-ranks), and a fresh group on a port of its own: no run can see another's leftovers, and a rank that
-hangs or dies costs only its own run. Shared calls have that in common as long as each leaves its
-processes as it found them.
+Every run gets fresh processes, forked from a server that has imported torch already, the next run's
+while this one's ranks are busy, and a fresh group on a port of its own: no run can see another's
+leftovers, and a rank that hangs or dies costs only its own run. Shared calls have that in common as
+long as each leaves its processes as it found them.
 
 Guaranteed: `run` returns within its time limit, a few seconds of grace aside, and leaves no process
 behind. A failure carries, for each rank, the exception with its traceback, or the stack of every
@@ -36,7 +36,7 @@ from functools import cache, lru_cache, wraps
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from turns import turn
 
 TIMEOUT = 60.0
 CALLS = 40  # of one crew: engines that are kept have threads, groups and descriptors
+SPARE = 2  # processes that are forked before they are needed
 GRACE = 5.0  # seconds that the peers of a rank that failed may take to notice
 PRELOAD = [
     "torch",
@@ -150,6 +151,12 @@ def shared(world: int, fn: Callable[..., Any], *args: Any, timeout: float = TIME
             _end_shared(world)
 
 
+def running() -> list[BaseProcess]:
+    """Processes of this one that are ranks, or were and have not been waited for."""
+    spare = [each.process for each in _spare]
+    return [child for child in multiprocessing.active_children() if child not in spare]
+
+
 def end_shared() -> None:
     """Ends the processes of shared calls."""
     for world in list(_shared):
@@ -205,8 +212,10 @@ class _Crew:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         port = self._store.port if self._store else 0
+        folder = Path(self._folder.name)
         self._members = [
-            _Member(rank, world, port, Path(self._folder.name), watched) for rank in range(world)
+            _Member(_Place(rank, world, port, folder / f"stacks_{rank}", watched))
+            for rank in range(world)
         ]
 
     @property
@@ -225,6 +234,7 @@ class _Crew:
         with turn(len(self._members)):
             for member in self._members:
                 member.send(fn, args)
+            _fork_ahead(min(SPARE, len(self._members)))
             _collect(self._members, timeout, grace)
         return [member.outcome or Died(member.process.exitcode) for member in self._members]
 
@@ -241,24 +251,58 @@ _shared: dict[int, _Crew] = {}
 """By the number of ranks."""
 
 
+class _Process:
+    """A process that becomes a rank once it is told which, with the parent's end of its pipe."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = FORKS.Pipe()
+        self.process: BaseProcess = FORKS.Process(target=_main, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+
+_spare: list[_Process] = []
+
+
+def _fork_ahead(wanted: int) -> None:
+    while len(_spare) < wanted:
+        _spare.append(_Process())
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a process has to know to be a rank."""
+
+    rank: int
+    world: int
+    port: int
+    stacks: Path
+    watched: bool
+
+
 class _Member:
     """The parent's side of one rank."""
 
-    def __init__(self, rank: int, world: int, port: int, folder: Path, watched: bool) -> None:
-        self.stacks = folder / f"stacks_{rank}"
+    def __init__(self, place: _Place) -> None:
+        self.place = place
         self.outcome: Outcome | None = None
-        self.pipe, self._theirs = FORKS.Pipe()
-        self.process: BaseProcess = FORKS.Process(
-            target=_main,
-            args=(self._theirs, rank, world, port, str(self.stacks), watched),
-            daemon=True,
-        )
+        self._process: _Process | None = None
+
+    @property
+    def pipe(self) -> Connection:
+        assert self._process is not None, "nothing has been sent to it"
+        return self._process.pipe
+
+    @property
+    def process(self) -> BaseProcess:
+        assert self._process is not None, "nothing has been sent to it"
+        return self._process.process
 
     def send(self, fn: Callable[..., Any], args: Sequence[Any]) -> None:
-        """Has the rank call a function; the first call starts its process."""
-        if self.process.pid is None:
-            self.process.start()
-            self._theirs.close()
+        """Has the rank call a function; the first call makes a process that rank."""
+        if self._process is None:
+            self._process = _spare.pop() if _spare else _Process()
+            self.pipe.send((self.place, os.getcwd(), sys.path))
         self.outcome = None
         self.pipe.send_bytes(pickle.dumps((fn, args)))
 
@@ -272,12 +316,13 @@ class _Member:
 
     def dump(self) -> None:
         """Asks a rank that did not come back for its stacks, then ends it."""
-        if self.process.pid is not None and self.process.is_alive():
+        if self.process.is_alive():
             # A stopped process answers nothing until it is continued.
             os.kill(self.process.pid, signal.SIGUSR1)
             os.kill(self.process.pid, signal.SIGCONT)
             time.sleep(0.3)
-        self.outcome = Hung(self.stacks.read_text() if self.stacks.exists() else "no stack")
+        stacks = self.place.stacks
+        self.outcome = Hung(stacks.read_text() if stacks.exists() else "no stack")
 
     def dismiss(self) -> None:
         """Lets a rank that has returned leave."""
@@ -287,12 +332,13 @@ class _Member:
 
     def stop(self) -> None:
         """Waits for a rank that leaves; kills any other."""
+        if self._process is None:
+            return
         if isinstance(self.outcome, Returned):
             self.process.join(GRACE)
         if self.process.is_alive():
             self.process.kill()
-        if self.process.pid is not None:
-            self.process.join()
+        self.process.join()
         self.pipe.close()
 
 
@@ -312,27 +358,31 @@ def _collect(crew: Sequence[_Member], timeout: float, grace: float | None) -> No
             deadline, grace = min(deadline, time.monotonic() + grace), None
 
 
-def _main(pipe: Connection, rank: int, world: int, port: int, stacks: str, watched: bool) -> None:
+def _main(pipe: Connection) -> None:
     """The child's side: join the group, call what is asked for and report, and stay until all
     others have reported.
     """
-    with open(stacks, "w") as file:
+    # a collection would touch, and so copy, all memory shared with the process this was forked from
+    gc.freeze()
+    torch.set_num_threads(1)
+    try:
+        place, folder, sys.path[:] = pipe.recv()
+    except (EOFError, OSError):
+        _leave(0)
+    with open(place.stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
-        # a collection would touch, and so copy, all memory shared with the process this was forked
-        # from
-        gc.freeze()
-        torch.set_num_threads(1)
-        if ON_GPU:
-            _take_gpu(rank)
         try:
-            if world > 1:
-                _join(rank, world, port)
-            watch = Watch() if watched else None
+            os.chdir(folder)
+            if ON_GPU:
+                _take_gpu(place.rank)
+            if place.world > 1:
+                _join(place.rank, place.world, place.port)
+            watch = Watch() if place.watched else None
             while asked := _next(pipe):
                 fn, args = pickle.loads(asked)
                 if watch:
                     watch.begin()
-                value = fn(rank, world, *args)
+                value = fn(place.rank, place.world, *args)
                 pipe.send_bytes(pickle.dumps(Returned(value, watch.left() if watch else ())))
         except BaseException as error:
             pipe.send_bytes(
@@ -354,7 +404,7 @@ def _next(pipe: Connection) -> bytes:
         return b""
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -2,7 +2,6 @@
 behind.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -139,4 +138,4 @@ def test_no_process_outlives_its_run() -> None:
     ranks.end_shared()
     with pytest.raises(ranks.RankFailure):
         ranks.run(2, _sleep_on_the_first, timeout=1)
-    assert multiprocessing.active_children() == []
+    assert ranks.running() == []
