@@ -104,7 +104,7 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 
 # What the slow tests read back; `make test` does with what is in dev.
 $(SERVICES): $(WHEEL)
-	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[monitors]"
+	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[monitors,report]"
 	touch $@
 
 $(ZIG): $(TOOLS)

@@ -264,6 +264,7 @@ def test_without_matplotlib_a_png_is_refused_with_a_way_out(
     assert not out.exists()
 
 
+@pytest.mark.slow  # which has the extra
 def test_a_png_is_a_picture_of_the_first_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib, the extra `report`, is not installed")
     Scene(ranks=2, loads=many(6)).write(tmp_path / "run")
