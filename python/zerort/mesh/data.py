@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,19 +12,19 @@ from torch import Tensor
 from zerort.errors import CommError
 from zerort.mesh.comm import Work
 from zerort.mesh.control import GlooControl
-from zerort.mesh.groups import Groups
+from zerort.mesh.groups import Call, Groups
 
-__all__ = ["GroupComm"]
+__all__ = ["Call", "GroupComm", "exchange"]
 
 
 class GroupComm:
     """Buffers over groups of its own, small facts over `control`, among the same ranks.
 
-    `gradients` and `parameters` name the groups that carry them; they may be one.
+    `gradients` and `parameters` name the groups that carry them; they may be the same.
     """
 
-    gradients: str
-    parameters: str
+    gradients: tuple[str, ...]
+    parameters: tuple[str, ...]
 
     def __init__(
         self, control: GlooControl, device: torch.device, backend: str, timeout: timedelta
@@ -35,22 +34,20 @@ class GroupComm:
         self.ranks = control.groups.members.ranks
         self.rank, self.world = control.rank, control.world
         self._groups = Groups(control.groups.members, control.groups.peers)
-        for name in dict.fromkeys((self.gradients, self.parameters)):
+        for name in dict.fromkeys((*self.gradients, *self.parameters)):
             self._groups.open(name, backend, timeout)
 
     def all_to_all(
         self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]
     ) -> Work:
-        """Among the gradients' collectives."""
-        group = self._groups[self.gradients]
-        splits = list(arriving), list(leaving)
-        call = partial(dist.all_to_all_single, recv, send, *splits, group=group, async_op=True)
-        return self._groups.work("all_to_all", self.gradients, [call])
+        """Among the gradients' collectives, on the first of their groups."""
+        call = exchange(recv, send, list(arriving), list(leaving))
+        return self._groups.work("all_to_all", [(self.gradients[0], call)])
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Among the parameters' collectives."""
         with self._groups.named("broadcast"):
-            dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters])
+            dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters[0]])
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
@@ -61,3 +58,10 @@ class GroupComm:
         lost = self._groups.failed or self.control.groups.failed
         self._groups.close(waits=waits and not lost)
         self.control.close(waits=waits)
+
+
+def exchange(recv: Tensor, send: Tensor, arriving: list[int], leaving: list[int]) -> Call:
+    """An all-to-all; without lengths of equal parts."""
+    return lambda group: dist.all_to_all_single(
+        recv, send, arriving, leaving, group=group, async_op=True
+    )

@@ -95,13 +95,12 @@ class Gate:
         return rows
 
     def _sum(self, values: Tensor) -> Work:
-        groups = self._groups
-        assert groups is not None
+        assert self._groups is not None
 
-        def start() -> dist.Work | None:
-            return dist.all_reduce(values, group=groups[_NAME], async_op=True)
+        def call(group: dist.ProcessGroup) -> dist.Work | None:
+            return dist.all_reduce(values, group=group, async_op=True)
 
-        return groups.work("all_reduce", _NAME, [start]).start()
+        return self._groups.work("all_reduce", [(_NAME, call)]).start()
 
 
 def _state(call: int = 0, *, failed: int = 0) -> Tensor:

@@ -24,8 +24,10 @@ from zerort.errors import CommError, ConfigError
 from zerort.mesh.comm import Handles, Work
 from zerort.mesh.peers import Peers
 
-__all__ = ["Groups", "Members", "Partition"]
+__all__ = ["Call", "Groups", "Members", "Partition"]
 
+Call = Callable[[dist.ProcessGroup], "dist.Work | None"]
+"""Hands a collective to torch's library, on a group."""
 Partition = tuple[tuple[int, ...], ...]
 """The job's ranks in parts, each in ascending order."""
 
@@ -129,18 +131,23 @@ class Groups:
             time.sleep(_POLL)
         self._given_back()
 
-    def work(
-        self, operation: str, name: str, calls: Sequence[Callable[[], dist.Work | None]]
-    ) -> Work:
-        """A collective on the group `name`, of one torch work for each of `calls`."""
+    def work(self, operation: str, calls: Sequence[tuple[str, Call]]) -> Work:
+        """A collective of one torch work for each of `calls`: the name of a group, and what is to
+        be called with it.
+        """
 
-        def named(call: Callable[[], dist.Work | None]) -> dist.Work | None:
+        def named(call: Call, group: dist.ProcessGroup) -> dist.Work | None:
             with self.named(operation):
-                return call()
+                return call(group)
 
+        groups = {name: self[name] for name, _ in calls}
+        counters = [_counter(group) for group in groups.values()]
         key = next(self._numbers)
-        waited = partial(self._under_way.pop, key, None)
-        work = Work([partial(named, call) for call in calls], _counter(self[name]), waited)
+        work = Work(
+            [partial(named, call, groups[name]) for name, call in calls],
+            lambda: sum(counter() for counter in counters),
+            partial(self._under_way.pop, key, None),
+        )
         self._under_way[key] = work.handles
         return work
 

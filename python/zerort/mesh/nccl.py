@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zerort.mesh.comm import Work
 from zerort.mesh.control import GlooControl
-from zerort.mesh.data import GroupComm
+from zerort.mesh.data import Call, GroupComm, exchange
 
 __all__ = ["NcclComm"]
 
@@ -31,7 +31,7 @@ class NcclComm(GroupComm):
     """
 
     # One group: two whose kernels are in flight together can deadlock.
-    gradients = parameters = "data"
+    gradients = parameters = ("data",)
     window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
     def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
@@ -43,18 +43,24 @@ class NcclComm(GroupComm):
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Added on the way where one piece is to arrive, else exchanged."""
+        name: str
+        call: Call
         name, call = (
-            ("reduce_scatter", _reduce_scatter)
+            ("reduce_scatter", partial(_on, _reduce_scatter, recv, send))
             if recv.numel() < send.numel()
-            else ("all_to_all", dist.all_to_all_single)
+            else ("all_to_all", exchange(recv, send, [], []))
         )
-        group = self._groups[self.gradients]
-        start = partial(call, recv, send, group=group, async_op=True)
-        return self._groups.work(name, self.gradients, [start])
+        return self._groups.work(name, [(self.gradients[0], call)])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
-        group = self._groups[self.parameters]
-        call = partial(_all_gather, buffer, own, group=group, async_op=True)
-        return self._groups.work("all_gather", self.parameters, [call])
+        call = partial(_on, _all_gather, buffer, own)
+        return self._groups.work("all_gather", [(self.parameters[0], call)])
+
+
+def _on(
+    call: Callable[..., Any], into: Tensor, source: Tensor, group: dist.ProcessGroup
+) -> dist.Work | None:
+    work: dist.Work | None = call(into, source, group=group, async_op=True)
+    return work

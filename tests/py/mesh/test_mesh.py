@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ import torch.distributed as dist
 import ranks
 from catching import assert_told, caught
 from zerort.errors import CommError, ConfigError
-from zerort.mesh import Mesh, connect, meet
+from zerort.mesh import Comm, Mesh, connect, meet
 
 CPU = torch.device("cpu")
 MINUTE = timedelta(seconds=60)
+PIECE = 1 << 17  # elements, for each rank: large enough for a direction of its own
 GRID = {"shard": [[0, 1], [2, 3]], "replica": [[0, 2], [1, 3]]}
 
 
@@ -33,6 +35,9 @@ def move(mesh: Mesh, name: str) -> dict[str, Any]:
     whole = torch.zeros(comm.world)
     whole[comm.rank] = mesh.rank
     comm.all_gather(whole).start().wait()
+    large = torch.arange(comm.world).repeat_interleave(PIECE) + 100 * mesh.rank
+    pieces = torch.zeros(comm.pieces(adds=False) * PIECE, dtype=large.dtype)
+    comm.reduce_scatter(pieces if comm.world > 1 else large, large).start().wait()
     told = torch.tensor([float(mesh.rank)])
     comm.broadcast(told, comm.world - 1)
     votes = torch.tensor([1.0 + mesh.rank])
@@ -43,11 +48,25 @@ def move(mesh: Mesh, name: str) -> dict[str, Any]:
         "ranks": comm.ranks,
         "rank": comm.rank,
         "pieces": recv.view(-1, 2).tolist(),
+        "large": (pieces if comm.world > 1 else large).view(-1, PIECE).unique(dim=1).tolist(),
+        "uneven": uneven(comm),
         "whole": whole.tolist(),
         "told": (told.item(), fact.item()),
         "votes": votes.item(),
         "objects": comm.control.gather_objects(mesh.rank),
     }
+
+
+def uneven(comm: Comm) -> list[int]:
+    """What comes where rank a has (a + 2 b) % 3 numbers for rank b, nothing for some."""
+    ranks = range(comm.world)
+    leaving = [(comm.rank + 2 * b) % 3 for b in ranks]
+    arriving = [(a + 2 * comm.rank) % 3 for a in ranks]
+    send = torch.tensor([10 * comm.rank + b for b in ranks for _ in range(leaving[b])])
+    recv = torch.zeros(sum(arriving), dtype=torch.int64)
+    comm.all_to_all(recv, send.long(), arriving, leaving).start().wait()
+    found: list[int] = recv.tolist()
+    return found
 
 
 def in_a_grid(rank: int, world: int) -> dict[str, Any]:
@@ -76,6 +95,10 @@ def test_each_group_moves_buffers_and_facts_among_its_own_ranks(name: str) -> No
             "ranks": tuple(part),
             "rank": place,
             "pieces": [[100.0 * r + 2 * place, 100.0 * r + 2 * place + 1] for r in part],
+            "large": [[100 * r + place] for r in part],
+            "uneven": [
+                10 * a + place for a in range(len(part)) for _ in range((a + 2 * place) % 3)
+            ],
             "whole": [float(r) for r in part],
             "told": (float(part[-1]), float(part[-1])),
             "votes": float(sum(1 + r for r in part)),
@@ -86,6 +109,41 @@ def test_each_group_moves_buffers_and_facts_among_its_own_ranks(name: str) -> No
 def test_a_sum_over_the_job_counts_each_copy_once() -> None:
     assert [found["counts"][0] for found in grid()] == [True, True, False, False]
     assert [found["counts"][1] for found in grid()] == [True, False, False, False]
+
+
+def ways(rank: int, world: int) -> list[tuple[str, bool, bool]]:
+    """Of each call of a large reduce-scatter and gather: its group, and whether this rank sends to
+    its peer there, and hears from it.
+    """
+    mesh, found = connect(MINUTE, CPU), []
+    all_to_all, broadcast = dist.all_to_all_single, dist.broadcast
+
+    def exchanging(recv: Any, send: Any, arriving: Any, leaving: Any, **options: Any) -> Any:
+        peer = 1 - rank
+        found.append((options["group"].group_name, leaving[peer] > 0, arriving[peer] > 0))
+        return all_to_all(recv, send, arriving, leaving, **options)
+
+    def telling(buffer: Any, source: int, **options: Any) -> Any:
+        found.append((options["group"].group_name, source == rank, source != rank))
+        return broadcast(buffer, source, **options)
+
+    send = torch.zeros(2 * PIECE)
+    with (
+        mock.patch.object(dist, "all_to_all_single", exchanging),
+        mock.patch.object(dist, "broadcast", telling),
+    ):
+        mesh.shard.reduce_scatter(torch.zeros(2 * PIECE), send).start().wait()
+        mesh.shard.all_gather(send).start().wait()
+    mesh.close()
+    return found
+
+
+def test_between_two_ranks_a_group_carries_large_messages_in_one_direction() -> None:
+    one, other = ranks.run(2, ways)
+    for calls in (one, other):
+        assert len({group for group, _, _ in calls}) == len(calls) == 4
+        assert all(sends != hears for _, sends, hears in calls)
+    assert [sends for _, sends, _ in one] == [hears for _, _, hears in other]
 
 
 def by_default(rank: int, world: int) -> tuple[bool, tuple[int, ...], int]:
@@ -99,8 +157,8 @@ def by_default(rank: int, world: int) -> tuple[bool, tuple[int, ...], int]:
 
 def test_without_groups_all_ranks_share_one_model_state_and_one_communicator() -> None:
     found = ranks.run(2, by_default)
-    # the job's own, and ours for gradients, parameters and control
-    assert found == [(True, (0,), 4), (True, (1,), 4)]
+    # the job's own, and ours for control, and two each for gradients and parameters
+    assert found == [(True, (0,), 6), (True, (1,), 6)]
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -66,8 +66,8 @@ def asked_on_cpu(rank: int, world: int) -> int:
     return made
 
 
-def test_on_cpu_gradients_parameters_and_control_have_a_group_each() -> None:
-    assert ranks.run(2, asked_on_cpu) == [3, 3]
+def test_on_cpu_gradients_and_parameters_have_two_groups_each_and_control_one() -> None:
+    assert ranks.run(2, asked_on_cpu) == [5, 5]
 
 
 def a_peer_is_lost(rank: int, world: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from whole import counted, engine_of, train
 import ranks
 from training import keep
 from zerort.memory import Form
-from zerort.mesh.data import GroupComm
+from zerort.mesh.gloo import GlooComm
 from zerort.optim.muon import flops
 from zerort.trace.reader import read, steps
 
@@ -31,17 +31,17 @@ WORLDS = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pyte
 @contextmanager
 def crossings() -> Iterator[list[tuple[torch.dtype, int, int]]]:
     """Of each all-to-all of parameters within: the dtype, and bytes that leave and that come."""
-    inner, seen = GroupComm.all_to_all, []
+    inner, seen = GlooComm.all_to_all, []
 
     def watched(self: Any, recv: Tensor, send: Tensor, *splits: Any) -> Any:
         seen.append((send.dtype, send.nbytes, recv.nbytes))
         return inner(self, recv, send, *splits)
 
-    GroupComm.all_to_all = watched  # type: ignore[method-assign]
+    GlooComm.all_to_all = watched  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        GroupComm.all_to_all = inner  # type: ignore[method-assign]
+        GlooComm.all_to_all = inner  # type: ignore[method-assign]
 
 
 def sent(rank: int, world: int, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
