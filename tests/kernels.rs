@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::kernels::{
-    BLOCK, Element, Real, ShapeError, Write, first_nonfinite, reduce, squared_norm,
+    BLOCK, Element, Real, ShapeError, Write, first_nonfinite, reduce, reduce_strided, squared_norm,
 };
 
 /// The definition: one element after the other, ranks in order.
@@ -189,6 +189,38 @@ fn ranks_are_summed_in_order() {
     assert_eq!(sum, [1.0]);
     reduce(&[large, small, -large], &mut sum, 3, 1.0, Write::Over).unwrap();
     assert_eq!(sum, [0.0]); // 1e8 + 1 is 1e8 in fp32
+}
+
+#[test]
+fn chunks_that_lie_apart_have_the_sums_of_those_that_do_not() {
+    let values: Vec<f32> = (0..3 * (BLOCK + 5)).map(|i| 1.0 / (i + 1) as f32).collect();
+    let length = BLOCK + 5;
+    let mut expected = vec![0.0; length];
+    let norm = reduce(&values, &mut expected, 3, 0.3, Write::Over);
+    for gap in [0, 1, 64] {
+        let mut apart = Vec::new();
+        for chunk in values.chunks(length) {
+            apart.extend_from_slice(chunk);
+            apart.extend(std::iter::repeat_n(f32::NAN, gap));
+        }
+        apart.truncate(apart.len() - gap);
+        let mut sum = vec![0.0; length];
+        assert_eq!(reduce_strided(&apart, length + gap, &mut sum, 3, 0.3, Write::Over), norm);
+        assert_eq!(sum, expected);
+    }
+}
+
+#[test]
+fn chunks_that_overlap_or_do_not_end_where_they_should_are_refused() {
+    let mut sum = [7.0_f32; 2];
+    for (chunks, stride, world) in [(3, 1, 2), (5, 2, 2), (2, 2, 0), (4, usize::MAX, 3), (3, 3, 1)]
+    {
+        let values = vec![1.0_f32; chunks];
+        let refused = reduce_strided(&values, stride, &mut sum, world, 1.0, Write::Over);
+        assert_eq!(refused, Err(ShapeError { chunks, world, accum: 2 }), "{stride}");
+    }
+    assert_eq!(sum, [7.0; 2]);
+    assert_eq!(reduce_strided(&[3.0_f32, 4.0], 0, &mut sum, 1, 1.0, Write::Over), Ok(25.0));
 }
 
 #[test]

@@ -72,7 +72,8 @@ def zerort(gradient: Tensor, name: str) -> Callable[[], Tensor]:
 
     def reduce() -> Tensor:
         comm.reduce_scatter(recv.tensor, gradient).start().wait()
-        device.reduce(recv, accum, world=pieces, scale=1.0 / comm.world, add=False)
+        scale = 1.0 / comm.world
+        device.reduce(recv, accum, world=pieces, stride=shard, scale=scale, add=False)
         return accum.tensor
 
     return reduce

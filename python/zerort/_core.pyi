@@ -572,13 +572,22 @@ class Buffer:
     ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
-def reduce(chunks: Buffer, accum: Buffer, *, world: int, scale: float, add: bool) -> float:
+def reduce(
+    chunks: Buffer,
+    accum: Buffer,
+    *,
+    world: int,
+    scale: float,
+    add: bool,
+    stride: int | None = None,
+) -> float:
     """Sums `world` equal chunks in rank order, in fp32 (fp64 for fp64 chunks), times `scale`, into
-    or onto `accum`.
+    or onto `accum`. Each begins `stride` elements behind the one before, by default where that
+    ends.
 
-    `chunks` is (world x n,) of fp32, bf16, fp16 or fp64; `accum` is (n,) of fp32, or fp64 for fp64
-    chunks. CPU only. Returns the squared norm of `accum` afterwards, accumulated in fp64: not
-    finite exactly when an element is not.
+    `chunks` is (world x n,), or ((world - 1) x stride + n,), of fp32, bf16, fp16 or fp64; `accum`
+    is (n,) of fp32, or fp64 for fp64 chunks. CPU only. Returns the squared norm of `accum`
+    afterwards, accumulated in fp64: not finite exactly when an element is not.
     """
 
 def squared_norm(values: Buffer) -> float:

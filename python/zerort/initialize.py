@@ -282,7 +282,7 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
     update.split()
     update.settle_rates()
     transports = {
-        bucket.spec.id: transport_of(bucket, precision.predivide) for bucket in flat.trained
+        bucket.spec.id: transport_of(bucket, precision.predivide, mesh) for bucket in flat.trained
     }
     communication = _communication(config, mesh)
     watch = _watch(sink, flat, communication)

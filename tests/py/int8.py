@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.memory import FlatBucket, Memory
-from zerort.wire import Buffers
+from zerort.memory import Memory
+from zerort.wire import Buffers, Extent
 
 BLOCK = 128
 
@@ -32,20 +32,20 @@ class Int8:
     def shard_bytes(self, numel: int) -> int:
         return numel + numel // BLOCK * 4
 
-    def encoder(self, bucket: FlatBucket, predivide: float) -> Int8Encoder:
-        return Int8Encoder(self, bucket, predivide)
+    def encoder(self, extent: Extent, predivide: float) -> Int8Encoder:
+        return Int8Encoder(self, extent, predivide)
 
 
 class Int8Encoder:
     rounds = True
     slots: Sequence[Tensor] = ()
 
-    def __init__(self, wire: Int8, bucket: FlatBucket, predivide: float) -> None:
-        numel, self._shard = bucket.spec.numel, bucket.spec.shard_numel
+    def __init__(self, wire: Int8, extent: Extent, predivide: float) -> None:
+        numel, self._shard = extent.numel, extent.shard_numel
         self._bytes = wire.shard_bytes(self._shard)
         self._predivide = predivide
         self._staged = torch.zeros(numel)
-        self._views = bucket.slots(self._staged)
+        self._views = extent.slots(self._staged)
         self.gradients = Residual(numel, wire.feedback)
         self.sums = Residual(self._shard, wire.feedback)
 
@@ -74,13 +74,17 @@ class Int8Encoder:
         self._buffers.send.tensor.zero_()
 
     def decode(self, accum: Memory, *, scale: float, add: bool) -> float:
-        first, *rest = map(read, self._buffers.recv.tensor.split(self._bytes))
+        first, *rest = map(read, map(self._arrived, range(self._buffers.pieces)))
         total = sum(rest, start=first) * (scale * self._predivide)
         accum.tensor.copy_(accum.tensor + total if add else total)
         return _core.squared_norm(accum.buffer)
 
     def piece(self, source: int) -> _core.Buffer:
-        return _core.Buffer(read(self._buffers.recv.tensor.split(self._bytes)[source]))
+        return _core.Buffer(read(self._arrived(source)))
+
+    def _arrived(self, source: int) -> Tensor:
+        buffers = self._buffers
+        return buffers.recv.tensor.narrow(0, source * buffers.stride, self._bytes)
 
     def round(self, total: Memory) -> float:
         wanted = self.sums.on_top_of(total.tensor.float())

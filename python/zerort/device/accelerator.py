@@ -78,11 +78,13 @@ class Accelerator:
         return AcceleratorHost(self.place, partial(on_stream, self.place), pinned=pinned)
 
     def reduce(
-        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+        self, chunks: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
     ) -> float | Tensor:
         """In torch, on the current stream."""
         precise = torch.promote_types(accum.tensor.dtype, torch.float32)
-        total, *rest = (piece.to(precise) for piece in chunks.tensor.chunk(world))
+        length = accum.tensor.numel()
+        pieces = (chunks.tensor.narrow(0, rank * stride, length) for rank in range(world))
+        total, *rest = (piece.to(precise) for piece in pieces)
         for piece in rest:
             total = total + piece
         if add:

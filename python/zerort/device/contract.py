@@ -138,10 +138,10 @@ class Device(Protocol):
         """The host's memory beside this device's; None where they are the same."""
 
     def reduce(
-        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+        self, chunks: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
     ) -> float | Tensor:
-        """Sums `world` chunks of `accum`'s length, in order and with at least fp32 accumulation,
-        times `scale`, into `accum`, or onto it if `add`.
+        """Sums `world` chunks of `accum`'s length, each `stride` elements behind the one before, in
+        order and with at least fp32 accumulation, times `scale`, into `accum`, or onto it if `add`.
 
         Returns the squared norm of `accum` afterwards, in fp64: a float where that costs no wait,
         else a scalar tensor.

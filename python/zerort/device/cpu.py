@@ -58,14 +58,23 @@ class Cpu:
         return None
 
     def reduce(
-        self, chunks: Flat, accum: Flat, *, world: int, scale: float, add: bool
+        self, chunks: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
     ) -> float | Tensor:
         """One fused pass in the core."""
         if accum.tensor.dtype in (torch.float32, torch.float64):
-            return _core.reduce(chunks.buffer, accum.buffer, world=world, scale=scale, add=add)
+            return _core.reduce(
+                chunks.buffer, accum.buffer, world=world, scale=scale, add=add, stride=stride
+            )
         # Sums are taken in fp32 all the same; only what is kept between passes is narrower.
         exact = torch.empty(accum.tensor.numel(), dtype=torch.float32)
-        _core.reduce(chunks.buffer, _core.Buffer(exact), world=world, scale=scale, add=False)
+        _core.reduce(
+            chunks.buffer,
+            _core.Buffer(exact),
+            world=world,
+            scale=scale,
+            add=False,
+            stride=stride,
+        )
         accum.tensor.copy_(exact + accum.tensor if add else exact)
         return self.squared_norm(accum)
 

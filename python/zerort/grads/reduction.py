@@ -55,7 +55,7 @@ class Reduction:
         self._flat = flat
         self._comm = mesh.shard
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._encoders = [transport.encoder for transport in transports.values()]
+        self._encoders = [e for transport in transports.values() for e in transport.encoders]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
         self.executor = self._executor = Executor(flat, mesh, transports, watch)
@@ -307,7 +307,7 @@ class Reduction:
         """
         self.plan = plan if self._order is None else plan.reordered(self._order)
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._encoders = [transport.encoder for transport in transports.values()]
+        self._encoders = [e for transport in transports.values() for e in transport.encoders]
         self._reducer = _core.Reducer(self.plan)
         self._executor.send_by(transports)
         self._executor.load(self.plan)

@@ -17,19 +17,33 @@ import torch
 from torch import Tensor
 
 from zerort.memory import FlatBucket, Memory
-from zerort.run.flight import Transport
-from zerort.wire import Encoder, format_of
+from zerort.mesh import Mesh
+from zerort.run.flight import Leg, Transport
+from zerort.run.lanes import full_precision
+from zerort.wire import Dense, Encoder, Extent, format_of
 
 __all__ = ["FromGrad", "LocalSum", "transport_of"]
 
 
-def transport_of(bucket: FlatBucket, predivide: float) -> Transport:
-    """How the bucket leaves this rank: from the source that suits its memory, in its wire format,
-    divided by `predivide` before the sum over ranks.
+def transport_of(bucket: FlatBucket, predivide: float, mesh: Mesh) -> Transport:
+    """How the bucket leaves this rank: from the source that suits its memory, on the legs that the
+    core has planned, divided by `predivide` before it is encoded in the bucket's wire format.
     """
     source = LocalSum(bucket, bucket.local) if bucket.widens else FromGrad(bucket)
-    wire = format_of(bucket.spec.wire)
-    return Transport(source, wire, wire.encoder(bucket, predivide))
+    legs: list[Leg] = []
+    start, numel = 0, bucket.spec.numel
+    for hop in bucket.spec.reduce_hops:
+        if hop.op != "reduce_scatter":
+            continue
+        comm = mesh[hop.group]
+        extent = Extent(bucket, start, numel, comm.world)
+        exact = hop.wire is None
+        wire = Dense(full_precision(bucket)) if hop.wire is None else format_of(hop.wire)
+        encoder = wire.encoder(extent, 1.0 if exact else predivide)
+        legs.append(Leg(hop.group, extent, wire, encoder))
+        numel = extent.shard_numel
+        start += comm.rank * numel
+    return Transport(source, legs)
 
 
 class FromGrad:

@@ -4,7 +4,7 @@
 `Consensus` is how ranks decide all or none.
 """
 
-from zerort.mesh.comm import Comm, Control, Work
+from zerort.mesh.comm import Comm, Control, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import meet
 from zerort.mesh.gate import Gate
@@ -20,6 +20,9 @@ __all__ = [
     "Gate",
     "Mesh",
     "Patience",
+    "Piece",
+    "Scatter",
+    "ScatterMemory",
     "Work",
     "connect",
     "init_distributed",

@@ -14,6 +14,7 @@ way and delivers one, unless what is sent is encoded so that it must not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from zerort.errors import CommError
 
-__all__ = ["Comm", "Control", "Handles", "Work"]
+__all__ = ["Comm", "Control", "Handles", "Piece", "Scatter", "ScatterMemory", "Work"]
 
 
 Handles = dict[int, "dist.Work | None"]
@@ -88,6 +89,61 @@ class Work:
 
     def _works(self) -> list[dist.Work]:
         return [work for work in self.handles.values() if work is not None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank gets of another in a reduce-scatter: `length` elements of `dtype`, which a
+    network may add up if `adds`.
+    """
+
+    length: int
+    dtype: torch.dtype
+    adds: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of one."""
+        return self.length * self.dtype.itemsize
+
+
+class Scatter(Protocol):
+    """One reduce-scatter and its memory."""
+
+    @property
+    def send(self) -> Tensor:
+        """A piece for each rank, in rank order (world x length,). Written before `make`."""
+
+    @property
+    def recv(self) -> Tensor:
+        """What arrives, complete when the work is: `pieces` of them, in rank order, each `stride`
+        elements behind the one before; what lies between them is nobody's.
+        """
+
+    @property
+    def pieces(self) -> int:
+        """How many arrive: those that `Comm.pieces` says."""
+
+    @property
+    def stride(self) -> int:
+        """From one piece's first element to the next one's; at least a piece's length."""
+
+    def make(self) -> Work:
+        """The collective, not started."""
+
+
+class ScatterMemory(Protocol):
+    """What reduce-scatters that follow one another use, of one group. One is in it at a time: the
+    next is written when what has arrived for the last was read on this rank.
+    """
+
+    def scatters(self, piece: Piece) -> Sequence[Scatter]:
+        """For pieces of this kind, which the memory was made for: as many as are used in turn."""
+
+    def turn(self) -> int:
+        """Which of them is the next; the same on all ranks, whatever its piece. It goes on when a
+        collective over the memory has been started, and not before.
+        """
 
 
 class Control(Protocol):
@@ -155,6 +211,11 @@ class Comm(Protocol):
     def pieces(self, *, adds: bool) -> int:
         """How many pieces of this rank's shard arrive: one where the library adds on the way, which
         it may only if `adds`; else one from each rank, in rank order.
+        """
+
+    def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
+        """Memory for reduce-scatters of these pieces, one after the other. All ranks call it, in
+        the same order, and nothing is under way.
         """
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:

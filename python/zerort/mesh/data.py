@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh.comm import Work
+from zerort.mesh.comm import Piece, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.groups import Call, Groups
+from zerort.mesh.scatters import OwnMemory
 
 __all__ = ["Call", "GroupComm", "exchange"]
 
@@ -36,6 +37,18 @@ class GroupComm:
         self._groups = Groups(control.groups.members, control.groups.peers)
         for name in dict.fromkeys((*self.gradients, *self.parameters)):
             self._groups.open(name, backend, timeout)
+
+    def pieces(self, *, adds: bool) -> int:
+        """As the library does it."""
+        raise NotImplementedError
+
+    def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
+        """As the library does it."""
+        raise NotImplementedError
+
+    def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
+        """This rank's own."""
+        return OwnMemory(self, pieces)
 
     def all_to_all(
         self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]

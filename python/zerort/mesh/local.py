@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh.comm import Work
+from zerort.mesh.comm import Piece, ScatterMemory, Work
+from zerort.mesh.scatters import OwnMemory
 
 __all__ = ["LocalComm", "LocalControl"]
 
@@ -57,6 +58,10 @@ class LocalComm:
     def pieces(self, *, adds: bool) -> int:
         """What it sent."""
         return 1
+
+    def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
+        """Its own."""
+        return OwnMemory(self, pieces)
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Nothing to move: `recv` is `send`."""

@@ -1,4 +1,4 @@
-"""A bucket under way: how it leaves this rank, its memory, and the collectives that use it.
+"""A bucket under way: how it leaves this rank, and the collectives that it goes through.
 
 A flight makes the hops that were planned for its bucket one after the other. What it guarantees: a
 hop is made once, started once and taken once, whatever raises between two of its lines, because its
@@ -12,25 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from zerort.device import Lane
-from zerort.memory import FlatBucket, HeldBucket, Memory
-from zerort.mesh import Comm, Work
-from zerort.wire import Buffers, Encoder, WireFormat
+from zerort.memory import FlatBucket, HeldBucket
+from zerort.mesh import Work
+from zerort.wire import Encoder, Extent, WireFormat
 
-__all__ = [
-    "FIRST",
-    "OVER",
-    "Flight",
-    "Hop",
-    "Inflight",
-    "LaneMemory",
-    "Source",
-    "Transport",
-    "lane_for",
-]
+__all__ = ["FIRST", "OVER", "Flight", "Hop", "Inflight", "Leg", "Source", "Transport"]
 
 
 class Source(Protocol):
@@ -74,12 +63,29 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Transport:
-    """How one bucket leaves this rank: where its gradient waits, and how it is encoded."""
+class Leg:
+    """One of the reductions that a bucket's gradient goes through: among the ranks of `group`."""
 
-    source: Source
+    group: str
+    extent: Extent
     wire: WireFormat
     encoder: Encoder
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How one bucket leaves this rank: where its gradient waits, and how it is encoded on each leg.
+    The first takes the gradient of the whole bucket in, each of the others what the one before has
+    summed.
+    """
+
+    source: Source
+    legs: Sequence[Leg]
+
+    @property
+    def encoders(self) -> Sequence[Encoder]:
+        """Of all legs."""
+        return [leg.encoder for leg in self.legs]
 
 
 class Hop(Protocol):
@@ -170,40 +176,3 @@ class Inflight(Flight):
         """
         works = (self.state.work, self.before.state.work if self.before is not None else None)
         return any(work is not None and not work.is_completed() for work in works)
-
-
-@dataclass(frozen=True)
-class LaneMemory:
-    """Memory for one bucket in flight, in bytes; buckets that follow one another at the window's
-    distance share it.
-    """
-
-    send: Memory
-    recv: Memory | None
-    lane: Lane
-    """When the device is done with it."""
-    shared: bool
-
-    def buffers(self, bucket: FlatBucket, wire: WireFormat, comm: Comm) -> Buffers:
-        """The memory as one of its users sees it."""
-        dtype = wire.dtype or torch.uint8
-        length = wire.shard_bytes(bucket.spec.shard_numel) // dtype.itemsize
-        pieces = comm.pieces(adds=wire.adds)
-        own = self.send.typed(dtype, comm.rank * length, length)
-        # Where the sum happens on the way, it lands in place: on this rank's slice of what it sent.
-        recv = self.recv.typed(dtype, 0, pieces * length) if self.recv and pieces > 1 else own
-        send = self.send.typed(dtype, 0, comm.world * length)
-        return Buffers(send, own, recv, self.shared)
-
-
-def lane_for(users: Sequence[tuple[FlatBucket, WireFormat]], comm: Comm, lane: Lane) -> LaneMemory:
-    """Memory for the largest of `users`, which are in flight one after the other."""
-    sizes = [
-        (wire.shard_bytes(bucket.spec.shard_numel), comm.pieces(adds=wire.adds))
-        for bucket, wire in users
-    ]
-    sent = max(comm.world * piece for piece, _ in sizes)
-    received = max(pieces * piece if pieces > 1 else 0 for piece, pieces in sizes)
-    send = Memory.zeros(sent, torch.uint8, comm.device)
-    recv = Memory.zeros(received, torch.uint8, comm.device) if received else None
-    return LaneMemory(send, recv, lane, shared=len(users) > 1)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zerort.memory import FlatBucket, HeldBucket
-from zerort.mesh import Comm, Work
+from zerort.memory import FlatBucket, HeldBucket, Memory
+from zerort.mesh import Comm, Mesh, Work
 from zerort.run import nonfinite
-from zerort.run.flight import Hop, Transport
-from zerort.wire import Buffers
+from zerort.run.flight import Hop, Leg, Source, Transport
+from zerort.run.lanes import LaneMemory, LegMemory
+from zerort.wire import Encoder
 
-__all__ = ["PUBLISH", "REDUCE", "Fold", "GatherSums", "GatherValues", "Pass", "ReduceScatter"]
+__all__ = ["PUBLISH", "Fold", "GatherSums", "GatherValues", "Pass", "ReduceScatter", "reduce_hops"]
 
 
 @dataclass(frozen=True)
@@ -42,79 +43,143 @@ class Pass:
     """
 
 
-@dataclass(frozen=True)
-class OfGradient:
-    """A hop of a bucket's gradient, with all that it needs."""
+Feed = Callable[[Encoder], None]
+"""Has what a leg sends encoded."""
 
-    comm: Comm
-    """Of the hop's group."""
+
+@dataclass(frozen=True)
+class FromGradients:
+    """What is sent is the bucket's gradient, as it waits on this rank."""
+
     bucket: FlatBucket
-    transport: Transport
-    buffers: Buffers
+    source: Source
     current: Pass
 
-
-class ReduceScatter(OfGradient):
-    """From gradients to the sum of this rank's shard, in the accumulator."""
-
-    name = "reduce_scatter"
-
-    @property
-    def buffer(self) -> Tensor:
-        """The gradient of the whole bucket, encoded."""
-        return self.buffers.send.tensor
-
-    def make(self) -> Work:
+    def __call__(self, encoder: Encoder) -> None:
         """Packs the gradients."""
         if self.current.failure is None:
-            absent = self.transport.source.pack(self.transport.encoder)
+            absent = self.source.pack(encoder)
             names, params = self.bucket.names, self.bucket.params
             self.current.absent += [names[i] for i in absent if params[i].requires_grad]
         else:
-            self.transport.encoder.clear()
-        return self.comm.reduce_scatter(self.buffers.recv.tensor, self.buffers.send.tensor)
+            encoder.clear()
+
+
+@dataclass(frozen=True)
+class FromSums:
+    """What is sent has been summed on the leg before."""
+
+    sums: Memory
+    current: Pass
+
+    def __call__(self, encoder: Encoder) -> None:
+        """Encodes them."""
+        if self.current.failure is None:
+            encoder.encode_flat(self.sums.tensor)
+        else:
+            encoder.clear()
+
+
+Sink = Callable[[Encoder], "float | Tensor"]
+"""Has what arrived summed; returns the squared norm of the sum."""
+
+
+@dataclass(frozen=True)
+class IntoShard:
+    """The sum is this rank's shard, or is added to what earlier passes have left there."""
+
+    bucket: FlatBucket
+    current: Pass
+
+    def __call__(self, encoder: Encoder) -> float | Tensor:
+        """Into the accumulator."""
+        bucket, fold = self.bucket, self.current.fold
+        into = bucket.sums.open(add=fold.add)
+        bucket.squares = encoder.decode(into, scale=fold.scale, add=fold.add)
+        bucket.sums.close()
+        return bucket.squares
+
+
+@dataclass(frozen=True)
+class IntoSums:
+    """The sum is what the next leg sends."""
+
+    sums: Memory
+
+    def __call__(self, encoder: Encoder) -> float | Tensor:
+        """As it is, unscaled."""
+        return encoder.decode(self.sums, scale=1.0, add=False)
+
+
+class ReduceScatter:
+    """From what a leg sends to its sum, of this rank's piece."""
+
+    name = "reduce_scatter"
+    __slots__ = ("_comm", "_current", "_feed", "_leg", "_memory", "_sink", "turn")
+
+    def __init__(
+        self, comm: Comm, leg: Leg, memory: LegMemory, feed: Feed, sink: Sink, current: Pass
+    ) -> None:
+        self._comm, self._leg, self._memory = comm, leg, memory
+        self._feed, self._sink, self._current = feed, sink, current
+        self.turn = memory.turns[0]
+        """What it uses, or has used last."""
+
+    @property
+    def buffer(self) -> Tensor:
+        """What is sent, encoded."""
+        return self.turn.buffers.send.tensor
+
+    def make(self) -> Work:
+        """Writes it."""
+        turn = self.turn = self._memory.next()
+        encoder = self._leg.encoder
+        encoder.bind(turn.buffers)
+        self._feed(encoder)
+        return turn.scatter.make()
 
     def take(self) -> None:
         """Sums what arrived."""
-        bucket, fold = self.bucket, self.current.fold
-        into = bucket.sums.open(add=fold.add)
-        bucket.squares = self.transport.encoder.decode(into, scale=fold.scale, add=fold.add)
-        bucket.sums.close()
+        squares = self._sink(self._leg.encoder)
         if (
-            isinstance(bucket.squares, float)
-            and not math.isfinite(bucket.squares)
-            and self.current.nonfinite is None
+            isinstance(squares, float)
+            and not math.isfinite(squares)
+            and self._current.nonfinite is None
         ):
-            self.current.nonfinite = self._culprit()
-
-    def _culprit(self) -> tuple[int, int] | None:
-        wire, encoder = self.transport.wire, self.transport.encoder
-        pieces = self.comm.pieces(adds=wire.adds)
-        return nonfinite.in_arrival(self.bucket, encoder, pieces, self.comm.rank)
+            pieces = self.turn.buffers.pieces
+            self._current.nonfinite = nonfinite.in_arrival(self._leg, pieces, self._comm)
 
 
-class GatherSums(OfGradient):
-    """From each rank's sums to all of them on every rank, where each has the whole optimizer."""
+@dataclass(frozen=True)
+class GatherSums:
+    """From each rank's sums to all of them on every rank, where each has the whole optimizer; of a
+    leg's extent, which `scatter` has summed.
+    """
+
+    comm: Comm
+    leg: Leg
+    scatter: ReduceScatter
 
     name = "all_gather"
 
     @property
     def buffer(self) -> Tensor:
         """Where all ranks' sums come together."""
-        rounds = self.transport.encoder.rounds
-        return self.buffers.send.tensor if rounds else self.bucket.accum.tensor
+        rounds = self.leg.encoder.rounds
+        return self.scatter.buffer if rounds else self.leg.extent.bucket.accum.tensor
 
     def make(self) -> Work:
         """Rounds the sum to what is sent."""
-        if self.transport.encoder.rounds:
+        if self.leg.encoder.rounds:
             # What every rank will step with is the rounded sum, so the norm is that one's.
-            self.bucket.squares = self.transport.encoder.round(self.bucket.reduced_shard)
+            bucket = self.leg.extent.bucket
+            bucket.squares = self.leg.encoder.round(bucket.reduced_shard)
         return self.comm.all_gather(self.buffer)
 
     def take(self) -> None:
         """Widens the sums where they were rounded."""
-        if self.transport.encoder.rounds:
-            self.transport.encoder.spread(self.bucket.accum)
+        if self.leg.encoder.rounds:
+            self.leg.encoder.spread(self.leg.extent.bucket.accum)
 
 
 @dataclass(frozen=True)
@@ -140,9 +205,31 @@ class GatherValues:
         self.bucket.values.land()
 
 
-REDUCE: dict[str, Callable[[Comm, FlatBucket, Transport, Buffers, Pass], Hop]] = {
-    "reduce_scatter": ReduceScatter,
-    "all_gather": GatherSums,
-}
 PUBLISH: dict[str, Callable[[Comm, FlatBucket], Hop]] = {"all_gather": GatherValues}
 """What makes the hops that the core plans, by their `op`."""
+
+
+def reduce_hops(
+    bucket: FlatBucket, transport: Transport, lane: LaneMemory, mesh: Mesh, current: Pass
+) -> list[Hop]:
+    """Those of one bucket, in the order in which they run."""
+    legs = transport.legs
+    scatters: dict[str, ReduceScatter] = {}
+    for number, leg in enumerate(legs):
+        comm = mesh[leg.group]
+        memory = lane.leg(number, leg, comm)
+        feed: Feed = FromGradients(bucket, transport.source, current)
+        if number > 0:
+            feed = FromSums(lane.sums(number, leg), current)
+        sink: Sink = IntoShard(bucket, current)
+        if number + 1 < len(legs):
+            sink = IntoSums(lane.sums(number + 1, legs[number + 1]))
+        scatters[leg.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
+        leg.encoder.bind(memory.turns[0].buffers)
+    gathers = [
+        GatherSums(mesh[leg.group], leg, scatters[leg.group])
+        for hop in bucket.spec.reduce_hops
+        for leg in legs
+        if hop.op == "all_gather" and hop.group == leg.group
+    ]
+    return [*scatters.values(), *gathers]

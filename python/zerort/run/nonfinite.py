@@ -8,23 +8,24 @@ import torch
 
 from zerort import _core
 from zerort.memory import FlatBucket
-from zerort.wire import Encoder
+from zerort.mesh import Comm
+from zerort.run.flight import Leg
 
 __all__ = ["in_arrival", "in_sum"]
 
 UNKNOWN = -1
 
 
-def in_arrival(
-    bucket: FlatBucket, encoder: Encoder, pieces: int, rank: int
-) -> tuple[int, int] | None:
-    """(source rank, parameter) of the first such element among the `pieces` that arrived for
-    `rank`'s shard, on CPU.
+def in_arrival(leg: Leg, pieces: int, comm: Comm) -> tuple[int, int] | None:
+    """(source rank, parameter) of the first such element among the `pieces` that arrived for this
+    rank on a leg, on CPU.
     """
+    extent = leg.extent
+    start = extent.start + comm.rank * extent.shard_numel
     for source in range(pieces):
-        index = _core.first_nonfinite(encoder.piece(source))
+        index = _core.first_nonfinite(leg.encoder.piece(source))
         if index is not None:
-            return source, _parameter_at(bucket, rank * bucket.spec.shard_numel + index)
+            return comm.ranks[source], _parameter_at(extent.bucket, start + index)
     return None
 
 

@@ -13,9 +13,10 @@ from zerort import _core
 from zerort.device.contract import Streams
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh
-from zerort.run.flight import Hop, Inflight, LaneMemory, Transport, lane_for
+from zerort.run.flight import Hop, Inflight, Transport
 from zerort.run.gathers import UnitFlight
-from zerort.run.hops import PUBLISH, REDUCE, Pass
+from zerort.run.hops import PUBLISH, Pass, reduce_hops
+from zerort.run.lanes import LaneMemory, lane_for
 from zerort.run.launches import Launches
 
 __all__ = ["Maker", "Program"]
@@ -102,7 +103,8 @@ class Maker:
         """Gives back what sources, encoders and sums have, until the next program."""
         for transport in self._transports.values():
             transport.source.rest_in([])
-            transport.encoder.release()
+            for encoder in transport.encoders:
+                encoder.release()
         for bucket in self._flat.trained:
             bucket.sums.release()
 
@@ -112,8 +114,8 @@ class Maker:
         flights: dict[int, Inflight] = {}
         for position in range(plan.window):
             users = order[position :: plan.window]
-            sizes = [(self._trained[b], self._transports[b].wire) for b in users]
-            lane = lane_for(sizes, self._mesh.shard, self._streams.lane())
+            transports = [self._transports[b] for b in users]
+            lane = lane_for(transports, self._mesh, self._streams.lane())
             for b in users:
                 flights[b] = self._flight(self._trained[b], self._transports[b], lane)
             for last, b in zip(users[-1:] + users, users, strict=False):
@@ -121,13 +123,8 @@ class Maker:
         return flights
 
     def _flight(self, bucket: FlatBucket, transport: Transport, lane: LaneMemory) -> Inflight:
-        buffers = lane.buffers(bucket, transport.wire, self._mesh.shard)
-        transport.encoder.bind(buffers)
-        transport.source.rest_in(transport.encoder.slots)
-        hops = [
-            REDUCE[hop.op](self._mesh[hop.group], bucket, transport, buffers, self._current)
-            for hop in bucket.spec.reduce_hops
-        ]
+        hops = reduce_hops(bucket, transport, lane, self._mesh, self._current)
+        transport.source.rest_in(transport.legs[0].encoder.slots)
         return Inflight(bucket, hops, lane.lane)
 
     def _units(self, plan: _core.Plan) -> dict[int, UnitFlight]:

@@ -90,7 +90,8 @@ def _follow(parts: Components, plan: _core.Plan) -> None:
         bucket.squares = device_for(shard.tensor.device).squared_norm(shard)
     optimizer.relocate(flat)
     divisor = parts.precision.predivide
-    parts.reduction.replan(plan, {b.spec.id: transport_of(b, divisor) for b in flat.trained})
+    transports = {b.spec.id: transport_of(b, divisor, parts.mesh) for b in flat.trained}
+    parts.reduction.replan(plan, transports)
 
 
 @dataclass(frozen=True)

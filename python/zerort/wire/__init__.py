@@ -1,10 +1,10 @@
 """How a bucket's gradients are encoded on the wire, and how what arrives is added up.
 
 A *format* says what encoding costs: how many bytes a shard takes, and whether a network may add
-what is encoded. For each bucket it makes an *encoder*, which sees every gradient of the bucket once
-a pass and may keep state from step to step. Sums run in rank order with at least fp32 accumulation
-wherever this package does the adding, and an infinity or NaN arrives as one. Formats do not
-communicate, and force no host synchronisation on an accelerator.
+what is encoded. For each bucket, and each time that it is reduced on its way, it makes an
+*encoder*, which sees every gradient once a pass and may keep state from step to step. Sums run in
+rank order with at least fp32 accumulation wherever this package does the adding, and an infinity or
+NaN arrives as one. Formats do not communicate, and force no host synchronisation on an accelerator.
 
 To add one: a file here, and a row at the end of `FORMATS`, whose order is the number that plans
 know a format by.
@@ -14,10 +14,19 @@ from __future__ import annotations
 
 import torch
 
-from zerort.wire.contract import Buffers, Encoder, WireFormat
+from zerort.wire.contract import Buffers, Encoder, Extent, WireFormat
 from zerort.wire.dense import Dense
 
-__all__ = ["FORMATS", "Buffers", "Encoder", "WireFormat", "format_of", "number_of"]
+__all__ = [
+    "FORMATS",
+    "Buffers",
+    "Dense",
+    "Encoder",
+    "Extent",
+    "WireFormat",
+    "format_of",
+    "number_of",
+]
 
 FORMATS: dict[str, WireFormat] = {
     "fp32": Dense(torch.float32),

@@ -12,7 +12,31 @@ from torch import Tensor
 from zerort import _core
 from zerort.memory import FlatBucket, Memory
 
-__all__ = ["Buffers", "Encoder", "WireFormat"]
+__all__ = ["Buffers", "Encoder", "Extent", "WireFormat"]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What of a bucket is encoded: `numel` elements from `start` on, in `world` equal pieces, one
+    for each rank of a group. A part of a bucket is sent where others have been summed before.
+    """
+
+    bucket: FlatBucket
+    start: int
+    numel: int
+    world: int
+
+    @property
+    def shard_numel(self) -> int:
+        """Of a piece, in elements."""
+        return self.numel // self.world
+
+    def slots(self, flat: Tensor) -> list[Tensor]:
+        """Views of `flat` (numel,), one per parameter in its shape; none of a part of a bucket,
+        whose gradients arrive flat.
+        """
+        whole = self.numel == self.bucket.spec.numel
+        return self.bucket.slots(flat) if whole else []
 
 
 @dataclass(frozen=True)
@@ -30,7 +54,15 @@ class Buffers:
     the network has added. It may be `own`.
     """
     shared: bool
-    """Whether other buckets use it too, in turn."""
+    """Whether others use it too, in turn: other buckets, or this one in its next pass."""
+    pieces: int
+    """How many lie in `recv`."""
+    stride: int
+    """Elements from the start of one to the start of the next; what lies between is not read."""
+    slots: Sequence[Tensor]
+    """Views of `send`, one per parameter in its shape, where it is a bucket's elements as they
+    are; else none.
+    """
 
 
 class Encoder(Protocol):
@@ -48,7 +80,9 @@ class Encoder(Protocol):
         """
 
     def bind(self, buffers: Buffers) -> None:
-        """Takes memory, between passes. State is kept."""
+        """Takes memory, before each time that something is encoded. State is kept. A call for each
+        bucket and pass: what is made of the memory is to be made once.
+        """
 
     def release(self) -> None:
         """Gives that memory back: `bind` comes before anything else. State is kept."""
@@ -59,7 +93,7 @@ class Encoder(Protocol):
         """
 
     def encode_flat(self, gradient: Tensor) -> None:
-        """The same for the gradient of the whole bucket (numel,), padding included."""
+        """The same for the gradient of all of the extent (numel,), padding included."""
 
     def clear(self) -> None:
         """Makes the send buffer zeros, encoded. State is kept."""
@@ -118,7 +152,7 @@ class WireFormat(Protocol):
         dtype's size. `numel` is a multiple of 128.
         """
 
-    def encoder(self, bucket: FlatBucket, predivide: float) -> Encoder:
-        """A new encoder. Gradients are divided by `predivide` before they are encoded, and their
-        sums multiplied by it after they have been decoded.
+    def encoder(self, extent: Extent, predivide: float) -> Encoder:
+        """A new encoder of a bucket, or of a part of it. Gradients are divided by `predivide`
+        before they are encoded, and their sums multiplied by it after they have been decoded.
         """

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.device import device_for
-from zerort.memory import FlatBucket, Memory
-from zerort.wire.contract import Buffers
+from zerort.memory import Memory
+from zerort.wire.contract import Buffers, Extent
 
 __all__ = ["Dense"]
 
@@ -27,41 +27,39 @@ class Dense:
         """Every element in `dtype`."""
         return numel * self.dtype.itemsize
 
-    def encoder(self, bucket: FlatBucket, predivide: float) -> DenseEncoder:
+    def encoder(self, extent: Extent, predivide: float) -> DenseEncoder:
         """Keeps no state."""
-        return DenseEncoder(self.dtype, bucket, predivide)
+        return DenseEncoder(self.dtype, extent, predivide)
 
 
 class DenseEncoder:
     """Casts gradients on their way into the send buffer, in one batch."""
 
-    def __init__(self, dtype: torch.dtype, bucket: FlatBucket, predivide: float) -> None:
+    def __init__(self, dtype: torch.dtype, extent: Extent, predivide: float) -> None:
+        bucket = extent.bucket
         self.rounds = dtype.itemsize < bucket.accum.tensor.itemsize
-        self._bucket = bucket
+        self._shard = extent.shard_numel
         self._predivide = predivide
         self._device = device_for(bucket.values.tensor.device)
-        self._views: list[Tensor] = []
 
     @property
     def slots(self) -> Sequence[Tensor]:
         """The parameters' places in the send buffer, where nothing else writes there."""
-        return [] if self._buffers.shared else self._views
+        return [] if self._buffers.shared else self._buffers.slots
 
     def bind(self, buffers: Buffers) -> None:
-        """Cuts the send buffer."""
+        """What is sent is a gradient as it is, so that nothing has to be made."""
         self._buffers = buffers
-        self._views = self._bucket.slots(buffers.send.tensor)
 
     def release(self) -> None:
         """All that it has."""
         del self._buffers
-        self._views = []
 
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """One batched copy, which casts where dtypes differ."""
         if self._buffers.shared:
             self._buffers.send.tensor.zero_()  # others wrote where this bucket has padding
-        pairs = zip(gradients, self._views, strict=True)
+        pairs = zip(gradients, self._buffers.slots, strict=True)
         moving = [(g, slot) for g, slot in pairs if g is not slot]
         came = [g for g, _ in moving if g is not None]
         slots = [slot for _, slot in moving]
@@ -85,15 +83,15 @@ class DenseEncoder:
 
     def decode(self, accum: Memory, *, scale: float, add: bool) -> float | Tensor:
         """The sum over ranks, as the device takes it."""
-        recv = self._buffers.recv
-        pieces = recv.tensor.numel() // accum.tensor.numel()
+        buffers = self._buffers
         scale *= self._predivide
-        return self._device.reduce(recv, accum, world=pieces, scale=scale, add=add)
+        return self._device.reduce(
+            buffers.recv, accum, world=buffers.pieces, stride=buffers.stride, scale=scale, add=add
+        )
 
     def piece(self, source: int) -> _core.Buffer:
         """A slice."""
-        shard = self._bucket.spec.shard_numel
-        return self._buffers.recv.buffer.slice(source * shard, shard)
+        return self._buffers.recv.buffer.slice(source * self._buffers.stride, self._shard)
 
     def round(self, total: Memory) -> float | Tensor:
         """A cast."""

@@ -9,9 +9,9 @@ use crate::dlpack::{Sums, Values};
 use crate::errors::LayoutError;
 
 /// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its
-/// squared norm afterwards.
+/// squared norm afterwards. With a `stride` a chunk begins so many elements behind the last.
 #[pyfunction]
-#[pyo3(signature = (chunks, accum, *, world, scale, add))]
+#[pyo3(signature = (chunks, accum, *, world, scale, add, stride=None))]
 pub fn reduce(
     py: Python<'_>,
     chunks: &Buffer,
@@ -19,21 +19,23 @@ pub fn reduce(
     world: usize,
     scale: f64,
     add: bool,
+    stride: Option<usize>,
 ) -> PyResult<f64> {
     let write = if add { Write::Onto } else { Write::Over };
     let source = chunks.memory().read()?;
     let mut target = accum.memory().write()?;
+    let how = Ranks { world, stride };
     match (source.values(), target.sums()) {
         (Values::F32(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
+            detached(py, chunks, accum, how, scale as f32, write)
         }
         (Values::F16(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
+            detached(py, chunks, accum, how, scale as f32, write)
         }
         (Values::BF16(chunks), Sums::F32(accum)) => {
-            detached(py, chunks, accum, world, scale as f32, write)
+            detached(py, chunks, accum, how, scale as f32, write)
         }
-        (Values::F64(chunks), Sums::F64(accum)) => detached(py, chunks, accum, world, scale, write),
+        (Values::F64(chunks), Sums::F64(accum)) => detached(py, chunks, accum, how, scale, write),
         (
             Values::F32(_) | Values::F16(_) | Values::BF16(_) | Values::F64(_) | Values::U8,
             Sums::F32(_) | Sums::F64(_) | Sums::Other(_),
@@ -46,15 +48,23 @@ pub fn reduce(
     }
 }
 
+/// How chunks lie: so many, one behind the other or `stride` elements apart.
+#[derive(Clone, Copy)]
+struct Ranks {
+    world: usize,
+    stride: Option<usize>,
+}
+
 fn detached<E: Element>(
     py: Python<'_>,
     chunks: &[E],
     accum: &mut [E::Sum],
-    world: usize,
+    Ranks { world, stride }: Ranks,
     scale: E::Sum,
     write: Write,
 ) -> PyResult<f64> {
-    py.detach(|| kernels::reduce(chunks, accum, world, scale, write))
+    let stride = stride.unwrap_or(accum.len());
+    py.detach(|| kernels::reduce_strided(chunks, stride, accum, world, scale, write))
         .map_err(|error| LayoutError::new_err(error.to_string()))
 }
 

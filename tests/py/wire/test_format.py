@@ -20,10 +20,9 @@ from int8 import Int8
 from tap import tapped
 from training import keep
 from zerort.errors import NonFiniteGradient
-from zerort.memory import FlatBucket
 from zerort.mesh.gloo import GlooComm
 from zerort.mesh.nccl import NcclComm
-from zerort.wire import FORMATS, WireFormat
+from zerort.wire import FORMATS, Extent, WireFormat
 from zerort.wire.dense import Dense, DenseEncoder
 
 WORLD, STEPS, RATE = 2, 60, 0.1
@@ -254,8 +253,8 @@ class Watched(Dense):
         super().__init__(torch.float16)
         self.closed = []
 
-    def encoder(self, bucket: FlatBucket, predivide: float) -> DenseEncoder:
-        encoder = super().encoder(bucket, predivide)
+    def encoder(self, extent: Extent, predivide: float) -> DenseEncoder:
+        encoder = super().encoder(extent, predivide)
         encoder.close = lambda *, applied, growth: self.closed.append((applied, growth))  # type: ignore[method-assign]
         return encoder
 

@@ -24,7 +24,7 @@ mod writes;
 
 pub use element::{Element, Real};
 pub use norm::{first_nonfinite, squared_norm};
-pub use reduce::{ShapeError, Write, reduce};
+pub use reduce::{ShapeError, Write, reduce, reduce_strided};
 pub use writes::{Published, take_writes};
 
 /// Elements that one pass works on: 4 KiB of fp32.

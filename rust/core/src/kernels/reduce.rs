@@ -47,6 +47,41 @@ pub fn reduce<E: Element>(
     if world == 0 || world.checked_mul(length) != Some(chunks.len()) {
         return Err(ShapeError { chunks: chunks.len(), world, accum: length });
     }
+    Ok(add_up(chunks, length, accum, world, scale, write))
+}
+
+/// The same of chunks that lie apart: each begins `stride` elements behind the one before, and the
+/// last ends `chunks`. What lies between them is not read.
+///
+/// # Errors
+/// [`ShapeError`] if `world` is zero, chunks would overlap or there are other elements than that;
+/// nothing has been written then.
+pub fn reduce_strided<E: Element>(
+    chunks: &[E],
+    stride: usize,
+    accum: &mut [E::Sum],
+    world: usize,
+    scale: E::Sum,
+    write: Write,
+) -> Result<f64, ShapeError> {
+    let length = accum.len();
+    let apart = world.checked_sub(1).and_then(|gaps| gaps.checked_mul(stride));
+    let needed = apart.and_then(|apart| apart.checked_add(length));
+    if needed != Some(chunks.len()) || (world > 1 && stride < length) {
+        return Err(ShapeError { chunks: chunks.len(), world, accum: length });
+    }
+    Ok(add_up(chunks, stride, accum, world, scale, write))
+}
+
+/// Both, checked.
+fn add_up<E: Element>(
+    chunks: &[E],
+    stride: usize,
+    accum: &mut [E::Sum],
+    world: usize,
+    scale: E::Sum,
+    write: Write,
+) -> f64 {
     let mut norm = SquaredNorm::new();
     let mut sum = [E::Sum::ZERO; BLOCK];
     for (index, out) in accum.chunks_mut(BLOCK).enumerate() {
@@ -54,13 +89,13 @@ pub fn reduce<E: Element>(
         let start = index * BLOCK;
         E::load(&chunks[start..start + out.len()], sum);
         for rank in 1..world {
-            let start = rank * length + start;
+            let start = rank * stride + start;
             E::accumulate(&chunks[start..start + out.len()], sum);
         }
         store(sum, scale, out, write);
         norm.add(out);
     }
-    Ok(norm.total(accum))
+    norm.total(accum)
 }
 
 /// Writes one block of scaled sums.
