@@ -30,6 +30,7 @@ from zerort.mesh import Mesh
 from zerort.optim import Abilities, schedules
 from zerort.params.hall import HALL, Place
 from zerort.params.leaves import mark_configured
+from zerort.params.publish import Publishing
 from zerort.run.exchange import Exchange
 from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
@@ -51,6 +52,7 @@ from zerort.start.planning import Planner, plan_of
 from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
+from zerort.step.overlap import Overlap
 from zerort.step.precision import Precision
 from zerort.step.readings import Components, Relocation
 from zerort.trace import TraceSink, open_sink
@@ -293,9 +295,14 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
     undo.callback(reduction.close)
     passes = passes_over(setup.model, flat, reduction, mesh, room, standing)
     undo.callback(passes.detach)
+    publishing = Publishing(setup.model, flat, reduction.executor)
+    undo.callback(publishing.close)
     policy = Policy(config.gradient_clipping, config.zerort.on_nonfinite)
     exchange = Exchange(setup.plan, flat, mesh.shard, reduction.executor.waits, sink)
-    boundary = Boundary(mesh, flat, reduction, exchange, update, precision.loss_scale, policy, sink)
+    overlap = _overlap(setup, flat, reduction)
+    boundary = Boundary(
+        mesh, flat, reduction, exchange, update, precision.loss_scale, policy, sink, overlap
+    )
     parts = Components(
         config,
         mesh,
@@ -305,6 +312,7 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         boundary,
         setup.scheduler,
         sink,
+        publishing,
         setup.loader,
         setup.collate_fn,
         passes,
@@ -313,6 +321,18 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         _relocation(setup),
     )
     return Engine(setup.model, parts)
+
+
+def _overlap(setup: Setup, flat: FlatModel, reduction: Reduction) -> Overlap:
+    """At stage 3 a pass gathers what it needs; what stays whole there comes with the step."""
+    publishes = bool(reduction.published) and setup.mesh.shard.world > 1
+    return Overlap(
+        setup.config.zerort.publish,
+        flat,
+        setup.mesh,
+        able=publishes and not setup.plan.units,
+        timed=device_for(setup.mesh.device).blocks,
+    )
 
 
 def _relocation(setup: Setup) -> Relocation:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from zerort.config.key import Fate, Key
 from zerort.config.rows import features, offload, runtime, training, zero
 
-__all__ = ["ALIASES", "KEYS", "SECRETS", "SIZES", "Fate", "Key", "as_markdown"]
+__all__ = ["ALIASES", "CHOSEN_HERE", "KEYS", "SECRETS", "SIZES", "Fate", "Key", "as_markdown"]
 
 _ROWS = (*training.ROWS, *zero.ROWS, *offload.ROWS, *runtime.ROWS, *features.ROWS)
 
@@ -35,6 +35,9 @@ SIZES = frozenset(
     )
 )
 """Keys whose value "auto" means the default: an integration that leaves it has no better number."""
+
+CHOSEN_HERE = frozenset({"zerort.hierarchy", "zerort.publish", "zerort.transport"})
+"""Keys of which "auto" is a value: what is chosen by what the engine finds."""
 
 SECRETS = frozenset({"comet.api_key"})
 """Keys whose values are not shown."""

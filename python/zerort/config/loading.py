@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zerort.config.keys import ALIASES, KEYS, SECRETS, SIZES, Fate, Key
+from zerort.config.keys import ALIASES, CHOSEN_HERE, KEYS, SECRETS, SIZES, Fate, Key
 from zerort.config.model import Config
 from zerort.config.problems import (
     Problem,
@@ -191,7 +191,8 @@ def _screen_value(
         if key.fate is Fate.IGNORED:
             screened.ignored.append(path)
         return
-    bad = bad or [Problem(where, _AUTO) for where, leaf in walk(path, value) if leaf == "auto"]
+    if key.path not in CHOSEN_HERE:
+        bad = bad or [Problem(where, _AUTO) for where, leaf in walk(path, value) if leaf == "auto"]
     if key.path in _ARGUMENTS:
         bad += bad_numbers(path, value)
     screened.problems += bad

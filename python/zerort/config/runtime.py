@@ -64,6 +64,10 @@ class Runtime(Section):
     """When gradients are reduced; None means at the boundary below stage 2, from there on in every
     micro-batch.
     """
+    publish: Literal["auto", "overlapped", "step"] = "step"
+    """Whether `step` waits for the other ranks' updated parameters, or modules of the next forward
+    do; "auto" measures what there is to win.
+    """
     reshard_after_forward: bool | None = None
     """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
     follows `stage3_max_live_parameters`.

@@ -10,7 +10,7 @@ to that stream only behind the read (`packing`), and a lane's packing and its su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -216,6 +216,10 @@ class AcceleratorStreams:
     def join(self) -> None:
         """The current stream waits for the sums."""
         self._current().wait_stream(self._sums)
+
+    def here(self) -> Callable[[], AbstractContextManager[None]]:
+        """Of this device."""
+        return partial(on_stream, self._place, self._current())
 
     def _current(self) -> Any:
         return torch.accelerator.current_stream(self._place)

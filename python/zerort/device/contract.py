@@ -7,6 +7,7 @@ buckets and no ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,6 +81,9 @@ class Streams(Protocol):
 
     def join(self) -> None:
         """The current stream may read the accumulators."""
+
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        """What makes the stream that is the current one now the current one again."""
 
 
 class Mark(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,6 +42,10 @@ class InOrder:
 
     def join(self) -> None:
         """In order already."""
+
+    def here(self) -> Callable[[], AbstractContextManager[object]]:
+        """The thread itself."""
+        return lambda: _NOTHING
 
 
 class Cpu:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -245,15 +245,37 @@ class Reduction:
             (place for place in found if place is not None), None
         )
 
-    @unintercepted
-    def publish_ready(self, ready: Collection[int]) -> None:
-        """Begins to bring the updated shards of these buckets to all ranks."""
-        self._executor.publish_ready(ready)
+    @property
+    def published(self) -> Sequence[int]:
+        """Numbers of buckets in the order in which they are published."""
+        return self._executor.publication.order
 
     @unintercepted
-    def publish(self) -> None:
-        """Brings updated shards to all ranks."""
-        self._executor.publish()
+    def prepare_publication(self) -> None:
+        """Before an update that is published beside what follows. Nothing is on its way."""
+        self._executor.publication.guard.prepare()
+
+    @unintercepted
+    def publish_ready(self, ready: Collection[int], *, overlapped: bool = False) -> None:
+        """Begins to bring the updated shards of these buckets to all ranks."""
+        self._executor.publish_ready(ready, overlapped=overlapped)
+
+    @unintercepted
+    def publish(self, *, overlapped: bool = False) -> None:
+        """Brings updated shards to all ranks; where that is `overlapped`, who needs them waits."""
+        self._executor.publish(overlapped=overlapped)
+
+    @unintercepted
+    def land(self) -> None:
+        """Waits for updated parameters that are on their way, if there are any. Raises `CommError`,
+        each time.
+        """
+        self._executor.publication.land()
+
+    @property
+    def unpublished(self) -> str | None:
+        """Why not all ranks have the same parameters, if updates have been lost on their way."""
+        return self._executor.publication.failure
 
     @unintercepted
     def drop(self) -> None:
@@ -294,6 +316,8 @@ class Reduction:
         self._order = [index for index in order.tolist() if index >= 0]
         self.plan = self.plan.reordered(self._order)
         self._reducer.reorder(self.plan)
+        # what a backward comes to last is what a forward needs first
+        self._executor.need(self._order[::-1])
         self._executor.load(self.plan)
         self.course.load(self.plan)
         return True

@@ -37,11 +37,14 @@ class FlatModel:
         self.params = [member.tensor for member in planned]
         self.state = 0
         """How often values have been published."""
+        self.layouts = 0
+        """How often buckets have been made."""
         self.lay_out(planned, layout)
         self._registry = Registry(module, self.names, self.params, warns=layout.rank == 0)
 
     def lay_out(self, planned: Sequence[PlannedParameter], layout: Layout) -> None:
         """Makes the buckets, also in place of others; `planned` are the same parameters always."""
+        self.layouts += 1
         self.buckets: list[HeldBucket] = [
             _kind(spec)(layout, spec, [planned[index] for index in spec.params])
             for spec in layout.plan.buckets
@@ -100,6 +103,11 @@ class FlatModel:
                 if self._numels[param]:
                     homes[param], offsets[param] = home, offset * bucket.owned.tensor.itemsize
         return homes, offsets
+
+    @property
+    def tree_changes(self) -> int:
+        """How often the module's tree has been found changed."""
+        return self._registry.changes
 
     @unintercepted
     def active(self) -> list[bool]:

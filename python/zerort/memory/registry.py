@@ -59,6 +59,8 @@ class Registry:
             p for p in self._first.values() if id(p) not in self._names and not p.requires_grad
         ]
         self._late: list[tuple[str, nn.Parameter]] = []
+        self.changes = 0
+        """How often the tree has been found changed."""
         self._note()
 
     def check(self) -> None:
@@ -68,6 +70,7 @@ class Registry:
         Warns where a parameter has been unfrozen that the optimizer does not hold.
         """
         if not self._is_unchanged():
+            self.changes += 1
             self._follow()
             self._note()
         for name, parameter in self._late:

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from zerort import _core
 from zerort.memory.flat import Memory
 from zerort.memory.forms import Extent, Form
-from zerort.memory.guards import guard, guards, unguard
+from zerort.memory.guards import guard, guards, has_aliases, unguard
 from zerort.memory.moved import Carrier
 
 __all__ = ["Freeable", "Resident"]
@@ -34,7 +34,7 @@ _OWN_USES = 2
 class Resident:
     """A bucket's parameters, whole, in their own dtype and on this rank for good."""
 
-    __slots__ = ("_forms", "_params", "_views", "memory")
+    __slots__ = ("_forms", "_params", "_storages", "_views", "memory")
 
     def __init__(
         self,
@@ -53,6 +53,16 @@ class Resident:
             form.over(from_dlpack(self.memory.buffer.fragment(param)))
             for param, form in zip(self._params, self._forms, strict=True)
         ]
+        self._storages: list[int] | None = None
+        """Of the views, which keep them alive."""
+
+    def aliased(self) -> list[int]:
+        """Positions of parameters whose memory something else has views of; all where torch does
+        not tell.
+        """
+        if self._storages is None:
+            self._storages = [view.untyped_storage()._cdata for view in self._views]
+        return has_aliases(self._storages, tensors=2)  # the view, and the parameter
 
     is_whole = True
 

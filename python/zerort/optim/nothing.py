@@ -46,7 +46,7 @@ class NoOptimizer:
     def settle_rates(self) -> None:
         """There is no rate."""
 
-    def batches(self) -> Sequence[Sequence[Stepped]]:
+    def batches(self, order: Sequence[int] = ()) -> Sequence[Sequence[Stepped]]:
         """No bucket is trained."""
         return ()
 

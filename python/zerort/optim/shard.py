@@ -130,14 +130,21 @@ class ShardOptimizer:
         if isinstance(self.optimizer, Chain):
             self.optimizer.keep_ratios()
 
-    def batches(self) -> list[list[Stepped]]:
+    def batches(self, order: Sequence[int] = ()) -> list[list[Stepped]]:
         """Buckets that are updated together, in the order of the plan. One on the host is updated
         alone, so that its parameters are sent while the next is updated, and one that is widened
         for it, so that no more is wide at once: where that is torch's own optimizer, and no hook
-        listens to its step.
+        listens to its step. With an `order`, of buckets by number, each is alone, and they are in
+        it.
         """
-        if not any(map(_goes_alone, self._buckets)) or not self._steps_in_parts():
+        alone = order or any(map(_goes_alone, self._buckets))
+        if not alone or not self._steps_in_parts():
             return [self._buckets]
+        if order:
+            place = {number: index for index, number in enumerate(order)}
+            last = len(place)
+            ordered = sorted(self._buckets, key=lambda bucket: place.get(bucket.spec.id, last))
+            return [[bucket] for bucket in ordered]
         found: list[list[Stepped]] = []
         for alone, run in groupby(self._buckets, key=_goes_alone):
             together = list(run)

@@ -9,7 +9,8 @@ device and the run goes on.
 What has started is not started again: whatever raises between two lines, Ctrl-C included, the next
 call goes on with the command at the cursor, and a command that runs twice has its effect once. The
 pass is lost all the same, so from then on zeros are sent, and `failure` says why the vote must be
-lost. `launch_all`, `drain` and `publish` come to their end before they let an exception out.
+lost. `launch_all`, `drain` and `publish` come to their end before they let an exception out; where
+a publication is overlapped, its end is that all has been sent.
 
 Where parameters are sharded there is no one list: the core hands out *actions*, of forwards too,
 which queue up behind one another (`run.actions`).
@@ -26,17 +27,17 @@ from typing import Any
 from zerort import _core
 from zerort.device import device_for
 from zerort.errors import CommError
-from zerort.memory import FlatModel
+from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh
 from zerort.run.actions import Action, Actions, Verb
 from zerort.run.changes import Changes
 from zerort.run.empty import EmptyPass
-from zerort.run.flight import Transport
+from zerort.run.flight import Hop, Transport
 from zerort.run.gathers import Gathers, UnitFlight
 from zerort.run.hops import Fold, Pass
 from zerort.run.launches import Launches
 from zerort.run.program import Maker, Program
-from zerort.run.publication import Publication
+from zerort.run.publication import UNGUARDED, Guard, Publication
 from zerort.run.waits import Waits
 from zerort.trace.watch import Watch
 
@@ -63,7 +64,10 @@ class Executor:
         self._mesh = mesh
         self.send_by(transports)
         self._program = Program()
-        self._publication = Publication((), self.waits)
+        self._guard: Guard = UNGUARDED
+        self._needed: Sequence[int] = ()
+        self.publication = self._publish(())
+        """How updated shards reach all ranks."""
         self._cursor = self._allowed = 0
         blocks = self.device.blocks
         self._launches = Launches(self.streams, self.waits, self._pass, blocks=blocks)
@@ -89,9 +93,35 @@ class Executor:
         self._program.dissolve()
         self._program = Program()  # whose memory goes before the new is asked for
         self._program = self._maker.program(plan, self._launches, units)
-        self._publication = Publication(self._maker.published(), self.waits)
+        self.publication.land()
+        self.publication = self._publish(self._maker.published())
         self._actions.load(self._table())
         self._cursor = self._allowed = 0
+
+    def _publish(self, hops: Sequence[tuple[FlatBucket, Sequence[Hop]]]) -> Publication:
+        """Of these buckets, what is needed first in front."""
+        place = {param: index for index, param in enumerate(self._needed)}
+        last = len(place)
+
+        def first_need(bucket: FlatBucket) -> tuple[int, int]:
+            # until more is known: buckets are planned in the order of a backward
+            return min(place.get(p, last) for p in bucket.spec.params), -bucket.spec.id
+
+        ordered = sorted(hops, key=lambda pair: first_need(pair[0]))
+        here = None if self.device.blocks else self.streams.here
+        publication = Publication(ordered, self.waits, here)
+        publication.guard = self._guard
+        return publication
+
+    def guard_by(self, guard: Guard) -> None:
+        """Who keeps others from parameters whose updates are on their way. Nothing is."""
+        self._guard = self.publication.guard = guard
+
+    def need(self, order: Sequence[int]) -> None:
+        """Parameters in the order in which forwards need them, for the next `load`; the same on all
+        ranks.
+        """
+        self._needed = order
 
     def unload(self) -> None:
         """Gives the memory of buckets in flight back, until `load`. Nothing is under way."""
@@ -212,14 +242,21 @@ class Executor:
         """Why the window is lost on this rank, if it is."""
         return self._pass.failure
 
-    def publish_ready(self, ready: Collection[int]) -> None:
+    def publish_ready(self, ready: Collection[int], *, overlapped: bool) -> None:
         """Begins to bring updated shards to all ranks, of buckets by their number."""
-        self._publication.start(ready)
+        self.publication.start(self._flat.state + 1, ready, guarded=overlapped)
 
-    def publish(self) -> None:
-        """Brings every rank's updated shard to all ranks, and waits."""
+    def publish(self, *, overlapped: bool) -> None:
+        """Brings every rank's updated shard to all ranks; waits unless that is `overlapped`."""
+        turn = self._flat.state + 1
+
+        def run() -> None:
+            self.publication.launch(turn, guarded=overlapped)
+            if not overlapped:
+                self.publication.land()
+
         try:
-            _to_the_end(self._publication.finish)
+            _to_the_end(run)
         finally:
             self._flat.published()
 

@@ -22,6 +22,7 @@ from zerort.optim import Update
 from zerort.run.changes import lost
 from zerort.run.exchange import Exchange
 from zerort.step.interrupts import held
+from zerort.step.overlap import Overlap
 from zerort.step.precision import LossScale
 from zerort.step.standby import Standby
 from zerort.step.vote import Ballot, Verdict, clip_factor, vote
@@ -66,6 +67,7 @@ class Boundary:
     loss_scale: LossScale
     policy: Policy
     sink: TraceSink
+    overlap: Overlap
     norm: float | None = field(default=None, init=False)
     overflow: bool = field(default=False, init=False)
     exposed: float = field(default=0.0, init=False)
@@ -116,6 +118,8 @@ class Boundary:
             # Before anything of the user's own runs: an exception there on one rank must not cost a
             # broadcast.
             self.reduction.learn()
+            if verdict.finite:
+                self.overlap.agree()
             self.norm = verdict.norm / scale * correction
             self.overflow = not verdict.finite
             if self.overflow:
@@ -142,9 +146,10 @@ class Boundary:
             self.exposed, self._waited = self.reduction.waited - self._waited, self.reduction.waited
 
     def _prepare(self) -> str | None:
-        """Memory for the exchange; returns why there is none."""
+        """Memory for the exchange, and guards; returns why there is none."""
         try:
             self.exchange.prepare()
+            self.reduction.prepare_publication()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -281,10 +286,11 @@ class Boundary:
     def _apply(self, factor: float, *, written: bool) -> None:
         self.exchange.take_writes(written)
         self.exchange.gradients()
+        overlapped = self.overlap.decide()
         try:
             with self.sink.range("optimizer"):
                 self.flat.take_writes()
-                self._update(factor)
+                self._update(factor, overlapped=overlapped)
         except BaseException as error:
             self.half_updated = (
                 f"its optimizer raised {type(error).__name__}: {error}; parameters may be half "
@@ -294,23 +300,25 @@ class Boundary:
         finally:  # the peers, whose optimizers went through, wait for this rank's shards
             self.exchange.values()
             with self.sink.range("publish"):
-                self._publish()
+                self._publish(overlapped=overlapped)
 
-    def _update(self, factor: float) -> None:
+    def _update(self, factor: float, *, overlapped: bool) -> None:
         """Updates batch by batch; what has been updated is on its way while the next is."""
         ready: set[int] = set()
-        batches = self.optimizer.batches()
+        batches = self.optimizer.batches(self.reduction.published if overlapped else ())
         for batch in batches:
             self.optimizer.step(factor, batch)
             for bucket in batch:
                 bucket.write_back()
             if len(batches) > 1:
                 ready.update(bucket.spec.id for bucket in batch if bucket.is_published)
-                self.reduction.publish_ready(ready)
+                self.reduction.publish_ready(ready, overlapped=overlapped)
 
-    def _publish(self) -> None:
+    def _publish(self, *, overlapped: bool) -> None:
         try:
-            self.reduction.publish()
+            before = self.reduction.waited
+            self.reduction.publish(overlapped=overlapped)
+            self.overlap.published(self.reduction.waited - before)
         except CommError:
             raise
         except BaseException as error:

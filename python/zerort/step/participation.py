@@ -17,6 +17,7 @@ from zerort.errors import CommError, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import LossScaling
 from zerort.params.passes import Passes, Resident
+from zerort.params.publish import Publishing
 from zerort.params.roll import Diverged
 from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
@@ -43,12 +44,14 @@ class Participation:
         progress: Progress,
         unused: UnusedParameters,
         passes: Passes | Resident,
+        publishing: Publishing,
     ) -> None:
         self.averaging = averaging
         self.reduction = reduction
         self.boundary = boundary
         self.progress = progress
         self.passes = passes
+        self.publishing = publishing
         self._unused = unused
         self._join: Join | None = None
         self._meeting = self._meets()
@@ -141,7 +144,10 @@ class Participation:
     # The boundary.
 
     def meet(self) -> None:
-        """All ranks are at the end of the window: their sums come without this rank's help."""
+        """All ranks are at the end of the window: their sums come without this rank's help, and
+        what has been published is there.
+        """
+        self.reduction.land()
         with self.boundary.sink.range("retire"):
             self.passes.meet(serving=self.accumulation.window.failure is not None)
             self.reduction.drain()

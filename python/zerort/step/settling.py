@@ -63,6 +63,7 @@ class Settling:
 
     def _demand(self, call: str, *, recovering: bool = True) -> None:
         """Raises where `call` cannot be."""
+        self._hear_of_lost_updates()
         match self._phase:
             case Destroyed():
                 raise StepError(f"{call} after engine.destroy(): the engine has given all back")
@@ -80,6 +81,17 @@ class Settling:
             case _:
                 if recovering:
                     self.recover()
+
+    def _hear_of_lost_updates(self) -> None:
+        """Whoever asked for updated parameters that are lost has raised; the engine follows."""
+        lost = self._reduction.unpublished
+        if lost is not None and not isinstance(self._phase, Lost | Destroyed):
+            self._phase = Lost(lost)
+        if lost is not None and self.part.boundary.half_updated is None:
+            self.part.boundary.half_updated = (
+                f"updated parameters were lost on their way: {lost}; load a checkpoint before "
+                "going on"
+            )
 
     def _raised(self) -> bool:
         """Whether a backward that this engine has not begun has brought gradients and raised."""
@@ -203,6 +215,7 @@ class Settling:
         passes = self.part.passes
         passes.refusal = None
         try:
+            self._reduction.land()
             self._reduction.abort()
             passes.close(complete=False)
             passes.meet("destroy()", FAILED if failed else 0)

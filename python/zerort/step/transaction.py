@@ -12,6 +12,7 @@ micro-batch starts clean on all. A backward that this engine has not begun is fo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -37,6 +38,8 @@ from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Settled, b
 from zerort.step.settling import AWAY
 
 __all__ = ["Transaction"]
+
+_log = logging.getLogger("zerort")
 
 T = TypeVar("T")
 
@@ -65,6 +68,9 @@ class Transaction(DirectBackwards):
         self._forwards += 1
         try:
             outputs = self._computed(run)
+        except CommError:
+            self._hear_of_lost_updates()
+            raise
         finally:
             self._forwards -= 1
         when_backward_reaches(outputs, self._begins)
@@ -72,6 +78,9 @@ class Transaction(DirectBackwards):
 
     def _computed(self, run: Callable[[], T]) -> T:
         passes = self.part.passes
+        if not torch.is_grad_enabled():
+            # kernels for parameters of the plain class alone
+            self._reduction.land()
         if not passes.shards or passes.is_within(in_backward=in_backward()):
             return run()
         trains = passes.trains and torch.is_grad_enabled()
@@ -273,6 +282,7 @@ class Transaction(DirectBackwards):
         if call == "load_checkpoint()":
             self._refuse_pinned(call)
         with self._parting():
+            self._reduction.land()
             self.part.passes.meet(call)
             self._reduction.drain()
 
@@ -335,7 +345,9 @@ class Transaction(DirectBackwards):
                 f"{call} in the middle of a window, whose gradients would be lost: call it right "
                 "after a step at a boundary"
             )
-        self._reduction.drain()
+        with self._parting():
+            self._reduction.land()
+            self._reduction.drain()
 
     def arrive(self) -> None:
         """They are back."""
@@ -364,7 +376,12 @@ class Transaction(DirectBackwards):
     def close(self) -> None:
         """Takes the hooks off the model; no call but `forward` works afterwards."""
         if not isinstance(self._phase, Destroyed):
+            parted = isinstance(self._phase, Lost) or self._reduction.unpublished is not None
             self._phase = Destroyed()
+            try:
+                self.part.publishing.close(waits=not parted)
+            except CommError as error:
+                _log.warning("updated parameters were lost on their way: %s", error)
             self._reduction.close()
             self.part.passes.detach(whole=self.part.boundary.half_updated is None)
 

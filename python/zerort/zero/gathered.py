@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from zerort.params import sharded
+from zerort.params.arriving import Arriving, land
 
 __all__ = ["GatheredParameters", "unwrap_model_for_generation"]
 
@@ -20,8 +21,8 @@ class GatheredParameters:
     written is everybody's value behind it, masters included; without one nothing may be written.
     It nests, and within a forward it is a use like any other. Around `generate()` it saves the
     gathers of every token. Of a parameter that stays whole at stage 3 rank `modifier_rank`'s values
-    count just so; below stage 3 nothing is done. `fwd_module` is DeepSpeed's, and has nothing to do
-    here.
+    count just so; below stage 3 only updates that are on their way are waited for. `fwd_module` is
+    DeepSpeed's, and has nothing to do here.
 
     Raises `StepError` naming a parameter that was written without a `modifier_rank`, and where the
     ranks do not call it together.
@@ -37,6 +38,8 @@ class GatheredParameters:
         wanted = [params] if isinstance(params, Tensor) else list(params)
         self._held: dict[int, tuple[sharded.Keeper, dict[int, nn.Parameter]]] = {}
         for parameter in wanted if enabled else ():
+            if isinstance(parameter, Arriving):
+                land(parameter)
             keeper = sharded.keeper_of(parameter)
             if keeper is not None and isinstance(parameter, nn.Parameter):
                 self._held.setdefault(id(keeper), (keeper, {}))[1][id(parameter)] = parameter

@@ -267,8 +267,8 @@ def _interrupt_the_publishing(rank: int, world: int, stage: int) -> tuple[Any, .
     reduction, raised = engine._parts.reduction, False
     publish = reduction.publish
 
-    def interrupted() -> None:
-        publish()
+    def interrupted(**how: bool) -> None:
+        publish(**how)
         raise KeyboardInterrupt
 
     with mock.patch.object(reduction, "publish", interrupted if rank == 1 else publish):

@@ -42,6 +42,11 @@ ROWS: Sequence[Key] = (
     same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
     same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
     same(
+        "zerort.publish",
+        'stages 1 and 2: "overlapped": updated parameters arrive beside the next forward, whose '
+        'modules wait for their own; "step": step waits for all; "auto": what is measured',
+    ),
+    same(
         "zerort.reshard_after_forward",
         "stage 3: true for the smallest room, false for room for the whole model",
     ),
