@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from zerort.checkpoint.calls import Saving
 from zerort.checkpoint.checkpoints import Checkpoints, SavePolicy
 from zerort.checkpoint.state import EngineState
-from zerort.errors import CommError, ConfigError, StepError
+from zerort.errors import CheckpointError, CommError, ConfigError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
 from zerort.grads.compiled import around
@@ -73,7 +73,8 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         self._states = States(self._transaction, parts)
         self._owner = Owner(self._transaction, parts)
         outside = Outside(self._transaction, parts)
-        self._checkpoints = Checkpoints(_state(self), _policy(parts))
+        self._checkpoints = Checkpoints(_state(self), _policy(parts), parts.sink)
+        parts.boundary.has_unsaved = self._checkpoints.background.failed
         # An engine that is dropped without `destroy` leaves no hook on the model.
         self._give_back = weakref.finalize(
             self,
@@ -126,7 +127,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
 
         Raises `StepError` within `no_sync` or `torch.inference_mode`, without a backward, when
         another rank has failed, and when something of the user's own raises after the update, which
-        then stands.
+        then stands; `CheckpointError` where an asynchronous save has failed, and the step stands.
         """
         if self._transaction.part.accumulation.held:
             raise StepError(
@@ -136,6 +137,9 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
             )
         with self._parts.sink.range("step"):
             self._transaction.step(lr_kwargs or {})
+        boundary = self._parts.boundary
+        unsaved, boundary.unsaved = boundary.unsaved, ()
+        self._checkpoints.stepped(unsaved)
 
     # Control.
 
@@ -281,14 +285,22 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.
 
-        All ranks call it: what a backward without a `step` has begun is ended together. The module
-        can be used on, also by `forward`; nothing else can. While an exception is handled, ranks
-        that still wait for this one hear of it. A second call does nothing.
+        All ranks call it: what a backward without a `step` has begun is ended together, and a save
+        beside training waited for. The module can be used on, also by `forward`; nothing else can.
+        While an exception is handled, ranks that still wait for this one hear of it. A second call
+        does nothing. Raises `CheckpointError`, when all is given back, where an asynchronous save
+        has failed that has not been raised yet; while an exception is handled that is logged.
         """
         if not self._transaction.closed:
-            together = self._transaction.finish(sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            unsaved = self._checkpoints.close()
+            together = self._transaction.finish(error)
             self._give_back()
             self._parts.mesh.close(waits=together)
+            if unsaved is not None and error is None:
+                raise CheckpointError(f"an asynchronous save has failed: {unsaved}")
+            if unsaved is not None:
+                _log.error("an asynchronous save has failed: %s", unsaved)
 
     # Data.
 
@@ -393,7 +405,12 @@ def _transaction(parts: Components, counters: Counters, events: Events) -> Trans
 
 def _policy(parts: Components) -> SavePolicy:
     settings = parts.config
-    return SavePolicy(settings.checkpoint.tag_validation, settings.zerort.checkpoint.timeout)
+    return SavePolicy(
+        settings.checkpoint.tag_validation,
+        settings.zerort.checkpoint.timeout,
+        settings.zerort.checkpoint.asynchronous,
+        timedelta(seconds=settings.zerort.timeout),
+    )
 
 
 def _state(engine: Engine) -> EngineState:

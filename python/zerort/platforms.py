@@ -1,5 +1,6 @@
 """What operating systems do differently, in one place: locks, what makes a write durable, renames
-that replace nothing, whether a process runs, and what memory it has taken.
+that replace nothing, whether a process runs, what memory it has taken and how much is free, and a
+thread's priority.
 
 `Plain` asks for no more than Python has everywhere; each system adds what it has. So a promise that
 a system cannot keep is weaker there, and nothing fails: Windows cannot sync a folder or exchange
@@ -14,6 +15,8 @@ import errno
 import importlib
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,15 @@ class Plain:
         not tell.
         """
         return None
+
+    def free_memory(self) -> int | None:
+        """Bytes of the host's memory that this process may still take without anything being pushed
+        out, by the limits that it is under; None where the system does not tell.
+        """
+        return None
+
+    def yield_processors(self) -> None:
+        """From now on the calling thread has the lowest priority that it can give itself."""
 
     def sync(self, file: int) -> None:
         """What was written survives a power loss from here on."""
@@ -171,9 +183,64 @@ class Posix(Plain):
 
 
 class Linux(Posix):
-    """`renameat2` and `fallocate`, where the file system has them."""
+    """`renameat2` and `fallocate`, where the file system has them; threads with a priority of their
+    own; memory as /proc and the control groups tell it.
+    """
 
     _NOREPLACE, _EXCHANGE, _AT_FDCWD, _KEEP_SIZE = 1, 2, -100, 1
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__()
+        self._root = root
+
+    def yield_processors(self) -> None:
+        """See `Plain.yield_processors`; idle, or where that is not allowed the most that is."""
+        thread = threading.get_native_id()
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, 19)
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:
+            pass  # a sandbox may forbid either
+
+    def free_memory(self) -> int | None:
+        """See `Plain.free_memory`."""
+        free = _rows(self._text("proc/meminfo")).get("MemAvailable:")
+        known = [*([] if free is None else [free << 10]), *self._group_room()]
+        return min(known, default=None)
+
+    def _group_room(self) -> Iterator[int]:
+        """What each control group that this process is in has left. What files take there is given
+        back when it is wanted.
+        """
+        for line in self._text("proc/self/cgroup").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                names = ("", "memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                names = (
+                    "memory/",
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                    "total_inactive_file",
+                )
+            else:
+                continue
+            where = Path(path.lstrip("/"))
+            for group in (where, *where.parents):
+                # a container sees its own group as the root, whatever it is called outside
+                yield from self._room(f"sys/fs/cgroup/{names[0]}{group}", *names[1:])
+
+    def _room(self, group: str, limit: str, used: str, files: str) -> Iterator[int]:
+        most, now = (self._text(f"{group}/{name}").strip() for name in (limit, used))
+        if most.isdigit() and now.isdigit():
+            cached = _rows(self._text(f"{group}/memory.stat")).get(files, 0)
+            yield max(0, int(most) - int(now) + cached)
+
+    def _text(self, path: str) -> str:
+        try:
+            return (self._root / path).read_text()
+        except OSError:
+            return ""
 
     def reserve(self, file: int, size: int) -> None:
         """See `Plain.reserve`; the length of the file stays.
@@ -204,6 +271,12 @@ class Linux(Posix):
         here, names = self._AT_FDCWD, (os.fsencode(source), os.fsencode(target))
         flag = ctypes.c_uint(flags)
         self._call("renameat2", source, target, here, names[0], here, names[1], flag)
+
+
+def _rows(text: str) -> dict[str, int]:
+    """Lines of a name and a number."""
+    rows = (line.split() for line in text.splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 class MacOS(Posix):
@@ -239,7 +312,7 @@ class MacOS(Posix):
 
 def system(name: str) -> Plain:
     """What there is on the platform `name`, as in `sys.platform`."""
-    known = {"linux": Linux, "darwin": MacOS, "win32": Windows}
+    known: dict[str, Callable[[], Plain]] = {"linux": Linux, "darwin": MacOS, "win32": Windows}
     try:
         return known.get(name, Posix if os.name == "posix" else Plain)()
     except ImportError:

@@ -47,6 +47,7 @@ class Saving:
         overwrite: bool | None = None,
         keep_last: int | None = None,
         allow_pickle: bool = False,
+        asynchronous: bool | None = None,
     ) -> bool:
         """Writes all state to `save_dir`/`tag` (default `global_step{N}`). All ranks call it;
         returns True.
@@ -54,9 +55,12 @@ class Saving:
         When it returns, the checkpoint is complete on every rank and survives a power loss.
         `client_state` (rank 0's is kept) holds what `torch.load(weights_only=True)` reads back, and
         with `allow_pickle` any object that can be pickled, which loading then must allow too. An
-        existing tag is replaced with `overwrite`, and only the newest `keep_last` stay; both
+        existing tag is replaced with `overwrite`, and only the newest `keep_last` stay; with
+        `asynchronous` it returns once the state has been copied, and the checkpoint is written
+        beside training, until `wait_for_checkpoint` has returned or the next save begins. All three
         default to the configuration. Gradients are not part of it: save after a step. Raises the
-        same `CheckpointError` on all ranks, and then what was there before is untouched.
+        same `CheckpointError` on all ranks, and then what was there before is untouched; of an
+        asynchronous save at a later `step` or call.
         """
         self._transaction.pause("save_checkpoint()")
         policy = self._parts.config.zerort.checkpoint
@@ -67,8 +71,22 @@ class Saving:
             allow_pickle=allow_pickle,
         )
         return self._checkpoints.save(
-            save_dir, tag, client_state or {}, options, exclude_frozen=exclude_frozen_parameters
+            save_dir,
+            tag,
+            client_state or {},
+            options,
+            exclude_frozen=exclude_frozen_parameters,
+            asynchronous=policy.asynchronous if asynchronous is None else asynchronous,
         )
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when nothing is being written beside training: then the last checkpoint is
+        complete on every rank and survives a power loss. All ranks call it.
+
+        Raises `CheckpointError` on all ranks where an asynchronous save has failed that has not
+        been raised yet; the engine goes on.
+        """
+        self._checkpoints.settle("wait_for_checkpoint()")
 
     def load_checkpoint(
         self,

@@ -8,24 +8,28 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from zerort.checkpoint.background import Background
 from zerort.checkpoint.consolidated import consolidated, weights_of
+from zerort.checkpoint.copies import bytes_of
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.load import Load
 from zerort.checkpoint.match import LoadOptions
 from zerort.checkpoint.prune import Pruned, Run
 from zerort.checkpoint.record import LoadRecord
 from zerort.checkpoint.save import Save, SaveOptions, agreed_tag
-from zerort.checkpoint.snapshot import KeepOptions, Snapshot, collect
+from zerort.checkpoint.snapshot import KeepOptions, Snapshot, collect, planned
 from zerort.checkpoint.state import EngineState, aliases
 from zerort.checkpoint.tags import folder_of
 from zerort.checkpoint.weights import save_weights
 from zerort.errors import CheckpointError
-from zerort.mesh import Consensus, Patience
+from zerort.mesh import Consensus, Control, Patience
+from zerort.trace import TraceSink
 
 __all__ = ["Checkpoints", "SavePolicy"]
 
@@ -39,6 +43,10 @@ class SavePolicy:
     tag_validation: Literal["WARN", "IGNORE", "FAIL"]
     timeout: float
     """Seconds that a rank may write or read nothing."""
+    asynchronous: bool = False
+    """Saves are written beside training unless a call says otherwise."""
+    patience: timedelta = timedelta(minutes=5)
+    """With peers, in the votes of a save beside training."""
 
 
 class Checkpoints:
@@ -46,9 +54,16 @@ class Checkpoints:
     that one.
     """
 
-    def __init__(self, state: EngineState, policy: SavePolicy) -> None:
+    def __init__(self, state: EngineState, policy: SavePolicy, sink: TraceSink) -> None:
         self.state = state
         self.disk = Disk()
+        comm = state.comm
+        self.background = Background(comm.control, comm.device, policy.patience, sink)
+        if policy.asynchronous:
+            self.background.open()
+        self._prepares = policy.asynchronous
+        """Whether memory for copies is still to be got."""
+        self._sink = sink
         self.bytes_read = 0
         """By this rank in the last load."""
         self.last_load: LoadRecord | None = None
@@ -56,8 +71,7 @@ class Checkpoints:
         self._agreement = Consensus(state.comm.control, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
         self._run = Run()
-        self._spared = False
-        """Whether it has been said that other runs' checkpoints stay."""
+        self._report = _Report()
 
     def save(
         self,
@@ -67,8 +81,31 @@ class Checkpoints:
         options: SaveOptions,
         *,
         exclude_frozen: bool,
+        asynchronous: bool = False,
     ) -> bool:
         """All ranks. See `Engine.save_checkpoint`."""
+        self.settle("save_checkpoint()")
+        with self._sink.range("save"):
+            self._save(
+                save_dir,
+                tag,
+                client_state,
+                options,
+                exclude_frozen=exclude_frozen,
+                asynchronous=asynchronous,
+            )
+        return True
+
+    def _save(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None,
+        client_state: dict[str, Any],
+        options: SaveOptions,
+        *,
+        exclude_frozen: bool,
+        asynchronous: bool,
+    ) -> None:
         comm = self.state.comm
         folder = self._agreement.agree("cannot save", lambda: folder_of(save_dir, "save_dir"))
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
@@ -76,7 +113,7 @@ class Checkpoints:
         loaded = frozenset(
             loaded for where, loaded in self._loaded.items() if where == folder.resolve()
         )
-        what = f"checkpoint {folder / name} was not saved"
+        what = f"checkpoint {folder / name}"
 
         def snap() -> Snapshot:
             self._refuse_half_changed()
@@ -84,38 +121,41 @@ class Checkpoints:
             return collect(self.state, client_state, kept)
 
         self.state.take_writes()
-        snapshot = self._agreement.agree(what, snap)
+        snapshot = self._agreement.agree(f"{what} was not saved", snap)
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
-        saving = Save(comm, self.disk, folder, name, options)
-        saving.run(snapshot)
-        self._report(folder, options.keep_last, saving.pruned)
-        return True
+        disk, report = self.disk, self._report
+
+        def write(control: Control, snapshot: Snapshot) -> None:
+            saving = Save(control, disk, folder, name, options)
+            saving.run(snapshot)
+            report(folder, options.keep_last, saving.pruned)
+
+        if not asynchronous or not self.background.begin(what, snapshot, write):
+            write(comm.control, snapshot)
+
+    def settle(self, call: str) -> None:
+        """All ranks, before `call`. See `Background.settle`."""
+        self.background.settle(call)
+
+    def stepped(self, unsaved: tuple[int, ...]) -> None:
+        """A micro-batch is over; ranks `unsaved` have said in its vote that a save has failed.
+        Raises `CheckpointError` if there are any.
+        """
+        if self._prepares and self.state.counters.global_steps:
+            self._prepares = False
+            self.background.prepare(bytes_of(planned(self.state).tensors))
+        if unsaved:
+            self.background.refuse(unsaved)
+
+    def close(self) -> str | None:
+        """Waits for what is being written. Returns why it failed, unless that has been raised."""
+        return self.background.close()
 
     def _refuse_half_changed(self) -> None:
         """Saved, such a state would replace good checkpoints."""
         reason = self.state.half_changed()
         if reason is not None:
             raise CheckpointError(reason)
-
-    def _report(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
-        if pruned.gone:
-            # one a save is the ordinary business of it
-            _log.log(
-                logging.DEBUG if len(pruned.gone) == 1 else logging.INFO,
-                "keep_last=%s: deleted %d of this run's checkpoints from %s: %s",
-                keep_last,
-                len(pruned.gone),
-                folder,
-                ", ".join(pruned.gone[:8]),
-            )
-        if pruned.of_other_runs and not self._spared:
-            self._spared = True
-            _log.warning(
-                "keep_last=%s leaves the checkpoints alone that other runs saved into %s: %s",
-                keep_last,
-                folder,
-                ", ".join(pruned.of_other_runs[:8]),
-            )
 
     def load(
         self,
@@ -127,6 +167,7 @@ class Checkpoints:
         fallback: bool,
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
+        self.settle("load_checkpoint()")
         folder = self._agreement.agree("cannot load", lambda: folder_of(load_dir, "load_dir"))
         self.state.take_writes()  # what the checkpoint lacks keeps its value
         loading = Load(self.state, self.disk, folder, options, custom, self._policy.timeout)
@@ -176,3 +217,31 @@ class Checkpoints:
     @property
     def _is_sharded(self) -> bool:
         return any(bucket.spec.sharded for bucket in self.state.flat.buckets)
+
+
+class _Report:
+    """What became of old checkpoints, in the log."""
+
+    def __init__(self) -> None:
+        self._spared = False
+        """Whether it has been said that other runs' checkpoints stay."""
+
+    def __call__(self, folder: Path, keep_last: int | None, pruned: Pruned) -> None:
+        if pruned.gone:
+            # one a save is the ordinary business of it
+            _log.log(
+                logging.DEBUG if len(pruned.gone) == 1 else logging.INFO,
+                "keep_last=%s: deleted %d of this run's checkpoints from %s: %s",
+                keep_last,
+                len(pruned.gone),
+                folder,
+                ", ".join(pruned.gone[:8]),
+            )
+        if pruned.of_other_runs and not self._spared:
+            self._spared = True
+            _log.warning(
+                "keep_last=%s leaves the checkpoints alone that other runs saved into %s: %s",
+                keep_last,
+                folder,
+                ", ".join(pruned.of_other_runs[:8]),
+            )

@@ -12,8 +12,8 @@ listed.
 
 What needs space happens before the rename, so a full disk leaves nothing half done behind it.
 Whatever fails, all ranks raise the same `CheckpointError`, and `DIR/TAG` and `latest` are as they
-were, or, after the rename, `DIR/TAG` is complete. The steps use one `Save` and no global state, so
-that they can run on a thread of their own.
+were, or, after the rename, `DIR/TAG` is complete. The steps use one `Save` and no global state:
+they run on the caller's thread or, over a copy of the state, on one beside training (`background`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
 from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path
 from zerort.checkpoint.tensors import as_bytes, place
 from zerort.errors import CheckpointError
-from zerort.mesh import Comm, Consensus, Patience
+from zerort.mesh import Comm, Consensus, Control, Patience
 
 __all__ = ["Save", "SaveOptions", "Written", "agreed_tag"]
 
@@ -96,9 +96,11 @@ def agreed_tag(comm: Comm, tag: str, validation: Literal["WARN", "IGNORE", "FAIL
 
 @dataclass
 class Save:
-    """One save under way. `run` goes through its steps."""
+    """One save under way, of the ranks of `control`. `run` goes through its steps, on whichever
+    thread; nothing else may use `control` meanwhile.
+    """
 
-    comm: Comm
+    control: Control
     disk: Disk
     folder: Path
     tag: str
@@ -134,14 +136,14 @@ class Save:
             "zerort.checkpoint.timeout",
             lambda: 0 if self._file is None else self._file.bytes_written,
         )
-        agreement = Consensus(self.comm.control, CheckpointError, alike=True, patience=patience)
+        agreement = Consensus(self.control, CheckpointError, alike=True, patience=patience)
         try:
             self._name(agreement.first(not_saved, self.open))
             written = agreement.gather(not_saved, lambda: self.write(snapshot))
             agreement.first(not_saved, lambda: self.commit(written, snapshot))
             agreement.first(not_named, self.point)
         finally:
-            if self.comm.rank == 0:
+            if self.control.rank == 0:
                 self._release()
 
     # The steps.
@@ -159,7 +161,7 @@ class Save:
 
     def write(self, snapshot: Snapshot) -> Written:
         """This rank's file."""
-        name = rank_file(self.comm.rank)
+        name = rank_file(self.control.rank)
         head, placed = place(snapshot.tensors)
         size = len(head) + sum(at.end - at.start for _, at in placed)
         with HashedFile(self.disk, self.temporary / name, size) as file:

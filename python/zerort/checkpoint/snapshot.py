@@ -2,8 +2,9 @@
 manifest.
 
 The tensors are views of the engine's own memory, so a snapshot costs no memory and holds good until
-the next step. What is the same on all ranks is collected by rank 0 alone; what the optimizer keeps
-of a parameter comes from every rank that owns a part of it, and must agree.
+the next step; everything else in it is the snapshot's own. What is the same on all ranks is
+collected by rank 0 alone; what the optimizer keeps of a parameter comes from every rank that owns a
+part of it, and must agree.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from zerort.errors import CheckpointError
 from zerort.memory import Kept
 from zerort.optim.segments import Region, Segment, regions
 
-__all__ = ["KeepOptions", "Snapshot", "collect", "merged_states"]
+__all__ = ["KeepOptions", "Snapshot", "collect", "merged_states", "planned"]
 
 Spans = list[tuple[int, int]]
 """Half-open ranges of a bucket's owned part, ascending and apart."""
@@ -69,12 +70,8 @@ def collect(state: EngineState, client_state: dict[str, Any], options: KeepOptio
     """This rank's snapshot, behind `EngineState.take_writes`. Raises `CheckpointError` for a value
     that a checkpoint cannot hold, with its path.
     """
-    snapshot, beside = Snapshot(), dict[str, Tensor]()
     exclude_frozen = options.exclude_frozen
-    segments = by_bucket(state.optimizer)
-    for bucket in state.flat.kept:
-        of_bucket = segments.get(id(bucket), [])
-        _collect_bucket(state, bucket, of_bucket, snapshot, exclude_frozen=exclude_frozen)
+    snapshot, beside = planned(state, exclude_frozen=exclude_frozen), dict[str, Tensor]()
     snapshot.own.update(_own(state, beside))
     if state.comm.rank == 0:
         snapshot.shared.update(_shared(state, client_state, beside, options))
@@ -88,6 +85,15 @@ def collect(state: EngineState, client_state: dict[str, Any], options: KeepOptio
         )
         snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in kept)
     snapshot.tensors.extend(Stored.of(name, tensor) for name, tensor in beside.items())
+    return snapshot
+
+
+def planned(state: EngineState, *, exclude_frozen: bool = False) -> Snapshot:
+    """What lies in buckets, and nothing else: masters and the optimizer's state."""
+    snapshot, segments = Snapshot(), by_bucket(state.optimizer)
+    for bucket in state.flat.kept:
+        of_bucket = segments.get(id(bucket), [])
+        _collect_bucket(state, bucket, of_bucket, snapshot, exclude_frozen=exclude_frozen)
     return snapshot
 
 

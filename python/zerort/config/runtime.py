@@ -39,12 +39,14 @@ class Loader(Section):
 
 
 class CheckpointPolicy(Section):
-    """`zerort.checkpoint`: saving and loading; the first two are defaults of `save_checkpoint`'s
+    """`zerort.checkpoint`: saving and loading; the first three are defaults of `save_checkpoint`'s
     keywords.
     """
 
     overwrite: bool = False
     keep_last: Count | None = None
+    asynchronous: bool = False
+    """State is copied, and written beside training."""
     timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a rank may write or read nothing while the others wait for it."""
 

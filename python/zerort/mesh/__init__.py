@@ -6,7 +6,7 @@
 
 from zerort.mesh.comm import Comm, Control, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.consensus import Consensus
-from zerort.mesh.control import meet
+from zerort.mesh.control import beside, meet
 from zerort.mesh.gate import Gate
 from zerort.mesh.last_words import leave as leave_last_words
 from zerort.mesh.mesh import Mesh, connect, job_rank, usual_device
@@ -24,6 +24,7 @@ __all__ = [
     "Scatter",
     "ScatterMemory",
     "Work",
+    "beside",
     "connect",
     "init_distributed",
     "is_whole_job",

@@ -26,7 +26,7 @@ from zerort.mesh.process import this_process
 from zerort.mesh.rendezvous import init_distributed
 from zerort.mesh.roster import Roster
 
-__all__ = ["GlooControl", "meet", "open_control", "open_groups"]
+__all__ = ["GlooControl", "beside", "meet", "open_control", "open_groups"]
 
 _CONTROL = "control"
 _PAUSE = 0.0005  # seconds
@@ -120,6 +120,15 @@ def meet(timeout: timedelta) -> Control:
 def open_control(members: Members, known: Peers, timeout: timedelta) -> GlooControl:
     """A control group over each part of `members`. Raises as `open_groups`."""
     return GlooControl(open_groups(_CONTROL, members, known, timeout))
+
+
+def beside(control: Control, timeout: timedelta) -> Control:
+    """A control group of the same ranks, for a thread of its own: nothing on it waits for what is
+    on `control`. All ranks of the job call it, in the same order. Raises as `open_groups`.
+    """
+    if not isinstance(control, GlooControl):
+        return LocalControl()
+    return open_control(control.groups.members, control.groups.peers, timeout)
 
 
 def open_groups(name: str, members: Members, known: Peers, timeout: timedelta) -> Groups:

@@ -9,6 +9,7 @@ What it does not do: it counts nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
@@ -73,6 +74,10 @@ class Boundary:
     exposed: float = field(default=0.0, init=False)
     half_updated: str | None = field(default=None, init=False)
     ranks_differ: str | None = field(default=None, init=False)
+    has_unsaved: Callable[[], bool] = field(default=bool, init=False)
+    """Whether a save beside training has failed on this rank."""
+    unsaved: tuple[int, ...] = field(default=(), init=False)
+    """The ranks on which one has, as of the last vote."""
     _waited: float = field(default=0.0, init=False)
     _explained: bool = field(default=False, init=False)
     _held: BaseException | None = field(default=None, init=False)
@@ -183,10 +188,13 @@ class Boundary:
             failure is not None,
             self.reduction.fingerprint,
             written=self.exchange.written(),
+            unsaved=self.has_unsaved(),
         )
         waiting, failed = self.reduction.waiting("vote"), failure is not None
         with self.sink.range("vote"), waiting, self.standby.attending(failed=failed):
-            return vote(self.mesh, self.flat, ballot)
+            verdict = vote(self.mesh, self.flat, ballot)
+        self.unsaved = verdict.unsaved
+        return verdict
 
     def _explain(self, unreduced: int) -> None:
         """Says once where gradients are, and names one that was written where they are not."""

@@ -3,8 +3,8 @@
 The vote is one small all-reduce. Every rank fills its own row, so the sum is everybody's row, in
 rank order on every rank: the norm is summed in one order everywhere, and a culprit has a number. It
 carries the squared norm, what is left in `.grad`, a poison flag, whether exchanged parameters have
-been written, and a fingerprint; the host reads it before the optimizer runs. No rank applies a step
-that any rank has reported as failed.
+been written, whether a save beside training has failed, and a fingerprint; the host reads it before
+the optimizer runs. No rank applies a step that any rank has reported as failed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Ballot:
     written: bool = False
     """Something outside a step has written into exchanged parameters, whose masters are elsewhere.
     """
+    unsaved: bool = False
+    """A save beside training has failed on this rank, which concerns no step, and has not been
+    raised yet.
+    """
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Verdict:
     """Ranks whose fingerprint is not rank 0's."""
     written: bool = False
     """Masters on some rank have to follow what was written on some rank."""
+    unsaved: tuple[int, ...] = ()
+    """Ranks on which a save beside training has failed."""
 
     @property
     def finite(self) -> bool:
@@ -62,14 +68,14 @@ class Verdict:
 
 
 def vote(mesh: Mesh, flat: FlatModel, ballot: Ballot) -> Verdict:
-    """Exchanges the ballots: one all-reduce of six doubles a rank, on the host. Before it the
+    """Exchanges the ballots: one all-reduce of seven doubles a rank, on the host. Before it the
     squares are read from the device, which is the boundary's one synchronisation. Of the ranks that
     hold one shard the first brings them.
     """
     high, low = divmod(ballot.fingerprint, _HALF)
     row = [_total([bucket.squares for bucket in flat.trained]) if mesh.counts() else 0.0]
     row += [float(ballot.unreduced), float(ballot.poisoned), float(ballot.written)]
-    row += [float(high), float(low)]
+    row += [float(ballot.unsaved), float(high), float(low)]
     rows = torch.zeros(mesh.world, len(row), dtype=torch.float64)
     rows[mesh.rank] = torch.tensor(row, dtype=torch.float64)
     mesh.control.all_reduce(rows)
@@ -96,7 +102,7 @@ def _count(rows: list[list[float]]) -> Verdict:
     squares = 0.0
     for row in rows:
         squares += row[0]
-    prints = [row[4:] for row in rows]
+    prints = [row[5:] for row in rows]
     # Rounded to fp32 once: the fp64 sum differs in its last bits with where buckets are cut, the
     # norm must not.
     norm = torch.tensor(squares, dtype=torch.float64).sqrt().float().item()
@@ -106,4 +112,5 @@ def _count(rows: list[list[float]]) -> Verdict:
         poisoned=tuple(rank for rank, row in enumerate(rows) if row[2]),
         mismatched=tuple(rank for rank, mark in enumerate(prints) if mark != prints[0]),
         written=any(row[3] for row in rows),
+        unsaved=tuple(rank for rank, row in enumerate(rows) if row[4]),
     )

@@ -32,7 +32,7 @@ from zerort.checkpoint.state import strides_of
 from zerort.checkpoint.tags import check_tag, folder_of
 from zerort.checkpoint.tensors import CODES, Stored
 from zerort.errors import CheckpointError
-from zerort.mesh.local import LocalComm
+from zerort.mesh.local import LocalControl
 
 __all__ = ["ImportOptions", "Imported", "import_checkpoint"]
 
@@ -93,7 +93,7 @@ def import_checkpoint(
     done = Imported(target / name)
     with as_laid_out(source):
         snapshot = _Conversion(source, layout, options, done).snapshot()
-    Save(LocalComm(torch.device("cpu")), Disk(), target, name, SaveOptions()).run(snapshot)
+    Save(LocalControl(), Disk(), target, name, SaveOptions()).run(snapshot)
     return done
 
 

@@ -94,6 +94,10 @@ ROWS: Sequence[Key] = (
     same("zerort.checkpoint.overwrite", "an existing tag is replaced"),
     same("zerort.checkpoint.keep_last", "number of tags kept; all when left out"),
     same(
+        "zerort.checkpoint.asynchronous",
+        "true: save_checkpoint copies the state, which is written beside training",
+    ),
+    same(
         "zerort.checkpoint.timeout",
         "seconds that a rank may write or read nothing while the others wait",
     ),
