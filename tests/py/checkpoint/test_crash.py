@@ -41,15 +41,23 @@ def save_old(rank: int, world: int, folder: str, tag: str) -> None:
     engine.save_checkpoint(folder, tag)
 
 
+def save(engine: Any, folder: str, tag: str, *, beside: bool, **options: Any) -> None:
+    """A whole save; `beside` training, with a step meanwhile that is not to be in it."""
+    engine.save_checkpoint(folder, tag, asynchronous=beside, **options)
+    if beside:
+        step(engine)
+        engine.wait_for_checkpoint()
+
+
 def record(
-    rank: int, world: int, folder: str, tag: str, options: dict[str, Any]
+    rank: int, world: int, folder: str, tag: str, options: dict[str, Any], beside: bool = False
 ) -> list[Operation]:
     engine = tiny_engine()
     engine.load_checkpoint(folder)
     step(engine)
     engine._checkpoints._loaded.clear()  # so that keep_last may delete it
     engine._checkpoints.disk = disk = Recorder(Path(folder))
-    engine.save_checkpoint(folder, tag, **options)
+    save(engine, folder, tag, beside=beside, **options)
     return disk.operations
 
 
@@ -109,14 +117,22 @@ CASES = {
 }
 
 
+WAYS = pytest.mark.parametrize(
+    "beside", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "beside"]
+)
+
+
+@WAYS
 @pytest.mark.parametrize("case", CASES)
-def test_every_crash_leaves_the_old_checkpoint_or_the_new_one(case: str, tmp_path: Path) -> None:
+def test_every_crash_leaves_the_old_checkpoint_or_the_new_one(
+    case: str, beside: bool, tmp_path: Path
+) -> None:
     old, new, options = CASES[case]
     folder = tmp_path / "real"
     folder.mkdir()
     ranks.run(2, save_old, str(folder), old)
     before = snapshot(folder)
-    recorded = ranks.run(2, record, str(folder), new, options)
+    recorded = ranks.run(2, record, str(folder), new, options, beside)
     engine, expected = tiny_engine(), weights_after()
     seen: set[int] = set()
     for at in (1, 6):
@@ -176,7 +192,7 @@ def count_operations(rank: int, world: int, folder: str) -> list[str]:
 
 
 def fail_at_each(
-    rank: int, world: int, folder: str, failing_rank: int, how: str, count: int
+    rank: int, world: int, folder: str, failing_rank: int, how: str, count: int, beside: bool
 ) -> list[str]:
     """Fails at one operation after another; returns what this rank raised, or "saved"."""
     engine, told = tiny_engine(), []
@@ -186,24 +202,25 @@ def fail_at_each(
         without_script(rank, folder)
         engine._checkpoints.disk = Failing(at if rank == failing_rank else None, how)
         try:
-            engine.save_checkpoint(folder, f"new{at}")
+            save(engine, folder, f"new{at}", beside=beside)
             told.append("saved")
         except CheckpointError as error:
             told.append(str(error))
     return told
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("how", ["raise", "full"])
 @pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(
-    how: str, failing_rank: int, tmp_path: Path
+    how: str, failing_rank: int, beside: bool, tmp_path: Path
 ) -> None:
     ranks.run(2, save_old, str(tmp_path), "old")
     seen = ranks.run(2, count_operations, str(tmp_path / "other"))[failing_rank]
     # Making the folder `other` itself takes two operations, which are not part of a save into an
     # existing folder.
     seen = seen[2:] if failing_rank == 0 else seen
-    told = ranks.run(2, fail_at_each, str(tmp_path), failing_rank, how, len(seen))
+    told = ranks.run(2, fail_at_each, str(tmp_path), failing_rank, how, len(seen), beside)
     assert told[0] == told[1]
     reason = "the failpoint" if how == "raise" else "No space left on device"
     for at, message in enumerate(told[0]):
@@ -221,18 +238,21 @@ def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(
     assert leftovers(tmp_path) == []
 
 
-def save_and_die(rank: int, world: int, folder: str, failing_rank: int, at: int) -> None:
+def save_and_die(
+    rank: int, world: int, folder: str, failing_rank: int, at: int, beside: bool
+) -> None:
     engine = tiny_engine()
     engine.load_checkpoint(folder)
     step(engine)
     without_script(rank, folder)
     engine._checkpoints.disk = Failing(at if rank == failing_rank else None, "kill")
-    engine.save_checkpoint(folder, "new")
+    save(engine, folder, "new", beside=beside)
 
 
+@WAYS
 @pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_at_any_operation_leaves_a_checkpoint_that_loads(
-    failing_rank: int, tmp_path: Path
+    failing_rank: int, beside: bool, tmp_path: Path
 ) -> None:
     seen = ranks.run(2, count_operations, str(tmp_path / "other"))[failing_rank]
     count = len(seen) - 2 if failing_rank == 0 else len(seen)
@@ -241,7 +261,7 @@ def test_a_rank_killed_at_any_operation_leaves_a_checkpoint_that_loads(
         ranks.run(2, save_old, str(folder), "old") if at == 0 else _copy(tmp_path / "0-old", folder)
         if at == 0:
             _copy(folder, tmp_path / "0-old")
-        outcomes = ranks.attempt(2, save_and_die, str(folder), failing_rank, at, grace=10)
+        outcomes = ranks.attempt(2, save_and_die, str(folder), failing_rank, at, beside, grace=10)
         killed = outcomes[failing_rank]
         assert isinstance(killed, ranks.Died) and killed.exitcode == -9, (at, seen[at], killed)
         survivor = outcomes[1 - failing_rank]

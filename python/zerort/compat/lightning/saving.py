@@ -97,6 +97,12 @@ class Saving:
             overwrite=True,
         )
 
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """All ranks: what is being written beside training may be what replaces it."""
+        if self._engine is not None:
+            self._engine.wait_for_checkpoint()
+        super().remove_checkpoint(filepath)  # type: ignore[misc]
+
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
