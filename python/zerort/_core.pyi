@@ -32,12 +32,15 @@ __all__ = [
     "__version__",
     "choose_buckets",
     "cut_units",
+    "dequantize",
     "first_nonfinite",
     "guess_bucket_bytes",
+    "quantize",
     "reduce",
     "reshard",
     "simulate",
     "squared_norm",
+    "sum_quantized",
     "take_writes",
 ]
 
@@ -604,6 +607,42 @@ def take_writes(values: Buffer, master: Buffer) -> int:
 
     An element counts as written when its bits are not those of its master's cast. CPU only.
     """
+
+def quantize(
+    values: Buffer,
+    pieces: Buffer,
+    *,
+    world: int,
+    scale: float,
+    seed: int | None = None,
+    before: Buffer | None = None,
+    after: Buffer | None = None,
+) -> None:
+    """Writes `values` (world x n,) of fp32, times `scale`, into as many `pieces` of uint8: a byte
+    for each element, then an fp32 scale for each 256.
+
+    To the nearest, or randomly by a `seed` of 64 bits. With `after`, a residual (world x (2n bytes
+    and 4 for each 256),) of uint8, what is left out is written there, once what was left out
+    `before` has been added: by default what is in `after`. A group of 256 with an infinity or NaN
+    arrives as such, and leaves no residual. CPU only.
+    """
+
+def sum_quantized(
+    pieces: Buffer,
+    accum: Buffer,
+    *,
+    world: int,
+    scale: float,
+    add: bool,
+    stride: int | None = None,
+) -> float:
+    """Sums the `world` pieces of one shard in rank order, in fp32, times `scale`, into or onto
+    `accum` (n,) of fp32. Each begins `stride` bytes behind the one before, by default where that
+    ends. Returns what `reduce` returns. CPU only.
+    """
+
+def dequantize(pieces: Buffer, values: Buffer, *, world: int) -> None:
+    """Reads `world` pieces into `values` (world x n,) of fp32. CPU only."""
 
 def reshard(
     source: Plan, target: Plan, *, bucket: int, rank: int, came_from: Sequence[int]

@@ -62,6 +62,7 @@ from zerort.trace.contained import ContainedSink, ContainedWatch
 from zerort.trace.nvtx import NvtxSink
 from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
 from zerort.tune.task import overridden
+from zerort.wire import Terms
 from zerort.zero.init import close_if_empty, inherit, origin_of
 
 __all__ = ["initialize"]
@@ -283,9 +284,8 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
     update = setup.chosen.over(flat, setup.abilities)
     update.split()
     update.settle_rates()
-    transports = {
-        bucket.spec.id: transport_of(bucket, precision.predivide, mesh) for bucket in flat.trained
-    }
+    terms = Terms(precision.predivide, config.wire_feedback, mesh.rank)
+    transports = {bucket.spec.id: transport_of(bucket, terms, mesh) for bucket in flat.trained}
     communication = _communication(config, mesh)
     watch = _watch(sink, flat, communication)
     names = flat.names if mesh.rank == 0 else None

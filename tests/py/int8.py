@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.memory import Memory
-from zerort.wire import Buffers, Extent
+from zerort.wire import Buffers, Extent, Terms
 
 BLOCK = 128
 
@@ -32,18 +32,24 @@ class Int8:
     def shard_bytes(self, numel: int) -> int:
         return numel + numel // BLOCK * 4
 
-    def encoder(self, extent: Extent, predivide: float) -> Int8Encoder:
-        return Int8Encoder(self, extent, predivide)
+    def kept_bytes(self, shard: int, world: int, *, gathers: bool) -> int:
+        return 8 * (shard * world + shard) * self.feedback
+
+    def suits(self, shape: Sequence[int], *, embeds: bool) -> bool:
+        return True
+
+    def encoder(self, extent: Extent, terms: Terms) -> Int8Encoder:
+        return Int8Encoder(self, extent, terms)
 
 
 class Int8Encoder:
     rounds = True
     slots: Sequence[Tensor] = ()
 
-    def __init__(self, wire: Int8, extent: Extent, predivide: float) -> None:
+    def __init__(self, wire: Int8, extent: Extent, terms: Terms) -> None:
         numel, self._shard = extent.numel, extent.shard_numel
         self._bytes = wire.shard_bytes(self._shard)
-        self._predivide = predivide
+        self._predivide = terms.predivide
         self._staged = torch.zeros(numel)
         self._views = extent.slots(self._staged)
         self.gradients = Residual(numel, wire.feedback)

@@ -36,7 +36,9 @@ SIZES = frozenset(
 )
 """Keys whose value "auto" means the default: an integration that leaves it has no better number."""
 
-CHOSEN_HERE = frozenset({"zerort.hierarchy", "zerort.publish", "zerort.transport"})
+CHOSEN_HERE = frozenset(
+    {"zerort.hierarchy", "zerort.publish", "zerort.transport", "zerort.wire_error_feedback"}
+)
 """Keys of which "auto" is a value: what is chosen by what the engine finds."""
 
 SECRETS = frozenset({"comet.api_key"})

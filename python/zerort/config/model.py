@@ -46,6 +46,7 @@ from zerort.log import LEVELS
 __all__ = ["Checkpoint", "Config", "Optimizer", "Scheduler"]
 
 DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
+_QUANTIZED = "int8"
 LEAST_ROOM = 50_000_000
 """Elements that may be whole at once, unless the file says how many."""
 
@@ -201,6 +202,22 @@ class Config(Given):
         return self.wall_clock_breakdown or self.flops_profiler.enabled
 
     @property
+    def wire(self) -> str | None:
+        """Name of the format that gradients are to be sent in; None where it follows from each
+        parameter, or from `communication_data_type`.
+        """
+        quantized = self.zero_optimization.zero_quantized_gradients
+        return self.zerort.wire or (_QUANTIZED if quantized else None)
+
+    @property
+    def wire_feedback(self) -> bool:
+        """Whether what a format rounds off is added to the next gradient."""
+        asked, zero = self.zerort.wire_error_feedback, self.zero_optimization
+        if asked == "auto":
+            return zero.stage < 2 and not zero.zero_quantized_gradients
+        return bool(asked)
+
+    @property
     def cap_elements(self) -> int | None:
         """Upper bound of a bucket in elements, when the file gives it so."""
         return self.zero_optimization.reduce_bucket_size
@@ -296,6 +313,22 @@ class Config(Given):
             raise ValueError(
                 "optimizer.params.fp32_optimizer_states is false, and masters are fp16, by "
                 "fp16_master_weights_and_grads: state beside them is kept in fp32; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_wire(self) -> Config:
+        quantized, wire = self.zero_optimization.zero_quantized_gradients, self.zerort.wire
+        if quantized and wire not in (None, _QUANTIZED):
+            raise ValueError(
+                f'zero_optimization.zero_quantized_gradients is zerort.wire "{_QUANTIZED}", and '
+                f"zerort.wire is {shown(wire)}: give one"
+            )
+        feedback = self.zerort.wire_error_feedback
+        if feedback in (True, "checkpoint") and self.wire != _QUANTIZED:
+            raise ValueError(
+                f"zerort.wire_error_feedback is {shown(feedback)}, and only zerort.wire "
+                f'"{_QUANTIZED}" has error feedback: leave one out'
             )
         return self
 

@@ -62,6 +62,10 @@ class Runtime(Section):
     """Before the first update buckets and window are chosen by what is measured."""
     wire: str | None = None
     """Name of a wire format; None follows `communication_data_type`."""
+    wire_error_feedback: Literal["auto", "checkpoint"] | bool = "auto"
+    """Whether what "int8" rounds off is added to the next gradient, and is in checkpoints; "auto"
+    where no rank shards gradients.
+    """
     reduce_at: Literal["micro_batch", "boundary"] | None = None
     """When gradients are reduced; None means at the boundary below stage 2, from there on in every
     micro-batch.

@@ -41,6 +41,8 @@ class Zero(Section):
     """Elements of all that stay whole together, at most."""
     stage3_gather_16bit_weights_on_model_save: bool = False
     stage3_gather_fp16_weights_on_model_save: bool = False
+    zero_quantized_gradients: bool = False
+    """Gradients are sent as bytes, and what is rounded off is lost."""
     leaf_module: LeafModules = Field(default_factory=LeafModules)
     offload_optimizer: OffloadOptimizer | None = None
     offload_param: OffloadParam | None = None

@@ -20,9 +20,11 @@ from zerort.device import accelerator
 from zerort.device.accelerator import Accelerator
 from zerort.device.contract import LINE, Device, Figures, Flat, Host, Lane, Mark, Streams
 from zerort.device.cpu import Cpu
+from zerort.device.quantize import GROUP, residual_bytes
 from zerort.errors import ConfigError
 
 __all__ = [
+    "GROUP",
     "LINE",
     "Device",
     "Figures",
@@ -34,6 +36,7 @@ __all__ = [
     "default_place",
     "device_for",
     "place_of",
+    "residual_bytes",
     "select",
 ]
 

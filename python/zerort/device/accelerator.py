@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerort.device import quantize
 from zerort.device.contract import LINE, Figures, Flat, Lane
 from zerort.device.host import AcceleratorHost
 from zerort.device.peaks import peak_of
@@ -97,6 +98,40 @@ class Accelerator:
         """A scalar tensor: reading it is for the vote."""
         norm: Tensor = torch.linalg.vector_norm(memory.tensor, dtype=torch.float64)
         return norm.square()
+
+    def quantize(
+        self,
+        values: Flat,
+        pieces: Flat,
+        *,
+        world: int,
+        scale: float,
+        seed: int | None = None,
+        before: Flat | None = None,
+        after: Flat | None = None,
+    ) -> None:
+        """In torch, on the current stream."""
+        quantize.quantize(
+            values.tensor,
+            pieces.tensor,
+            world=world,
+            scale=scale,
+            seed=seed,
+            before=None if before is None else before.tensor,
+            after=None if after is None else after.tensor,
+        )
+
+    def sum_quantized(
+        self, pieces: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
+    ) -> float | Tensor:
+        """In torch, on the current stream."""
+        sent, sums = pieces.tensor, accum.tensor
+        quantize.sum_quantized(sent, sums, world=world, stride=stride, scale=scale, add=add)
+        return self.squared_norm(accum)
+
+    def dequantize(self, pieces: Flat, values: Flat, *, world: int) -> None:
+        """In torch, on the current stream."""
+        quantize.dequantize(pieces.tensor, values.tensor, world=world)
 
     def first_difference(self, one: Tensor, other: Tensor) -> Tensor:
         """On the current stream; takes a quarter of the bytes of `one` meanwhile."""

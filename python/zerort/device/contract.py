@@ -154,6 +154,27 @@ class Device(Protocol):
     def squared_norm(self, memory: Flat) -> float | Tensor:
         """In fp64; a float where that costs no wait, else a scalar tensor."""
 
+    def quantize(
+        self,
+        values: Flat,
+        pieces: Flat,
+        *,
+        world: int,
+        scale: float,
+        seed: int | None = None,
+        before: Flat | None = None,
+        after: Flat | None = None,
+    ) -> None:
+        """Writes fp32 `values`, times `scale`, into `pieces` of bytes, as the core's `quantize`."""
+
+    def sum_quantized(
+        self, pieces: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
+    ) -> float | Tensor:
+        """`reduce` of such pieces, `stride` bytes apart."""
+
+    def dequantize(self, pieces: Flat, values: Flat, *, world: int) -> None:
+        """Reads them into `values`."""
+
     def first_difference(self, one: Tensor, other: Tensor) -> int | Tensor | None:
         """The first `LINE` bytes of two pieces of memory, equally long and a multiple of it, whose
         bits are not the same. None where all are, if that costs no wait; else a scalar tensor,

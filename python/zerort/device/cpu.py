@@ -87,6 +87,53 @@ class Cpu:
         """In the core."""
         return _core.squared_norm(memory.buffer)
 
+    def quantize(
+        self,
+        values: Flat,
+        pieces: Flat,
+        *,
+        world: int,
+        scale: float,
+        seed: int | None = None,
+        before: Flat | None = None,
+        after: Flat | None = None,
+    ) -> None:
+        """In the core."""
+        _core.quantize(
+            values.buffer,
+            pieces.buffer,
+            world=world,
+            scale=scale,
+            seed=seed,
+            before=None if before is None else before.buffer,
+            after=None if after is None else after.buffer,
+        )
+
+    def sum_quantized(
+        self, pieces: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool
+    ) -> float:
+        """One fused pass in the core."""
+        if accum.tensor.dtype == torch.float32:
+            return _core.sum_quantized(
+                pieces.buffer, accum.buffer, world=world, stride=stride, scale=scale, add=add
+            )
+        exact = torch.empty(accum.tensor.numel(), dtype=torch.float32)
+        whole = _core.Buffer(exact)
+        _core.sum_quantized(
+            pieces.buffer, whole, world=world, stride=stride, scale=scale, add=False
+        )
+        accum.tensor.copy_(exact + accum.tensor if add else exact)
+        return _core.squared_norm(accum.buffer)
+
+    def dequantize(self, pieces: Flat, values: Flat, *, world: int) -> None:
+        """In the core."""
+        if values.tensor.dtype == torch.float32:
+            _core.dequantize(pieces.buffer, values.buffer, world=world)
+            return
+        exact = torch.empty(values.tensor.numel(), dtype=torch.float32)
+        _core.dequantize(pieces.buffer, _core.Buffer(exact), world=world)
+        values.tensor.copy_(exact)
+
     def first_difference(self, one: Tensor, other: Tensor) -> int | None:
         """Where nothing differs, eight bytes at a time."""
         one, other = one.view(torch.int64), other.view(torch.int64)

@@ -20,14 +20,14 @@ from zerort.memory import FlatBucket, Memory
 from zerort.mesh import Mesh
 from zerort.run.flight import Leg, Transport
 from zerort.run.lanes import full_precision
-from zerort.wire import Dense, Encoder, Extent, format_of
+from zerort.wire import Dense, Encoder, Extent, Terms, format_of
 
 __all__ = ["FromGrad", "LocalSum", "transport_of"]
 
 
-def transport_of(bucket: FlatBucket, predivide: float, mesh: Mesh) -> Transport:
+def transport_of(bucket: FlatBucket, terms: Terms, mesh: Mesh) -> Transport:
     """How the bucket leaves this rank: from the source that suits its memory, on the legs that the
-    core has planned, divided by `predivide` before it is encoded in the bucket's wire format.
+    core has planned; encoders of the bucket's wire format have these `terms`.
     """
     source = LocalSum(bucket, bucket.local) if bucket.widens else FromGrad(bucket)
     legs: list[Leg] = []
@@ -39,7 +39,7 @@ def transport_of(bucket: FlatBucket, predivide: float, mesh: Mesh) -> Transport:
         extent = Extent(bucket, start, numel, comm.world)
         exact = hop.wire is None
         wire = Dense(full_precision(bucket)) if hop.wire is None else format_of(hop.wire)
-        encoder = wire.encoder(extent, 1.0 if exact else predivide)
+        encoder = wire.encoder(extent, Terms() if exact else terms)
         legs.append(Leg(hop.group, extent, wire, encoder))
         numel = extent.shard_numel
         start += comm.rank * numel

@@ -62,10 +62,14 @@ class Precision:
     low_modules: tuple[type[nn.Module], ...]
     """Classes whose gradients are sent in the dtype that autocast computes them in."""
     wire: str | None
-    """The format that all gradients are sent in; None where it follows from each parameter."""
+    """The format that gradients are sent in where it suits them; None where it follows from each
+    parameter.
+    """
     sums: torch.dtype
     predivide: float
     """By how much gradients are divided before the sum over ranks; it is undone after it."""
+    others: str | None = None
+    """The format of those that `wire` does not suit; None is 16 bits."""
     low_masters: bool = False
     """Whether parameters of a low precision are their own masters."""
     wide_states: bool = False
@@ -80,7 +84,7 @@ class Precision:
         Raises `ConfigError` for an unknown wire, a module class that is none, and two keys that
         name a wire.
         """
-        wire = config.zerort.wire or config.communication_data_type
+        wire = config.wire or config.communication_data_type
         if wire is not None and wire not in FORMATS:
             raise ConfigError(f"zerort.wire: expected one of {', '.join(FORMATS)}, got {wire!r}")
         mode = Mode.of(config)
@@ -89,6 +93,7 @@ class Precision:
             loss_scale=_loss_scale(config, mode),
             low_modules=_low_modules(config, mode, wire),
             wire=wire,
+            others=config.communication_data_type,
             sums=DTYPES[config.sums],
             predivide=config.gradient_predivide_factor if config.prescale_gradients else 1.0,
             low_masters=config.low_masters,
@@ -112,9 +117,14 @@ class Precision:
         """Tells the number of the wire format that the gradient of each of `module`'s parameters
         is sent in.
 
-        It is the configured one, else the dtype that autocast computes it in, else the parameter's;
-        fp64 stays whole.
+        It is the configured one where that suits, else the dtype that autocast computes it in, else
+        the parameter's; fp64 stays whole.
         """
+        embeddings = {
+            id(part.weight)
+            for part in module.modules()
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag)
+        }
         low = {
             id(parameter)
             for part in module.modules()
@@ -125,7 +135,10 @@ class Precision:
         def number(parameter: nn.Parameter) -> int:
             dtype = parameter.dtype
             if dtype != torch.float64 and self.wire is not None:
-                return number_of(self.wire)
+                embeds = id(parameter) in embeddings
+                if FORMATS[self.wire].suits(parameter.shape, embeds=embeds):
+                    return number_of(self.wire)
+                return number_of(self.others or _sixteen_bits(dtype, self.mode.autocast))
             if dtype == torch.float32 and id(parameter) in low and self.mode.autocast is not None:
                 dtype = self.mode.autocast
             return next(i for i, wire in enumerate(FORMATS.values()) if wire.dtype == dtype)
@@ -151,6 +164,12 @@ class Precision:
             if self.mode.compute is None
             else explained(module, self.mode, args, kwargs)
         )
+
+
+def _sixteen_bits(dtype: torch.dtype, autocast: torch.dtype | None) -> str:
+    """The parameter's own, else what autocast computes in, else bf16."""
+    fp16 = torch.float16 in (dtype, autocast)
+    return "fp16" if fp16 else "bf16"
 
 
 def _floats_to(dtype: torch.dtype | None, value: Any) -> Any:

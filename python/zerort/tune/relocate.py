@@ -28,7 +28,7 @@ from zerort.mesh import Comm
 from zerort.optim import ShardOptimizer, has_stepped
 from zerort.start import agreed
 from zerort.step.readings import Components
-from zerort.wire import format_of
+from zerort.wire import Terms, format_of
 from zerort.wire.dense import Dense
 
 __all__ = ["refusal", "relocate"]
@@ -89,8 +89,8 @@ def _follow(parts: Components, plan: _core.Plan) -> None:
         shard = bucket.reduced_shard
         bucket.squares = device_for(shard.tensor.device).squared_norm(shard)
     optimizer.relocate(flat)
-    divisor = parts.precision.predivide
-    transports = {b.spec.id: transport_of(b, divisor, parts.mesh) for b in flat.trained}
+    terms = Terms(parts.precision.predivide, rank=parts.mesh.rank)
+    transports = {b.spec.id: transport_of(b, terms, parts.mesh) for b in flat.trained}
     parts.reduction.replan(plan, transports)
 
 

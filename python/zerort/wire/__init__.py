@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
-from zerort.wire.contract import Buffers, Encoder, Extent, WireFormat
+from zerort.wire.contract import Buffers, Encoder, Extent, Terms, WireFormat
 from zerort.wire.dense import Dense
+from zerort.wire.int8 import Int8
 
 __all__ = [
     "FORMATS",
@@ -23,6 +24,7 @@ __all__ = [
     "Dense",
     "Encoder",
     "Extent",
+    "Terms",
     "WireFormat",
     "format_of",
     "number_of",
@@ -33,6 +35,7 @@ FORMATS: dict[str, WireFormat] = {
     "bf16": Dense(torch.bfloat16),
     "fp16": Dense(torch.float16),
     "fp64": Dense(torch.float64),
+    "int8": Int8(),
 }
 
 

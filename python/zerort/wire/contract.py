@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.memory import FlatBucket, Memory
+from zerort.wire.scratch import Scratch
 
-__all__ = ["Buffers", "Encoder", "Extent", "WireFormat"]
+__all__ = ["Buffers", "Encoder", "Extent", "Terms", "WireFormat"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,21 @@ class Buffers:
     """Views of `send`, one per parameter in its shape, where it is a bucket's elements as they
     are; else none.
     """
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the encoders of one engine have in common on this rank."""
+
+    predivide: float = 1.0
+    """Gradients are divided by it before they are encoded, and their sums multiplied by it after
+    they have been decoded.
+    """
+    feedback: bool = False
+    """Whether what a format rounds off is added to the next gradient."""
+    rank: int = 0
+    """In the job."""
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 class Encoder(Protocol):
@@ -152,7 +168,15 @@ class WireFormat(Protocol):
         dtype's size. `numel` is a multiple of 128.
         """
 
-    def encoder(self, extent: Extent, predivide: float) -> Encoder:
-        """A new encoder of a bucket, or of a part of it. Gradients are divided by `predivide`
-        before they are encoded, and their sums multiplied by it after they have been decoded.
+    def kept_bytes(self, shard: int, world: int, *, gathers: bool) -> int:
+        """How many bytes an encoder keeps from step to step, where there is feedback, of a bucket
+        of `world` shards of `shard` elements, whose finished sums are gathered or not.
         """
+
+    def suits(self, shape: Sequence[int], *, embeds: bool) -> bool:
+        """Whether gradients of this shape, of an embedding or not, are sent so; others are sent in
+        16 bits.
+        """
+
+    def encoder(self, extent: Extent, terms: Terms) -> Encoder:
+        """A new encoder of a bucket, or of a part of it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from zerort import _core
 from zerort.device import device_for
 from zerort.memory import Memory
-from zerort.wire.contract import Buffers, Extent
+from zerort.wire.contract import Buffers, Extent, Terms
 
 __all__ = ["Dense"]
 
@@ -27,19 +27,27 @@ class Dense:
         """Every element in `dtype`."""
         return numel * self.dtype.itemsize
 
-    def encoder(self, extent: Extent, predivide: float) -> DenseEncoder:
+    def kept_bytes(self, shard: int, world: int, *, gathers: bool) -> int:
+        """None."""
+        return 0
+
+    def suits(self, shape: Sequence[int], *, embeds: bool) -> bool:
+        """Any."""
+        return True
+
+    def encoder(self, extent: Extent, terms: Terms) -> DenseEncoder:
         """Keeps no state."""
-        return DenseEncoder(self.dtype, extent, predivide)
+        return DenseEncoder(self.dtype, extent, terms)
 
 
 class DenseEncoder:
     """Casts gradients on their way into the send buffer, in one batch."""
 
-    def __init__(self, dtype: torch.dtype, extent: Extent, predivide: float) -> None:
+    def __init__(self, dtype: torch.dtype, extent: Extent, terms: Terms) -> None:
         bucket = extent.bucket
         self.rounds = dtype.itemsize < bucket.accum.tensor.itemsize
         self._shard = extent.shard_numel
-        self._predivide = predivide
+        self._predivide = terms.predivide
         self._device = device_for(bucket.values.tensor.device)
 
     @property

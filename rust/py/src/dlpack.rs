@@ -341,6 +341,15 @@ impl Reading<'_> {
             }
         }
     }
+
+    /// The elements of what is bytes on a wire.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        if self.memory.dtype() != ElementType::U8 {
+            return None;
+        }
+        // SAFETY: as in `values`.
+        Some(unsafe { self.memory.slice() })
+    }
 }
 
 impl Writing<'_> {
@@ -357,6 +366,15 @@ impl Writing<'_> {
                 }
             }
         }
+    }
+
+    /// The elements of what is bytes on a wire.
+    pub fn bytes(&mut self) -> Option<&mut [u8]> {
+        if self.memory.dtype() != ElementType::U8 {
+            return None;
+        }
+        // SAFETY: as in `sums`.
+        Some(unsafe { self.memory.slice_mut() })
     }
 }
 

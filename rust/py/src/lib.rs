@@ -25,6 +25,7 @@ mod kernels;
 mod list;
 mod names;
 mod plan;
+mod quantize;
 mod reducer;
 mod reshard;
 mod roll;
@@ -77,6 +78,12 @@ mod _core {
     use super::list::List;
     #[pymodule_export]
     use super::plan::Plan;
+    #[pymodule_export]
+    use super::quantize::dequantize;
+    #[pymodule_export]
+    use super::quantize::quantize;
+    #[pymodule_export]
+    use super::quantize::sum_quantized;
     #[pymodule_export]
     use super::reducer::Finished;
     #[pymodule_export]

@@ -22,7 +22,7 @@ from training import keep
 from zerort.errors import NonFiniteGradient
 from zerort.mesh.gloo import GlooComm
 from zerort.mesh.nccl import NcclComm
-from zerort.wire import FORMATS, Extent, WireFormat
+from zerort.wire import FORMATS, Extent, Terms, WireFormat
 from zerort.wire.dense import Dense, DenseEncoder
 
 WORLD, STEPS, RATE = 2, 60, 0.1
@@ -253,8 +253,8 @@ class Watched(Dense):
         super().__init__(torch.float16)
         self.closed = []
 
-    def encoder(self, extent: Extent, predivide: float) -> DenseEncoder:
-        encoder = super().encoder(extent, predivide)
+    def encoder(self, extent: Extent, terms: Terms) -> DenseEncoder:
+        encoder = super().encoder(extent, terms)
         encoder.close = lambda *, applied, growth: self.closed.append((applied, growth))  # type: ignore[method-assign]
         return encoder
 

@@ -39,7 +39,15 @@ ROWS: Sequence[Key] = (
         "zerort.tune",
         "true: bucket_bytes and window are chosen before the first update, by what is measured",
     ),
-    same("zerort.wire", "name of a wire format; follows communication_data_type when left out"),
+    same(
+        "zerort.wire",
+        '"fp32", "bf16", "fp16" or "int8"; follows communication_data_type when left out',
+    ),
+    same(
+        "zerort.wire_error_feedback",
+        'whether what "int8" rounds off is added to the next gradient: "auto" (at stages 0 and 1), '
+        'true, false, or "checkpoint", which saves it too',
+    ),
     same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
     same(
         "zerort.publish",

@@ -117,15 +117,19 @@ ROWS: Sequence[Key] = (
         "hierarchical partitions are not built",
         one_of(0, 1),
     ),
-    refused("zero_optimization.zero_quantized_weights", "quantized communication is not built yet"),
+    refused("zero_optimization.zero_quantized_weights", "quantized weights are not built yet"),
     refused(
         "zero_optimization.zero_quantized_nontrainable_weights",
         "quantized weights are not built yet",
     ),
-    refused(
-        "zero_optimization.zero_quantized_gradients", "quantized communication is not built yet"
+    same(
+        "zero_optimization.zero_quantized_gradients",
+        'true: gradients are sent as zerort.wire "int8" does, at any stage, without error feedback',
     ),
-    refused("zero_optimization.zeropp_loco_param", "quantized communication is not built yet"),
+    refused(
+        "zero_optimization.zeropp_loco_param",
+        'error feedback is zerort.wire_error_feedback, beside zerort.wire "int8"',
+    ),
     refused("zero_optimization.mics_shard_size", "MiCS sharding is not built", one_of(-1)),
     refused("zero_optimization.mics_hierarchical_params_gather", "MiCS sharding is not built"),
 )

@@ -3,7 +3,8 @@
 //! [`reduce`] is where a reduce-scatter over a network without reductions ends: every rank sent its
 //! copy of our shard, and the copies are summed here. [`squared_norm`] and [`first_nonfinite`] are
 //! what clipping and the overflow check ask about a gradient. [`take_writes`] brings to the masters
-//! what was written into parameters behind their back.
+//! what was written into parameters behind their back. [`quantize`] makes bytes of a gradient, and
+//! [`sum_quantized`] adds up what arrives of such.
 //!
 //! Guarantees:
 //! * Low precision is for the wire alone: fp16 and bf16 are widened exactly and summed in fp32;
@@ -19,11 +20,15 @@
 
 mod element;
 mod norm;
+mod quantize;
 mod reduce;
 mod writes;
 
 pub use element::{Element, Real};
 pub use norm::{first_nonfinite, squared_norm};
+pub use quantize::{
+    GROUP, Rounding, dequantize, piece_bytes, quantize, residual_bytes, sum_quantized,
+};
 pub use reduce::{ShapeError, Write, reduce, reduce_strided};
 pub use writes::{Published, take_writes};
 

@@ -99,7 +99,7 @@ fn add_up<E: Element>(
 }
 
 /// Writes one block of scaled sums.
-fn store<R: Real>(sum: &[R], scale: R, out: &mut [R], write: Write) {
+pub(super) fn store<R: Real>(sum: &[R], scale: R, out: &mut [R], write: Write) {
     match write {
         Write::Over => {
             for (out, sum) in out.iter_mut().zip(sum) {
