@@ -21,7 +21,7 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-rust test-python test-all wheel sdist bench lint lint-rust lint-python all help clean
+.PHONY: demo test test-rust test-python test-loom test-all wheel sdist bench lint lint-rust lint-python all help clean
 
 # A file's tests stay together, in order: they share the ranks that were started for the first of them. Files go in their own
 # order, not the longest lists first: those need no ranks, and the files that do would wait for one another at the end.
@@ -48,7 +48,12 @@ test-rust: | lint-rust
 test-python: | lint-python
 	$(PYTEST)
 
-test-all: test wheel sdist $(SERVICES)  ## test, then the slow tests, the wheel and the sdist for others, and what they contain
+# The models of tests/turns_loom.rs. Loom and what it needs are built for them alone, in a folder of their own, because the flag
+# changes other crates too.
+test-loom:
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --locked --release --test turns_loom
+
+test-all: test test-loom wheel sdist $(SERVICES)  ## test, then the slow tests, every order of shared counters, the wheel and the sdist for others, and what they contain
 	$(PYTEST) -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on

@@ -12,6 +12,7 @@ __all__ = [
     "Bucket",
     "BucketTimes",
     "Buffer",
+    "Channel",
     "Exchange",
     "Finished",
     "Fragment",
@@ -25,6 +26,7 @@ __all__ = [
     "Prediction",
     "Reading",
     "Reducer",
+    "Segment",
     "Trace",
     "Traffic",
     "Unit",
@@ -592,6 +594,53 @@ def reduce(
     is (n,) of fp32, or fp64 for fp64 chunks. CPU only. Returns the squared norm of `accum`
     afterwards, accumulated in fp64: not finite exactly when an element is not.
     """
+
+@final
+class Segment:
+    """A file without a name that the ranks of one host map: `memory` bytes for each rank, in whole
+    pages, and the counters of `channels`. Raises `LayoutError` where the file has another length.
+    """
+
+    def __new__(
+        cls, file: int, *, rank: int, world: int, channels: int, memory: int
+    ) -> Segment: ...
+    @staticmethod
+    def length(*, world: int, channels: int, memory: int) -> int:
+        """How long the file of a segment is, in bytes."""
+    def start(self, rank: int) -> int:
+        """Where in the file a rank's memory begins."""
+    def buffer(self, rank: int, start: int, length: int) -> Buffer:
+        """Bytes of a rank's memory, as uint8."""
+    def channel(self, number: int) -> Channel:
+        """What a lane's collectives are counted by."""
+    def leave(self) -> None:
+        """This rank takes part in nothing any more: who waits for it hears so."""
+    def left(self, rank: int) -> bool:
+        """Whether a rank has left."""
+
+@final
+class Channel:
+    """Memory of one lane that is used in turn: each use is posted by all ranks and read by all, and
+    number n lies in piece n modulo 2.
+    """
+
+    @property
+    def next(self) -> int:
+        """The number of the next use; it stays that until the use is posted."""
+    def post(self, number: int, *, lost: bool = False) -> None:
+        """What this rank wrote for a use is there; a second call does nothing. With `lost` nobody
+        needs it, and this rank reads nothing of that use.
+
+        Raises `StepError` where a peer still reads the memory that was written.
+        """
+    def missing(self, number: int) -> int | None:
+        """The first rank that has not posted a use."""
+    def wait(self, number: int, seconds: float) -> int | None:
+        """`missing`, once it is None, a rank that is missing has left, or `seconds` are over.
+        Without the interpreter's lock.
+        """
+    def finish(self, number: int) -> None:
+        """This rank has read what it needs of a use."""
 
 def squared_norm(values: Buffer) -> float:
     """The squared norm of a CPU buffer, accumulated in fp64; not finite exactly when an element is

@@ -111,6 +111,7 @@ pub mod scaler;
 pub mod schedule;
 pub mod stage;
 pub mod trace;
+pub mod turns;
 pub mod units;
 
 pub use bucket::{Bucket, Cap, Kind, Param};
@@ -131,4 +132,5 @@ pub use roll::{Apart, At, Reading, Row};
 pub use route::{Key, List, PassKind, Route, Stop};
 pub use schedule::Schedule;
 pub use stage::{Placement, Rules, Stage};
+pub use turns::{Line, Turns};
 pub use units::{Module, Unit};

@@ -69,6 +69,11 @@ fn refused(error: zerort_core::PlanError) -> PyErr {
 }
 
 impl Buffer {
+    /// Over memory that was not imported.
+    pub const fn of(memory: Memory) -> Self {
+        Self { memory, layout: None }
+    }
+
     /// The memory, for a kernel.
     pub fn memory(&self) -> &Memory {
         &self.memory

@@ -1,4 +1,5 @@
-//! Memory shared with torch by DLPack: the only file of this project with `unsafe` code.
+//! Memory shared with torch by DLPack. With [`crate::segment`] and [`crate::futex`] these are the
+//! only files of this project with `unsafe` code.
 //!
 //! A [`Memory`] is a flat run of elements that some other library owns. [`Memory::import`] takes it
 //! out of a capsule, and [`Memory::export`] hands it, or a [`Memory::part`] of it, on. Nothing is
@@ -160,6 +161,15 @@ impl Memory {
         } else {
             "the capsule is not one of DLPack's"
         }))
+    }
+
+    /// `length` bytes of host memory that nobody has described.
+    ///
+    /// # Safety
+    /// They must be readable and writable as long as `owner` lives.
+    pub unsafe fn of_bytes(data: *mut u8, length: usize, owner: Arc<dyn Send + Sync>) -> Self {
+        let device = Device { kind: Device::CPU, id: 0 };
+        Self { region: Region { data, numel: length, dtype: ElementType::U8, device }, owner }
     }
 
     /// `length` elements from `start` on, which share the owner; None if they are not all inside.

@@ -2,7 +2,8 @@
 //!
 //! This file exports and does nothing else. Only integers cross the border on the hot path; memory
 //! crosses once, at setup. State-machine calls keep the GIL, kernels release it. A panic of the
-//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`] alone.
+//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`segment`]
+//! and [`futex`] alone.
 
 #![deny(unsafe_code)]
 
@@ -12,12 +13,15 @@ mod abi;
 mod borrow;
 mod bucket;
 mod buffer;
+mod channel;
 mod cost;
 mod descriptor;
 #[allow(unsafe_code)]
 mod dlpack;
 mod errors;
 mod exchange;
+#[allow(unsafe_code)]
+mod futex;
 mod gatherer;
 mod grain;
 mod ids;
@@ -30,6 +34,8 @@ mod reducer;
 mod reshard;
 mod roll;
 mod scaler;
+#[allow(unsafe_code)]
+mod segment;
 mod trace;
 mod units;
 
@@ -44,6 +50,8 @@ mod _core {
     use super::bucket::Hop;
     #[pymodule_export]
     use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::channel::Channel;
     #[pymodule_export]
     use super::cost::Link;
     #[pymodule_export]
@@ -94,6 +102,8 @@ mod _core {
     use super::roll::PyReading;
     #[pymodule_export]
     use super::scaler::LossScale;
+    #[pymodule_export]
+    use super::segment::Segment;
     #[pymodule_export]
     use super::trace::PyTrace;
     #[pymodule_export]
