@@ -50,7 +50,7 @@ class Resident:
 
     def _cut(self) -> None:
         self._views = [
-            form.over(from_dlpack(self.memory.buffer.fragment(param)))
+            form.over(from_dlpack(self.memory.buffer.fragment(param))).data  # which holds no base
             for param, form in zip(self._params, self._forms, strict=True)
         ]
         self._storages: list[int] | None = None

@@ -64,16 +64,22 @@ class Case:
         *,
         direct: bool = False,
         wire: str = "fp32",
+        publish: str = "step",
+        layers: int = 2,
     ) -> None:
         self.stage, self.window, self.gas, self.direct, self.wire = stage, window, gas, direct, wire
+        self.publish, self.layers = publish, layers
 
     def config(self) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": self.gas,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 2 * WIDTH * WIDTH},
-            "zerort": {"window": self.window, "wire": self.wire},
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": self.layers * WIDTH**2,
+            },
+            "zerort": {"window": self.window, "wire": self.wire, "publish": self.publish},
         }
 
 
@@ -83,6 +89,8 @@ CASES = {
     "stage 1, two micro-batches": Case(1, 1, 2),
     "stage 0, bf16 wire": Case(0, 1, wire="bf16"),
     "stage 0": Case(0, 2, direct=True),
+    # whose bucket comes on the user's stream, and is read on both
+    "stage 2, published beside the forward": Case(2, "all", publish="overlapped", layers=3),
 }
 
 
