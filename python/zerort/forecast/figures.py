@@ -97,7 +97,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     planned = {id(member.tensor) for member in members}
     loose = [p for p in model.parameters() if id(p) not in planned]
     alike = [piece for shape, places in rows for piece in pieces(shape, places)]
-    alike += [*shared_pieces(rows), *_lanes(plan, job)]
+    alike += [*shared_pieces(rows), *_lanes(plan, job), *_encoded(settings, plan)]
     alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
     at_rest = sum(piece.nbytes for piece in alike)
     by_rank = [at_rest + nbytes for nbytes in own.by_rank or [0] * job.world]
@@ -162,6 +162,17 @@ def _lanes(plan: _core.Plan, job: Job) -> Iterator[Piece]:
             yield Piece(Kind.ON_THEIR_WAY, job.pieces * max(shards))
 
 
+def _encoded(settings: Config, plan: _core.Plan) -> Iterator[Piece]:
+    """What formats of bytes gather a gradient in, and what they keep from step to step."""
+    packed = [spec for spec in plan.buckets if spec.reduce_hops and _wire(spec).dtype is None]
+    if packed:
+        yield Piece(Kind.ON_THEIR_WAY, 4 * max(spec.numel for spec in packed))
+    for spec in packed if settings.wire_feedback else ():
+        gathers = any(hop.op == "all_gather" for hop in spec.reduce_hops)
+        kept = _wire(spec).kept_bytes(spec.shard_numel, plan.world, gathers=gathers)
+        yield Piece(Kind.FEEDBACK, kept)
+
+
 def _wire(spec: _core.Bucket) -> WireFormat:
     return format_of(spec.wire)
 
@@ -170,7 +181,7 @@ def _reduced(spec: _core.Bucket, rows: Sequence[Row], part: _Part) -> int:
     """Sent once for a bucket's gradient."""
     wire, sums = _wire(spec), rows[spec.id][0].dtypes.sums
     encoded = part.world * wire.shard_bytes(spec.shard_numel)
-    rounds = wire.dtype is not None and wire.dtype.itemsize < sums.itemsize
+    rounds = wire.shard_bytes(spec.shard_numel) < spec.shard_numel * sums.itemsize
     by_op = {
         "reduce_scatter": encoded,
         "all_gather": encoded if rounds else spec.numel * sums.itemsize,

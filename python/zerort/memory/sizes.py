@@ -93,6 +93,7 @@ class Kind(Enum):
     SUMS = "gradient sums"
     STATE = "optimizer state"
     ON_THEIR_WAY = "gradients on their way"
+    FEEDBACK = "error feedback"
     GATHERED = "gathered, at most"
     UNPLANNED = "in no bucket"
 

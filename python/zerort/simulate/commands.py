@@ -63,8 +63,8 @@ def add_simulate_command(commands: Commands) -> None:
     parser.add_argument("--stage", type=int, choices=range(4), help="(default: the trace's, or 2)")
     parser.add_argument(
         "--wire-format",
-        choices=("fp32", "bf16", "fp16"),
-        help="of gradients on the wire (default: as they are in memory)",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        help="of all gradients on the wire (default: as they are in memory)",
     )
     parser.add_argument(
         "-o", "--out", type=Path, metavar="HTML", help="a page to write, with curves over the ranks"

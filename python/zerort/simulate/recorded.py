@@ -21,6 +21,15 @@ from zerort.trace.sink import WAIT
 __all__ = ["of_trace"]
 
 
+_SENT_AS: Mapping[str, tuple[Dtype, float]] = {
+    **{dtype: (dtype, BYTES[dtype]) for dtype in FORMATS},
+    "u8": ("f32", 1 + 4 / 256),
+}
+"""What a bucket's elements were sent as, and the bytes of each; of bytes it is not known what they
+were, so they are taken for fp32.
+"""
+
+
 class _Bucket(NamedTuple):
     first: int
     """ns behind the start of a backward at which its first gradient comes."""
@@ -135,7 +144,7 @@ def _buckets(every: Sequence[Life], spans: Sequence[_Span], on_host: bool) -> li
     about: dict[int, Mapping[str, Any]] = {}
     starts = [span.start for span in spans]
     for life in every:
-        if "bytes" not in life.args or life.args.get("dtype") not in BYTES:
+        if "bytes" not in life.args or life.args.get("dtype") not in _SENT_AS:
             continue
         span = spans[max(0, bisect_right(starts, life.full) - 1)]
         # On a device gradients are hooked while the host runs ahead; a launch is in its streams.
@@ -148,8 +157,8 @@ def _buckets(every: Sequence[Life], spans: Sequence[_Span], on_host: bool) -> li
         later = moments[1:] or moments
         args = about[bucket]
         first, full = (median(side) for side in zip(*later, strict=True))
-        dtype = FORMATS[FORMATS.index(args["dtype"])]
-        numel = int(args["bytes"]) // BYTES[dtype]
+        dtype, width = _SENT_AS[args["dtype"]]
+        numel = int(int(args["bytes"]) / width)
         params = min(max(1, int(args.get("params", 1))), max(1, numel))
         found.append(_Bucket(_ns(min(first, full)), _ns(full), params, numel, dtype))
     return found

@@ -16,6 +16,8 @@ from zerort.errors import ConfigError
 from zerort.forecast.commands import SECTIONS
 from zerort.simulate.quantities import Wire
 from zerort.simulate.subject import FORMATS, Subject
+from zerort.wire import FORMATS as WIRES
+from zerort.wire import format_of, number_of
 from zerort.zero.estimates import Counted, rank_bytes
 
 __all__ = ["FIXED", "Cluster", "Fixed", "Point", "at"]
@@ -24,9 +26,9 @@ DDP_BYTES = 25 << 20
 DEEPSPEED_ELEMENTS = 500_000_000
 _DEVICE_WINDOW = 4
 _WINDOWS = (1, 2, 3, 4, 6, 8)
-_WIRE_BYTES = [4.0, 2.0, 2.0, 8.0]
+_LONG = 1 << 20
+_WIRE_BYTES = [form.shard_bytes(_LONG) / _LONG for form in WIRES.values()]
 """Of an element, by the number of the wire format."""
-_WIRE_FORMATS = ("fp32", "bf16", "fp16", "fp64")
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,24 @@ def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
         (step.exposed_ns + step.gather_ns) / 1e6,
         step.vote_ns / 1e6,
         step.publish_ns / 1e6,
-        rank_bytes(settings, counted, ranks)[0] + step.peak_in_flight,
+        rank_bytes(settings, counted, ranks)[0] + step.peak_in_flight + _fed_back(settings, chosen),
         step.sent_bytes,
         max((bucket.nbytes for bucket in step.buckets), default=0),
         len(chosen.buckets),
         window,
         fixed,
+    )
+
+
+def _fed_back(settings: Config, plan: _core.Plan) -> int:
+    """Bytes that formats keep of what they have rounded off."""
+    if not settings.wire_feedback:
+        return 0
+    return sum(
+        format_of(spec.wire).kept_bytes(
+            spec.shard_numel, plan.world, gathers=not plan.shards_optimizer
+        )
+        for spec in plan.buckets
     )
 
 
@@ -171,7 +185,7 @@ class _Planning:
         self, cap_bytes: int | None, cap_elements: int | None, window: int | None
     ) -> _core.Plan:
         name = self.cluster.wire_format
-        wire = None if name is None else _WIRE_FORMATS.index(name)
+        wire = None if name is None else number_of(name)
         return _core.Plan(
             self.subject.specs(wire),
             world=self.ranks,

@@ -20,6 +20,8 @@ from zerort.wire import FORMATS
 __all__ = ["Best", "Predictor", "Setting", "best"]
 
 _WINDOWS: Sequence[int | None] = (None, 2, 4)
+_LONG = 1 << 20
+"""Elements over which what a format adds to each is spread."""
 _WORTH = 0.1
 """By how much a narrower wire has to be faster to be proposed: it rounds gradients."""
 
@@ -84,7 +86,7 @@ class Predictor:
     def machine(self) -> _core.Machine:
         """What it runs on. Packing is in the backward, which was timed with it."""
         wire, profile, plan = self.wire, self.profile, self.measured
-        width = [float(form.shard_bytes(128)) / 128 for form in FORMATS.values()]
+        width = [form.shard_bytes(_LONG) / _LONG for form in FORMATS.values()]
         trained = [bucket for bucket in plan.buckets if bucket.group is not None]
         arrived = sum(bucket.numel * width[bucket.wire] for bucket in trained)
         parts = plan.world if plan.shards_optimizer else 1

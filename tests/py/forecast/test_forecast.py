@@ -95,6 +95,14 @@ ON_CPU: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 3, frozen": ("partly_frozen", config(3)),
     "stage 1, frozen": ("partly_frozen", config(1)),
     "stage 3, window 2": ("make", config(3) | {"zerort": {"window": 2}}),
+    **{
+        f"stage {stage}, int8": ("make", config(stage, kind, gas) | {"zerort": {"wire": "int8"}})
+        for stage, kind, gas in ((0, "fp32", 1), (1, "bf16", 2), (2, "bf16", 2), (3, "fp32", 1))
+    },
+    "stage 2, int8, feedback": (
+        "make",
+        config(2) | {"zerort": {"wire": "int8", "wire_error_feedback": True}},
+    ),
     "stage 2, offloads": ("make", config(2, **OPTIMIZER)),
     "stage 3, offloads": ("make", config(3, **OPTIMIZER, **PARAM)),
 }
@@ -121,6 +129,8 @@ QUICK = {
     "stage 2, Lion",
     "stage 3, a room",
     "stage 3, frozen",
+    "stage 0, int8",
+    "stage 2, int8",
     "stage 2, gas 3, optimizer",
     "stage 3, half of it",
     "stage 3, both, a room, gas 2",

@@ -19,7 +19,9 @@ from zerort.trace.reader import TraceError
 SLOW = Wire(alpha=20_000.0, beta=125e6)
 
 
-def record(path: Path, *, facts: dict[str, str | int], backward: bool = True) -> Path:
+def record(
+    path: Path, *, facts: dict[str, str | int], backward: bool = True, dtype: str = "f32"
+) -> Path:
     """Three steps of 20 ms of forward and 40 of backward, into which falls a wait of 5; two
     buckets, of 4 and 2 parameters, are full behind 10 and 40 ms of computing.
     """
@@ -40,7 +42,7 @@ def record(path: Path, *, facts: dict[str, str | int], backward: bool = True) ->
         for bucket, first, full, landed, params in ((0, 22, 30, 60, 4), (1, 35, 65, 80, 2)):
             offsets = (first, full, full, landed, landed + 2)
             moments = BucketLife(*(FakeEvent(device, began + offset) for offset in offsets))
-            sink.life(bucket, moments, bytes=4096 * params, dtype="f32", params=params)
+            sink.life(bucket, moments, bytes=4096 * params, dtype=dtype, params=params)
         with sink.range("optimizer"):
             device.at_ms += 10
         device.at_ms = began + 100
@@ -270,3 +272,28 @@ def test_the_page_has_a_curve_for_each_size_and_asks_no_server(
         assert name in page
     assert ("measured: 100" in page) == (of == "a trace")
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_trace_of_bytes_knows_how_many_elements_they_were(tmp_path: Path) -> None:
+    wide = of_trace(record(tmp_path / "wide.json", facts=dict(CPU)))
+    narrow = of_trace(record(tmp_path / "narrow.json", facts=dict(CPU), dtype="u8"))
+    assert sum(wide.numels) == 6 * 1024
+    assert sum(narrow.numels) == pytest.approx(6 * 4096 * 256 / 260, abs=2)
+    assert set(narrow.dtypes) == {"f32"}
+
+
+def test_int8_sends_a_byte_an_element_and_keeps_two_residuals_where_it_has_feedback(
+    tmp_path: Path,
+) -> None:
+    subject = of_trace(record(tmp_path / "trace.json", facts=dict(CPU)))
+    found = {
+        (name, stage): at(subject, Cluster(SLOW, wire_format=name), 2, stage)
+        for name in ("fp32", "int8")
+        for stage in (1, 2)
+    }
+    gathered = 6 * 1024 * 4 / 2
+    saved = found["fp32", 1].sent_nbytes - found["int8", 1].sent_nbytes
+    assert saved == pytest.approx(gathered * (1 - 260 / 256 / 4), rel=0.05)
+    more = found["int8", 1].memory_nbytes - found["int8", 2].memory_nbytes
+    less = found["fp32", 1].memory_nbytes - found["fp32", 2].memory_nbytes
+    assert more - less == pytest.approx(6 * 1024 * (4 + 2 * 4 / 256), rel=0.05)
