@@ -102,8 +102,7 @@ class Publication:
             for flight in self._flights(turn, guarded=guarded):
                 if flight.bucket.spec.id not in ready:
                     return
-                if flight.state.work is None:
-                    self._send(flight)
+                self._send(flight)  # also one that was broken off: none after it may overtake it
 
     def launch(self, turn: int, *, guarded: bool) -> None:
         """Sends what has not been sent; waits for all but each bucket's last hop. A second call

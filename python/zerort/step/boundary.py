@@ -9,7 +9,7 @@ What it does not do: it counts nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
@@ -320,7 +320,16 @@ class Boundary:
                 bucket.write_back()
             if len(batches) > 1:
                 ready.update(bucket.spec.id for bucket in batch if bucket.is_published)
-                self.reduction.publish_ready(ready, overlapped=overlapped)
+                self._send(ready, overlapped=overlapped)
+
+    def _send(self, ready: Collection[int], *, overlapped: bool) -> None:
+        """What breaks it off must not cost the rest of the update; `_publish` goes on with it."""
+        try:
+            self.reduction.publish_ready(ready, overlapped=overlapped)
+        except CommError:
+            raise
+        except BaseException as error:
+            self._held = self._held or error
 
     def _publish(self, *, overlapped: bool) -> None:
         try:
@@ -330,7 +339,7 @@ class Boundary:
         except CommError:
             raise
         except BaseException as error:
-            self._held = error  # by now all is published
+            self._held = self._held or error  # by now all is published
 
     def let_out(self) -> None:
         """Raises what came while ranks voted and updated shards were on their way: the step was not
