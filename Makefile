@@ -10,6 +10,8 @@ BIN   := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 ZIG   := $(VENV)/.zig
 SERVICES := $(VENV)/.services
+BUILT := $(VENV)/.built
+REQUIRED := $(VENV)/.required
 WHEEL := $(VENV)/.wheel
 
 # What a wheel is made of; a change in any of it makes the next target rebuild and reinstall the wheel.
@@ -41,11 +43,11 @@ demo: $(WHEEL)  ## train a small GPT on Python's own sources, on two ranks; RESU
 
 test: lint test-rust test-python  ## lint, the Rust tests, then pytest against the installed wheel, two files at a time; WORKERS=1 runs one
 
-# With make --jobs=2 these run beside Python's, which take longer and go first.
+# With make --jobs=3 pytest, which takes longest, begins as soon as the wheel is installed, and goes first.
 test-rust: | lint-rust
 	nice cargo test --locked
 
-test-python: | lint-python
+test-python: $(WHEEL)
 	$(PYTEST)
 
 # The models of tests/turns_loom.rs. Loom and what it needs are built for them alone, in a folder of their own, because the flag
@@ -82,8 +84,8 @@ lint-python: $(WHEEL)
 	$(BIN)/python packaging/licenses.py --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest --mypy-config-file packaging/stubtest.ini zerort._core
+	nice $(BIN)/mypy
+	nice $(BIN)/python -m mypy.stubtest --mypy-config-file packaging/stubtest.ini zerort._core
 
 all: test bench  ## test and bench
 
@@ -99,12 +101,21 @@ $(TOOLS):
 	$(BIN)/python -m pip install 'maturin>=1.12,<2'
 	touch $@
 
-# Two installs: the first replaces a wheel of the same version, the second brings what pyproject.toml asks for.
-$(WHEEL): $(TOOLS) $(SOURCES)
+$(BUILT): $(TOOLS) $(SOURCES)
 	rm -f dist/zerort-*.whl
 	$(BIN)/maturin build --locked --release --interpreter $(BIN)/python --out dist
+	touch $@
+
+# What pyproject.toml asks for, while the wheel is built where make may do several things at a time.
+$(REQUIRED): $(TOOLS) pyproject.toml packaging/requirements.py
+	$(BIN)/python packaging/requirements.py dev >$(VENV)/requirements.txt
+	$(BIN)/python -m pip install --requirement $(VENV)/requirements.txt
+	touch $@
+
+# Two installs: the first replaces a wheel of the same version, the second sees that nothing is missing.
+$(WHEEL): $(BUILT) $(REQUIRED)
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps dist/zerort-*.whl
-	$(BIN)/python -m pip install "$$(echo dist/zerort-*.whl)[dev]"
+	$(BIN)/python -m pip install --quiet "$$(echo dist/zerort-*.whl)[dev]"
 	touch $@
 
 # What the slow tests read back; `make test` does with what is in dev.

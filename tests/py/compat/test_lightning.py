@@ -20,7 +20,7 @@ pytestmark = [
 ]
 every_stage = pytest.mark.parametrize(
     "stage",
-    [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3],
+    [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3],
 )
 
 

@@ -12,7 +12,11 @@ from table import EVERYTHING
 from training import Config, train_all
 
 BUCKETS = {"one_parameter_a_bucket": 1, "small_buckets": 150, "one_bucket": EVERYTHING}
-WINDOWS = [1, 2, "all"]
+WINDOWS = {
+    "one_parameter_a_bucket": [1, "all"],
+    "small_buckets": [1, 2, "all"],
+    "one_bucket": ["all"],  # which is 1
+}
 
 
 def variants_at(stages: list[int], reduce_at: str) -> dict[str, Config]:
@@ -24,7 +28,7 @@ def variants_at(stages: list[int], reduce_at: str) -> dict[str, Config]:
         }
         for stage in stages
         for label, size in BUCKETS.items()
-        for window in WINDOWS
+        for window in WINDOWS[label]
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import CASES
-from table import EVERYTHING, LATE, REFUSED, Batches, at_stage_3
+from table import EVERYTHING, LATE, REFUSED, Batches, Run, at_stage_3, halved
 from training import Config, digest
 
 ALIKE = [name for name in CASES if name not in REFUSED | LATE]
@@ -17,28 +17,23 @@ WAYS: dict[str, Config] = {
     },
     "one_unit": at_stage_3(1, bucket=1),
     "some_units": at_stage_3(1500),
-    "everything": at_stage_3(EVERYTHING),
 }
+MORE_WAYS = {**WAYS, "everything": at_stage_3(EVERYTHING)}
 
-Run = tuple[str, int]
-"""A case's name, and accumulation steps."""
-
-# Each case with one number of accumulation steps, and in the slow tests with the other.
-SOON: list[Run] = [(name, (1, 3)[place % 2]) for place, name in enumerate(ALIKE)]
-LATER: list[Run] = [(name, (3, 1)[place % 2]) for place, name in enumerate(ALIKE)]
+SOON, LATER = halved(ALIKE)
 LATE_RUNS: list[Run] = [(name, gas) for name in sorted(LATE) for gas in (1, 3)]
 
 
-def _batches(runs: list[Run]) -> Batches:
-    return Batches(2, {run: (*run, list(WAYS.values())) for run in runs}, 8)
+def _batches(runs: list[Run], ways: dict[str, Config]) -> Batches:
+    return Batches(2, {run: (*run, list(ways.values())) for run in runs}, 8)
 
 
-_soon, _later = _batches(SOON + LATE_RUNS), _batches(LATER)
+_soon, _later = _batches(SOON + LATE_RUNS, WAYS), _batches(LATER, MORE_WAYS)
 _on_more = {
     world: Batches(
         world,
         {
-            name: (name, 1, list(WAYS.values()))
+            name: (name, 1, list(MORE_WAYS.values()))
             for name in ("gpt_clipped", "odd_shapes_with_adamw", "tied", "groups")
         },
         4,
@@ -47,23 +42,23 @@ _on_more = {
 }
 
 
-def assert_alike(found: list[list[object]]) -> None:
+def assert_alike(found: list[list[object]], ways: dict[str, Config]) -> None:
     digests = {
         way: {digest(history) for history in of_ranks}  # type: ignore[arg-type]
-        for way, of_ranks in zip(WAYS, found, strict=True)
+        for way, of_ranks in zip(ways, found, strict=True)
     }
     assert len(set().union(*digests.values())) == 1, digests
 
 
 @pytest.mark.parametrize(("name", "gas"), SOON)
 def test_stage_3_changes_no_bit_of_a_case(name: str, gas: int) -> None:
-    assert_alike(_soon[name, gas])  # type: ignore[arg-type]
+    assert_alike(_soon[name, gas], WAYS)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "gas"), LATER)
 def test_neither_with_the_other_number_of_accumulation_steps(name: str, gas: int) -> None:
-    assert_alike(_later[name, gas])  # type: ignore[arg-type]
+    assert_alike(_later[name, gas], MORE_WAYS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "gas"), LATE_RUNS)
@@ -80,4 +75,4 @@ def test_late_gradients_are_summed_all_the_same(name: str, gas: int) -> None:
 )
 @pytest.mark.parametrize("name", ["gpt_clipped", "odd_shapes_with_adamw", "tied", "groups"])
 def test_neither_does_it_on_other_numbers_of_ranks(name: str, world: int) -> None:
-    assert_alike(_on_more[world][name])  # type: ignore[arg-type]
+    assert_alike(_on_more[world][name], MORE_WAYS)  # type: ignore[arg-type]

@@ -8,15 +8,17 @@ read what came out.
 import pytest
 
 import ranks
-from cases import CASES
 from reference import Precision
-from table import FAR_APART, STAGES, reduction, trained_in_every_way
+from table import FAR_APART, LATER, SOON, STAGES, Run, reduction, trained_in_every_way
 from training import assert_same, at_stage, digest, train_all, twin_of
 
 
+def marked(runs: list[Run]) -> list[object]:
+    return [pytest.param(*run, marks=pytest.mark.slow if run in LATER else ()) for run in runs]
+
+
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "gas"), marked(SOON + LATER))
 def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
     expected = twin_of(name, 2, gas, Precision(gathers_sums=stage == 0), reduction(stage))
     assert_same(trained_in_every_way(name, gas)[stage], expected)
@@ -24,11 +26,10 @@ def test_two_ranks_train_like_the_twin(name: str, gas: int, stage: int) -> None:
 
 # Which bucket has left when a gradient comes more often than it did depends on the buckets; the
 # rest is summed later.
-ALIKE = [name for name in CASES if name != "reused_more_often_checkpointed_reentrant"]
+ALIKE = [run for run in SOON + LATER if run[0] != "reused_more_often_checkpointed_reentrant"]
 
 
-@pytest.mark.parametrize("gas", [1, 3])
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize(("name", "gas"), marked(ALIKE))
 def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
     at_boundary: list[str | int] = [0, 1, 2] if gas == 1 else [0, 1, *FAR_APART]
     if name == "mixed_dtypes":
@@ -40,7 +41,7 @@ def test_no_case_of_the_table_changes_a_bit(name: str, gas: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", sorted({name for name, _ in ALIKE}))
 def test_no_case_of_the_table_changes_a_bit_far_apart_with_one_micro_batch(name: str) -> None:
     ways = [way for label, way in FAR_APART.items() if name != "mixed_dtypes" or "_0" not in label]
     found = ranks.run(2, train_all, name, 1, [at_stage(1), *ways])

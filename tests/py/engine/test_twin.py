@@ -43,7 +43,7 @@ def test_an_optimizer_of_whole_parameters_trains_like_the_twin_where_it_may_run(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FEW)
 def test_other_numbers_of_ranks_train_like_the_twin(name: str, world: int, stage: int) -> None:
     assert_same(

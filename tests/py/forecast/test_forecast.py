@@ -132,7 +132,6 @@ QUICK = {
     "stage 0, int8",
     "stage 2, int8",
     "stage 2, gas 3, optimizer",
-    "stage 3, half of it",
     "stage 3, both, a room, gas 2",
 }
 """Those of every day."""

@@ -470,8 +470,7 @@ def train_both_ways(
 @pytest.mark.parametrize(
     ("world", "gas", "stage"),
     [
-        (2, 1, 0),
-        pytest.param(2, 3, 1, marks=pytest.mark.slow),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in ((2, 1, 0), (2, 3, 1))),
         (2, 3, 2),
         pytest.param(3, 1, 2, marks=pytest.mark.slow),
     ],

@@ -257,7 +257,7 @@ def resume(
     return flat(engine)
 
 
-@pytest.mark.parametrize("name", parameters(("Muon",), ("Adafactor",), slow=[("trust ratio",)]))
+@pytest.mark.parametrize("name", parameters(("Muon",), slow=[("Adafactor",), ("trust ratio",)]))
 def test_what_was_saved_resumes_on_other_ranks_and_stages_to_the_bit(
     name: str, tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def fail(engine: Any, x: Tensor, rank: int, culprit: int, where: str, block: int
         engine.step()  # void
 
 
-@settings(max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs)
 @pytest.mark.timeout(300)
 def test_ranks_that_differ_at_random_train_rightly_and_nobody_hangs(

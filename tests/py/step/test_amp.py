@@ -156,7 +156,7 @@ def normed(gas: int) -> list[list[Any]]:
 
 
 @every_stage
-@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_o2_keeps_batch_norms_in_fp32_and_trains_like_it_by_hand(stage: int, gas: int) -> None:
     twin = dict(_by_hand(gas, 2, 64.0).named_parameters())
     for found in normed(gas):

@@ -141,12 +141,17 @@ OTHERWISE_ROUNDED = {
 AS_CAST = [name for name in CASES if name not in OTHERWISE_ROUNDED]
 
 
-LOW = [
-    (name, position % 3, dtype)
-    for position, name in enumerate(AS_CAST)
-    for dtype in ("bf16", "fp16")
-    if dtype == "bf16" or name not in UNSCALED
-]
+def low(offset: int) -> list[tuple[str, int, str]]:
+    """Each case at a stage, in bf16 or fp16 in turn."""
+    dtypes = ("bf16", "fp16")
+    drawn = (
+        (name, place % 3, "bf16" if name in UNSCALED else dtypes[(place + offset) % 2])
+        for place, name in enumerate(AS_CAST)
+    )
+    return [each for each in drawn if not offset or each[0] not in UNSCALED]
+
+
+LOW, OTHER_LOW = low(0), low(1)
 IN_LOW = {
     "bf16": (BF16, Precision(torch.bfloat16)),
     "fp16": (STATIC_FP16, Precision(torch.float16, 256.0)),
@@ -155,13 +160,16 @@ OF_LOW = Batches(
     2,
     {
         (name, stage, dtype): (name, 3, [{**IN_LOW[dtype][0], **at_stage(stage)}])
-        for name, stage, dtype in LOW
+        for name, stage, dtype in LOW + OTHER_LOW
     },
     12,
 )
 
 
-@pytest.mark.parametrize(("name", "stage", "dtype"), LOW)
+@pytest.mark.parametrize(
+    ("name", "stage", "dtype"),
+    [*LOW, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHER_LOW)],
+)
 def test_every_case_of_the_table_trains_like_the_twin_in_low_precision(
     name: str, stage: int, dtype: str
 ) -> None:
@@ -461,7 +469,7 @@ UNDER_AUTOCAST = {
 
 
 @every_stage
-@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("gas", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("dtype", AUTOCASTS)
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast_trains_like_the_twin_under_it(
