@@ -33,7 +33,7 @@ from training import weights as all_weights
 from zerort.errors import StepError
 from zerort.step import precision
 
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 HUGE = 60000.0  # a gradient that overflows fp16 as soon as it is scaled
 SHORT = 2
 """Clean steps after which the scale grows in these tests."""

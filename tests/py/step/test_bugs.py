@@ -17,7 +17,7 @@ from terms import Weights, engine_over_terms, step_with, weights
 from training import at_stage
 
 below_3 = pytest.mark.parametrize("stage", [0, 1, 2])
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 
 
 def _use_one_vector_a_rank(rank: int, world: int, stage: int) -> Weights:

@@ -351,7 +351,7 @@ def _hold_back_at_stage(rank: int, world: int, stage: int) -> None:
     assert step_with(engine, 2.0, 2.0) == (-4.0, -31.0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_no_sync_works_at_every_stage(stage: int) -> None:
     ranks.shared(2, _hold_back_at_stage, stage)
 

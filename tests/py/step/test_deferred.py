@@ -321,7 +321,7 @@ def results(stage: int) -> list[dict[str, str]]:
     return ranks.run(2, run_each, stage, SCENARIOS, False)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda found: found.__name__)
 def test_at_every_stage(scenario: Scenario, stage: int) -> None:
     for rank, found in enumerate(results(stage)):

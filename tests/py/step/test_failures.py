@@ -31,7 +31,7 @@ from training import at_stage
 from zerort.errors import CommError, NonFiniteGradient, PlanMismatch, StepError, ZerortError
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 whole_and_sharded = pytest.mark.parametrize("stage", [0, 3])
 
 LIMIT = 30.0  # seconds a scenario may take, start included

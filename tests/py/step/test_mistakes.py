@@ -26,7 +26,7 @@ from zerort.errors import CommError, StepError
 
 pytestmark = pytest.mark.timeout(120)
 below_3 = pytest.mark.parametrize("stage", [0, 1, 2])
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 
 LIMIT = 30.0  # seconds a scenario may take, start included
 CLEAN = (-2.0, -4.0)

@@ -28,7 +28,7 @@ from zerort.errors import StepError
 from zerort.grads.tasks import GraphTask, LossScaling, announce, running_here
 
 pytestmark = pytest.mark.timeout(120)
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+every_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 
 LIMIT = 40.0
 CLEAN = (-2.0, -4.0)
