@@ -427,6 +427,7 @@ def _state(engine: Engine) -> EngineState:
         engine._transaction.part.progress,
         parts.config.zero_optimization.stage,
         parts.loader,
+        parts.config.zerort.wire_error_feedback == "checkpoint",
         lambda reason: setattr(boundary, "half_updated", reason),
         lambda: boundary.half_updated,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.memory import Memory
-from zerort.wire import Buffers, Extent, Terms
+from zerort.wire import Buffers, Extent, Kept, Terms
 
 BLOCK = 128
 
@@ -109,6 +109,12 @@ class Int8Encoder:
     def forget(self) -> None:
         self.gradients.forget()
         self.sums.forget()
+
+    def kept(self) -> Kept:
+        return Kept()
+
+    def restore(self, kept: Kept) -> None:
+        pass
 
 
 class Residual:

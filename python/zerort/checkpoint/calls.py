@@ -123,7 +123,7 @@ class Saving:
         )
         loaded = self._checkpoints.load(load_dir, tag, options, custom_load_fn, fallback=fallback)
         if loaded[0] is not None:
-            self._transaction.restart()
+            self._transaction.restart(*self._checkpoints.of_wire)
         return loaded
 
     @property

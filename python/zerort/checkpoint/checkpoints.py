@@ -30,6 +30,7 @@ from zerort.checkpoint.weights import save_weights
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus, Control, Patience
 from zerort.trace import TraceSink
+from zerort.wire import WireState
 
 __all__ = ["Checkpoints", "SavePolicy"]
 
@@ -67,6 +68,10 @@ class Checkpoints:
         self.bytes_read = 0
         """By this rank in the last load."""
         self.last_load: LoadRecord | None = None
+        self.of_wire: tuple[WireState | None, float] = None, 1.0
+        """What encoders of gradients had kept in the last load, and by how much gradients are
+        larger now.
+        """
         self._policy = policy
         self._agreement = Consensus(state.comm.control, CheckpointError, alike=True)
         self._loaded: dict[Path, str] = {}
@@ -183,6 +188,9 @@ class Checkpoints:
         self._loaded[folder.resolve()] = name
         assert loading.manifest is not None, "what was loaded had a manifest"
         self._run = self._run.behind(loading.manifest)
+        staged = loading.staged
+        assert staged is not None, "what was loaded was staged"
+        self.of_wire = staged.wire, self.state.loss_scale.scale / staged.scale
         self.last_load = loading.record
         if loading.record is not None and self.state.comm.rank == 0:
             loading.record.log()

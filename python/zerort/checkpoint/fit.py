@@ -24,8 +24,9 @@ class Fit:
 
     random: Json = None
     loader: Json = None
+    wire: Json = None
     writer: int = 0
-    """The rank whose file holds the tensors of the two."""
+    """The rank whose file holds the tensors of the three."""
     reasons: tuple[str, ...] = ()
     """Why something is not taken, a sentence each."""
 
@@ -48,7 +49,35 @@ def fit(manifest: Manifest, state: EngineState, options: LoadOptions) -> Fit:
     loader = own.get("loader") if hasattr(state.loader, "load_state_dict") else None
     if loader is None and state.loader is not None:
         reasons.append("the place in the data is not restored: the checkpoint has none")
-    return Fit(own.get("rng") if same else None, loader, rank if same else 0, tuple(reasons))
+    wire = own.get("wire") if options.optimizer else None
+    reason = _of_wire(wire, state, saved if not same else None)
+    if reason:
+        reasons.append(reason)
+    if reason or not same:
+        wire = None
+    random = own.get("rng") if same else None
+    return Fit(random, loader, wire, rank if same else 0, tuple(reasons))
+
+
+def _of_wire(saved: Json, state: EngineState, ranks: int | None) -> str | None:
+    """Why error feedback begins anew, where it was saved or was to be; `ranks` have saved it, if
+    they were others.
+    """
+    have = state.reduction.wire_state()
+    held = isinstance(saved, dict) and bool(saved.get("residuals"))
+    if not held:
+        wanted = state.keeps_feedback and have.residuals
+        return "error feedback begins anew: the checkpoint has none" if wanted else None
+    if not have.residuals:
+        return "error feedback is not taken: it is off"
+    if ranks is not None:
+        return (
+            f"error feedback begins anew: each rank has its own, {ranks} saved, "
+            f"{state.comm.world} load"
+        )
+    if saved.get("layout") != have.layout:
+        return "error feedback begins anew: gradients were in other buckets when this was saved"
+    return None
 
 
 def _of_optimizer(manifest: Manifest, state: EngineState) -> Iterator[str]:

@@ -68,6 +68,8 @@ class Load:
     manifest: Manifest | None = None
     """Of what was loaded."""
     record: LoadRecord | None = None
+    staged: Staged | None = None
+    """What was loaded."""
     _reader: Reader | None = None
 
     def run(self, tag: str | None, *, fallback: bool) -> tuple[str, Any] | None:
@@ -140,7 +142,7 @@ class Load:
             self._take_back(undo, error)
             raise
         self._apply(found, staged, what)
-        self.manifest = manifest
+        self.manifest, self.staged = manifest, staged
         return client_state
 
     def _parsed(self, data: bytes) -> Manifest:

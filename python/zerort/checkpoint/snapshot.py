@@ -225,6 +225,16 @@ def _own(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json]:
     own = {"rng": encode(random_states(state.comm.device), "rng", beside)}
     if hasattr(state.loader, "state_dict"):
         own["loader"] = encode(state.loader.state_dict(), "loader", beside)
+    wire = state.reduction.wire_state()
+    residuals = dict(wire.residuals) if state.keeps_feedback else {}
+    if wire.windows or residuals:
+        kept = {
+            "layout": wire.layout,
+            "windows": wire.windows,
+            "scale": state.loss_scale.scale,
+            "residuals": residuals,
+        }
+        own["wire"] = encode(kept, "wire", beside)
     return own
 
 

@@ -19,6 +19,7 @@ from zerort.checkpoint.tensors import DTYPES
 from zerort.errors import CheckpointError
 from zerort.optim.probe import is_known
 from zerort.optim.segments import regions
+from zerort.wire import WireState
 
 __all__ = ["Staged", "stage"]
 
@@ -42,6 +43,10 @@ class Staged:
     scheduler: Any = None
     loader: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
+    wire: WireState | None = None
+    """What encoders of gradients had kept."""
+    scale: float = 1.0
+    """The loss scale at that time."""
     extra: dict[str, Any] = field(default_factory=dict)
     features: dict[str, dict[str, Any]] = field(default_factory=dict)
     client_state: SavedClientState | None = None
@@ -66,8 +71,26 @@ def stage(
     staged.client_state = SavedClientState(
         manifest.client_state, lambda name: reader.whole(rank_file(0), name)
     )
+    kept = reader.value(fit.wire, fit.writer)
+    if kept is not None:
+        staged.wire, staged.scale = _of_wire(kept, state)
     reader.fill()
     return staged
+
+
+def _of_wire(kept: Any, state: EngineState) -> tuple[WireState, float]:
+    """Its residuals are as long as those of the engine, or it has none."""
+    try:
+        found = WireState(str(kept["layout"]), int(kept["windows"]), dict(kept["residuals"]))
+        scale = float(kept["scale"])
+        lengths = {name: residual.shape for name, residual in found.residuals.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the manifest's state of the wire does not read: {error}") from error
+    have = state.reduction.wire_state().residuals
+    fits = all(name in have and have[name].shape == shape for name, shape in lengths.items())
+    if not (fits and found.windows >= 0 and scale > 0):
+        raise CheckpointError("the manifest's state of the wire is not one of these buckets")
+    return found, scale
 
 
 def _stage_weights(

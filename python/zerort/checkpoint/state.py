@@ -25,6 +25,7 @@ from zerort.step.accumulation import Counters
 from zerort.step.events import Events
 from zerort.step.precision import LossScale
 from zerort.step.progress import Progress
+from zerort.wire import WireState
 
 __all__ = [
     "EngineState",
@@ -53,6 +54,9 @@ class Reduced(Protocol):
 
     plan: _core.Plan
 
+    def wire_state(self) -> WireState:
+        """What encoders of gradients have kept."""
+
     def publish(self) -> None:
         """Brings every rank's shard to all ranks."""
 
@@ -71,6 +75,8 @@ class EngineState:
     progress: Progress
     stage: int
     loader: Any = None
+    keeps_feedback: bool = False
+    """Whether what the wire has rounded off is saved."""
     broke_off: Callable[[str], None] = lambda reason: None
     """Takes the reason when a load has left the engine half changed: no step may be applied before
     another load.

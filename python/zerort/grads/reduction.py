@@ -29,6 +29,7 @@ from zerort.run.executor import Executor, Fold
 from zerort.run.flight import Transport
 from zerort.run.nonfinite import in_sum
 from zerort.trace.watch import Watch
+from zerort.wire import Encoder, Extent, WireState, restore, state_of
 
 __all__ = ["Reduction"]
 
@@ -55,7 +56,7 @@ class Reduction:
         self._flat = flat
         self._comm = mesh.shard
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._encoders = [e for transport in transports.values() for e in transport.encoders]
+        self._legs = [leg for transport in transports.values() for leg in transport.legs]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
         self.executor = self._executor = Executor(flat, mesh, transports, watch)
@@ -294,13 +295,27 @@ class Reduction:
         self._executor.reset()
         for source in self._sources.values():
             source.reset()
-        for encoder in self._encoders:
-            encoder.close(applied=applied, growth=growth)
+        for leg in self._legs:
+            leg.encoder.close(applied=applied, growth=growth)
 
-    def forget(self) -> None:
-        """Another state of the model has been loaded: nothing of the steps before it is kept."""
-        for encoder in self._encoders:
-            encoder.forget()
+    def forget(self, kept: WireState | None = None, growth: float = 1.0) -> None:
+        """Another state of the model has been loaded: nothing of the steps before it is kept. What
+        that one has `kept` is taken, gradients being `growth` times as large as then.
+        """
+        for leg in self._legs:
+            leg.encoder.forget()
+        if kept is not None:
+            restore(self._encoders, kept)
+            for leg in self._legs:
+                leg.encoder.close(applied=False, growth=growth)
+
+    def wire_state(self) -> WireState:
+        """What encoders have kept, between two windows."""
+        return state_of(self._encoders)
+
+    @property
+    def _encoders(self) -> list[tuple[Extent, Encoder]]:
+        return [(leg.extent, leg.encoder) for leg in self._legs]
 
     @unintercepted
     def learn(self) -> bool:
@@ -331,7 +346,7 @@ class Reduction:
         """
         self.plan = plan if self._order is None else plan.reordered(self._order)
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._encoders = [e for transport in transports.values() for e in transport.encoders]
+        self._legs = [leg for transport in transports.values() for leg in transport.legs]
         self._reducer = _core.Reducer(self.plan)
         self._executor.send_by(transports)
         self._executor.load(self.plan)

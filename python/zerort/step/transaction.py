@@ -36,6 +36,7 @@ from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
 from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Settled, between
 from zerort.step.settling import AWAY
+from zerort.wire import WireState
 
 __all__ = ["Transaction"]
 
@@ -363,11 +364,13 @@ class Transaction(DirectBackwards):
                 "leave the context first"
             )
 
-    def restart(self) -> None:
-        """A checkpoint has been loaded: the window begins anew."""
+    def restart(self, kept: WireState | None = None, growth: float = 1.0) -> None:
+        """A checkpoint has been loaded: the window begins anew, with what encoders had `kept` when
+        gradients were so much smaller.
+        """
         with self._parting():
             self.part.drop()
-        self._reduction.forget()
+        self._reduction.forget(kept, growth)
         self._phase = Idle()
         self.part.boundary.mend()
         self.part.accumulation.realign()

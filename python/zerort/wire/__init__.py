@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from zerort.wire.contract import Buffers, Encoder, Extent, Terms, WireFormat
+from zerort.wire.contract import Buffers, Encoder, Extent, Kept, Terms, WireFormat
 from zerort.wire.dense import Dense
 from zerort.wire.int8 import Int8
+from zerort.wire.kept import WireState, restore, state_of
 
 __all__ = [
     "FORMATS",
@@ -24,10 +25,14 @@ __all__ = [
     "Dense",
     "Encoder",
     "Extent",
+    "Kept",
     "Terms",
     "WireFormat",
+    "WireState",
     "format_of",
     "number_of",
+    "restore",
+    "state_of",
 ]
 
 FORMATS: dict[str, WireFormat] = {

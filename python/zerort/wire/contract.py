@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from zerort import _core
 from zerort.memory import FlatBucket, Memory
 from zerort.wire.scratch import Scratch
 
-__all__ = ["Buffers", "Encoder", "Extent", "Terms", "WireFormat"]
+__all__ = ["Buffers", "Encoder", "Extent", "Kept", "Terms", "WireFormat"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,16 @@ class Terms:
     scratch: Scratch = field(default_factory=Scratch)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint may hold of an encoder."""
+
+    windows: int = 0
+    """That were applied, where rounding depends on it."""
+    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    """What has been rounded off, as bytes, by a name for each."""
+
+
 class Encoder(Protocol):
     """One bucket's encoding on this rank."""
 
@@ -145,12 +155,17 @@ class Encoder(Protocol):
     def forget(self) -> None:
         """State begins anew, because another state of the model has been loaded."""
 
+    def kept(self) -> Kept:
+        """State as it is between two windows; tensors are views of it."""
+
+    def restore(self, kept: Kept) -> None:
+        """Takes such a state. Residuals that are not in it stay as they are."""
+
 
 class WireFormat(Protocol):
     """How a bucket is encoded, and what that costs.
 
-    An encoder may keep state from step to step, such as what it has rounded off. State is not saved
-    in checkpoints: after a resume it begins anew.
+    An encoder may keep state from step to step, such as what it has rounded off.
     """
 
     @property

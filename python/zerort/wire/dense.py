@@ -10,7 +10,7 @@ from torch import Tensor
 from zerort import _core
 from zerort.device import device_for
 from zerort.memory import Memory
-from zerort.wire.contract import Buffers, Extent, Terms
+from zerort.wire.contract import Buffers, Extent, Kept, Terms
 
 __all__ = ["Dense"]
 
@@ -115,4 +115,11 @@ class DenseEncoder:
         """Nothing is kept."""
 
     def forget(self) -> None:
+        """Nothing is kept."""
+
+    def kept(self) -> Kept:
+        """Nothing."""
+        return Kept()
+
+    def restore(self, kept: Kept) -> None:
         """Nothing is kept."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from zerort import _core
 from zerort.device import GROUP, device_for, residual_bytes
 from zerort.memory import Memory
-from zerort.wire.contract import Buffers, Extent, Terms
+from zerort.wire.contract import Buffers, Extent, Kept, Terms
 from zerort.wire.residual import Residual
 
 __all__ = ["Int8"]
@@ -170,18 +170,30 @@ class Int8Encoder:
     def close(self, *, applied: bool, growth: float) -> None:
         """Residuals are those of windows that were applied."""
         self._turn.close(applied=applied)
-        for residual in self._residuals:
+        for residual in self._residuals.values():
             residual.close(applied=applied, growth=growth)
 
     def forget(self) -> None:
         """Nothing has been left out."""
         self._turn = Turn()
-        for residual in self._residuals:
+        for residual in self._residuals.values():
             residual.forget()
 
+    def kept(self) -> Kept:
+        """Residuals, or how far random rounding has come."""
+        residuals = {name: residual.kept for name, residual in self._residuals.items()}
+        return Kept(0 if residuals else self._turn.windows, residuals)
+
+    def restore(self, kept: Kept) -> None:
+        """By a copy."""
+        self._turn = Turn(kept.windows)
+        for name, residual in kept.residuals.items():
+            self._residuals[name].kept.copy_(residual)
+
     @property
-    def _residuals(self) -> list[Residual]:
-        return [kept for kept in (self._gradients, self._sums) if kept is not None]
+    def _residuals(self) -> dict[str, Residual]:
+        named = {"gradients": self._gradients, "sums": self._sums}
+        return {name: residual for name, residual in named.items() if residual is not None}
 
     def _quantize(self, values: Memory) -> None:
         self._device.quantize(
