@@ -102,6 +102,20 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_bytes())["manifest"]
 
 
+def index_of(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"rank_{rank}.json").read_bytes())
+
+
+def tensors_of(folder: Path) -> list[dict[str, Any]]:
+    """All of a checkpoint's, wherever they are listed."""
+    manifest = manifest_of(folder)
+    found = list(manifest["tensors"])
+    for rank in range(manifest["world"]):
+        if (folder / f"rank_{rank}.json").exists():  # format 1 has all in the manifest
+            found += index_of(folder, rank)["tensors"]
+    return found
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """All of a checkpoint by parameter: `NAME master` and `NAME state.KEY` in its shape,
     contiguous, and `NAME values`.
@@ -129,11 +143,10 @@ def contents(folder: Path) -> dict[str, Any]:
 def _buffers(folder: Path, manifest: dict[str, Any], number: int) -> dict[str, Tensor]:
     bucket, prefix = manifest["buckets"][number], f"bucket.{number}."
     flats: dict[str, Tensor] = {}
+    tensors = tensors_of(folder)
     for rank in range(manifest["world"]):
         name = f"rank_{rank}.safetensors"
-        runs = {
-            t["name"]: t["runs"] for t in manifest["tensors"] if t["file"] == name and "runs" in t
-        }
+        runs = {t["name"]: t["runs"] for t in tensors if t["file"] == name and "runs" in t}
         with safe_open(folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 if not key.startswith(prefix):

@@ -3,7 +3,7 @@ that are verified.
 
 A block is the unit of trust. A rank that needs a slice of a file reads the blocks that cover it and
 no others, and a byte that `BlockReader.read` has delivered belongs to a block whose hash was right.
-The hashes themselves stand in the manifest; this module neither stores nor finds them.
+The hashes themselves stand in the manifest or an index; this module neither stores nor finds them.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class BlockReader:
         """Fills all `wants` in one pass. Raises `CheckpointError` naming the file and `what` is
         damaged; `OSError`.
         """
-        with self._opened(path, hashes) as file:
+        with self._opened(path, hashes.bytes) as file:
             for index, touched in _by_block(wants):
                 start = index * BLOCK
                 end = min(start + BLOCK, hashes.bytes)
@@ -185,7 +185,7 @@ class BlockReader:
         `read` does.
         """
         first = bytearray()
-        with self._opened(path, hashes) as file:
+        with self._opened(path, hashes.bytes) as file:
             for start in range(0, hashes.bytes, BLOCK):
                 end = min(start + BLOCK, hashes.bytes)
                 block = self._buffer[: end - start]
@@ -196,21 +196,21 @@ class BlockReader:
                     first += block[: head - start]
         return bytes(first)
 
-    def check_size(self, path: Path, hashes: Hashes) -> None:
+    def check_size(self, path: Path, nbytes: int) -> None:
         """Raises `CheckpointError` when the file has not the length it was written with."""
-        with self._opened(path, hashes):
+        with self._opened(path, nbytes):
             pass
 
     @contextmanager
-    def _opened(self, path: Path, hashes: Hashes) -> Iterator[int]:
+    def _opened(self, path: Path, nbytes: int) -> Iterator[int]:
         try:
             file = self._disk.open(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing") from error
         try:
             size = self._disk.size(file)
-            if size != hashes.bytes:
-                raise CheckpointError(f"{path} has {size} bytes, and {hashes.bytes} were written")
+            if size != nbytes:
+                raise CheckpointError(f"{path} has {size} bytes, and {nbytes} were written")
             yield file
         finally:
             self._disk.close(file)

@@ -160,6 +160,8 @@ class Load:
     ) -> tuple[Staged, dict[str, Tensor]]:
         self._reader = reader = Reader(self.disk, self.folder / tag, manifest)
         reader.check_names()
+        if self.custom is not None:
+            reader.check_sizes()  # room for all of it is made
         staged = stage(reader, self.state, found, fits, self.options)
         weights = state_dict_of(reader, as_saved=True) if self.custom is not None else {}
         self.bytes_read = reader.blocks.bytes_read

@@ -4,9 +4,13 @@ and limited.
 It says enough for another program to read the tensors without this one: the buckets' layouts stand
 in it in figures. The file has three parts, and its hash is that of the bytes of the second:
 
-    {"format": 1, "xxh3_128": "<32 hexadecimal digits>", "manifest":
+    {"format": 2, "xxh3_128": "<32 hexadecimal digits>", "manifest":
     <a JSON object, in one or several lines>
     }
+
+What grows with the size of a model stands beside each rank's file, in its `Index`: the hashes of
+its blocks, and where the parts of shards lie. The manifest has the hash of that. In format 1 it had
+all of it itself, which bounded a checkpoint to 2 TB.
 
 What it guarantees: what `dump` has written `parsing.parse` reads. What it does not do: it reads no
 file, and believes nothing about the files it describes.
@@ -31,7 +35,9 @@ from zerort.errors import CheckpointError, PlanError
 __all__ = [
     "ANCESTOR_LIMIT",
     "FORMAT",
+    "FORMATS",
     "HEAD",
+    "INDEX_LIMIT",
     "MANIFEST",
     "MANIFEST_LIMIT",
     "SCRIPT",
@@ -42,6 +48,7 @@ __all__ = [
     "Counts",
     "Entry",
     "FileEntry",
+    "Index",
     "Manifest",
     "OptimizerEntry",
     "ParamEntry",
@@ -50,15 +57,22 @@ __all__ = [
     "TensorEntry",
     "count_values",
     "dump",
+    "dump_index",
+    "index_file",
     "is_file_of_checkpoint",
     "rank_file",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""That is written."""
+FORMATS = (1, 2)
+"""That are read."""
 MANIFEST = "manifest.json"
 SCRIPT = "zero_to_fp32.py"
 MANIFEST_LIMIT = 64 << 20
 """Bytes of a manifest."""
+INDEX_LIMIT = 64 << 20
+"""Bytes of an index, which has room for the hashes of 2 TB."""
 TENSOR_LIMIT = 10**6
 VALUE_LIMIT = 6 * 10**6
 """JSON values of a manifest: a list of 30 million zeros would fit into the bytes, and not into
@@ -73,6 +87,7 @@ _Stop = Field(
 )  # at the first of many wrong values; an error for each of a million takes gigabytes
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Blocks = Annotated[str, Field(pattern=r"^([0-9a-f]{32})*$")]
 _Run = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 ANCESTOR_LIMIT = 256
 """Runs that a checkpoint remembers, the latest ones."""
@@ -84,11 +99,15 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank}.safetensors"
 
 
+def index_file(file: str) -> str:
+    """The name of what stands beside a rank's file."""
+    return file.removesuffix(".safetensors") + ".json"
+
+
 def is_file_of_checkpoint(name: str) -> bool:
     """Whether a checkpoint may hold a file of this name."""
-    return (
-        name in (MANIFEST, SCRIPT) or re.fullmatch(r"rank_\d{1,7}\.safetensors", name) is not None
-    )
+    of_rank = re.fullmatch(r"rank_\d{1,7}\.(safetensors|json)", name)
+    return name in (MANIFEST, SCRIPT) or of_rank is not None
 
 
 class Entry(BaseModel):
@@ -104,13 +123,12 @@ class FileEntry(Entry):
     bytes: _Count
     xxh3_128: _Digest
     """Of the digits in `blocks`."""
-    blocks: Annotated[str, Field(pattern=r"^([0-9a-f]{32})*$")]
-    """xxh3-128 of each MiB, 32 digits each."""
+    blocks: _Blocks | None = None
+    """xxh3-128 of each MiB, 32 digits each. None where they stand in the file's index."""
 
-    @property
-    def hashes(self) -> Hashes:
-        """For the reader."""
-        return Hashes(self.bytes, self.blocks)
+    def hashes(self, blocks: str | None = None) -> Hashes:
+        """For the reader; with the index's `blocks` where it has none itself."""
+        return Hashes(self.bytes, (self.blocks if blocks is None else blocks) or "")
 
 
 class TensorEntry(Entry):
@@ -126,6 +144,20 @@ class TensorEntry(Entry):
     """A part of a shard: (start, length), in elements of the shard, of the stretches that are
     stored, in order.
     """
+
+
+class Index(Entry):
+    """What stands beside a rank's file."""
+
+    tensors: Annotated[tuple[TensorEntry, ...], _Stop]
+    """The parts of shards in it, those that have `runs`."""
+    blocks: _Blocks
+    """Of the rank's file."""
+
+    @cached_property
+    def tensor(self) -> dict[str, TensorEntry]:
+        """By name."""
+        return {entry.name: entry for entry in self.tensors}
 
 
 class ParamState(Entry):
@@ -172,6 +204,8 @@ class BucketEntry(Entry):
     offsets: Annotated[tuple[_Count, ...], _Stop]
     numel: _Count
     shard_numel: _Count
+    dtypes: dict[str, _Code] = Field(default_factory=dict)
+    """Of what is stored of it: of `master`, of `state.KEY`. In format 1 the tensors say it."""
 
 
 class OptimizerEntry(Entry):
@@ -243,6 +277,7 @@ class Manifest(Entry):
     """State of each rank's own: random number generators, position in the data."""
     files: Annotated[tuple[FileEntry, ...], _Stop]
     tensors: Annotated[tuple[TensorEntry, ...], _Stop]
+    """Without those of the indexes."""
 
     @cached_property
     def file(self) -> dict[str, FileEntry]:
@@ -274,7 +309,14 @@ class Manifest(Entry):
     @cached_property
     def dtype_of(self) -> dict[str, str]:
         """Dtype codes of tensors by name; the shards of a bucket have one."""
-        return {entry.name: entry.dtype for entry in self.tensors}
+        return {
+            **{entry.name: entry.dtype for entry in self.tensors},
+            **{
+                f"bucket.{index}.{kind}": code
+                for index, bucket in enumerate(self.buckets)
+                for kind, code in bucket.dtypes.items()
+            },
+        }
 
     @cached_property
     def plan(self) -> _core.Plan:
@@ -288,31 +330,6 @@ class Manifest(Entry):
         except (PlanError, OverflowError) as error:
             raise CheckpointError(f"{MANIFEST}: the buckets are not a layout: {error}") from error
 
-    def in_file(self, name: str) -> list[TensorEntry]:
-        """The tensors of one file by their position."""
-        return sorted(
-            (entry for entry in self.tensors if entry.file == name), key=lambda entry: entry.start
-        )
-
-    def what(self, name: str) -> _Contents:
-        """Says what lies between two bytes of a file."""
-        return _Contents(self, name)
-
-
-class _Contents:
-    def __init__(self, manifest: Manifest, name: str) -> None:
-        self._manifest, self._name = manifest, name
-
-    def __call__(self, start: int, end: int) -> str:
-        inside = [
-            entry
-            for entry in self._manifest.in_file(self._name)
-            if entry.start < end and entry.end > start
-        ]
-        if not inside:
-            return "its header" if self._manifest.in_file(self._name) else "no tensor lies there"
-        return f"tensor {inside[0].name}{f' and {len(inside) - 1} more' if len(inside) > 1 else ''}"
-
 
 def dump(manifest: Manifest) -> bytes:
     """The file. Raises `CheckpointError` when a reader would not accept it: what cannot be loaded
@@ -322,18 +339,31 @@ def dump(manifest: Manifest) -> bytes:
     digest = xxhash.xxh3_128_hexdigest(body)
     head = f'{{"format": {FORMAT}, "xxh3_128": "{digest}", "manifest":\n'.encode()
     data = head + body + TAIL
+    _check(data, len(manifest.tensors), MANIFEST_LIMIT, MANIFEST, body)
+    return data
+
+
+def dump_index(index: Index, name: str) -> bytes:
+    """The file `name`. Raises as `dump`."""
+    body = index.model_dump_json(exclude_defaults=True).encode()
+    _check(body, len(index.tensors), INDEX_LIMIT, name, body)
+    return body
+
+
+def _check(data: bytes, tensors: int, limit: int, what: str, body: bytes) -> None:
+    """Raises `CheckpointError` for what a reader would refuse."""
     values = count_values(body)
-    if len(data) > MANIFEST_LIMIT or len(manifest.tensors) > TENSOR_LIMIT or values > VALUE_LIMIT:
+    if len(data) > limit or tensors > TENSOR_LIMIT or values > VALUE_LIMIT:
         raise CheckpointError(
-            f"the manifest has {len(data)} bytes, {len(manifest.tensors)} tensors and {values} "
-            f"values, the limits are {MANIFEST_LIMIT}, {TENSOR_LIMIT} and {VALUE_LIMIT}: use "
-            "larger buckets, or keep less in client_state, or keep it there in tensors"
+            f"{what} has {len(data)} bytes, {tensors} tensors and {values} "
+            f"values, the limits are {limit}, {TENSOR_LIMIT} and {VALUE_LIMIT}: use "
+            "larger buckets or more ranks, or keep less in client_state, or keep it there in "
+            "tensors"
         )
     try:
         from_json(body, cache_strings=False)  # its types were checked when it was made
     except ValueError as error:
-        raise CheckpointError(f"{MANIFEST} could not be read again: {error}") from error
-    return data
+        raise CheckpointError(f"{what} could not be read again: {error}") from error
 
 
 def count_values(body: bytes) -> int:

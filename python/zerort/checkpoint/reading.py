@@ -21,10 +21,19 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.checkpoint.blocks import BlockReader, Want
+from zerort.checkpoint.blocks import BlockReader, Hashes, Want
 from zerort.checkpoint.encoding import decode
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, rank_file
+from zerort.checkpoint.manifest import (
+    MANIFEST,
+    FileEntry,
+    Index,
+    Manifest,
+    TensorEntry,
+    index_file,
+    rank_file,
+)
+from zerort.checkpoint.parsing import parse_index
 from zerort.checkpoint.state import strides_of
 from zerort.checkpoint.tensors import DTYPES, as_bytes
 from zerort.errors import CheckpointError
@@ -48,7 +57,44 @@ class Reader:
         self._wants: dict[str, list[Want]] = {}
         self._rest: list[Callable[[], object]] = []
         self._runs: dict[int, _Runs] = {}
-        """By the identity of their entry, which the manifest keeps alive."""
+        """By the identity of their entry, which the manifest or its index keeps alive."""
+        self._indexes: dict[str, Index] = {}
+
+    def index(self, file: str) -> Index:
+        """What stands beside a rank's file, or did in the manifest; read and verified when it is
+        first asked for. Raises `CheckpointError` and `OSError`.
+        """
+        found = self._indexes.get(file)
+        if found is None:
+            found = self._indexes[file] = self._read_index(file)
+        return found
+
+    def _read_index(self, file: str) -> Index:
+        manifest = self.manifest
+        blocks = manifest.file[file].blocks
+        if blocks is not None:
+            tensors = [t for t in manifest.tensors if t.file == file and t.runs is not None]
+            return Index.model_construct(tensors=tuple(tensors), blocks=blocks)
+        entry = manifest.file[index_file(file)]
+        data = self.blocks.verify(
+            self.folder / entry.name, entry.hashes(), _an_index, head=entry.bytes
+        )
+        return parse_index(data, manifest, file)
+
+    def hashes(self, entry: FileEntry) -> Hashes:
+        """Of a file of the checkpoint. Raises as `index`."""
+        return entry.hashes(self.index(entry.name).blocks if entry.blocks is None else None)
+
+    def in_file(self, name: str) -> list[TensorEntry]:
+        """The tensors of one file by their position. Raises as `index`."""
+        found = {id(t): t for t in self.manifest.tensors if t.file == name}
+        if name in self.manifest.file and self.manifest.file[name].blocks is None:
+            found |= {id(t): t for t in self.index(name).tensors}
+        return sorted(found.values(), key=lambda entry: entry.start)
+
+    def what(self, name: str) -> _Contents:
+        """Says what lies between two bytes of a file."""
+        return _Contents(self, name)
 
     def check_names(self) -> None:
         """Raises `CheckpointError` for a file that is missing or does not belong. Hidden files are
@@ -64,7 +110,7 @@ class Reader:
     def check_sizes(self) -> None:
         """Raises `CheckpointError` for a file that has another length than when it was written."""
         for entry in self.manifest.files:
-            self.blocks.check_size(self.folder / entry.name, entry.hashes)
+            self.blocks.check_size(self.folder / entry.name, entry.bytes)
 
     def want(self, entry: TensorEntry, start: int, into: Tensor) -> None:
         """Asks for the elements from `start` on, as many as `into` (1-D, contiguous, on CPU) holds,
@@ -97,6 +143,8 @@ class Reader:
     def entry(self, file: str, name: str) -> TensorEntry:
         """Raises `CheckpointError` when the file holds no such tensor."""
         entry = self.manifest.tensor.get((file, name))
+        if entry is None and file in self.manifest.file:
+            entry = self.index(file).tensor.get(name)
         if entry is None:
             raise CheckpointError(f"{self.folder / file} holds no tensor {name}")
         return entry
@@ -107,8 +155,8 @@ class Reader:
         """
         wants, self._wants = self._wants, {}
         for file, wanted in wants.items():
-            hashes = self.manifest.file[file].hashes
-            self.blocks.read(self.folder / file, hashes, wanted, self.manifest.what(file))
+            hashes = self.hashes(self.manifest.file[file])
+            self.blocks.read(self.folder / file, hashes, wanted, self.what(file))
         rest, self._rest = self._rest, []
         for call in rest:
             call()
@@ -160,6 +208,22 @@ class Reader:
                 "of its shard"
             )
         return at
+
+
+class _Contents:
+    def __init__(self, reader: Reader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __call__(self, start: int, end: int) -> str:
+        all_of_it = self._reader.in_file(self._name)
+        inside = [entry for entry in all_of_it if entry.start < end and entry.end > start]
+        if not inside:
+            return "its header" if all_of_it else "no tensor lies there"
+        return f"tensor {inside[0].name}{f' and {len(inside) - 1} more' if len(inside) > 1 else ''}"
+
+
+def _an_index(start: int, end: int) -> str:
+    return "hashes, and where tensors lie"
 
 
 class _Runs:

@@ -3,7 +3,8 @@ listed.
 
     `open`     rank 0   lock DIR, delete what dead saves left, refuse an occupied tag,
                         create DIR/.tmp-TAG-NONCE/
-    `write`    all      write rank_R.safetensors there, hash on the way, sync; vote
+    `write`    all      write rank_R.safetensors there, hash on the way, sync; write its index,
+                        rank_R.json, sync; vote
     `seal`     rank 0   write the script, manifest.json, the next `latest` and the script that will
                         stand beside it, unless it is there; sync all
     `commit`   rank 0   rename the folder to DIR/TAG, or exchange the two; vote
@@ -31,10 +32,13 @@ from zerort.checkpoint.manifest import (
     MANIFEST,
     SCRIPT,
     FileEntry,
+    Index,
     Manifest,
     ParamState,
     TensorEntry,
     dump,
+    dump_index,
+    index_file,
     rank_file,
 )
 from zerort.checkpoint.prune import Pruned, Run, delete, prune, visible
@@ -70,10 +74,14 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """A rank's file, the tensors in it, and what the rank knows for the manifest."""
+    """A rank's file and its index, and what the rank knows for the manifest."""
 
     file: FileEntry
+    index: FileEntry
     tensors: tuple[TensorEntry, ...]
+    """In the file, without the parts of shards, which stand in the index."""
+    dtypes: dict[str, str]
+    """Of these parts, by name."""
     states: dict[int, ParamState]
     own: dict[str, object]
 
@@ -183,12 +191,29 @@ class Save:
             )
             for stored, at in placed
         )
-        return Written(_entry(name, hashes), tensors, snapshot.states, snapshot.own)
+        return self._with_index(name, hashes, tensors, snapshot)
+
+    def _with_index(
+        self, name: str, hashes: Hashes, tensors: tuple[TensorEntry, ...], snapshot: Snapshot
+    ) -> Written:
+        """Writes what stands beside the rank's file."""
+        parts = tuple(tensor for tensor in tensors if tensor.runs is not None)
+        beside = index_file(name)
+        index = dump_index(Index(tensors=parts, blocks=hashes.blocks), beside)
+        return Written(
+            FileEntry(name=name, bytes=hashes.bytes, xxh3_128=hashes.xxh3_128),
+            self._write(self.temporary / beside, index),
+            tuple(tensor for tensor in tensors if tensor.runs is None),
+            {part.name: part.dtype for part in parts},
+            snapshot.states,
+            snapshot.own,
+        )
 
     def seal(self, written: list[Written], snapshot: Snapshot) -> None:
         """Writes what describes the checkpoint, and all that will be renamed later."""
         script_entry = self._write(self.temporary / SCRIPT, script())
         params = snapshot.shared["params"]
+        dtypes = _dtypes(written)
         states = merged_states(
             (rank.states for rank in written), [entry["name"] for entry in params]
         )
@@ -200,8 +225,16 @@ class Save:
                 "params": tuple(
                     {**entry, "state": states.get(param)} for param, entry in enumerate(params)
                 ),
+                "buckets": tuple(
+                    {**bucket, "dtypes": dtypes.get(number, {})}
+                    for number, bucket in enumerate(snapshot.shared["buckets"])
+                ),
                 "ranks": tuple(rank.own for rank in written),
-                "files": (*(rank.file for rank in written), script_entry),
+                "files": (
+                    *(rank.file for rank in written),
+                    *(rank.index for rank in written),
+                    script_entry,
+                ),
                 "tensors": tuple(tensor for rank in written for tensor in rank.tensors),
             }
         )
@@ -313,6 +346,17 @@ class Save:
             lock, self._lock = self._lock, None
             with suppress(OSError):
                 self.disk.close(lock)
+
+
+def _dtypes(written: list[Written]) -> dict[int, dict[str, str]]:
+    """What is stored of each bucket, and in which dtype."""
+    found: dict[int, dict[str, str]] = {}
+    for name, code in {
+        name: code for rank in written for name, code in rank.dtypes.items()
+    }.items():
+        _, number, kind = name.split(".", 2)
+        found.setdefault(int(number), {})[kind] = code
+    return found
 
 
 def _entry(name: str, hashes: Hashes) -> FileEntry:

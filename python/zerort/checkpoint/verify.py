@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zerort.checkpoint.blocks import BlockReader
 from zerort.checkpoint.files import Disk
-from zerort.checkpoint.manifest import SCRIPT, FileEntry, Manifest
+from zerort.checkpoint.manifest import FileEntry
 from zerort.checkpoint.parsing import parse
 from zerort.checkpoint.reading import Reader
 from zerort.checkpoint.tags import listed, read_manifest
@@ -35,21 +35,23 @@ def problems(
     try:
         manifest = parse(read_manifest(disk, folder, tag))
         manifest.plan  # noqa: B018 (raises where the buckets are no layout)
-        Reader(disk, folder / tag, manifest).check_names()
+        reader = Reader(disk, folder / tag, manifest)
+        reader.check_names()
     except (CheckpointError, OSError) as error:
         return [str(error)]
     return [
         problem
         for entry in manifest.files[part::parts]
-        for problem in _of_file(disk, folder / tag, manifest, entry)
+        for problem in _of_file(disk, reader, entry)
     ]
 
 
-def _of_file(disk: Disk, folder: Path, manifest: Manifest, entry: FileEntry) -> Iterator[str]:
-    path = folder / entry.name
+def _of_file(disk: Disk, reader: Reader, entry: FileEntry) -> Iterator[str]:
+    path = reader.folder / entry.name
     try:
-        first = BlockReader(disk).verify(path, entry.hashes, manifest.what(entry.name), head=8)
-        if entry.name == SCRIPT:
+        hashes, what = reader.hashes(entry), reader.what(entry.name)
+        first = BlockReader(disk).verify(path, hashes, what, head=8)
+        if not entry.name.endswith(".safetensors"):
             return
         length = header_bytes(first, entry.bytes)
         head = bytearray(length)
@@ -64,7 +66,7 @@ def _of_file(disk: Disk, folder: Path, manifest: Manifest, entry: FileEntry) -> 
     except (CheckpointError, OSError) as error:
         yield str(error)
         return
-    listed_ = {(t.name, t.dtype, t.shape, t.start, t.end) for t in manifest.in_file(entry.name)}
+    listed_ = {(t.name, t.dtype, t.shape, t.start, t.end) for t in reader.in_file(entry.name)}
     for name, *_ in sorted(found ^ listed_):
         yield f"{path}: the header and the manifest disagree about tensor {name}"
 

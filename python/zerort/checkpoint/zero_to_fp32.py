@@ -172,17 +172,45 @@ def read_manifest(folder: Path, data: bytes) -> dict[str, Any]:
     elif xxhash.xxh3_128_hexdigest(rest[: -len(b"\n}\n")]) not in head.decode("ascii", "replace"):
         raise Refused(f"{folder / 'manifest.json'} is damaged")
     manifest = json.loads(data)
-    if manifest["format"] != 1:
-        raise Refused(f"{folder} has format {manifest['format']}, this script reads format 1")
-    return dict(manifest["manifest"])
+    if manifest["format"] not in (1, 2):
+        raise Refused(
+            f"{folder} has format {manifest['format']}, this script reads formats 1 and 2"
+        )
+    return with_indexes(folder, dict(manifest["manifest"]))
+
+
+def with_indexes(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """With what stands beside each rank's file, which format 1 has in the manifest."""
+    files = {entry["name"]: entry for entry in manifest["files"]}
+    for name, entry in files.items():
+        if entry.get("blocks") is None:
+            check_name(folder, name)
+            beside = name.removesuffix(".safetensors") + ".json"
+            data = read_small(folder / beside, MANIFEST_LIMIT)
+            blocks = [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+            if (
+                xxhash
+                and "".join(map(xxhash.xxh3_128_hexdigest, blocks)) != files[beside]["blocks"]
+            ):
+                raise Refused(f"{folder / beside} is damaged: use another checkpoint")
+            index = json.loads(data)
+            entry["blocks"] = index["blocks"]
+            manifest["tensors"] = [*manifest["tensors"], *index["tensors"]]
+    return manifest
+
+
+def check_name(folder: Path, name: str) -> None:
+    """Raises `Refused` for a name that is no checkpoint's file."""
+    known = name == "zero_to_fp32.py" or re.fullmatch(r"rank_\d{1,7}\.(safetensors|json)", name)
+    if not known:
+        raise Refused(f"{folder} lists the file {name!r}, which is no checkpoint's")
 
 
 def verify(folder: Path, manifest: dict[str, Any]) -> None:
     """Compares every file's name and length with the manifest, and its blocks with their hashes."""
     for entry in manifest["files"]:
         name = entry["name"]
-        if name != "zero_to_fp32.py" and not re.fullmatch(r"rank_\d{1,7}\.safetensors", name):
-            raise Refused(f"{folder} lists the file {name!r}, which is no checkpoint's")
+        check_name(folder, name)
         with open(open_plain(folder / name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry["bytes"]:

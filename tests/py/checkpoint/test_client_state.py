@@ -157,7 +157,7 @@ def forge(folder: Path, change: Any) -> None:
     manifest = manifest_of(folder)
     change(manifest)
     body = json.dumps(manifest).encode()
-    head = {"format": 1, "xxh3_128": xxhash.xxh3_128_hexdigest(body)}
+    head = {"format": 2, "xxh3_128": xxhash.xxh3_128_hexdigest(body)}
     text = json.dumps(head)[:-1].encode() + b', "manifest":\n' + body + b"\n}\n"
     (folder / "manifest.json").write_bytes(text)
 

@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 import ranks
-from saved import config_of, engine_of, manifest_of, train, weights
+from saved import config_of, engine_of, index_of, manifest_of, train, weights
 from zerort.checkpoint import get_fp32_state_dict, problems
 from zerort.checkpoint.manifest import VALUE_LIMIT
 from zerort.errors import CheckpointError
@@ -78,12 +78,12 @@ def state_of(engine: Any) -> list[torch.Tensor]:
 def test_every_flipped_bit_is_found_by_verify_and_by_load(folder: Path, engine: Any) -> None:
     chance = random.Random(0)
     shutil.rmtree(folder / "step1")
-    names = ("rank_0.safetensors", "rank_1.safetensors", "manifest.json")
+    names = ("rank_0.safetensors", "rank_1.safetensors", "manifest.json", "rank_1.json")
     for flip in range(FLIPS):
-        path = folder / "step2" / names[flip % 3]
+        path = folder / "step2" / names[flip % 4]
         data = bytearray(path.read_bytes())
         # A third each in the first bytes, where lengths and headers are, and the rest anywhere.
-        at = chance.randrange(min(len(data), 300) if flip % 9 < 3 else len(data))
+        at = chance.randrange(min(len(data), 300) if flip % 12 < 4 else len(data))
         bit = 1 << chance.randrange(8)
         data[at] ^= bit
         path.write_bytes(data)
@@ -104,7 +104,7 @@ def test_a_flipped_bit_names_the_tensor_and_the_checkpoint_that_verifies(
     path = folder / "step2" / "rank_1.safetensors"
     entry = next(
         t
-        for t in manifest_of(folder / "step2")["tensors"]
+        for t in index_of(folder / "step2", 1)["tensors"]
         if t["file"] == path.name and "runs" in t
     )
     data = bytearray(path.read_bytes())
@@ -164,6 +164,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda c: (c / "step2/rank_1.safetensors").unlink(),
         "rank_1.safetensors is missing",
     ),
+    "no index": (lambda c: (c / "step2/rank_1.json").unlink(), "rank_1.json is missing"),
+    "half an index": (lambda c: cut(c / "step2/rank_0.json", 300), "rank_0.json"),
+    "another step's index": (
+        lambda c: shutil.copy(c / "step1/rank_1.json", c / "step2/rank_1.json"),
+        "rank_1.json",
+    ),
+    "swapped indexes": (
+        lambda c: swap(c / "step2/rank_0.json", c / "step2/rank_1.json"),
+        "rank_0.json",
+    ),
+    "an index that is a link": (
+        lambda c: link(c / "step2/rank_1.json", c / "step1/rank_1.json"),
+        "symbolic link",
+    ),
     "an extra shard": (
         lambda c: shutil.copy(c / "step2/rank_1.safetensors", c / "step2/rank_2.safetensors"),
         "rank_2.safetensors does not belong",
@@ -191,13 +205,30 @@ def test_damaged_files_are_refused_by_name(damage: str, folder: Path, engine: An
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """A manifest with a right hash and wrong contents."""
-    manifest = manifest_of(folder)
+    """A manifest, and rank 0's index, with right hashes and wrong contents."""
+    manifest = {**manifest_of(folder), "index": index_of(folder, 0)}
     change(manifest)
+    index = json.dumps(manifest.pop("index")).encode()
+    if json.loads(index) != index_of(folder, 0):
+        (folder / "rank_0.json").write_bytes(index)
+        beside = next(entry for entry in manifest["files"] if entry["name"] == "rank_0.json")
+        beside.update(bytes=len(index), **hashes_of(index))
     forge_body(folder, json.dumps(manifest).encode())
 
 
-def forge_body(folder: Path, body: bytes, number: int = 1) -> None:
+def rehash(folder: Path, data: bytes) -> None:
+    """Rank 0's file has been forged into `data`, and all hashes follow."""
+    blocks = hashes_of(data)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["index"]["blocks"] = blocks["blocks"]
+        manifest["files"][0]["xxh3_128"] = blocks["xxh3_128"]
+
+    (folder / "rank_0.safetensors").write_bytes(data)
+    forge(folder, change)
+
+
+def forge_body(folder: Path, body: bytes, number: int = 2) -> None:
     digest = xxhash.xxh3_128_hexdigest(body)
     head = f'{{"format": {number}, "xxh3_128": "{digest}", "manifest":\n'.encode()
     (folder / "manifest.json").write_bytes(head + body + b"\n}\n")
@@ -210,7 +241,7 @@ def hashes_of(data: bytes) -> dict[str, str]:
 
 
 def set_tensor(index: int, **values: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda manifest: manifest["tensors"][index].update(values)
+    return lambda manifest: manifest["index"]["tensors"][index].update(values)
 
 
 def set_bucket(**values: Any) -> Callable[[dict[str, Any]], Any]:
@@ -221,16 +252,16 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a huge tensor": (set_tensor(0, shape=[1 << 60]), "bytes"),
     "a product that overflows": (set_tensor(0, shape=[1 << 40, 1 << 40]), "bytes"),
     "overlapping tensors": (
-        lambda m: m["tensors"][1].update(
-            start=m["tensors"][0]["start"], end=m["tensors"][0]["end"]
+        lambda m: m["index"]["tensors"][1].update(
+            start=m["index"]["tensors"][0]["start"], end=m["index"]["tensors"][0]["end"]
         ),
         "tensor",
     ),
     "a tensor beyond its file": (
-        lambda m: m["tensors"][0].update(start=1 << 40, end=(1 << 40) + 512),
+        lambda m: m["index"]["tensors"][0].update(start=1 << 40, end=(1 << 40) + 512),
         "tensor",
     ),
-    "a tensor in the header": (lambda m: m["tensors"][0].update(start=0), "tensor"),
+    "a tensor in the header": (lambda m: m["index"]["tensors"][0].update(start=0), "tensor"),
     "an unknown dtype": (set_tensor(0, dtype="F128"), "dtype"),
     "a negative size": (set_tensor(0, start=-1), "start"),
     "a fraction for a size": (set_tensor(0, start=1.5), "start"),
@@ -240,9 +271,38 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a huge world": (lambda m: m.update(world=1 << 19), "files"),
     "runs that overlap": (set_tensor(0, runs=[[0, 1 << 50]]), "runs"),
     "runs beyond the shard": (
-        lambda m: m["tensors"][0].update(runs=[[1 << 30, m["tensors"][0]["shape"][0]]]),
+        lambda m: m["index"]["tensors"][0].update(
+            runs=[[1 << 30, m["index"]["tensors"][0]["shape"][0]]]
+        ),
         "runs",
     ),
+    "a part of another file": (set_tensor(0, file="rank_1.safetensors"), "lies in"),
+    "a part in the manifest": (
+        lambda m: m["tensors"].append(m["index"]["tensors"].pop(0)),
+        "index",
+    ),
+    "a part of another dtype": (
+        lambda m: m["buckets"][0]["dtypes"].update(master="F16"),
+        "which has F16",
+    ),
+    "parts that are not there": (lambda m: m["index"].update(tensors=[]), "no tensor"),
+    "an index twice as long": (
+        lambda m: m["index"]["tensors"].extend(m["index"]["tensors"]),
+        "twice",
+    ),
+    "hashes in the manifest": (
+        lambda m: m["files"][0].update(blocks=m["index"]["blocks"]),
+        "where they do not belong",
+    ),
+    "no hashes of an index": (
+        lambda m: [entry.pop("blocks") for entry in m["files"] if entry["name"] == "rank_0.json"],
+        "where they do not belong",
+    ),
+    "an index beyond its limit": (
+        lambda m: next(e for e in m["files"] if e["name"] == "rank_0.json").update(bytes=1 << 30),
+        "rank_0.json",
+    ),
+    "an unknown key of an index": (lambda m: m["index"].update(surprise=1), "surprise"),
     "a bucket of nothing": (set_bucket(params=[], offsets=[]), "layout"),
     "a bucket twice": (lambda m: m["buckets"].append(m["buckets"][0]), "bucket"),
     "a parameter that is not there": (set_bucket(params=[99]), "layout"),
@@ -303,11 +363,11 @@ def test_a_manifest_that_is_no_manifest_is_refused(
 
 
 def test_a_manifest_of_a_later_format_says_so(folder: Path, engine: Any) -> None:
-    forge_body(folder / "step2", b"{}", number=2)
-    refuses(engine, folder, "format 2", "format 1")
+    forge_body(folder / "step2", b"{}", number=3)
+    refuses(engine, folder, "format 3", "format 1 and 2")
 
 
-def bombs(manifest: dict[str, Any]) -> dict[str, bytes]:
+def bombs(manifest: dict[str, Any], tensor: dict[str, Any]) -> dict[str, bytes]:
     """Manifests within the limit of bytes that would take gigabytes if they were believed."""
     many = VALUE_LIMIT // 3
     lists, objects, zeros = (f"[{','.join([item] * many)}]" for item in ("[]", "{}", "0"))
@@ -316,7 +376,7 @@ def bombs(manifest: dict[str, Any]) -> dict[str, bytes]:
         "lists": ({"client_state": "BOMB", "stage": 9}, lists),
         "keys": ({"counters": "BOMB"}, keys),
         "files": ({"files": "BOMB"}, objects),
-        "runs": ({"tensors": [{**manifest["tensors"][0], "runs": "BOMB"}]}, zeros),
+        "runs": ({"tensors": [{**tensor, "runs": "BOMB"}]}, zeros),
         "names": ({"aliases": "BOMB"}, keys),
     }
     return {
@@ -339,10 +399,12 @@ def attacked(original: Path, base: Path) -> list[str]:
 
     for name, (change, _) in HOSTILE.items():
         forge(folder(name), change)
-    for name, body in bombs(manifest_of(original)).items():
+    tensor = index_of(original, 0)["tensors"][0]
+    for name, body in bombs(manifest_of(original), tensor).items():
         forge_body(folder(name), body)
     cut(folder("a manifest of 10 GB") / "manifest.json", 10 << 30)  # sparse
     cut(folder("a file of 10 GB") / "rank_0.safetensors", 10 << 30)
+    cut(folder("an index of 10 GB") / "rank_0.json", 10 << 30)
     return made
 
 
@@ -362,7 +424,7 @@ def climb(rank: int, world: int, good: str, base: str, names: list[str]) -> dict
 def test_no_attack_takes_more_than_a_gigabyte(folder: Path, tmp_path: Path) -> None:
     names = attacked(folder / "step2", tmp_path / "bad")
     grown = ranks.run(1, climb, str(folder), str(tmp_path / "bad"), names, timeout=120)[0]
-    assert len(grown) == len(HOSTILE) + 9
+    assert len(grown) == len(HOSTILE) + 10
     assert sum(grown.values()) < 1024, {name: mib for name, mib in grown.items() if mib}
 
 
@@ -380,10 +442,8 @@ def test_no_attack_takes_more_than_a_gigabyte(folder: Path, tmp_path: Path) -> N
 def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(
     head: bytes, folder: Path
 ) -> None:
-    path = folder / "step2" / "rank_1.safetensors"
-    data = head + path.read_bytes()[len(head) :]
-    path.write_bytes(data)
-    forge(folder / "step2", lambda m: m["files"][1].update(hashes_of(data)))
+    path = folder / "step2" / "rank_0.safetensors"
+    rehash(folder / "step2", head + path.read_bytes()[len(head) :])
     found = problems(folder, "step2")
     assert len(found) == 1 and ("header" in found[0] or "tensors end" in found[0]), found
 
@@ -391,8 +451,6 @@ def test_a_hostile_header_is_refused_even_if_the_hashes_are_right(
 def test_a_tensor_renamed_in_the_header_is_refused_even_if_the_hashes_are_right(
     folder: Path,
 ) -> None:
-    path = folder / "step2" / "rank_1.safetensors"
-    data = path.read_bytes().replace(b'"bucket.0.master"', b'"bucket.9.master"')
-    path.write_bytes(data)
-    forge(folder / "step2", lambda m: m["files"][1].update(hashes_of(data)))
+    path = folder / "step2" / "rank_0.safetensors"
+    rehash(folder / "step2", path.read_bytes().replace(b'"bucket.0.master"', b'"bucket.9.master"'))
     assert any("bucket.9.master" in problem for problem in problems(folder, "step2"))
