@@ -73,8 +73,17 @@ class GroupComm:
         self.control.close(waits=waits)
 
 
-def exchange(recv: Tensor, send: Tensor, arriving: list[int], leaving: list[int]) -> Call:
+def exchange(
+    recv: Tensor,
+    send: Tensor,
+    arriving: list[int] | None = None,
+    leaving: list[int] | None = None,
+) -> Call:
     """An all-to-all; without lengths of equal parts."""
     return lambda group: dist.all_to_all_single(
-        recv, send, arriving, leaving, group=group, async_op=True
+        *(recv, send),
+        output_split_sizes=arriving,
+        input_split_sizes=leaving,
+        group=group,
+        async_op=True,
     )

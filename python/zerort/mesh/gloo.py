@@ -59,7 +59,7 @@ class GlooComm(GroupComm):
         """Every rank's piece of this rank's shard, in rank order."""
         length = send.numel() // self.world
         if length * send.itemsize < _LARGE:
-            call = exchange(recv, send, [], [])
+            call = exchange(recv, send)
             return self._groups.work("all_to_all", [(self.gradients[0], call)])
         each = [length] * self.world
         return self._both_ways(recv, send, each, each)

@@ -48,7 +48,7 @@ class NcclComm(GroupComm):
         name, call = (
             ("reduce_scatter", partial(_on, _reduce_scatter, recv, send))
             if recv.numel() < send.numel()
-            else ("all_to_all", exchange(recv, send, [], []))
+            else ("all_to_all", exchange(recv, send))
         )
         return self._groups.work(name, [(self.gradients[0], call)])
 

@@ -118,10 +118,10 @@ def ways(rank: int, world: int) -> list[tuple[str, bool, bool]]:
     mesh, found = connect(MINUTE, CPU), []
     all_to_all, broadcast = dist.all_to_all_single, dist.broadcast
 
-    def exchanging(recv: Any, send: Any, arriving: Any, leaving: Any, **options: Any) -> Any:
-        peer = 1 - rank
-        found.append((options["group"].group_name, leaving[peer] > 0, arriving[peer] > 0))
-        return all_to_all(recv, send, arriving, leaving, **options)
+    def exchanging(recv: Any, send: Any, **options: Any) -> Any:
+        leaving, arriving = (options[f"{way}put_split_sizes"][1 - rank] for way in ("in", "out"))
+        found.append((options["group"].group_name, leaving > 0, arriving > 0))
+        return all_to_all(recv, send, **options)
 
     def telling(buffer: Any, source: int, **options: Any) -> Any:
         found.append((options["group"].group_name, source == rank, source != rank))
