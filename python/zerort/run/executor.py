@@ -4,7 +4,8 @@ What it guarantees: commands run in the order of the list and never before the c
 them; memory and collectives of a bucket stay alive together until the last result has been taken;
 no hook ever blocks (RED-5). Where waiting blocks the host, a command whose bucket or memory is
 still under way ends the run, and only `drain` waits; where it does not, the wait is enqueued on the
-device and the run goes on.
+device and the run goes on. A bucket's second collective does not wait for the run: it starts at the
+next command behind the end of the first (SCH-4).
 
 What has started is not started again: whatever raises between two lines, Ctrl-C included, the next
 call goes on with the command at the cursor, and a command that runs twice has its effect once. The
@@ -93,6 +94,7 @@ class Executor:
         self._program.dissolve()
         self._program = Program()  # whose memory goes before the new is asked for
         self._program = self._maker.program(plan, self._launches, units)
+        self._launches.load(self._program.flights)
         self.publication.land()
         self.publication = self._publish(self._maker.published())
         self._actions.load(self._table())
@@ -127,6 +129,7 @@ class Executor:
         """Gives the memory of buckets in flight back, until `load`. Nothing is under way."""
         self._program.dissolve()
         self._program = Program(units=self._program.units)
+        self._launches.load(())
         self._actions.load(self._table())
         self._maker.release()
 
@@ -156,6 +159,7 @@ class Executor:
         """Starts at the head of the list."""
         self._pass.fold = fold
         self._pass.absent = []
+        self._launches.begin()
         self._cursor = self._allowed = 0
 
     def run(self, hi: int) -> None:
@@ -264,6 +268,7 @@ class Executor:
 
     def _advance(self, end: int, *, wait: bool) -> None:
         polls = self.device.blocks and not wait
+        self._follow_up()
         while self._cursor < end:
             verb, report, flight = self._program.commands[self._cursor]
             if polls and flight.under_way:
@@ -275,6 +280,14 @@ class Executor:
                 raise
             self._cursor += 1
             report(flight)
+            self._follow_up()
+
+    def _follow_up(self) -> None:
+        try:
+            self._launches.follow_up()
+        except BaseException as error:
+            self._lose(error)
+            raise
 
     def _drain(self) -> None:
         self._actions.drain()

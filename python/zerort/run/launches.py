@@ -1,12 +1,20 @@
 """What is done with a bucket in flight: a Launch starts its first collective, a Retire takes its
 result and starts the next.
 
+Where a bucket has a second collective, that need not wait for its Retire, which may stand behind
+the last Launch of the list: `follow_up` starts it once the first is complete. Buckets are followed
+up in the order of their launches, which is that of their Retires (SCH-4), so that second
+collectives start in one order on all ranks, however early each rank starts them. They are on groups
+of their own, and so may start at another place among the first ones than on another rank.
+
 What it guarantees: each has its effect once, whatever raises between two lines, so that one that
 was broken off is run again; in a pass that is lost zeros are sent and nothing is taken. What it
 does not do: it knows no list, and it does not know when its turn is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from zerort.device.contract import Streams
 from zerort.run.flight import FIRST, OVER, Inflight
@@ -24,6 +32,33 @@ class Launches:
         self._waits = waits
         self._pass = current
         self._blocks = blocks
+        self._followed: Sequence[Inflight] = ()
+        self._next = 0
+
+    def load(self, flights: Sequence[Inflight]) -> None:
+        """What is in a list, in the order of its launches."""
+        # On an accelerator a Retire waits on a stream, and stands where the window wants it; and
+        # there both collectives are on one group, in the order of the list.
+        several = [flight for flight in flights if len(flight.hops) > 1]
+        self._followed = several if self._blocks else ()
+        self._next = 0
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._next = 0
+
+    def follow_up(self) -> None:
+        """Starts second hops whose first is complete; waits for nothing."""
+        while self._next < len(self._followed):
+            flight = self._followed[self._next]
+            hop, work = flight.state
+            if hop < 0 or work is None:
+                return  # not launched yet, or broken off between its two hops
+            if hop == 0:
+                if not work.is_completed():
+                    return
+                self.retire(flight)
+            self._next += 1
 
     def launch(self, flight: Inflight) -> None:
         """Starts a bucket's first hop, in memory that is free then."""
@@ -53,8 +88,11 @@ class Launches:
 
     def _follow(self, flight: Inflight) -> None:
         """Starts a hop that follows the first, unless that has been done."""
+        fresh = flight.state.work is None
         with self._streams.summing(flight.lane):
             flight.start()
+        if fresh:
+            self._waits.started(flight)
 
     def _complete(self, flight: Inflight) -> None:
         """Waits for the hop that is under way and takes its result."""
@@ -83,4 +121,3 @@ class Launches:
         watch = self._waits.watch
         if watch.enabled:
             watch.retired(flight.bucket.spec)
-            self._waits.started(flight)

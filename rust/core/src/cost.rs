@@ -26,12 +26,12 @@
 //!   and publication, and nothing else. A bucket's time under way is what was waited for and what
 //!   was hidden.
 //! - **CST-3** A higher price of a message, a byte or any local work never makes a step shorter, where
-//!   nothing is polled: on streams, and on a blocking host whose window is all. With a smaller window
-//!   such a host may take a sum into its backward that it would have taken while it waits, so there
-//!   a better network may cost what those sums take, and no more.
+//!   nothing is polled: on streams, and on a blocking host whose window is all and whose buckets have
+//!   one reduce hop. Else such a host may take a sum into its backward that it would have taken while
+//!   it waits, so there a better network may cost what those sums take, and no more.
 //! - **CST-4** A window of all is never slower than a smaller one where a bucket has one reduce hop
-//!   (stages 1 to 3 of a flat mesh). Where it has two, the second starts at its Retire, and a window
-//!   of all has every Retire behind the last Launch: there a smaller one can be faster.
+//!   (stages 1 to 3 of a flat mesh). Where it has two, the second starts once the first is complete
+//!   and the host comes by (SCH-4), on streams at its Retire: there a smaller window can be faster.
 //! - **CST-5** What ranks send is what HOP-3 says, for every algorithm that sends no byte twice.
 //!
 //! What it does not know: other jobs on the network, its topology beyond hosts, messages that a

@@ -15,6 +15,11 @@
 //!   same list, so that no collective can pair with another bucket's, whatever order gradients
 //!   arrive in.
 //!
+//! - **SCH-4** Retires stand in the order of the Launches. Where a bucket has a second collective it
+//!   starts at its Retire at the latest, and ahead of it once the first is complete; never before
+//!   that of the bucket launched before it. So second collectives start in one order on all ranks,
+//!   whichever Launches each rank starts them between: they are on groups of their own.
+//!
 //! At stage 3 a pass has a list of its own, in which parameters stand too: see [`crate::route`].
 //!
 //! A schedule does not say *when* a command may run. That is the [`Reducer`](crate::Reducer)'s

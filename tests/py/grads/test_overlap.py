@@ -7,9 +7,12 @@ whose it is. A hook registered before the engine's own notes when a gradient arr
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -52,13 +55,16 @@ class Widths(nn.Module):
 class Scene:
     """An engine over `Widths`, and what was seen of it."""
 
-    def __init__(self, window: int | str = "all", stage: int = 2) -> None:
+    def __init__(
+        self,
+        window: int | str = "all",
+        stage: int = 2,
+        then: Callable[[int], object] = lambda layer: None,
+    ) -> None:
         model = Widths()
         self.events: list[Event] = []
         for index, parameter in enumerate(model.layers):
-            parameter.register_post_accumulate_grad_hook(
-                lambda _, index=index: self.events.append(("gradient", index))
-            )
+            parameter.register_post_accumulate_grad_hook(partial(self._note, index, then))
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
@@ -67,6 +73,10 @@ class Scene:
         }
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         self.engine, *_ = zerort.initialize(model=model, optimizer=optimizer, config=config)
+
+    def _note(self, layer: int, then: Callable[[int], object], _: Tensor) -> None:
+        self.events.append(("gradient", layer))
+        then(layer)
 
     def step(self, order: Sequence[int], x: Tensor | None = None) -> list[Event]:
         """Everything in one step, in the order in which it happened on this rank."""
@@ -125,6 +135,46 @@ def test_a_gradient_that_comes_out_of_turn_waits_for_the_lists_head() -> None:
     _, ((_, events)) = ranks.shared(2, two_steps, [[0, 1, 2, 3], [3, 2, 1, 0]], "all")
     gradients = [("gradient", layer) for layer in (0, 1, 2, 3)]
     assert events == [*gradients, *(("launch", layer) for layer in (3, 2, 1, 0))]
+
+
+# ---- SCH-4: at stage 0 a bucket's second collective follows its first
+
+
+def gathers_of_a_backward(rank: int, world: int) -> list[list[Event]]:
+    """What happens in two steps. Rank 0 waits at each gradient until the launches so far are
+    complete, rank 1 at the last one only, so that it follows up later.
+    """
+    launched: list[Any] = []
+    starts = {"launch": dist.all_to_all_single, "gather": dist.broadcast}
+
+    def noted(kind: str, *tensors: Tensor, **options: Any) -> Any:
+        work = starts[kind](*tensors, **options)
+        if kind == "launch":
+            launched.append(work)
+        elif work is not None and tensors[1] == 0:
+            scene.events.append((kind, tensors[0].numel() * world // UNIT - 1))
+        return work
+
+    def until_complete(layer: int) -> None:
+        end = time.monotonic() + 60
+        while (rank == 0 or layer == 0) and not all(work.is_completed() for work in launched):
+            assert time.monotonic() < end, "collectives do not end"
+            time.sleep(0.001)
+
+    scene = Scene("all", 0, until_complete)
+    with (
+        mock.patch.object(dist, "all_to_all_single", partial(noted, "launch")),
+        mock.patch.object(dist, "broadcast", partial(noted, "gather")),
+    ):
+        return [scene.step(FORWARD) for _ in range(2)]
+
+
+def test_sch_4_second_collectives_leave_in_the_backward_in_the_order_of_the_launches() -> None:
+    for steps in ranks.run(2, gathers_of_a_backward):
+        for events in steps:
+            assert [layer for kind, layer in events if kind == "gather"] == [3, 2, 1, 0]
+        # from the second step on buckets leave as they fill
+        assert steps[1].index(("gather", 2)) < steps[1].index(("launch", 0))
 
 
 # ---- RED-5: no hook blocks

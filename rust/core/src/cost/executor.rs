@@ -55,6 +55,8 @@ pub(super) struct Executor<'a> {
     rest: Vec<Command>,
     /// Buckets in the order of this pass's launches.
     launched: Vec<BucketId>,
+    /// Of these, how many have been followed up.
+    followed: usize,
     /// Retires that were passed over.
     late: Vec<BucketId>,
     /// A Retire that is under way is passed over.
@@ -79,6 +81,7 @@ impl<'a> Executor<'a> {
             at: 0,
             rest: Vec::new(),
             launched: Vec::new(),
+            followed: 0,
             late: Vec::new(),
             passes_over: !plan.units().is_empty(),
             account: Prediction::default(),
@@ -100,12 +103,14 @@ impl<'a> Executor<'a> {
         self.at = 0;
         if launches {
             self.launched.clear();
+            self.followed = 0;
         }
     }
 
     /// Runs what is below `hi`; without `wait` as far as it goes without blocking.
     pub(super) fn advance(&mut self, commands: &[Command], hi: usize, wait: bool) {
         let polls = self.blocks && !wait;
+        self.follow_up();
         while self.at < hi {
             self.settle(false);
             match commands[self.at] {
@@ -128,6 +133,25 @@ impl<'a> Executor<'a> {
                 Command::Need(_) => {}
             }
             self.at += 1;
+            self.follow_up();
+        }
+    }
+
+    /// Starts second hops whose first is complete, in the order of the launches; waits for nothing.
+    fn follow_up(&mut self) {
+        if !self.blocks || self.passes_over {
+            return; // on streams a Retire does not wait for its turn; lists with units poll theirs
+        }
+        while let Some(&bucket) = self.launched.get(self.followed) {
+            let flight = self.flights[bucket.index()];
+            let several = self.prices.buckets[bucket.index()].reduce.len() > 1;
+            if several && flight.hop == 0 && !flight.over {
+                if self.is_under_way(bucket) {
+                    return;
+                }
+                self.retire(bucket);
+            }
+            self.followed += 1;
         }
     }
 
