@@ -70,7 +70,7 @@ class Runtime(Section):
     """When gradients are reduced; None means at the boundary below stage 2, from there on in every
     micro-batch.
     """
-    publish: Literal["auto", "overlapped", "step"] = "step"
+    publish: Literal["auto", "overlapped", "step"] = "auto"
     """Whether `step` waits for the other ranks' updated parameters, or modules of the next forward
     do; "auto" measures what there is to win.
     """

@@ -153,6 +153,10 @@ class Events:
         self._scaled = self._hear["scaled"]
         self._ended = self._hear["ended"]
 
+    def hears(self, event: str) -> bool:
+        """Whether a feature hears of it."""
+        return bool(self._hear[event])
+
     def find(self, kind: type[F]) -> F | None:
         """The feature of this kind, if it is on."""
         return next((each for each in self.features if isinstance(each, kind)), None)

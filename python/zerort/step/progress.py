@@ -84,6 +84,8 @@ class Progress:
             ) from error
 
     def _publish(self) -> None:
+        if self.events.hears("published"):
+            self.boundary.reduction.land()
         try:
             self.events.published()
         except BaseException as error:

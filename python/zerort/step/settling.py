@@ -89,8 +89,7 @@ class Settling:
             self._phase = Lost(lost)
         if lost is not None and self.part.boundary.half_updated is None:
             self.part.boundary.half_updated = (
-                f"updated parameters were lost on their way: {lost}; load a checkpoint before "
-                "going on"
+                f"updated parameters were lost on their way: {lost}; restart from a checkpoint"
             )
 
     def _raised(self) -> bool:

@@ -52,7 +52,8 @@ ROWS: Sequence[Key] = (
     same(
         "zerort.publish",
         'stages 1 and 2: "overlapped": updated parameters arrive beside the next forward, whose '
-        'modules wait for their own; "step": step waits for all; "auto": what is measured',
+        'modules wait for their own; "step": step waits for all; "auto", also when left out: what '
+        "a few steps show to be faster",
     ),
     same(
         "zerort.reshard_after_forward",
