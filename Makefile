@@ -73,6 +73,7 @@ bench: $(WHEEL)  ## criterion benches, then step times against DDP, ZeroRedundan
 	$(BIN)/python benches/py/reduce_scatter.py
 	$(BIN)/python benches/py/step_time.py
 	$(BIN)/python benches/py/checkpoint.py
+	$(BIN)/python benches/py/checkpoint.py --beside 2 --megabytes 1024
 
 lint: lint-rust lint-python  ## formatting, clippy, ruff, mypy, and the stub against the built module
 

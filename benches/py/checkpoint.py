@@ -2,12 +2,18 @@
 one interleaved run.
 
     python benches/py/checkpoint.py [--megabytes 256] [--rounds 7] [--folder DIR]
+    python benches/py/checkpoint.py --beside 2 [--megabytes 1024] [--rounds 7] [--batch 64]
 
 All hold the same tensors: fp32 weights and AdamW's two moments of one process. All sync their files
 and the folder, so that a save that returned survives a power loss; only zerort also hashes, writes
 a manifest and renames. Loads find the files in the page cache; zerort's verifies what it reads.
 Medians, with the fastest and the slowest round, and the CPU time, which a busy machine changes
 less.
+
+With `--beside` so many ranks train, and what a save beside training costs them is shown instead:
+its stall over a synchronous save of the same state, and a step while it is written over one while
+nothing is, both as ratios within a round. Every round saves once each way; steps are timed before
+the second save, and beside it until it is complete on all ranks.
 
 A turn runs twice and the second counts. A virtual machine gives freed memory back, and the page
 cache that touches it anew waits for the host (0.3 GB/s were seen, against 6): that is no
@@ -28,21 +34,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import ranks
 import zerort
 
 Times = list[tuple[float, float]]
+WIDTH = 1024
+STEPS = 5
+"""Timed while nothing is written."""
 Contender = tuple[Callable[[Path], Any], Callable[[Path], Any]]
 
 
-def engine_of(megabytes: int) -> Any:
-    """An engine that has stepped once, whose weights and moments have about so many megabytes."""
-    width = 1024
-    layers = max(1, round(megabytes * 1e6 / 12 / (width * width)))
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+def engine_of(megabytes: int, device: torch.device | None = None) -> Any:
+    """An engine that has stepped once, whose weights and moments have about so many megabytes on
+    all ranks together.
+    """
+    layers = max(1, round(megabytes * 1e6 / 12 / (WIDTH * WIDTH)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    model.to(device or "cpu")
     engine, *_ = zerort.initialize(
         model=model,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
@@ -52,9 +65,18 @@ def engine_of(megabytes: int) -> Any:
             "zero_optimization": {"stage": 1},
         },
     )
-    engine.backward(engine(torch.randn(1, width)).square().mean())
-    engine.step()
+    step(engine, 1, device or torch.device("cpu"))
     return engine
+
+
+def step(engine: Any, batch: int, device: torch.device) -> float:
+    """One step; returns its seconds."""
+    begun = time.perf_counter()
+    engine.backward(engine(torch.randn(batch, WIDTH, device=device)).square().mean())
+    engine.step()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begun
 
 
 def tensors_of(engine: Any) -> dict[str, Tensor]:
@@ -129,6 +151,64 @@ def measure(found: dict[str, Contender], rounds: int, base: Path) -> dict[str, t
     return times
 
 
+def beside(device: torch.device, megabytes: int, rounds: int, batch: int, base: Path) -> None:
+    """One rank of a run that saves beside its training; rank 0 prints."""
+    engine = engine_of(megabytes, device)
+    engine.save_checkpoint(
+        base, "memory", asynchronous=True
+    )  # whose pages are touched for the first time
+    engine.wait_for_checkpoint()
+    stalls, steps, writing = [], [], []
+    for number in range(rounds):
+        at_once = saved(engine, base, f"{number}", asynchronous=False)
+        without = statistics.mean(step(engine, batch, device) for _ in range(STEPS))
+        begun = time.perf_counter()
+        stalls.append(saved(engine, base, f"{number}-beside", asynchronous=True) / at_once)
+        during = []
+        while not all_have_ended(engine):
+            during.append(step(engine, batch, device))
+        writing.append((time.perf_counter() - begun) / at_once)
+        engine.wait_for_checkpoint()
+        if during:
+            steps.append(statistics.mean(during) / without)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for tag in (f"{number}", f"{number}-beside"):
+                shutil.rmtree(base / tag)
+        os.sync()
+    engine.destroy()
+    if dist.get_rank() == 0:
+        print(
+            f"{megabytes} MB on {dist.get_world_size()} ranks, {rounds} rounds: median [min .. max]"
+        )
+        print(f"stall over a synchronous save     {spread(stalls)}")
+        print(f"writing over a synchronous save   {spread(writing)}")
+        print(f"step while writing over one not   {spread(steps)}")
+
+
+def saved(engine: Any, base: Path, tag: str, *, asynchronous: bool) -> float:
+    """Saves; returns how long the call took, once all ranks are at it."""
+    dist.barrier()
+    begun = time.perf_counter()
+    engine.save_checkpoint(base, tag, asynchronous=asynchronous)
+    return time.perf_counter() - begun
+
+
+def all_have_ended(engine: Any) -> bool:
+    """Whether no rank writes any more."""
+    writer = engine._checkpoints.background._writer
+    flag = torch.tensor([float(writer is not None and not writer.ended.is_set())])
+    engine._parts.mesh.control.all_reduce(flag)
+    return not flag.item()
+
+
+def spread(ratios: list[float]) -> str:
+    """In one line."""
+    if not ratios:
+        return "too short to be measured: give more --megabytes"
+    return f"{statistics.median(ratios):.3f} [{min(ratios):.3f} .. {max(ratios):.3f}]"
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(
@@ -139,7 +219,16 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="on the disk to measure (default: the temporary folder)"
     )
+    parser.add_argument(
+        "--beside", type=int, metavar="RANKS", help="measure saves beside training on so many ranks"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="of a step beside which is saved")
     args = parser.parse_args()
+    if args.beside:
+        with tempfile.TemporaryDirectory(dir=args.folder) as base:
+            given = (args.megabytes, args.rounds, args.batch, Path(base))
+            ranks.run(args.beside, beside, *given)
+        return
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     engine = engine_of(args.megabytes)
     tensors = tensors_of(engine)

@@ -54,6 +54,19 @@ def test_the_step_time_bench_races_stages() -> None:
     assert done.stdout.count("zerort stage") == 2, done.stdout
 
 
+@pytest.mark.slow
+def test_the_checkpoint_bench_saves_beside_training() -> None:
+    command = [sys.executable, str(BENCHES / "checkpoint.py"), "--beside=2", "--megabytes=26"]
+    done = subprocess.run(
+        [*command, "--rounds=1", "--batch=1"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "stall over a synchronous save" in done.stdout, done.stderr
+
+
 def hosts_or_skip() -> None:
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
