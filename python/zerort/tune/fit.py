@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 from typing import NamedTuple
 
-__all__ = ["Line", "Sample", "fit", "quarter"]
+__all__ = ["Line", "Sample", "fit", "middle"]
 
 
 class Sample(NamedTuple):
@@ -51,7 +52,7 @@ def fit(samples: Sequence[Sample]) -> Line:
     sizes = sorted({sample.nbytes for sample in samples})
     if len(sizes) < 2:
         raise ValueError(f"expected samples of two sizes at least, got {len(sizes)}")
-    typical = [(n, quarter([s.seconds for s in samples if s.nbytes == n])) for n in sizes]
+    typical = [(n, middle([s.seconds for s in samples if s.nbytes == n])) for n in sizes]
     slopes = [
         ((there - here) / (large - small), float(large - small))
         for (small, here), (large, there) in combinations(typical, 2)
@@ -61,11 +62,11 @@ def fit(samples: Sequence[Sample]) -> Line:
     return Line(max(0.0, _weighted_median(rest)), beta)
 
 
-def quarter(times: Sequence[float]) -> float:
-    """What a quarter of `times`, one at least, lies below: whatever holds a message up only adds,
-    so that the lower ones say more of the wire.
+def middle(times: Sequence[float]) -> float:
+    """The median of `times`, one at least: what a step meets. What is held up by chance moves it
+    little, while the fastest are those that nothing else crossed, which a step's do not stay.
     """
-    return sorted(times)[len(times) // 4]
+    return median(times)
 
 
 def _weighted_median(values: Iterable[tuple[float, float]]) -> float:

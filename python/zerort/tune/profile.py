@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import cast
@@ -49,6 +49,8 @@ class Profile:
     """All else: the user's own, and what the engine does between these."""
     arrivals: tuple[float, ...]
     """By parameter, when its gradient comes behind the beginning of the backward."""
+    steps: tuple[float, ...] = ()
+    """Of each step, all but the waiting."""
 
     @property
     def computing(self) -> float:
@@ -154,6 +156,7 @@ class Observer:
             update=update,
             other=max(0.0, wall - exposed - used),
             arrivals=arrivals,
+            steps=tuple(step.wall - _waited(step) for step in self.steps),
         )
 
     def _read(self) -> dict[str, tuple[float, float]]:
@@ -189,5 +192,10 @@ def _note(
 
 
 def slowest(profiles: Sequence[Profile]) -> Profile:
-    """Of all ranks', the one that the others wait for."""
-    return max(profiles, key=lambda profile: profile.computing)
+    """Of all ranks', the one that the others wait for; where that is now one and now another, what
+    a step takes longer by that is added to what it computes outside its passes.
+    """
+    slow = max(profiles, key=lambda profile: profile.computing)
+    last = [max(ranks) for ranks in zip(*(profile.steps for profile in profiles), strict=False)]
+    skew = max(0.0, median(last) - median(slow.steps)) if last else 0.0
+    return replace(slow, other=slow.other + skew)

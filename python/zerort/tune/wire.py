@@ -2,9 +2,9 @@
 
 Each kind is timed as a step uses it: buckets' reduce-scatters (on gloo all-to-alls), as many as the
 library has under way at once, the gather that publishes buckets, several at once, and the vote's
-small all-reduce. Sizes grow until one takes
-long enough to tell the rate, so that a slow wire is not asked for more than it can carry in a
-few hundred milliseconds.
+small all-reduce. Sizes grow until one takes long enough to tell the rate, so that a slow wire is
+not asked for more than it can carry in a second or two. What a link lets through for nothing after
+a pause (a token bucket's burst) is in every sample alike, and so not in the rate.
 
 What it guarantees: all ranks measure the same sizes and have the same figures, because the slowest
 rank's times are everybody's. What it does not do: nothing else may be under way on these groups,
@@ -21,17 +21,17 @@ import torch
 
 from zerort.device import device_for
 from zerort.mesh import Comm, Control, Mesh, Work
-from zerort.tune.fit import Line, Sample, fit, quarter
+from zerort.tune.fit import Line, Sample, fit, middle
 
 __all__ = ["Wire", "measure_wire"]
 
 _SMALLEST, _LARGEST, _GROWTH = 16 << 10, 64 << 20, 4
 """Bytes of a collective."""
-_LONG = 0.02
+_LONG = 0.05
 """Seconds. One that takes as long tells the rate, and none is larger; but of three sizes at least,
 for where the first takes long there may be little behind alpha.
 """
-_ROUNDS, _LEAST, _PATIENCE = 12, 3, 0.06
+_ROUNDS, _LEAST, _PATIENCE = 12, 5, 0.3
 """How often each size is timed at most and at least, and seconds that it may take between the two.
 One more comes before, whose time does not count: it meets cold memory and ranks that are not in
 step.
@@ -95,7 +95,7 @@ class Meter:
             rounds = min(_ROUNDS, max(_LEAST, int(_PATIENCE / (_GROWTH * took + 1e-9))))
             times = self._slowest([self._timed(run) for _ in range(1 + rounds)])[1:]
             found += [Sample(nbytes, seconds) for seconds in times]
-            took = quarter(times)
+            took = middle(times)
             nbytes *= _GROWTH
         return found
 
@@ -107,7 +107,7 @@ class Meter:
             begun = time.perf_counter()
             self._control.all_reduce(row)
             times.append(time.perf_counter() - begun)
-        return quarter(self._slowest(times[1:]))
+        return middle(self._slowest(times[1:]))
 
     def _timed(self, run: Callable[[], list[Work]]) -> float:
         self._settle()

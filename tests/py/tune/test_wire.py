@@ -45,6 +45,15 @@ def test_samples_that_were_held_up_are_outvoted(alpha=3e-4, beta=8e-9):
     assert found.beta == pytest.approx(beta, rel=1e-6)
 
 
+def test_the_fastest_samples_are_not_the_wire_that_a_step_has(alpha=3e-4, beta=8e-9):
+    def alone(index, seconds):
+        return seconds / 2 if index % 5 in (0, 3) else seconds  # two of the five of each size
+
+    found = fit(samples(alpha, beta, disturbed=alone))
+    assert found.alpha == pytest.approx(alpha, rel=1e-6)
+    assert found.beta == pytest.approx(beta, rel=1e-6)
+
+
 def test_one_whole_size_that_was_held_up_is_outvoted(alpha=3e-4, beta=8e-9):
     def held_up(index, seconds):
         return 3 * seconds if index // 5 == 2 else seconds
@@ -93,7 +102,7 @@ def test_sizes_grow_until_one_takes_long_and_no_further(monkeypatch):
 
     meter = Meter(SteadyControl(), LocalComm(torch.device("cpu")))
     found = fit(meter.samples(start))
-    assert asked == [16384, 65536, 262144]  # of which the last is the first beyond 20 ms
+    assert asked == [16384, 65536, 262144, 1048576]  # the last is the first beyond 50 ms
     assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-7))
 
 
