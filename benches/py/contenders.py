@@ -79,12 +79,18 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     return step
 
 
-def _zerort(stage: int) -> Build:
+def _zerort(stage: int, publish: str = "auto") -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
-        engine = _engine(workload, workload.model(device), _config(workload, stage))
-        return _engine_step(workload, engine)
+        config = _config(workload, stage) | {"zerort": {"publish": publish}}
+        return _engine_step(workload, _engine(workload, workload.model(device), config))
 
     return build
+
+
+def stage_2(workload: Workload, device: torch.device) -> Any:
+    """An engine whose step waits for updated parameters."""
+    config = _config(workload, 2) | {"zerort": {"publish": "step"}}
+    return _engine(workload, workload.model(device), config)
 
 
 def _zerort_3(part: float) -> Build:
@@ -133,6 +139,12 @@ CONTENDERS: dict[str, Build] = {
     "zerort stage 3": _zerort_3(1),
     "zerort stage 3, a third": _zerort_3(1 / 3),
 }
+BY_NAME: dict[str, Build] = {
+    f"zerort stage {stage}, publish {publish}": _zerort(stage, publish)
+    for stage in (1, 2)
+    for publish in ("step", "overlapped")
+}
+"""Those that take part when they are named."""
 if importlib.util.find_spec("deepspeed"):
     CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}
 
@@ -217,4 +229,7 @@ def _engine_step(workload: Workload, engine: Any) -> Step:
         engine.step()
         return loss.detach()
 
+    parts = getattr(engine, "_parts", None)
+    if parts is not None:  # what is on its way must not be there in another contender's turn
+        step.settle = parts.reduction.land  # type: ignore[attr-defined]
     return step

