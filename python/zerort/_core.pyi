@@ -611,6 +611,10 @@ class Segment:
         """Where in the file a rank's memory begins."""
     def buffer(self, rank: int, start: int, length: int) -> Buffer:
         """Bytes of a rank's memory, as uint8."""
+    def across(self, start: int, length: int) -> Buffer:
+        """From where such bytes begin in the first rank's memory to where they end in the last
+        one's, as uint8.
+        """
     def channel(self, number: int) -> Channel:
         """What a lane's collectives are counted by."""
     def leave(self) -> None:

@@ -531,6 +531,9 @@ class SimulatedWork:
         if self._machine.ordered():
             self._machine.current.merge(self._end.clock, self._end.ms)
 
+    def taken(self) -> None:
+        """Nobody else reads what has arrived."""
+
     def when_complete(self, call: Callable[[], None]) -> None:
         """Nobody on the host finds out."""
 

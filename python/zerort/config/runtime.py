@@ -74,6 +74,10 @@ class Runtime(Section):
     """Whether `step` waits for the other ranks' updated parameters, or modules of the next forward
     do; "auto" measures what there is to win.
     """
+    transport: Literal["auto", "gloo", "shared"] = "gloo"
+    """What carries gradients and parameters between ranks on CPU; "auto" shares memory where all
+    ranks of a group can.
+    """
     reshard_after_forward: bool | None = None
     """Stage 3 in FSDP2's words: true is the smallest room, false room for the whole model; None
     follows `stage3_max_live_parameters`.

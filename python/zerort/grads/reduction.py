@@ -388,5 +388,6 @@ class Reduction:
         self._executor.follow()
 
     def close(self) -> None:
-        """Takes the hooks off the model."""
+        """Takes the hooks off the model, and gives the memory of buckets in flight back."""
         self.listener.close()
+        self.executor.close()

@@ -4,7 +4,7 @@
 `Consensus` is how ranks decide all or none.
 """
 
-from zerort.mesh.comm import Comm, Control, Piece, Scatter, ScatterMemory, Work
+from zerort.mesh.comm import Comm, Control, GatherMemory, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import beside, meet
 from zerort.mesh.gate import Gate
@@ -18,6 +18,7 @@ __all__ = [
     "Consensus",
     "Control",
     "Gate",
+    "GatherMemory",
     "Mesh",
     "Patience",
     "Piece",

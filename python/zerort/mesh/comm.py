@@ -24,7 +24,16 @@ from torch import Tensor
 
 from zerort.errors import CommError
 
-__all__ = ["Comm", "Control", "Handles", "Piece", "Scatter", "ScatterMemory", "Work"]
+__all__ = [
+    "Comm",
+    "Control",
+    "GatherMemory",
+    "Handles",
+    "Piece",
+    "Scatter",
+    "ScatterMemory",
+    "Work",
+]
 
 
 Handles = dict[int, "dist.Work | None"]
@@ -77,6 +86,9 @@ class Work:
             work.wait()
         self._waited()
 
+    def taken(self) -> None:
+        """What has arrived was read, or nobody will read it."""
+
     def when_complete(self, call: Callable[[], None]) -> None:
         """Calls `call` on the worker that completes the last of them; at once where there is
         nothing to move.
@@ -128,8 +140,10 @@ class Scatter(Protocol):
     def stride(self) -> int:
         """From one piece's first element to the next one's; at least a piece's length."""
 
-    def make(self) -> Work:
-        """The collective, not started."""
+    def make(self, *, lost: bool) -> Work:
+        """The collective, not started. Where it is `lost`, peers have to find a partner, and
+        nobody needs what is sent or arrives.
+        """
 
 
 class ScatterMemory(Protocol):
@@ -143,6 +157,17 @@ class ScatterMemory(Protocol):
     def turn(self) -> int:
         """Which of them is the next; the same on all ranks, whatever its piece. It goes on when a
         collective over the memory has been started, and not before.
+        """
+
+
+class GatherMemory(Protocol):
+    """What all-gathers that follow one another use, of one group, beside the buffers that they
+    fill.
+    """
+
+    def make(self, buffer: Tensor, *, lost: bool) -> Work:
+        """`Comm.all_gather` of a buffer that is no longer than this memory was made for; `lost` as
+        for a `Scatter`.
         """
 
 
@@ -216,6 +241,11 @@ class Comm(Protocol):
     def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
         """Memory for reduce-scatters of these pieces, one after the other. All ranks call it, in
         the same order, and nothing is under way.
+        """
+
+    def gather_memory(self, nbytes: int) -> GatherMemory:
+        """Memory for all-gathers of up to `nbytes` of each rank, one after the other. All ranks
+        call it as they do `scatter_memory`.
         """
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh.comm import Piece, ScatterMemory, Work
+from zerort.mesh.comm import GatherMemory, Piece, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.groups import Call, Groups
-from zerort.mesh.scatters import OwnMemory
+from zerort.mesh.scatters import GatherInPlace, OwnMemory
 
 __all__ = ["Call", "GroupComm", "exchange"]
 
@@ -49,6 +49,14 @@ class GroupComm:
     def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
         """This rank's own."""
         return OwnMemory(self, pieces)
+
+    def gather_memory(self, nbytes: int) -> GatherMemory:
+        """None: in place."""
+        return GatherInPlace(self)
+
+    def all_gather(self, buffer: Tensor) -> Work:
+        """As the library does it."""
+        raise NotImplementedError
 
     def all_to_all(
         self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zerort.errors import CommError
-from zerort.mesh.comm import Piece, ScatterMemory, Work
-from zerort.mesh.scatters import OwnMemory
+from zerort.mesh.comm import GatherMemory, Piece, ScatterMemory, Work
+from zerort.mesh.scatters import GatherInPlace, OwnMemory
 
 __all__ = ["LocalComm", "LocalControl"]
 
@@ -62,6 +62,10 @@ class LocalComm:
     def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
         """Its own."""
         return OwnMemory(self, pieces)
+
+    def gather_memory(self, nbytes: int) -> GatherMemory:
+        """None."""
+        return GatherInPlace(self)
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """Nothing to move: `recv` is `send`."""

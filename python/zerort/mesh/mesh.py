@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,14 @@ from zerort.mesh.gloo import GlooComm
 from zerort.mesh.groups import Members, Partition
 from zerort.mesh.local import LocalComm
 from zerort.mesh.nccl import NcclComm
+from zerort.mesh.shared import SharedComm
 
 __all__ = ["Mesh", "connect", "job_rank", "usual_device"]
+
+Transport = Literal["auto", "gloo", "shared"]
+"""What carries buckets between ranks on CPU: sockets, or memory that all ranks of a group share; or
+what they can.
+"""
 
 RESERVED = frozenset({"job", "own", "inner", "outer"})
 
@@ -56,6 +63,7 @@ class Mesh:
         device: torch.device,
         timeout: timedelta,
         groups: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        transport: Transport = "gloo",
     ) -> None:
         self.rank, self.world, self.device = control.rank, control.world, device
         own = LocalComm(device, self.rank)
@@ -65,7 +73,7 @@ class Mesh:
         try:
             for name, members in _members(groups or {}, self.rank, self.world).items():
                 if members.parts not in made:
-                    made[members.parts] = _open(control, members, device, timeout)
+                    made[members.parts] = _open(control, members, device, timeout, transport)
                 self._comms[name] = made[members.parts]
         except BaseException:
             self.close()
@@ -142,7 +150,13 @@ def usual_device() -> torch.device:
     return torch.device("cpu") if on_host else default_place()
 
 
-def _open(control: Control, members: Members, device: torch.device, timeout: timedelta) -> Comm:
+def _open(
+    control: Control,
+    members: Members,
+    device: torch.device,
+    timeout: timedelta,
+    transport: Transport,
+) -> Comm:
     """A communicator over this rank's part; all ranks of the job make those of all parts."""
     assert isinstance(control, GlooControl), "several ranks, and no control group"
     whole = len(members.parts) == 1
@@ -156,7 +170,11 @@ def _open(control: Control, members: Members, device: torch.device, timeout: tim
         raise CommError(
             f"rank {control.rank}: cannot make process groups on torch.distributed: {error}"
         ) from error
-    return comm if comm.world > 1 else LocalComm(device, control.rank)
+    if comm.world == 1:
+        return LocalComm(device, control.rank)
+    if transport == "gloo" or not isinstance(comm, GlooComm):
+        return comm
+    return SharedComm(comm, timeout, required=transport == "shared")
 
 
 def _members(

@@ -1,4 +1,4 @@
-"""Memory that reduce-scatters of one group use, where it is this rank's own."""
+"""Memory that collectives of one group use, where it is this rank's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zerort.mesh.comm import Piece, Scatter, Work
 
-__all__ = ["OwnMemory"]
+__all__ = ["GatherInPlace", "OwnMemory"]
 
 
 class _Reduces(Protocol):
@@ -67,9 +67,26 @@ class _Own:
     stride: int
     reduce_scatter: Callable[[Tensor, Tensor], Work]
 
-    def make(self) -> Work:
+    def make(self, *, lost: bool) -> Work:
         """Through the library."""
         return self.reduce_scatter(self.recv, self.send)
+
+
+class _AllGathers(Protocol):
+    """What of a communicator is needed here."""
+
+    def all_gather(self, buffer: Tensor) -> Work: ...
+
+
+class GatherInPlace:
+    """No memory: the library reads and writes the buffer itself."""
+
+    def __init__(self, comm: _AllGathers) -> None:
+        self._comm = comm
+
+    def make(self, buffer: Tensor, *, lost: bool) -> Work:
+        """Through the library."""
+        return self._comm.all_gather(buffer)
 
 
 def _typed(memory: Tensor, length: int, dtype: torch.dtype) -> Tensor:

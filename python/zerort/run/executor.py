@@ -93,9 +93,12 @@ class Executor:
         units = self._program.units
         self._program.dissolve()
         self._program = Program()  # whose memory goes before the new is asked for
+        self._launches.load(())
+        self.publication.land()
+        self.publication = self._publish(())
+        self._actions.load(self._table())
         self._program = self._maker.program(plan, self._launches, units)
         self._launches.load(self._program.flights)
-        self.publication.land()
         self.publication = self._publish(self._maker.published())
         self._actions.load(self._table())
         self._cursor = self._allowed = 0
@@ -127,8 +130,19 @@ class Executor:
 
     def unload(self) -> None:
         """Gives the memory of buckets in flight back, until `load`. Nothing is under way."""
+        self.publication.land()
+        self._give_back(self._program.units)
+
+    def close(self) -> None:
+        """Gives all of it back; nothing runs any more."""
+        for unit in self._program.units.values():
+            unit.close()
+        self._give_back(self._program.units)
+
+    def _give_back(self, units: Mapping[int, UnitFlight]) -> None:
         self._program.dissolve()
-        self._program = Program(units=self._program.units)
+        self._program = Program(units=units)
+        self.publication = self._publish(())
         self._launches.load(())
         self._actions.load(self._table())
         self._maker.release()

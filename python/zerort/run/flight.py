@@ -151,6 +151,8 @@ class Flight:
 
     def pass_over(self) -> None:
         """Goes to the next hop without the result."""
+        if self.state.work is not None:
+            self.state.work.taken()
         following = self.state.hop + 1
         self.state = State(following, None) if following < len(self.hops) else OVER
 

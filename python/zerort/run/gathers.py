@@ -18,7 +18,7 @@ from zerort.memory import HeldBucket, unintercepted, version_of
 from zerort.mesh import Comm
 from zerort.run.changes import Changes
 from zerort.run.flight import OVER, Flight
-from zerort.run.hops import GatherValues
+from zerort.run.hops import gather_values
 from zerort.run.waits import Waits, called
 
 __all__ = ["Gathers", "UnitFlight"]
@@ -28,7 +28,7 @@ class UnitFlight:
     """One unit's values on this rank. `pinned` counts who keeps them whole beside the passes."""
 
     __slots__ = (
-        "_comm",
+        "_hops",
         "_serial",
         "_versions",
         "buckets",
@@ -44,7 +44,7 @@ class UnitFlight:
         first, last = buckets[0].names[0], buckets[-1].names[-1]
         self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
         self.pinned = 0
-        self._comm = comm
+        self._hops = [gather_values(comm, bucket) for bucket in buckets]
         self.flights: list[Flight] = []
         self._serial = -1
         self._versions: list[list[int]] = []
@@ -67,9 +67,7 @@ class UnitFlight:
         """
         if self._serial != serial:
             self.land()
-            self.flights = [
-                Flight(bucket, [GatherValues(self._comm, bucket)]) for bucket in self.buckets
-            ]
+            self.flights = [Flight(hop.bucket, [hop]) for hop in self._hops]
             self._serial = serial
         for flight in self.flights:
             if flight.state is not OVER and flight.state.work is None:
@@ -94,6 +92,10 @@ class UnitFlight:
             if bucket.values.is_whole:
                 changes.look(bucket)
             bucket.free()
+
+    def close(self) -> None:
+        """It is gathered no more."""
+        self._hops = []
 
     def part_with_aliases(self, changes: Changes) -> None:
         """Before `free`: who has a view of the values keeps that memory, and what was written into

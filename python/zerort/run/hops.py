@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from zerort.memory import FlatBucket, HeldBucket, Memory
-from zerort.mesh import Comm, Mesh, Work
+from zerort.mesh import Comm, GatherMemory, Mesh, Work
 from zerort.run import nonfinite
 from zerort.run.flight import Hop, Leg, Source, Transport
 from zerort.run.lanes import LaneMemory, LegMemory
 from zerort.wire import Encoder
 
-__all__ = ["PUBLISH", "Fold", "GatherSums", "GatherValues", "Pass", "ReduceScatter", "reduce_hops"]
+__all__ = ["PUBLISH", "Fold", "Pass", "gather_values", "reduce_hops"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class ReduceScatter:
         encoder = self._leg.encoder
         encoder.bind(turn.buffers)
         self._feed(encoder)
-        return turn.scatter.make()
+        return turn.scatter.make(lost=self._current.failure is not None)
 
     def take(self) -> None:
         """Sums what arrived."""
@@ -156,9 +156,10 @@ class GatherSums:
     leg's extent, which `scatter` has summed.
     """
 
-    comm: Comm
+    memory: GatherMemory
     leg: Leg
     scatter: ReduceScatter
+    current: Pass
 
     name = "all_gather"
 
@@ -174,7 +175,7 @@ class GatherSums:
             # What every rank will step with is the rounded sum, so the norm is that one's.
             bucket = self.leg.extent.bucket
             bucket.squares = self.leg.encoder.round(bucket.reduced_shard)
-        return self.comm.all_gather(self.buffer)
+        return self.memory.make(self.buffer, lost=self.current.failure is not None)
 
     def take(self) -> None:
         """Widens the sums where they were rounded."""
@@ -182,11 +183,17 @@ class GatherSums:
             self.leg.encoder.spread(self.leg.extent.bucket.accum)
 
 
+def gather_sums(comm: Comm, leg: Leg, scatter: ReduceScatter, current: Pass) -> GatherSums:
+    """With memory of its own. All ranks of `comm` make it, in one order, with nothing under way."""
+    buffer = scatter.buffer if leg.encoder.rounds else leg.extent.bucket.accum.tensor
+    return GatherSums(comm.gather_memory(buffer.nbytes // comm.world), leg, scatter, current)
+
+
 @dataclass(frozen=True)
 class GatherValues:
     """From each rank's part of the parameters to all of them on every rank."""
 
-    comm: Comm
+    memory: GatherMemory
     bucket: HeldBucket
 
     name = "all_gather"
@@ -198,14 +205,20 @@ class GatherValues:
 
     def make(self) -> Work:
         """Nothing to write: this rank's part is in its place."""
-        return self.comm.all_gather(self.buffer)
+        return self.memory.make(self.buffer, lost=False)
 
     def take(self) -> None:
         """Nothing to read: parameters are views of what has come."""
         self.bucket.values.land()
 
 
-PUBLISH: dict[str, Callable[[Comm, FlatBucket], Hop]] = {"all_gather": GatherValues}
+def gather_values(comm: Comm, bucket: HeldBucket) -> GatherValues:
+    """With memory of its own. All ranks of `comm` make it, in one order, with nothing under way."""
+    nbytes = bucket.spec.numel * bucket.owned.tensor.itemsize
+    return GatherValues(comm.gather_memory(nbytes // comm.world), bucket)
+
+
+PUBLISH: dict[str, Callable[[Comm, FlatBucket], Hop]] = {"all_gather": gather_values}
 """What makes the hops that the core plans, by their `op`."""
 
 
@@ -227,7 +240,7 @@ def reduce_hops(
         scatters[leg.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
         leg.encoder.bind(memory.turns[0].buffers)
     gathers = [
-        GatherSums(mesh[leg.group], leg, scatters[leg.group])
+        gather_sums(mesh[leg.group], leg, scatters[leg.group], current)
         for hop in bucket.spec.reduce_hops
         for leg in legs
         if hop.op == "all_gather" and hop.group == leg.group

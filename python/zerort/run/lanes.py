@@ -60,8 +60,9 @@ class LaneMemory:
         """As the bucket of `leg` sees it."""
         memory = self.scatters[number]
         scatters = memory.scatters(_piece(leg))
-        shared = self.shared or len(scatters) > 1
-        return LegMemory(memory, [_turn(leg, comm, scatter, shared) for scatter in scatters])
+        rests = not self.shared and len(scatters) == 1
+        turns = [_turn(leg, comm, scatter, self.shared, rests=rests) for scatter in scatters]
+        return LegMemory(memory, turns)
 
     def sums(self, number: int, leg: Leg) -> Memory:
         """Where what the leg before leaves is, in full precision (extent's numel,)."""
@@ -94,7 +95,7 @@ def _piece(leg: Leg) -> Piece:
     return Piece(length, dtype, leg.wire.adds)
 
 
-def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool) -> Turn:
+def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool, *, rests: bool) -> Turn:
     length = _piece(leg).length
     own = scatter.send.narrow(0, comm.rank * length, length)
     slots = [] if leg.wire.dtype is None else leg.extent.slots(scatter.send)
@@ -106,5 +107,6 @@ def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool) -> Turn:
         scatter.pieces,
         scatter.stride,
         slots,
+        rests,
     )
     return Turn(buffers, scatter)

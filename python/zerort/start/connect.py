@@ -12,6 +12,7 @@ from torch import nn
 
 from zerort.config import Config
 from zerort.device import place_of
+from zerort.errors import ConfigError
 from zerort.mesh import Mesh, meet, usual_device
 from zerort.start import agreed
 from zerort.start.compare import compare_settings
@@ -35,7 +36,13 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
     compare_settings(control, settings, device)
     timeout = timedelta(seconds=settings.zerort.timeout)
     control.set_timeout(max(timeout, _STARTING))
-    mesh = Mesh(control, device, timeout)
+    transport = settings.zerort.transport
+    if transport == "shared" and device.type != "cpu":
+        raise ConfigError(
+            'zerort.transport: "shared" is memory of the host, and this model is on '
+            f'{device.type}; leave it out, or give "auto"'
+        )
+    mesh = Mesh(control, device, timeout, transport=transport)
     undo.callback(mesh.close)
     return settings, mesh
 

@@ -55,7 +55,7 @@ class Buffers:
     the network has added. It may be `own`.
     """
     shared: bool
-    """Whether others use it too, in turn: other buckets, or this one in its next pass."""
+    """Whether other buckets use it too, in turn."""
     pieces: int
     """How many lie in `recv`."""
     stride: int
@@ -64,6 +64,8 @@ class Buffers:
     """Views of `send`, one per parameter in its shape, where it is a bucket's elements as they
     are; else none.
     """
+    rests: bool
+    """Whether what lies in `slots` between two passes stays there, and is sent with the next."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class DenseEncoder:
     @property
     def slots(self) -> Sequence[Tensor]:
         """The parameters' places in the send buffer, where nothing else writes there."""
-        return [] if self._buffers.shared else self._buffers.slots
+        return self._buffers.slots if self._buffers.rests else []
 
     def bind(self, buffers: Buffers) -> None:
         """What is sent is a gradient as it is, so that nothing has to be made."""

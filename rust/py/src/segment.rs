@@ -196,6 +196,18 @@ impl Segment {
         Ok(Buffer::of(memory))
     }
 
+    /// From where `length` bytes from `start` on begin in the first rank's memory to where they end
+    /// in the last one's, as uint8.
+    fn across(&self, start: usize, length: usize) -> PyResult<Buffer> {
+        let Layout { world, memory, .. } = self.mapping.layout;
+        let first = self.buffer(0, start, length)?;
+        let length = (world - 1) * memory + length;
+        let data = self.mapping.map.as_mut_ptr().with_addr(first.memory().address());
+        // SAFETY: both ends are inside the mapping, which the owner keeps.
+        let memory = unsafe { Memory::of_bytes(data, length, self.mapping.clone()) };
+        Ok(Buffer::of(memory))
+    }
+
     /// What a lane's collectives are counted by.
     fn channel(&self, number: usize) -> PyResult<Channel> {
         let channels = self.mapping.layout.channels;

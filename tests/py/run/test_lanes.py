@@ -54,7 +54,7 @@ class Apart:
     stride: int
     length: int
 
-    def make(self) -> Work:
+    def make(self, *, lost: bool) -> Work:
         dense = torch.zeros(self.pieces * self.length, dtype=self.recv.dtype)
         copies = [
             (self.recv.narrow(0, rank * self.stride, self.length), piece)

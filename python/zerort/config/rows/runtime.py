@@ -56,6 +56,12 @@ ROWS: Sequence[Key] = (
         "a few steps show to be faster",
     ),
     same(
+        "zerort.transport",
+        'on CPU: "shared": gradients and parameters go through memory that ranks share, or there '
+        'is an error; "gloo": over sockets; "auto": through shared memory where all ranks of a '
+        "group can",
+    ),
+    same(
         "zerort.reshard_after_forward",
         "stage 3: true for the smallest room, false for room for the whole model",
     ),
