@@ -20,6 +20,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -220,9 +221,10 @@ class Background:
             copies.reserve(nbytes)
             copies.touch()
 
-        writer.start()
-        writer.go(touch)
-        self._writer = writer
+        with suppress(RuntimeError):  # no more threads: the save will say so
+            writer.start()
+            writer.go(touch)
+            self._writer = writer
 
     def close(self) -> str | None:
         """Waits for the writer and gives all back. Returns why the last save failed, unless that

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -148,7 +149,8 @@ class Checkpoints:
         """
         if self._prepares and self.state.counters.global_steps:
             self._prepares = False
-            self.background.prepare(bytes_of(planned(self.state).tensors))
+            with suppress(CheckpointError):  # what cannot be saved is said by the save
+                self.background.prepare(bytes_of(planned(self.state).tensors))
         if unsaved:
             self.background.refuse(unsaved)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from training import keep
 from zerort import platforms
 from zerort.checkpoint import copies, problems
 from zerort.checkpoint.files import Disk
+from zerort.checkpoint.tensors import Stored
 from zerort.errors import CheckpointError
 
 BEFORE = 2
@@ -355,6 +358,64 @@ def test_a_fork_waits_for_no_writer_of_its_parents(tmp_path: Path) -> None:
     assert problems(tmp_path, "one") == []
 
 
+def test_a_folder_that_vanishes_costs_that_checkpoint_alone(tmp_path: Path) -> None:
+    disk, folder = Held(), tmp_path / "runs"
+    engine = alone(disk)
+    engine.save_checkpoint(folder, "one", asynchronous=True)
+    assert disk.came.wait(10)
+    shutil.rmtree(folder)
+    disk.go.set()
+    with pytest.raises(CheckpointError, match=r"wait_for_checkpoint\(\).*runs/one was not saved"):
+        engine.wait_for_checkpoint()
+    engine.save_checkpoint(folder, "two", asynchronous=True)
+    engine.destroy()
+    assert problems(folder, "two") == []
+
+
+class Host:
+    """Beside a device whose copies are over when they are waited for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        self.calls.append(f"locks {numel}")
+        return torch.zeros(numel, dtype=dtype)
+
+    def receive(self, here: torch.Tensor, there: torch.Tensor) -> Any:
+        assert here.dtype == there.dtype and here.shape == there.shape
+        number = len(self.calls)
+        self.calls.append(f"receives {here.numel()}")
+        return SimpleNamespace(wait=lambda: self.calls.append(f"waits for {number}"))
+
+
+def test_what_is_on_a_device_is_received_into_locked_memory_and_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Host()
+    device = SimpleNamespace(host=lambda pinned: host if pinned else None)
+    monkeypatch.setattr(copies, "device_for", lambda place: device)
+    there = [torch.zeros(300_000, device="meta"), torch.zeros(5, 2, device="meta").t()]
+    stored = [Stored.of("one", there[0]), Stored.of("two", there[1])]
+    stored.append(Stored.of("three", torch.arange(4)))
+    made = copies.Copies(torch.device("cuda"))
+    made.reserve(copies.bytes_of(stored))
+    made.touch()
+    copied = made.copy(stored)
+    assert host.calls == ["locks 1200072", "receives 1200000", "receives 40", "waits for 2"]
+    assert torch.cat(list(copied[2].pieces)).view(torch.int64).tolist() == [0, 1, 2, 3]
+
+
+def test_more_memory_is_got_beside_what_there_is() -> None:
+    made = copies.Copies(torch.device("cpu"))
+    kept = torch.arange(3 << 18, dtype=torch.int32)  # 3 MiB, over three blocks
+    for size in (10, (1 << 20) + 9, 3 << 20):
+        made.reserve(size)
+    assert made.nbytes >= 3 << 20 and len(made._blocks) == 3
+    (copied,) = made.copy([Stored.of("kept", kept)])
+    assert torch.equal(torch.cat(list(copied.pieces)).view(torch.int32), kept)
+
+
 def test_an_engine_that_is_dropped_ends_its_save_and_a_failure_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,7 +450,7 @@ engine.save_checkpoint({folder!r}, "one", asynchronous=True)
 """
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_interpreters_end_waits_for_a_save_and_says_that_it_failed(
     fails: bool, tmp_path: Path
 ) -> None:

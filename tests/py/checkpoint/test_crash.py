@@ -209,8 +209,15 @@ def fail_at_each(
     return told
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
-@pytest.mark.parametrize("how", ["raise", "full"])
+@pytest.mark.parametrize(
+    ("how", "beside"),
+    [
+        ("raise", False),
+        ("full", False),
+        ("full", True),
+        pytest.param("raise", True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_failure_at_any_operation_is_the_same_error_on_all_ranks(
     how: str, failing_rank: int, beside: bool, tmp_path: Path
