@@ -25,9 +25,11 @@ from logged import log_lines
 from training import keep
 from zerort.checkpoint import get_fp32_state_dict
 from zerort.errors import CommError
+from zerort.memory import unintercepted
 from zerort.params.arriving import Arriving
 from zerort.run.publication import Publication
 from zerort.step import overlap
+from zerort.step.events import Feature
 from zerort.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 Weights = dict[str, Tensor]
@@ -201,6 +203,41 @@ def test_a_call_finds_updated_parameters_whole(name: str) -> None:
         assert found[name].keys() == right[name].keys()
         for key, tensor in found[name].items():
             assert torch.equal(tensor, right[name][key]), key
+
+
+class Reader(Feature):
+    """Hears that parameters have the new values, and reads one past its class, as features do."""
+
+    name = "reader"
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.read: list[Tensor] = []
+
+    @unintercepted
+    def published(self) -> None:
+        self.read.append(self.parameter.detach().clone())
+
+
+def listen(rank: int, world: int) -> list[list[Tensor]]:
+    """What a feature reads behind each update, overlapped or not."""
+    found = []
+    for publish in ("overlapped", "step"):
+        engine = engine_of(publish)
+        reader = Reader(engine.module[3].weight)
+        engine._events.add(reader)
+        for _ in range(3):
+            with sending_late(rank):
+                step(engine, rank)
+        found.append(reader.read)
+        keep(engine)
+    return found
+
+
+def test_a_feature_that_hears_of_new_values_finds_them() -> None:
+    for overlapped, waited in ranks.shared(2, listen):
+        assert len(waited) == 3
+        assert all(map(torch.equal, overlapped, waited))
 
 
 # Updates that are lost.

@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -239,3 +240,33 @@ def test_bits_are_those_of_a_step_that_waits(
     variants = [{**at_stage(stage), **more, "zerort": {"publish": publish}} for publish in VARIANTS]
     for one, other in ranks.shared(2, train_all, case, accumulation, variants):
         assert one == other
+
+
+def count_calls(rank: int, world: int, layers: int) -> int:
+    """Python's calls in an update that is published beside the forward, and in the wait for it, of
+    a model of so many layers in one bucket.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
+    engine = engine_of("overlapped", model, reduce_bucket_size=10**6)
+    for _ in range(3):
+        step(engine, rank)
+    executor, count = engine._parts.reduction.executor, 0
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and "zerort" in frame.f_code.co_filename
+
+    executor.publication.land()
+    sys.setprofile(note)
+    executor.publish(overlapped=True)
+    executor.publication.land()
+    sys.setprofile(None)
+    assert not any(layer._forward_pre_hooks for layer in model)
+    keep(engine)
+    return count
+
+
+def test_guards_cost_no_call_for_a_parameter_or_a_module() -> None:
+    few, many = (ranks.shared(2, count_calls, layers) for layers in (2, 40))
+    assert few == many and few[0] > 10
