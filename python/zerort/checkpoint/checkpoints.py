@@ -113,7 +113,10 @@ class Checkpoints:
         asynchronous: bool,
     ) -> None:
         comm = self.state.comm
-        folder = self._agreement.agree("cannot save", lambda: folder_of(save_dir, "save_dir"))
+        found = self._agreement.gather(
+            "cannot save", lambda: (folder_of(save_dir, "save_dir"), asynchronous)
+        )
+        folder, asynchronous = found[comm.rank][0], found[0][1]  # rank 0 says how
         wanted = tag if tag is not None else f"global_step{self.state.counters.global_steps}"
         name = agreed_tag(comm, wanted, self._policy.tag_validation)
         loaded = frozenset(

@@ -230,7 +230,8 @@ def save_with_little(rank: int, world: int, folder: str) -> tuple[list[str], lis
             platforms.HERE.free_memory = lambda free=free: free if rank else 1 << 40  # type: ignore
             engine._checkpoints.disk = disk = Held()
             disk.go.set()
-            engine.save_checkpoint(folder, tag, asynchronous=True)
+            # rank 0 says how, should the others say something else
+            engine.save_checkpoint(folder, tag, asynchronous=rank == 0 or tag != "c")
             engine.wait_for_checkpoint()
             threads.append(disk.came.is_set())
     finally:
