@@ -79,9 +79,10 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     return step
 
 
-def _zerort(stage: int, publish: str = "auto") -> Build:
+def _zerort(stage: int, publish: str = "auto", transport: str = "auto") -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
-        config = _config(workload, stage) | {"zerort": {"publish": publish}}
+        runtime = {"publish": publish, "transport": transport}
+        config = _config(workload, stage) | {"zerort": runtime}
         return _engine_step(workload, _engine(workload, workload.model(device), config))
 
     return build
@@ -93,7 +94,7 @@ def stage_2(workload: Workload, device: torch.device) -> Any:
     return _engine(workload, workload.model(device), config)
 
 
-def _zerort_3(part: float) -> Build:
+def _zerort_3(part: float, transport: str = "auto") -> Build:
     """At stage 3 with room for a part of the model, and every parameter sharded."""
 
     def build(workload: Workload, device: torch.device) -> Step:
@@ -103,8 +104,9 @@ def _zerort_3(part: float) -> Build:
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": int(part * sum(p.numel() for p in model.parameters())),
         }
+        config["zerort"] = {"transport": transport}
         if part >= 1:
-            config["zerort"] = {"reshard_after_forward": False}
+            config["zerort"] |= {"reshard_after_forward": False}
         return _engine_step(workload, _engine(workload, model, config))
 
     return build
@@ -144,6 +146,16 @@ BY_NAME: dict[str, Build] = {
     for stage in (1, 2)
     for publish in ("step", "overlapped")
 }
+for each in ("gloo", "shared"):
+    BY_NAME |= {
+        f"zerort stage {stage}, {each}": _zerort(stage, transport=each) for stage in (0, 1, 2)
+    }
+    BY_NAME[f"zerort stage 3, {each}"] = _zerort_3(1, transport=each)
+    BY_NAME |= {
+        f"zerort stage {stage}, publish {publish}, {each}": _zerort(stage, publish, each)
+        for stage in (1, 2)
+        for publish in ("step", "overlapped")
+    }
 """Those that take part when they are named."""
 if importlib.util.find_spec("deepspeed"):
     CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}

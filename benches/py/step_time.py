@@ -6,6 +6,7 @@ rounds.
     python benches/py/step_time.py --json step_time.json
     python benches/py/step_time.py --hosts 2 --megabits 1000 --steps 12 --workload gpt \\
         --only "zerort stage 2, publish step" --only "zerort stage 2, publish overlapped"
+    python benches/py/step_time.py --only "zerort stage 2, gloo" --only "zerort stage 2, shared"
 
 Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes
 part when it is installed. A contender whose losses are not DDP's is marked, and the command fails:

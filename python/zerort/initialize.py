@@ -408,6 +408,12 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     if line := said_of_apex(settings):
         _log.info(line)
     log_homes(flat)
+    if setup.mesh.shared_bytes:
+        _log.info(
+            "gradients and parameters go through memory that the ranks of this host share, %d "
+            "bytes a rank, the memory of buckets in flight among them",
+            setup.mesh.shared_bytes,
+        )
     planned = {id(parameter) for parameter in flat.params}
     left = [(name, p) for name, p in model.named_parameters() if id(p) not in planned]
     if setup.chosen.optimizer is None:

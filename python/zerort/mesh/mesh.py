@@ -111,6 +111,12 @@ class Mesh:
                 f"mesh group {name!r}: there is none of this name, only {', '.join(self._comms)}"
             ) from None
 
+    @property
+    def shared_bytes(self) -> int:
+        """Of this rank's in memory that it shares with ranks of its host."""
+        comms = {id(comm): comm for comm in self._comms.values()}.values()
+        return sum(comm.nbytes for comm in comms if isinstance(comm, SharedComm))
+
     def counts(self, *replicated: str) -> bool:
         """Whether this rank's value enters a sum over the job, for what the ranks of `replica` and
         of the groups `replicated` hold alike: it does on the first of each.

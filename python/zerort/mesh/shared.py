@@ -135,6 +135,11 @@ class SharedComm:
         if self.rank == 0:
             _log.info("gradients and parameters go over gloo, not through shared memory: %s", why)
 
+    @property
+    def nbytes(self) -> int:
+        """Of this rank's in memory that ranks share."""
+        return sum(_TURNS * memory.step for memory in self._memories)
+
     # What a wait asks.
 
     def patience(self) -> float:
