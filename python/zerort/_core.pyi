@@ -778,6 +778,15 @@ class Trace:
         """Writes the whole ring as Chrome trace JSON, by a temporary file and a rename. Raises
         `OSError`.
         """
+    def snapshot(self) -> TraceSnapshot:
+        """What has been recorded by now, to be written while more is."""
+
+@final
+class TraceSnapshot:
+    """A trace as it was at one moment."""
+
+    def write(self, path: str) -> None:
+        """As `Trace.write`, without the GIL."""
 
 @final
 class Link:

@@ -3,8 +3,9 @@
 
 Each rank writes a file of its own, in which it is one process; opened together, the files show the
 job. A file is in place and complete from the moment the sink is opened: empty at first, then as of
-the last `flush`. The last flush runs at `close` or, when an exception ends the program, at
-interpreter exit; a killed process leaves the one before.
+the last `flush`, or of the last boundary at which it was written beside the run (`trace.saver`),
+which is what a killed process leaves. The last flush runs at `close` or, when an exception ends the
+program, at interpreter exit.
 
 Moments on a device are resolved once the device has passed them, at the end of a step or in
 `flush`, never earlier, so tracing adds no synchronisation to a step. Where a bucket's life mixes
@@ -29,6 +30,7 @@ from typing import TypeAlias
 from zerort import _core
 from zerort.errors import ConfigError
 from zerort.trace.clock import DeviceClock, axis_offset
+from zerort.trace.saver import Saver
 from zerort.trace.sink import (
     BUCKETS,
     EXPOSED,
@@ -68,6 +70,7 @@ class ChromeSink:
         self._exposed_ns = 0
         self._lives = 0
         self._owner: int | None = os.getpid()
+        self._saver = Saver(str(path), self._saved)
         self._track(MAIN)
         self._track(BUCKETS)
         _claim(path, self._ring)
@@ -147,6 +150,11 @@ class ChromeSink:
 
         self._resolved((self._record(),), write)
         self._settle(wait=False)
+        if os.getpid() == self._owner:
+            self._saver.look(self._ring.snapshot)
+
+    def _saved(self, begun: int, ended: int) -> None:
+        self.span("trace", "written", begun, ended)
 
     def flush(self) -> None:
         """Writes the file anew, with everything up to now. What goes wrong is warned of: a trace
@@ -156,6 +164,7 @@ class ChromeSink:
             os.getpid() != self._owner
         ):  # closed, or a forked child that would write its parent's file
             return
+        self._saver.join()  # or what is older would take this one's place
         try:
             self._settle(wait=True)
         except RuntimeError as error:

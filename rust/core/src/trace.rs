@@ -30,6 +30,7 @@ use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
@@ -84,14 +85,15 @@ struct Event {
     args: Args,
 }
 
-/// The last events of one rank.
-#[derive(Debug)]
+/// The last events of one rank. A clone shares the events that there are by now, so that it can be
+/// written while others are recorded; it takes some ns an event.
+#[derive(Clone, Debug)]
 pub struct Trace {
     rank: Rank,
     capacity: usize,
     facts: Args,
     tracks: Vec<Box<str>>,
-    ring: VecDeque<Event>,
+    ring: VecDeque<Arc<Event>>,
     dropped: u64,
 }
 
@@ -206,7 +208,7 @@ impl Trace {
             self.ring.pop_front();
             self.dropped += 1;
         }
-        self.ring.push_back(Event { name: name.into(), at_ns, kind, args });
+        self.ring.push_back(Arc::new(Event { name: name.into(), at_ns, kind, args }));
     }
 
     /// Metadata: what the process and its threads are called, and in which order they are shown.

@@ -105,6 +105,8 @@ mod _core {
     #[pymodule_export]
     use super::segment::Segment;
     #[pymodule_export]
+    use super::trace::PySnapshot;
+    #[pymodule_export]
     use super::trace::PyTrace;
     #[pymodule_export]
     use super::units::Unit;

@@ -103,14 +103,28 @@ impl PyTrace {
     // fail.
     #[allow(clippy::needless_pass_by_value, reason = "Python's path becomes a value")]
     fn write(&self, path: PathBuf) -> PyResult<()> {
-        let partial = partial(&path);
-        let written = self.fill(&partial).and_then(|()| fs::rename(&partial, &path));
-        if written.is_err() {
-            // Nothing more can be done about a file that cannot be removed either; the first error
-            // is the one to report.
-            let _ = fs::remove_file(&partial);
-        }
-        Ok(written?)
+        Ok(put(&self.trace, &path)?)
+    }
+
+    /// What has been recorded by now, to be written while more is.
+    fn snapshot(&self) -> PySnapshot {
+        PySnapshot { trace: self.trace.clone() }
+    }
+}
+
+/// A trace as it was at one moment.
+#[pyclass(name = "TraceSnapshot", module = "zerort._core", frozen)]
+#[derive(Debug)]
+pub struct PySnapshot {
+    trace: Trace,
+}
+
+#[pymethods]
+impl PySnapshot {
+    /// As `Trace.write`, without the GIL.
+    #[allow(clippy::needless_pass_by_value, reason = "Python's path becomes a value")]
+    fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| put(&self.trace, &path))?)
     }
 }
 
@@ -120,12 +134,24 @@ impl PyTrace {
             PyValueError::new_err(format!("track {track}: not one that `track` gave"))
         })
     }
+}
 
-    fn fill(&self, path: &Path) -> std::io::Result<()> {
-        let mut out = BufWriter::new(File::create(path)?);
-        self.trace.write(&mut out)?;
-        out.flush()
+/// Writes a trace into a file beside, which then takes the place of `path`.
+fn put(trace: &Trace, path: &Path) -> std::io::Result<()> {
+    let partial = partial(path);
+    let written = fill(trace, &partial).and_then(|()| fs::rename(&partial, path));
+    if written.is_err() {
+        // Nothing more can be done about a file that cannot be removed either; the first error is
+        // the one to report.
+        let _ = fs::remove_file(&partial);
     }
+    written
+}
+
+fn fill(trace: &Trace, path: &Path) -> std::io::Result<()> {
+    let mut out = BufWriter::new(File::create(path)?);
+    trace.write(&mut out)?;
+    out.flush()
 }
 
 /// Beside the file, so that the rename stays on one file system, and under a name of this process's

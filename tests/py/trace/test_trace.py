@@ -23,7 +23,16 @@ from chrome_format import check, check_file
 from fake_device import FakeDevice, FakeEvent, LostEvent
 from zerort import _core
 from zerort.errors import ConfigError
-from zerort.trace import SINKS, BucketLife, ChromeSink, NullSink, ProfilerSink, TraceSink, open_sink
+from zerort.trace import (
+    SINKS,
+    BucketLife,
+    ChromeSink,
+    NullSink,
+    ProfilerSink,
+    TraceSink,
+    open_sink,
+    saver,
+)
 
 MS = 1_000_000
 
@@ -323,6 +332,55 @@ os.kill(os.getpid(), signal.SIGKILL)
         [sys.executable, "-c", program], env={**os.environ, "ZERORT_TRACE": ""}, check=False
     )
     assert len(named(check_file(path), "step")) == 1
+
+
+def test_a_killed_program_leaves_what_was_written_beside_it(tmp_path):
+    path = tmp_path / "trace.json"
+    program = f"""
+import os, signal, time
+from zerort.trace import open_sink, saver
+saver.EVERY = 0.0
+sink = open_sink({str(path)!r}, rank=0, world=1)
+for number in range(10_000):
+    sink.step(number)
+    time.sleep(0.001)
+    if '"step"' in open({str(path)!r}).read():
+        break
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "ZERORT_TRACE": ""}, check=False
+    )
+    assert named(check_file(path), "step")
+
+
+def test_what_is_written_beside_a_run_never_takes_the_place_of_what_is_newer(sink, monkeypatch):
+    monkeypatch.setattr(saver, "EVERY", 0.0)
+    monkeypatch.setattr(saver, "_SHARE", 0.0)
+    sink._saver._due = 0.0
+    for number in range(200):
+        sink.step(number)
+    sink.close()
+    events = check_file(sink.path)
+    assert len(named(events, "step")) == 200
+    assert named(events, "written"), "each write is a span of the trace itself"
+
+
+def test_writing_beside_a_run_takes_a_fiftieth_of_its_time_at_most(monkeypatch):
+    monkeypatch.setattr(saver, "EVERY", 0.0)
+    written, taken = [], []
+
+    class Slow:
+        def write(self, path: str) -> None:
+            time.sleep(0.02)
+            written.append(path)
+
+    one = saver.Saver("trace.json", lambda begun, ended: None)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        one.look(lambda: taken.append(0) or Slow())
+    one.join()
+    assert (len(taken), written) == (1, ["trace.json"]), "the next is due a second later"
 
 
 def test_a_forked_child_leaves_its_parents_file_alone(sink):
