@@ -388,15 +388,7 @@ def _transaction(parts: Components, counters: Counters, events: Events) -> Trans
         ranks=mesh.world if config.gradient_allreduce_op == "mean" else 1,
     )
     unused = UnusedParameters(mesh.rank, config.unused_parameters)
-    part = Participation(
-        averaging,
-        parts.reduction,
-        parts.boundary,
-        progress,
-        unused,
-        parts.passes,
-        parts.publishing,
-    )
+    part = Participation(averaging, parts.reduction, parts.boundary, progress, unused, parts.passes)
     update = parts.boundary.optimizer
     return (
         ForwardOnly(part, update.reason) if isinstance(update, NoOptimizer) else Transaction(part)

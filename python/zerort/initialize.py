@@ -312,7 +312,6 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         boundary,
         setup.scheduler,
         sink,
-        publishing,
         setup.loader,
         setup.collate_fn,
         passes,

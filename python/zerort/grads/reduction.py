@@ -273,6 +273,13 @@ class Reduction:
         """
         self._executor.publication.land()
 
+    @unintercepted
+    def end_publication(self, *, waits: bool) -> None:
+        """Nothing is published any more; what is on its way is waited for if it `waits`. Raises
+        `CommError`.
+        """
+        self._executor.publication.guard.close(waits=waits)
+
     @property
     def unpublished(self) -> str | None:
         """Why not all ranks have the same parameters, if updates have been lost on their way."""

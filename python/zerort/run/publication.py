@@ -45,6 +45,11 @@ class Guard(Protocol):
     def expose(self, bucket: HeldBucket) -> None:
         """They are there. A second call does nothing."""
 
+    def close(self, *, waits: bool) -> None:
+        """Nothing is to be kept any more. Raises `CommError` where it `waits`, and a second call
+        does nothing.
+        """
+
 
 class _Unguarded:
     """Nobody asks before they are there."""
@@ -56,6 +61,9 @@ class _Unguarded:
         """Nothing."""
 
     def expose(self, bucket: HeldBucket) -> None:
+        """Nothing."""
+
+    def close(self, *, waits: bool) -> None:
         """Nothing."""
 
 

@@ -17,7 +17,6 @@ from zerort.errors import CommError, PlanMismatch, StepError
 from zerort.grads.reduction import Reduction
 from zerort.grads.tasks import LossScaling
 from zerort.params.passes import Passes, Resident
-from zerort.params.publish import Publishing
 from zerort.params.roll import Diverged
 from zerort.step.accumulation import Accumulation, UnusedParameters
 from zerort.step.averaging import Averaging
@@ -44,14 +43,12 @@ class Participation:
         progress: Progress,
         unused: UnusedParameters,
         passes: Passes | Resident,
-        publishing: Publishing,
     ) -> None:
         self.averaging = averaging
         self.reduction = reduction
         self.boundary = boundary
         self.progress = progress
         self.passes = passes
-        self.publishing = publishing
         self._unused = unused
         self._join: Join | None = None
         self._meeting = self._meets()

@@ -19,7 +19,6 @@ from zerort.grads.reduction import Reduction
 from zerort.memory import Layout, PlannedParameter
 from zerort.mesh import Mesh
 from zerort.params.passes import Passes, Resident
-from zerort.params.publish import Publishing
 from zerort.step.accumulation import Counters
 from zerort.step.boundary import Boundary
 from zerort.step.precision import Precision
@@ -58,7 +57,6 @@ class Components:
     boundary: Boundary
     scheduler: Any
     sink: TraceSink
-    publishing: Publishing
     loader: Any = None
     """The training loader that `initialize` made, or None."""
     collate_fn: Callable[[Any], Any] | None = None

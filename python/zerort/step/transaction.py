@@ -382,7 +382,7 @@ class Transaction(DirectBackwards):
             parted = isinstance(self._phase, Lost) or self._reduction.unpublished is not None
             self._phase = Destroyed()
             try:
-                self.part.publishing.close(waits=not parted)
+                self._reduction.end_publication(waits=not parted)
             except CommError as error:
                 _log.warning("updated parameters were lost on their way: %s", error)
             self._reduction.close()
