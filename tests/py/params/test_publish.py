@@ -222,6 +222,34 @@ def test_each_module_waits_for_its_own_bucket_and_they_come_in_the_order_of_a_fo
     assert ranks.shared(2, forward_in_parts) == [[1, 2, 3, 4]] * 2
 
 
+class Extension(nn.Linear):
+    """Reads its weight past torch's functions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(x, self.weight)
+
+
+def read_past_torch(rank: int, world: int) -> list[list[Tensor]]:
+    found = []
+    for publish in VARIANTS:
+        torch.manual_seed(0)
+        layers = (Extension(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+        engine, outs = engine_of(publish, nn.Sequential(*layers)), []
+        for _ in range(3):
+            with sending_late(rank):
+                step(engine, rank)
+            outs.append(engine.module(data(rank)).detach().clone())
+        found.append(outs)
+        keep(engine)
+    return found
+
+
+def test_a_module_waits_that_reads_its_parameters_past_torch() -> None:
+    for overlapped, waited in ranks.shared(2, read_past_torch):
+        assert all(map(torch.equal, overlapped, waited))
+
+
 VARIANTS = ("overlapped", "step")
 
 
