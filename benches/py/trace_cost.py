@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--buckets", type=int, help="upper bound of a bucket in bytes (default: the example's)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=180, help="begin no round after so long (default 180)"
     )
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     return parser.parse_args()
@@ -84,14 +88,25 @@ def contender(
     return step
 
 
+def over(end: float, device: torch.device) -> bool:
+    """Whether rank 0's clock is past `end`, for all ranks alike."""
+    late = torch.tensor([float(time.monotonic() > end)], device=device)
+    dist.broadcast(late, 0)
+    return bool(late.item())
+
+
 def main(device: torch.device, args: argparse.Namespace, folder: str) -> None:
     config = configuration(args.buckets)
     problem = workload(config)
     build = partial(contender, problem, config, device)
     race = Race(problem, {OFF: build(None), ON: build(f"{folder}/trace-{{rank}}.json")}, device)
     race.warm_up(WARM_UP)
-    for _ in range(args.rounds):
+    begun, rounds = time.monotonic(), 0
+    while rounds < args.rounds and not over(begun + args.seconds, device):
         race.round(args.steps)
+        rounds += 1
+    if not rounds:
+        sys.exit(f"no round begun within {args.seconds:g} s: give --seconds more")
     off, on = race.runs[OFF], race.runs[ON]
     if off.losses != on.losses:
         sys.exit("the losses with a trace are not those without one")
@@ -100,7 +115,7 @@ def main(device: torch.device, args: argparse.Namespace, folder: str) -> None:
         milliseconds = Spread.of([1000 * seconds for seconds in off.wall])
         Console(width=120).print(
             f"step without a trace {milliseconds:.2f} ms; with / without: wall "
-            f"{ratios['wall']:.3f}, CPU {ratios['cpu']:.3f} (median, low .. high of {args.rounds} "
+            f"{ratios['wall']:.3f}, CPU {ratios['cpu']:.3f} (median, low .. high of {rounds} "
             f"rounds of {args.steps} steps)"
         )
 
