@@ -142,7 +142,7 @@ proptest! {
 
     #[test]
     fn hop_3_a_rank_sends_what_the_formulas_say(mesh in mesh(), rules in rules()) {
-        let Hops { reduce, publish } = Hops::new(rules, &mesh, WIRE);
+        let Hops { reduce, publish, .. } = Hops::new(rules, &mesh, WIRE);
         let size = |group| mesh.size(group) as usize;
         let (shards, copies) = (size(Group::Shard), size(Group::Replica));
         let (inner, outer) = (size(Group::Inner), size(Group::Outer));
@@ -238,7 +238,7 @@ fn copies_of_the_model_state_agree_on_their_shards() {
 fn state_that_lives_elsewhere_is_one_copy_more() {
     let mesh = Mesh::flat(3).unwrap();
     let copy = Hop { op: Op::Copy, group: Group::Own, wire: None };
-    let Hops { reduce, publish } = Hops::new(Stage::Two.rules(), &mesh, WIRE);
+    let Hops { reduce, publish, .. } = Hops::new(Stage::Two.rules(), &mesh, WIRE);
     let mut job = Job::with_gradients(&mesh);
     job.run(&[reduce, vec![copy, copy], publish].concat());
     assert!(job.held.iter().all(|held| places(held) == (0..numel(&mesh)).collect::<Vec<_>>()));

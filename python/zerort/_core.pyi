@@ -109,6 +109,9 @@ class Bucket:
     @property
     def publish_hops(self) -> list[Hop]:
         """From a rank's updated shard to the parameters that it computes with."""
+    @property
+    def gather_hops(self) -> list[Hop]:
+        """From shards to whole parameters, where they are sharded between their uses."""
 
 @final
 class Hop:
@@ -151,7 +154,11 @@ class Plan:
     where it is whole, in any measure; by default its length. Whole parameters are packed whole into
     the shards where their bucket is not longer for it by more than the share `whole_padding` of its
     length when it is cut evenly; else it is cut evenly, and the plan has `exchanges`. Grains mean
-    nothing where the optimizer is not sharded, or does not have the parameter. Raises `PlanError`.
+    nothing where the optimizer is not sharded, or does not have the parameter.
+
+    `replicas` copies of the model state share the ranks, and `hosts` those of a copy. Here ranks
+    are numbered by copy and shard, whatever the job calls them: rank 1 holds shard 1 of the first
+    copy. Raises `PlanError`.
     """
 
     def __new__(
@@ -167,6 +174,8 @@ class Plan:
         grains: Sequence[_Grain] | None = None,
         costs: Sequence[int] | None = None,
         whole_padding: float = 0.1,
+        hosts: int = 1,
+        replicas: int = 1,
     ) -> Plan: ...
     @staticmethod
     def restore(
@@ -183,6 +192,9 @@ class Plan:
         """
     @property
     def world(self) -> int: ...
+    @property
+    def shards(self) -> int:
+        """Ranks that hold different shards of one model state."""
     @property
     def window(self) -> int: ...
     @property

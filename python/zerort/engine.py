@@ -410,7 +410,8 @@ def _state(engine: Engine) -> EngineState:
     boundary = parts.boundary
     return EngineState(
         engine.module,
-        parts.mesh.job,
+        parts.mesh.shard,
+        parts.mesh.replica,
         boundary.flat,
         parts.reduction,
         boundary.exchange,

@@ -48,7 +48,7 @@ from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
 from zerort.start.place import gather_loose, meet_heirs, move
-from zerort.start.planning import Planner, plan_of
+from zerort.start.planning import Planner, Sizes, plan_of
 from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
 from zerort.step.mode import said_of_apex
@@ -245,7 +245,7 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         chosen.groups,
         precision.wires(model),
         origin_of,
-        world=mesh.shard.world,
+        sizes=Sizes.of(mesh),
         window=mesh.shard.window,
         grains_of=partial(grains_of, chosen.optimizer, abilities),
     )

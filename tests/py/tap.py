@@ -25,6 +25,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+_members_of = dist.get_process_group_ranks  # not one of those that are listened to
+
 
 @dataclass(frozen=True)
 class Call:
@@ -37,6 +39,8 @@ class Call:
     tensors: tuple[Tensor, ...]
     sent: int
     work: Any
+    ranks: tuple[int, ...]
+    """Of its group."""
 
 
 def _piece_for_every_peer(arguments: dict[str, Any], rank: int, world: int) -> int:
@@ -47,7 +51,8 @@ def _piece_for_every_peer(arguments: dict[str, Any], rank: int, world: int) -> i
 
 
 def _whole_to_every_peer(arguments: dict[str, Any], rank: int, world: int) -> int:
-    return arguments["tensor"].nbytes * (world - 1) if arguments["src"] == rank else 0
+    here = arguments["src"] == dist.get_rank()
+    return arguments["tensor"].nbytes * (world - 1) if here else 0
 
 
 def _scatter_then_gather(arguments: dict[str, Any], rank: int, world: int) -> int:
@@ -99,8 +104,10 @@ def _listening(name: str, original: Callable[..., Any], calls: list[Call]) -> Ca
         work = original(*args, **kwargs)
         tensors = tuple(value for value in arguments.values() if isinstance(value, Tensor))
         default = arguments["group"] in (None, dist.group.WORLD)
-        sent = SENT[name](arguments, dist.get_rank(), dist.get_world_size()) if name in SENT else -1
-        calls.append(Call(name, default, tensors, sent, work))
+        members = tuple(_members_of(arguments["group"] or dist.group.WORLD))
+        place = members.index(dist.get_rank()) if dist.get_rank() in members else 0
+        sent = SENT[name](arguments, place, len(members)) if name in SENT else -1
+        calls.append(Call(name, default, tensors, sent, work, members))
         return work
 
     return listening

@@ -61,9 +61,9 @@ class Checkpoints:
         self.disk = Disk()
         comm = state.comm
         self.background = Background(comm.control, comm.device, policy.patience, sink)
-        if policy.asynchronous:
+        if policy.asynchronous and state.copies.world == 1:
             self.background.open()
-        self._prepares = policy.asynchronous
+        self._prepares = policy.asynchronous and state.copies.world == 1
         """Whether memory for copies is still to be got."""
         self._sink = sink
         self.bytes_read = 0
@@ -91,16 +91,33 @@ class Checkpoints:
     ) -> bool:
         """All ranks. See `Engine.save_checkpoint`."""
         self.settle("save_checkpoint()")
-        with self._sink.range("save"):
+        copies = self.state.copies
+        self.state.take_writes()
+
+        def save() -> None:
             self._save(
                 save_dir,
                 tag,
                 client_state,
                 options,
                 exclude_frozen=exclude_frozen,
-                asynchronous=asynchronous,
+                asynchronous=asynchronous and copies.world == 1,
             )
+
+        with self._sink.range("save"):
+            if copies.world == 1:
+                save()
+            else:
+                self._of_copies("save a checkpoint").first("cannot save", save)
         return True
+
+    def _of_copies(self, what: str) -> Consensus:
+        """Of the ranks that hold one shard: the first copy is the one that is written, and the
+        others wait for it.
+        """
+        patience = Patience(what, self._policy.timeout, "zerort.checkpoint.timeout")
+        control = self.state.copies.control
+        return Consensus(control, CheckpointError, alike=True, patience=patience)
 
     def _save(
         self,
@@ -129,7 +146,6 @@ class Checkpoints:
             kept = KeepOptions(exclude_frozen, options.allow_pickle)
             return collect(self.state, client_state, kept)
 
-        self.state.take_writes()
         snapshot = self._agreement.agree(f"{what} was not saved", snap)
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
         disk, report = self.disk, self._report
@@ -178,6 +194,21 @@ class Checkpoints:
     ) -> tuple[str | None, Any]:
         """All ranks. See `Engine.load_checkpoint`."""
         self.settle("load_checkpoint()")
+        if self.state.copies.world == 1:
+            return self._load(load_dir, tag, options, custom, fallback=fallback)
+        return self._of_copies("load a checkpoint").agree(
+            "cannot load", lambda: self._load(load_dir, tag, options, custom, fallback=fallback)
+        )
+
+    def _load(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None,
+        options: LoadOptions,
+        custom: Callable[..., Any] | None,
+        *,
+        fallback: bool,
+    ) -> tuple[str | None, Any]:
         folder = self._agreement.agree("cannot load", lambda: folder_of(load_dir, "load_dir"))
         self.state.take_writes()  # what the checkpoint lacks keeps its value
         loading = Load(self.state, self.disk, folder, options, custom, self._policy.timeout)
@@ -205,6 +236,19 @@ class Checkpoints:
         self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool
     ) -> bool:
         """All ranks; rank 0 writes. See `Engine.save_16bit_model`."""
+
+        def save() -> None:
+            self._save_weights(save_dir, name, exclude_frozen=exclude_frozen)
+
+        if self.state.copies.world == 1:
+            save()
+        else:
+            self._of_copies("save weights").first("cannot save", save)
+        return True
+
+    def _save_weights(
+        self, save_dir: str | os.PathLike[str], name: str, *, exclude_frozen: bool
+    ) -> None:
         folder = self._agreement.agree("cannot save", lambda: folder_of(save_dir, "save_dir"))
         patience = Patience(
             f"save {folder / name}", self._policy.timeout, "zerort.checkpoint.timeout"
@@ -221,7 +265,6 @@ class Checkpoints:
             save_weights(weights, aliases(module), folder, name, self.disk)
 
         replace(self._agreement, patience=patience).first(f"{folder / name} was not saved", save)
-        return True
 
     def consolidated(self, *, exclude_frozen: bool) -> dict[str, Tensor]:
         """All ranks; rank 0 gets the weights. See `consolidated`."""

@@ -63,10 +63,15 @@ class Reduced(Protocol):
 
 @dataclass(frozen=True)
 class EngineState:
-    """The parts of an engine that a checkpoint holds. `loader` is the training loader, or None."""
+    """The parts of an engine that a checkpoint holds. `loader` is the training loader, or None.
+
+    `comm` are the ranks that hold one copy of the model state, in the order of their shards, and
+    `copies` those that hold the same shard of each copy.
+    """
 
     module: nn.Module
     comm: Comm
+    copies: Comm
     flat: FlatModel
     reduction: Reduced
     exchange: Exchanged

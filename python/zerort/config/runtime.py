@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from zerort.config.monitors import Mlflow
+from zerort.config.problems import shown
 from zerort.config.section import Count, Section, Size, whole
 
 __all__ = ["CheckpointPolicy", "Loader", "Runtime", "Trace"]
@@ -51,6 +52,15 @@ class CheckpointPolicy(Section):
     """Seconds that a rank may write or read nothing while the others wait for it."""
 
 
+def _hierarchy(value: Any) -> Any:
+    inner = whole(value["inner"]) if isinstance(value, dict) and [*value] == ["inner"] else None
+    if value not in ("auto", "flat") and not (type(inner) is int and inner > 0):
+        raise ValueError(
+            f'expected "auto", "flat" or {{"inner": ranks of a host}}, got {shown(value)}'
+        )
+    return value if inner is None else inner
+
+
 class Runtime(Section):
     """`zerort`: what DeepSpeed has no key for."""
 
@@ -65,6 +75,10 @@ class Runtime(Section):
     wire_error_feedback: Literal["auto", "checkpoint"] | bool = "auto"
     """Whether what "int8" rounds off is added to the next gradient, and is in checkpoints; "auto"
     where no rank shards gradients.
+    """
+    hierarchy: Annotated[Literal["auto", "flat"] | int, BeforeValidator(_hierarchy)] = "auto"
+    """Whether gradients are summed inside hosts before they leave them; a number is how many
+    consecutive ranks are as one host.
     """
     reduce_at: Literal["micro_batch", "boundary"] | None = None
     """When gradients are reduced; None means at the boundary below stage 2, from there on in every

@@ -43,6 +43,8 @@ class Zero(Section):
     stage3_gather_fp16_weights_on_model_save: bool = False
     zero_quantized_gradients: bool = False
     """Gradients are sent as bytes, and what is rounded off is lost."""
+    mics_shard_size: Annotated[int, BeforeValidator(number)] = -1
+    """Consecutive ranks that hold one copy of the model state; all where it is not above 0."""
     leaf_module: LeafModules = Field(default_factory=LeafModules)
     offload_optimizer: OffloadOptimizer | None = None
     offload_param: OffloadParam | None = None

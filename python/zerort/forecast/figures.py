@@ -14,7 +14,7 @@ from zerort.forecast.job import Job
 from zerort.forecast.owners import Exchanged, Owners
 from zerort.forecast.updates import Updates
 from zerort.memory import Kind, Piece, pieces, shared_pieces
-from zerort.start.planning import plan_of
+from zerort.start.planning import Sizes, plan_of
 from zerort.step.precision import Precision
 from zerort.wire import WireFormat, format_of
 
@@ -84,7 +84,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
         by_id,
         precision.wires(model),
         _Unplaced,
-        world=job.world,
+        sizes=Sizes(job.world),
         window=job.window,
         grains_of=updates.grains,
     )

@@ -54,14 +54,15 @@ class Reduction:
         self.begun = 0
         """Passes since the beginning, empty ones included; equal on all ranks behind a vote."""
         self._flat = flat
-        self._comm = mesh.shard
+        self._comm = mesh.job
+        self._shard = mesh.shard.rank
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
         self._legs = [leg for transport in transports.values() for leg in transport.legs]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
         self.executor = self._executor = Executor(flat, mesh, transports, watch)
         self._executor.load(plan)
-        self.course = self._course(mesh.shard.rank, room)
+        self.course = self._course(mesh.rank, room)
         self.listener = Listener(flat, self._reducer, self._executor, self.course)
         self._order: list[int] | None = None
         self._late = False
@@ -241,7 +242,7 @@ class Reduction:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
         where unknown.
         """
-        found = (in_sum(bucket, self._comm.rank) for bucket in self._flat.trained)
+        found = (in_sum(bucket, self._shard) for bucket in self._flat.trained)
         return self._executor.nonfinite or next(
             (place for place in found if place is not None), None
         )

@@ -24,6 +24,9 @@ from zerort.wire import Dense, Encoder, Extent, Terms, format_of
 
 __all__ = ["FromGrad", "LocalSum", "transport_of"]
 
+PIECE = 128
+"""Elements: what formats encode is a multiple of it."""
+
 
 def transport_of(bucket: FlatBucket, terms: Terms, mesh: Mesh) -> Transport:
     """How the bucket leaves this rank: from the source that suits its memory, on the legs that the
@@ -33,9 +36,11 @@ def transport_of(bucket: FlatBucket, terms: Terms, mesh: Mesh) -> Transport:
     legs: list[Leg] = []
     start, numel = 0, bucket.spec.numel
     for hop in bucket.spec.reduce_hops:
-        if hop.op != "reduce_scatter":
+        if hop.op == "all_gather":
             continue
         comm = mesh[hop.group]
+        if hop.op == "all_reduce":  # a shard need not be as many pieces as there are copies
+            numel = -(-numel // (comm.world * PIECE)) * comm.world * PIECE
         extent = Extent(bucket, start, numel, comm.world)
         exact = hop.wire is None
         wire = Dense(full_precision(bucket)) if hop.wire is None else format_of(hop.wire)

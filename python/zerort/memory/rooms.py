@@ -313,7 +313,7 @@ def rooms_of(layout: Layout, buckets: Sequence[FlatBucket]) -> dict[int, Room]:
 def _berths(plan: _core.Plan) -> dict[int, Berths]:
     owned = [
         {param: start for exchange in plan.exchanges(rank) for param, start in exchange.places}
-        for rank in range(plan.world)
+        for rank in range(plan.shards)
     ]
     found = {}
     for spec in exchanged(plan):
@@ -335,6 +335,6 @@ def kept_layout(
     return _core.Plan.restore(
         [member.spec() for member in planned],
         [(spec.params, spec.offsets, spec.numel) for spec in specs],
-        world=plan.world,
+        world=plan.shards,
         stage=3 if plan.shards_parameter else 2 if plan.shards_gradient else 1,
     )

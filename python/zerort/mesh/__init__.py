@@ -8,6 +8,7 @@ from zerort.mesh.comm import Comm, Control, GatherMemory, Piece, Scatter, Scatte
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import beside, meet
 from zerort.mesh.gate import Gate
+from zerort.mesh.hosts import Hierarchy, arrange, this_seat
 from zerort.mesh.last_words import leave as leave_last_words
 from zerort.mesh.mesh import Mesh, connect, job_rank, usual_device
 from zerort.mesh.patience import Patience
@@ -19,12 +20,14 @@ __all__ = [
     "Control",
     "Gate",
     "GatherMemory",
+    "Hierarchy",
     "Mesh",
     "Patience",
     "Piece",
     "Scatter",
     "ScatterMemory",
     "Work",
+    "arrange",
     "beside",
     "connect",
     "init_distributed",
@@ -32,5 +35,6 @@ __all__ = [
     "job_rank",
     "leave_last_words",
     "meet",
+    "this_seat",
     "usual_device",
 ]

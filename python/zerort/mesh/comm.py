@@ -217,7 +217,7 @@ class Control(Protocol):
 class Comm(Protocol):
     """A group of ranks, and what the engine needs of a communication library over it.
 
-    `ranks` are its members as the job numbers them, in ascending order; `rank` is this one's place
+    `ranks` are its members as the job numbers them; `rank` is this one's place
     among them, `world` their number. Buffers are 1-D and contiguous; a bucket's buffer is `world`
     equal shards in the order of `ranks`.
     """
@@ -232,6 +232,10 @@ class Comm(Protocol):
     @property
     def control(self) -> Control:
         """Small facts between the same ranks."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a collective of these ranks has failed."""
 
     def pieces(self, *, adds: bool) -> int:
         """How many pieces of this rank's shard arrive: one where the library adds on the way, which

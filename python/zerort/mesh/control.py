@@ -21,6 +21,7 @@ from zerort.mesh.comm import Control
 from zerort.mesh.groups import Groups, Members
 from zerort.mesh.last_words import leave_at_exit
 from zerort.mesh.local import LocalControl
+from zerort.mesh.ordered import OrderedControl
 from zerort.mesh.peers import Peer, Peers
 from zerort.mesh.process import this_process
 from zerort.mesh.rendezvous import init_distributed
@@ -126,6 +127,8 @@ def beside(control: Control, timeout: timedelta) -> Control:
     """A control group of the same ranks, for a thread of its own: nothing on it waits for what is
     on `control`. All ranks of the job call it, in the same order. Raises as `open_groups`.
     """
+    if isinstance(control, OrderedControl):
+        return control.over(beside(control.control, timeout))
     if not isinstance(control, GlooControl):
         return LocalControl()
     return open_control(control.groups.members, control.groups.peers, timeout)

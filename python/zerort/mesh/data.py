@@ -38,6 +38,11 @@ class GroupComm:
         for name in dict.fromkeys((*self.gradients, *self.parameters)):
             self._groups.open(name, backend, timeout)
 
+    @property
+    def failed(self) -> bool:
+        """On one of its groups, or of the control's."""
+        return self._groups.failed or self.control.groups.failed
+
     def pieces(self, *, adds: bool) -> int:
         """As the library does it."""
         raise NotImplementedError
@@ -76,8 +81,7 @@ class GroupComm:
 
     def close(self, *, waits: bool = True) -> None:
         """Gives the groups back, once; the job's own stays."""
-        lost = self._groups.failed or self.control.groups.failed
-        self._groups.close(waits=waits and not lost)
+        self._groups.close(waits=waits and not self.failed)
         self.control.close(waits=waits)
 
 

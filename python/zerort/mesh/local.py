@@ -49,6 +49,7 @@ class LocalComm:
 
     rank, world = 0, 1
     window: int | None = None
+    failed = False
 
     def __init__(self, device: torch.device, job_rank: int = 0) -> None:
         self.device = device

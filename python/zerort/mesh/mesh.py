@@ -3,21 +3,24 @@
 ```text
 job       all ranks
  shard    ranks that hold different shards of one model state
+  inner   those of them that sit together, on one host
+  outer   those of them that have the same place on different hosts
  replica  ranks that hold the same shard of different copies of it
  own      this rank alone
 ```
 
 What it guarantees: the communicators are made once, by all ranks in one order, and shared: groups
-of equal members are one communicator. `shard` and `replica` say what ranks hold; where they sit
-would be `inner` and `outer`, names that are reserved for hops between and within hosts. Other
-groups, of a device mesh or of tensor and pipeline parallelism, are named in `groups` beside these.
+of equal members are one communicator. `shard` and `replica` say what ranks hold, `inner` and
+`outer` where they sit. `shard` counts its ranks by the shards that they hold: by place, then by
+host. Other groups, of a device mesh or of tensor and pipeline parallelism, are named in `groups`
+beside these.
 
 Whether a step happens is the job's decision: all ranks step, or none does. What a sum over the job
 counts twice because several ranks hold it, `counts` tells: a squared norm is taken from one of the
 ranks that hold a shard, and a parameter that is replicated over a further group, as a norm's weight
 is over the ranks of tensor parallelism, from one of that group's.
 
-What it does not do: it places no rank and plans no hop; it is given explicit ranks.
+What it does not do: it plans no hop. Where ranks sit is found in `hosts`.
 """
 
 from __future__ import annotations
@@ -35,8 +38,10 @@ from zerort.mesh.comm import Comm, Control
 from zerort.mesh.control import GlooControl, meet, open_control
 from zerort.mesh.gloo import GlooComm
 from zerort.mesh.groups import Members, Partition
+from zerort.mesh.hosts import Arrangement
 from zerort.mesh.local import LocalComm
 from zerort.mesh.nccl import NcclComm
+from zerort.mesh.ordered import OrderedComm
 from zerort.mesh.shared import SharedComm
 
 __all__ = ["Mesh", "connect", "job_rank", "usual_device"]
@@ -51,7 +56,8 @@ RESERVED = frozenset({"job", "own", "inner", "outer"})
 
 class Mesh:
     """`groups` maps a name to its parts, lists of the job's ranks; without it all ranks hold shards
-    of one model state. `control` is the job's, and belongs to the mesh from now on.
+    of one model state. `arrangement` gives shard, replica, inner and outer. `control` is the job's,
+    and belongs to the mesh from now on.
 
     Raises `ConfigError` for groups that do not hold each rank once or do not fit together, and
     `CommError`.
@@ -64,6 +70,7 @@ class Mesh:
         timeout: timedelta,
         groups: Mapping[str, Sequence[Sequence[int]]] | None = None,
         transport: Transport = "gloo",
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.rank, self.world, self.device = control.rank, control.world, device
         own = LocalComm(device, self.rank)
@@ -71,10 +78,13 @@ class Mesh:
         singles = tuple((rank,) for rank in range(self.world))
         made: dict[Partition, Comm] = {singles: own}
         try:
-            for name, members in _members(groups or {}, self.rank, self.world).items():
+            for name, members in _members(groups or {}, arrangement, control).items():
                 if members.parts not in made:
                     made[members.parts] = _open(control, members, device, timeout, transport)
                 self._comms[name] = made[members.parts]
+            order = self.shard.ranks if arrangement is None else arrangement.by_shard(self.rank)
+            if order != self.shard.ranks:
+                self._comms["shard"] = OrderedComm(self.shard, order)
         except BaseException:
             self.close()
             control.close()
@@ -127,6 +137,8 @@ class Mesh:
         """Gives all groups back. Where no peer is left that takes part in what is under way, there
         is nothing to wait for. A second call does nothing.
         """
+        # who is lost in one group is lost in all
+        waits = waits and not any(comm.failed for comm in self._comms.values())
         for comm in self._comms.values():
             comm.close(waits=waits)
 
@@ -166,7 +178,8 @@ def _open(
     """A communicator over this rank's part; all ranks of the job make those of all parts."""
     assert isinstance(control, GlooControl), "several ranks, and no control group"
     whole = len(members.parts) == 1
-    known = control.groups.peers.among(members.ranks)
+    # A rank of this part may be stuck because one of another part is lost.
+    known = control.groups.peers
     inner = control if whole else open_control(members, known, timeout)
     kind: type[NcclComm] | type[GlooComm] = GlooComm if device.type == "cpu" else NcclComm
     try:
@@ -184,9 +197,12 @@ def _open(
 
 
 def _members(
-    groups: Mapping[str, Sequence[Sequence[int]]], rank: int, world: int
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    arrangement: Arrangement | None,
+    control: Control,
 ) -> dict[str, Members]:
     """Every group's members, checked."""
+    rank, world = control.rank, control.world
     reserved = RESERVED & groups.keys()
     if reserved:
         raise ConfigError(
@@ -194,7 +210,10 @@ def _members(
             "of your own"
         )
     singles = [[each] for each in range(world)]
-    wanted = {"shard": [list(range(world))], "replica": singles, **groups}
+    everyone = [list(range(world))]
+    flat = {"shard": everyone, "replica": singles, "inner": everyone, "outer": singles}
+    seated = arrangement.groups() if arrangement is not None else flat
+    wanted = {**seated, **groups}
     members = {name: Members.of(name, parts, rank, world) for name, parts in wanted.items()}
     for name in ("shard", "replica"):
         if len({len(part) for part in members[name].parts}) > 1:

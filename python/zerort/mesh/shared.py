@@ -69,6 +69,11 @@ class SharedComm:
         """gloo's."""
         return self._gloo.control
 
+    @property
+    def failed(self) -> bool:
+        """gloo's."""
+        return self._gloo.failed
+
     def pieces(self, *, adds: bool) -> int:
         """One from each rank."""
         return self.world

@@ -64,7 +64,7 @@ class Actions:
         while self._queue:
             self._settle(wait=False)
             action = self._queue[0]
-            if self._polls and action.verb is Verb.RETIRE and action.subject.under_way:
+            if self._polls and action.verb is Verb.RETIRE and self._comes_later(action):
                 self._late.append(action)
             else:
                 if self._is_held_up(action) and not (wait and self._make_way(action)):
@@ -74,10 +74,24 @@ class Actions:
             self._queue.popleft()
             self.serial += 1
 
+    def follow(self) -> None:
+        """Starts the collectives that follow those under way, waiting for these. Whoever waits for
+        a peer has done so, or that peer might wait for one of them.
+        """
+        for late in list(self._late):
+            if _starts_another(late):
+                self._retire(late)
+
     def drain(self) -> None:
         """Runs everything, waiting where it must."""
         self.advance(wait=True)
         self._settle(wait=True)
+
+    def _comes_later(self, action: Action) -> bool:
+        """Whether a Retire is passed over: behind one that was where it starts a collective, since
+        those of a group go in one order on all ranks.
+        """
+        return action.subject.under_way or (bool(self._late) and _starts_another(action))
 
     def _is_held_up(self, action: Action) -> bool:
         if not self._polls or action.verb is Verb.RETIRE:
@@ -85,11 +99,16 @@ class Actions:
         return action.subject.under_way or bool(self._before(action))
 
     def _before(self, action: Action) -> list[Action]:
-        """The Retires that were passed over of those who use a Launch's memory."""
+        """The Retires that were passed over of those who use a Launch's memory, and what has to
+        come before them.
+        """
         if action.verb is not Verb.LAUNCH:
             return []
         users = (action.subject, action.subject.before)
-        return [late for late in self._late if late.subject in users]
+        found = [place for place, late in enumerate(self._late) if late.subject in users]
+        if found and any(map(_starts_another, self._late)):
+            return self._late[: found[-1] + 1]
+        return [self._late[place] for place in found]
 
     def _make_way(self, action: Action) -> bool:
         for late in self._before(action):
@@ -101,8 +120,15 @@ class Actions:
         for late in list(self._late):
             if wait or not late.subject.under_way:
                 self._retire(late)
+            elif _starts_another(late):
+                return
 
     def _retire(self, late: Action) -> None:
         late.run(late.subject)
         self._late.remove(late)
         late.report(late.subject)
+
+
+def _starts_another(retire: Action) -> bool:
+    """Whether a bucket has further hops."""
+    return len(retire.subject.hops) > 1

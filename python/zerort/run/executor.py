@@ -34,7 +34,7 @@ from zerort.run.actions import Action, Actions, Verb
 from zerort.run.changes import Changes
 from zerort.run.empty import EmptyPass
 from zerort.run.flight import Hop, Transport
-from zerort.run.gathers import Gathers, UnitFlight
+from zerort.run.gathers import Following, Gathers, UnitFlight
 from zerort.run.hops import Fold, Pass
 from zerort.run.launches import Launches
 from zerort.run.program import Maker, Program
@@ -56,13 +56,14 @@ class Executor:
     ) -> None:
         self.device = device_for(mesh.device)
         self.streams = self.device.streams()
-        self.waits = Waits(mesh.shard, watch, blocks=self.device.blocks)
+        self.waits = Waits(mesh.job, watch, blocks=self.device.blocks)
         self.changes = Changes()
         """What was written into parameters while they were whole."""
         self._flat = flat
         self._lock = threading.Lock()
         self._pass = Pass()
         self._mesh = mesh
+        self._following = Following(blocks=self.device.blocks)
         self.send_by(transports)
         self._program = Program()
         self._guard: Guard = UNGUARDED
@@ -72,7 +73,7 @@ class Executor:
         self._cursor = self._allowed = 0
         blocks = self.device.blocks
         self._launches = Launches(self.streams, self.waits, self._pass, blocks=blocks)
-        self._gathers = Gathers(self.waits, self.changes, mesh.shard.rank, blocks=blocks)
+        self._gathers = Gathers(self.waits, self.changes, mesh.rank, blocks=blocks)
         self._actions = Actions(polls=blocks)
 
     @property
@@ -84,7 +85,9 @@ class Executor:
 
     def send_by(self, transports: Mapping[int, Transport]) -> None:
         """How buckets leave this rank from the next `load` on; the model may have others."""
-        self._maker = Maker(self._flat, self._mesh, transports, self.streams, self._pass)
+        self._maker = Maker(
+            self._flat, self._mesh, transports, self.streams, self._pass, self._following
+        )
 
     def load(self, plan: _core.Plan) -> None:
         """Takes the plan's schedule; memory for buckets in flight is allocated here and never in a
@@ -189,11 +192,12 @@ class Executor:
         with self._lock:
             self._actions.append(actions)
             self._actions.advance(wait=False)
+            self._following.advance()
 
     def reach(self) -> None:
         """Starts all that is queued; waits only where memory is in use."""
         with self._lock:
-            _to_the_end(lambda: self._actions.advance(wait=True))
+            _to_the_end(self._reach)
         self.streams.packed()
 
     def land(self, units: Sequence[int]) -> None:
@@ -303,12 +307,19 @@ class Executor:
             self._lose(error)
             raise
 
+    def _reach(self) -> None:
+        self._actions.advance(wait=True)
+        self._actions.follow()
+        with self.waits.naming("all_gather between hosts"):
+            self._following.reach()
+
     def _drain(self) -> None:
         self._actions.drain()
         self._advance(self._allowed, wait=True)
-        for flight in self._program.flights:
-            if flight.state.hop > 0:
-                self._launches.finish(flight)
+        # hop by hop, so that the next one's collectives are under way together
+        while waiting := [flight for flight in self._program.flights if flight.state.hop > 0]:
+            for flight in waiting:
+                self._launches.proceed(flight)
 
     def _gather(self, unit: UnitFlight) -> None:
         self._gathers.gather(unit, self._actions.serial)

@@ -8,26 +8,70 @@ turn is, nor who needs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from zerort import _core
 from zerort.errors import CommError
 from zerort.memory import HeldBucket, unintercepted, version_of
-from zerort.mesh import Comm
 from zerort.run.changes import Changes
-from zerort.run.flight import OVER, Flight
-from zerort.run.hops import gather_values
+from zerort.run.flight import FIRST, OVER, Flight, Hop
 from zerort.run.waits import Waits, called
 
-__all__ = ["Gathers", "UnitFlight"]
+__all__ = ["Following", "Gathers", "UnitFlight"]
+
+
+class Following:
+    """All-gathers between hosts that are followed by one inside: these start in the order of those,
+    on all ranks, whenever each rank comes to it.
+
+    A rank that waits for anything else has started all of them before (`reach`), so that no peer
+    waits for one that never comes.
+    """
+
+    def __init__(self, *, blocks: bool) -> None:
+        self._blocks = blocks
+        self._waiting: deque[Flight] = deque()
+
+    def add(self, flights: Iterable[Flight]) -> None:
+        """First hops are about to start, in this order."""
+        self._waiting.extend(flight for flight in flights if len(flight.hops) > 1)
+
+    def advance(self) -> None:
+        """Starts what goes without blocking."""
+        while self._waiting:
+            work = self._waiting[0].state.work
+            if work is None or not work.is_completed():
+                return
+            self._start_next()
+
+    def enqueue(self) -> None:
+        """Starts all where waiting does not block the host."""
+        if not self._blocks:
+            self.reach()
+
+    def reach(self, flight: Flight | None = None) -> None:
+        """Starts those up to that of `flight`, all where None; waits for what comes before them."""
+        while self._waiting and (flight is None or flight in self._waiting):
+            self._start_next()
+
+    def _start_next(self) -> None:
+        flight = self._waiting[0]
+        if flight.state.hop == 0:
+            flight.start().wait()
+            flight.take()
+        if flight.state is not OVER:
+            flight.start()
+        self._waiting.popleft()
 
 
 class UnitFlight:
     """One unit's values on this rank. `pinned` counts who keeps them whole beside the passes."""
 
     __slots__ = (
+        "_following",
         "_hops",
         "_serial",
         "_versions",
@@ -38,13 +82,20 @@ class UnitFlight:
         "unit",
     )
 
-    def __init__(self, unit: _core.Unit, buckets: Sequence[HeldBucket], comm: Comm) -> None:
+    def __init__(
+        self,
+        unit: _core.Unit,
+        buckets: Sequence[HeldBucket],
+        hops: Sequence[Sequence[Hop]],
+        following: Following,
+    ) -> None:
         self.unit = unit
         self.buckets = buckets
         first, last = buckets[0].names[0], buckets[-1].names[-1]
         self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
         self.pinned = 0
-        self._hops = [gather_values(comm, bucket) for bucket in buckets]
+        self._hops = hops
+        self._following = following
         self.flights: list[Flight] = []
         self._serial = -1
         self._versions: list[list[int]] = []
@@ -67,18 +118,22 @@ class UnitFlight:
         """
         if self._serial != serial:
             self.land()
-            self.flights = [Flight(hop.bucket, [hop]) for hop in self._hops]
+            pairs = zip(self.buckets, self._hops, strict=True)
+            self.flights = [Flight(bucket, hops) for bucket, hops in pairs]
+            self._following.add(self.flights)
             self._serial = serial
         for flight in self.flights:
-            if flight.state is not OVER and flight.state.work is None:
+            if flight.state == FIRST:
                 flight.bucket.bring()
             if flight.state is not OVER:
                 flight.start()
+        self._following.enqueue()
         return self.flights
 
     def land(self) -> None:
         """Waits for what is under way. Raises `RuntimeError` when it failed."""
         for flight in self.flights:
+            self._following.reach(flight)
             while flight.state is not OVER:
                 flight.start().wait()
                 flight.take()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from zerort import _core
+from zerort.device import device_for
 from zerort.memory import FlatBucket, HeldBucket, Memory
 from zerort.mesh import Comm, GatherMemory, Mesh, Work
 from zerort.run import nonfinite
@@ -15,7 +17,15 @@ from zerort.run.flight import Hop, Leg, Source, Transport
 from zerort.run.lanes import LaneMemory, LegMemory
 from zerort.wire import Encoder
 
-__all__ = ["PUBLISH", "Fold", "Pass", "gather_values", "reduce_hops"]
+__all__ = [
+    "Fold",
+    "GatherSums",
+    "GatherValues",
+    "Pass",
+    "ReduceScatter",
+    "gather_hops",
+    "reduce_hops",
+]
 
 
 @dataclass(frozen=True)
@@ -102,13 +112,33 @@ class IntoShard:
 
 @dataclass(frozen=True)
 class IntoSums:
-    """The sum is what the next leg sends."""
+    """The sum is what the next leg sends from its beginning on; the rest counts as zero."""
 
     sums: Memory
+    rest: Tensor
+
+    @classmethod
+    def over(cls, memory: Memory, numel: int) -> IntoSums:
+        """The first `numel` elements of what is sent."""
+        start = memory.tensor
+        return cls(Memory.of(start.narrow(0, 0, numel)), start.narrow(0, numel, len(start) - numel))
 
     def __call__(self, encoder: Encoder) -> float | Tensor:
         """As it is, unscaled."""
+        self.rest.zero_()  # other buckets, which are longer, may have written there
         return encoder.decode(self.sums, scale=1.0, add=False)
+
+
+@dataclass(frozen=True)
+class IntoTotals:
+    """The sum is this rank's piece of what copies of the model state have together."""
+
+    own: Memory
+    current: Pass
+
+    def __call__(self, encoder: Encoder) -> float | Tensor:
+        """Scaled, so that it may be rounded."""
+        return encoder.decode(self.own, scale=self.current.fold.scale, add=False)
 
 
 class ReduceScatter:
@@ -166,8 +196,10 @@ class GatherSums:
     @property
     def buffer(self) -> Tensor:
         """Where all ranks' sums come together."""
-        rounds = self.leg.encoder.rounds
-        return self.scatter.buffer if rounds else self.leg.extent.bucket.accum.tensor
+        extent = self.leg.extent
+        if self.leg.encoder.rounds:
+            return self.scatter.buffer
+        return extent.bucket.accum.tensor.narrow(0, extent.start, extent.numel)
 
     def make(self) -> Work:
         """Rounds the sum to what is sent."""
@@ -180,28 +212,82 @@ class GatherSums:
     def take(self) -> None:
         """Widens the sums where they were rounded."""
         if self.leg.encoder.rounds:
-            self.leg.encoder.spread(self.leg.extent.bucket.accum)
+            extent = self.leg.extent
+            accum = extent.bucket.accum
+            if extent.numel < accum.tensor.numel():
+                accum = Memory.of(accum.tensor.narrow(0, extent.start, extent.numel))
+            self.leg.encoder.spread(accum)
+
+
+@dataclass(frozen=True)
+class GatherTotals:
+    """From the pieces of a shard that copies of the model state have summed to the whole of it on
+    each, and into the accumulator: the second half of their all-reduce.
+    """
+
+    comm: Comm
+    memory: GatherMemory
+    leg: Leg
+    scatter: ReduceScatter
+    totals: Memory
+    """(extent's numel,)"""
+    current: Pass
+
+    name = "all_gather"
+
+    @property
+    def buffer(self) -> Tensor:
+        """Where the pieces come together."""
+        return self.scatter.buffer if self.leg.encoder.rounds else self.totals.tensor
+
+    def make(self) -> Work:
+        """Rounds this rank's piece to what is sent."""
+        if self.leg.encoder.rounds:
+            extent = self.leg.extent
+            start = self.comm.rank * extent.shard_numel
+            own = self.totals.tensor.narrow(0, start, extent.shard_numel)
+            self.leg.encoder.round(Memory.of(own))
+        return self.memory.make(self.buffer, lost=self.current.failure is not None)
+
+    def take(self) -> None:
+        """Adds it to what earlier passes have left, as all copies do."""
+        if self.leg.encoder.rounds:
+            self.leg.encoder.spread(self.totals)
+        bucket, add = self.leg.extent.bucket, self.current.fold.add
+        into = bucket.sums.open(add=add)
+        numel = into.tensor.numel()
+        total = Memory.of(self.totals.tensor.narrow(0, 0, numel))
+        device = device_for(self.comm.device)
+        bucket.squares = device.reduce(total, into, world=1, stride=numel, scale=1.0, add=add)
+        bucket.sums.close()
 
 
 def gather_sums(comm: Comm, leg: Leg, scatter: ReduceScatter, current: Pass) -> GatherSums:
     """With memory of its own. All ranks of `comm` make it, in one order, with nothing under way."""
-    buffer = scatter.buffer if leg.encoder.rounds else leg.extent.bucket.accum.tensor
-    return GatherSums(comm.gather_memory(buffer.nbytes // comm.world), leg, scatter, current)
+    each = leg.extent.numel * leg.extent.bucket.accum.tensor.itemsize
+    nbytes = scatter.buffer.nbytes if leg.encoder.rounds else each
+    return GatherSums(comm.gather_memory(nbytes // comm.world), leg, scatter, current)
 
 
 @dataclass(frozen=True)
 class GatherValues:
-    """From each rank's part of the parameters to all of them on every rank."""
+    """From each rank's part of the parameters to all of them on every rank; of the bucket's
+    elements from `start` on, `numel` of them, where not all ranks' parts are gathered at once.
+    """
 
     memory: GatherMemory
     bucket: HeldBucket
+    start: int
+    numel: int
+    last: bool
+    """Whether the bucket is whole then."""
 
     name = "all_gather"
 
     @property
     def buffer(self) -> Tensor:
         """The parameters themselves, or the memory that is to be theirs."""
-        return self.bucket.values.landing
+        return self.bucket.values.landing.narrow(0, self.start, self.numel)
 
     def make(self) -> Work:
         """Nothing to write: this rank's part is in its place."""
@@ -209,40 +295,59 @@ class GatherValues:
 
     def take(self) -> None:
         """Nothing to read: parameters are views of what has come."""
-        self.bucket.values.land()
+        if self.last:
+            self.bucket.values.land()
 
 
-def gather_values(comm: Comm, bucket: HeldBucket) -> GatherValues:
-    """With memory of its own. All ranks of `comm` make it, in one order, with nothing under way."""
-    nbytes = bucket.spec.numel * bucket.owned.tensor.itemsize
-    return GatherValues(comm.gather_memory(nbytes // comm.world), bucket)
-
-
-PUBLISH: dict[str, Callable[[Comm, FlatBucket], Hop]] = {"all_gather": gather_values}
-"""What makes the hops that the core plans, by their `op`."""
+def gather_hops(bucket: HeldBucket, planned: Sequence[_core.Hop], mesh: Mesh) -> list[Hop]:
+    """What brings a bucket's parameters to this rank, from its shard on; one that moves nothing
+    where the shard is all. With memory of their own: all ranks make them, in one order, with
+    nothing under way.
+    """
+    hops: list[Hop] = []
+    start, numel = 0, bucket.spec.numel
+    if not planned:
+        return [GatherValues(mesh["own"].gather_memory(0), bucket, start, numel, last=True)]
+    for hop in reversed(planned):
+        comm = mesh[hop.group]
+        memory = comm.gather_memory(numel // comm.world * bucket.owned.tensor.itemsize)
+        hops.insert(0, GatherValues(memory, bucket, start, numel, last=not hops))
+        numel //= comm.world
+        start += comm.rank * numel
+    return hops
 
 
 def reduce_hops(
     bucket: FlatBucket, transport: Transport, lane: LaneMemory, mesh: Mesh, current: Pass
 ) -> list[Hop]:
-    """Those of one bucket, in the order in which they run."""
-    legs = transport.legs
+    """Those of one bucket's gradient, in the order in which they run."""
+    hops: list[Hop] = []
     scatters: dict[str, ReduceScatter] = {}
-    for number, leg in enumerate(legs):
-        comm = mesh[leg.group]
-        memory = lane.leg(number, leg, comm)
+    legs = {leg.group: (number, leg) for number, leg in enumerate(transport.legs)}
+    for hop in bucket.spec.reduce_hops:
+        number, leg = legs[hop.group]
+        comm = mesh[hop.group]
+        if hop.op == "all_gather":
+            hops.append(gather_sums(comm, leg, scatters[hop.group], current))
+            continue
         feed: Feed = FromGradients(bucket, transport.source, current)
         if number > 0:
             feed = FromSums(lane.sums(number, leg), current)
         sink: Sink = IntoShard(bucket, current)
-        if number + 1 < len(legs):
-            sink = IntoSums(lane.sums(number + 1, legs[number + 1]))
-        scatters[leg.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
+        totals = None
+        if number + 1 < len(transport.legs):
+            following = lane.sums(number + 1, transport.legs[number + 1])
+            sink = IntoSums.over(following, leg.extent.shard_numel)
+        elif hop.op == "all_reduce":
+            totals = lane.totals(leg)
+            own = totals.tensor.chunk(comm.world)[comm.rank]
+            sink = IntoTotals(Memory.of(own), current)
+        memory = lane.leg(number, leg, comm)
         leg.encoder.bind(memory.turns[0].buffers)
-    gathers = [
-        gather_sums(mesh[leg.group], leg, scatters[leg.group], current)
-        for hop in bucket.spec.reduce_hops
-        for leg in legs
-        if hop.op == "all_gather" and hop.group == leg.group
-    ]
-    return [*scatters.values(), *gathers]
+        scatters[hop.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
+        hops.append(scatters[hop.group])
+        if totals is not None:
+            each = totals.tensor.nbytes // comm.world
+            gathers = comm.gather_memory(each)
+            hops.append(GatherTotals(comm, gathers, leg, scatters[hop.group], totals, current))
+    return hops

@@ -51,6 +51,8 @@ class LaneMemory:
 
     scatters: Sequence[ScatterMemory]
     between: Sequence[Memory]
+    last: Memory
+    """Bytes for what copies of the model state sum up together; empty where there is one."""
     lane: Lane
     """When the device is done with it."""
     shared: bool
@@ -66,9 +68,11 @@ class LaneMemory:
 
     def sums(self, number: int, leg: Leg) -> Memory:
         """Where what the leg before leaves is, in full precision (extent's numel,)."""
-        return self.between[number - 1].typed(
-            full_precision(leg.extent.bucket), 0, leg.extent.numel
-        )
+        return _in_full(self.between[number - 1], leg)
+
+    def totals(self, leg: Leg) -> Memory:
+        """Where all pieces of what copies have summed come together (extent's numel,)."""
+        return _in_full(self.last, leg)
 
 
 def lane_for(users: Sequence[Transport], mesh: Mesh, lane: Lane) -> LaneMemory:
@@ -77,12 +81,19 @@ def lane_for(users: Sequence[Transport], mesh: Mesh, lane: Lane) -> LaneMemory:
     scatters = [mesh[each[0].group].scatter_memory([*map(_piece, each)]) for each in legs]
     sizes = [max(map(_full_bytes, each)) for each in legs[1:]]
     between = [Memory.zeros(size, torch.uint8, mesh.device) for size in sizes]
-    return LaneMemory(scatters, between, lane, shared=len(users) > 1)
+    copies = legs[-1][0].group == "replica"
+    last = Memory.zeros(sizes[-1] if copies else 0, torch.uint8, mesh.device)
+    return LaneMemory(scatters, between, last, lane, shared=len(users) > 1)
 
 
 def full_precision(bucket: FlatBucket) -> torch.dtype:
     """What a bucket's gradients are summed in where nothing is to be lost."""
     return torch.promote_types(bucket.values.tensor.dtype, torch.float32)
+
+
+def _in_full(memory: Memory, leg: Leg) -> Memory:
+    numel, dtype = leg.extent.numel, full_precision(leg.extent.bucket)
+    return Memory.of(memory.tensor.narrow(0, 0, numel * dtype.itemsize).view(dtype))
 
 
 def _full_bytes(leg: Leg) -> int:

@@ -83,8 +83,14 @@ class Launches:
     def finish(self, flight: Inflight) -> None:
         """Makes the hops that follow the first."""
         while flight.state.hop > 0:
+            self.proceed(flight)
+
+    def proceed(self, flight: Inflight) -> None:
+        """Completes the hop that a bucket is at, which is not the first, and starts the next."""
+        self._follow(flight)
+        self._complete(flight)
+        if flight.state is not OVER:
             self._follow(flight)
-            self._complete(flight)
 
     def _follow(self, flight: Inflight) -> None:
         """Starts a hop that follows the first, unless that has been done."""

@@ -18,14 +18,17 @@ UNKNOWN = -1
 
 def in_arrival(leg: Leg, pieces: int, comm: Comm) -> tuple[int, int] | None:
     """(source rank, parameter) of the first such element among the `pieces` that arrived for this
-    rank on a leg, on CPU.
+    rank on a leg, on CPU. On the first leg they are of ranks, on another of hosts or copies, whose
+    own ranks know who it was.
     """
     extent = leg.extent
     start = extent.start + comm.rank * extent.shard_numel
     for source in range(pieces):
         index = _core.first_nonfinite(leg.encoder.piece(source))
         if index is not None:
-            return comm.ranks[source], _parameter_at(extent.bucket, start + index)
+            first = extent.numel == extent.bucket.spec.numel
+            rank = comm.ranks[source] if first else UNKNOWN
+            return rank, _parameter_at(extent.bucket, start + index)
     return None
 
 

@@ -14,8 +14,8 @@ from zerort.device.contract import Streams
 from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh
 from zerort.run.flight import Hop, Inflight, Transport
-from zerort.run.gathers import UnitFlight
-from zerort.run.hops import PUBLISH, Pass, reduce_hops
+from zerort.run.gathers import Following, UnitFlight
+from zerort.run.hops import Pass, gather_hops, reduce_hops
 from zerort.run.lanes import LaneMemory, lane_for
 from zerort.run.launches import Launches
 
@@ -55,6 +55,7 @@ class Maker:
         transports: Mapping[int, Transport],
         streams: Streams,
         current: Pass,
+        following: Following,
     ) -> None:
         self._flat = flat
         self._trained = {bucket.spec.id: bucket for bucket in flat.trained}
@@ -62,6 +63,7 @@ class Maker:
         self._transports = transports
         self._streams = streams
         self._current = current
+        self._following = following
 
     def program(
         self, plan: _core.Plan, launches: Launches, units: Mapping[int, UnitFlight]
@@ -84,7 +86,7 @@ class Maker:
     def published(self) -> list[tuple[FlatBucket, Sequence[Hop]]]:
         """What is brought to all ranks behind a step, in its order."""
         return [
-            (bucket, [PUBLISH[hop.op](self._mesh[hop.group], bucket) for hop in hops])
+            (bucket, gather_hops(bucket, hops, self._mesh))
             for bucket in self._flat.trained
             if (hops := bucket.spec.publish_hops)
         ]
@@ -128,8 +130,11 @@ class Maker:
         return Inflight(bucket, hops, lane.lane)
 
     def _units(self, plan: _core.Plan) -> dict[int, UnitFlight]:
-        comm, buckets = self._mesh.shard, self._flat.buckets
-        return {
-            unit.id: UnitFlight(unit, [buckets[b] for b in unit.buckets], comm)
-            for unit in plan.units
-        }
+        buckets = self._flat.buckets
+
+        def flight(unit: _core.Unit) -> UnitFlight:
+            members = [buckets[b] for b in unit.buckets]
+            hops = [gather_hops(b, b.spec.gather_hops, self._mesh) for b in members]
+            return UnitFlight(unit, members, hops, self._following)
+
+        return {unit.id: flight(unit) for unit in plan.units}

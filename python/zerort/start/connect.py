@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -13,11 +14,14 @@ from torch import nn
 from zerort.config import Config
 from zerort.device import place_of
 from zerort.errors import ConfigError
-from zerort.mesh import Mesh, meet, usual_device
+from zerort.mesh import Hierarchy, Mesh, arrange, meet, this_seat, usual_device
 from zerort.start import agreed
 from zerort.start.compare import compare_settings
+from zerort.wire import FORMATS
 
 __all__ = ["connected", "started"]
+
+_log = logging.getLogger("zerort")
 
 _STARTING = timedelta(minutes=5)
 """How long ranks wait for one another while they start, at least. The configured time-out is for
@@ -42,9 +46,26 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
             'zerort.transport: "shared" is memory of the host, and this model is on '
             f'{device.type}; leave it out, or give "auto"'
         )
-    mesh = Mesh(control, device, timeout, transport=transport)
+    seats = agreed(control, lambda: control.gather_objects(this_seat()))
+    arrangement = agreed(control, lambda: arrange(seats, _hierarchy(settings, device)))
+    mesh = Mesh(control, device, timeout, transport=transport, arrangement=arrangement)
     undo.callback(mesh.close)
+    if arrangement.remark is not None and mesh.rank == 0:
+        _log.info("gradients are reduced among all ranks at once: %s", arrangement.remark)
     return settings, mesh
+
+
+def _hierarchy(settings: Config, device: torch.device) -> Hierarchy:
+    """What is asked of the arrangement of ranks."""
+    choice, size = settings.zerort.hierarchy, settings.zero_optimization.mics_shard_size
+    wire = FORMATS.get(settings.zerort.wire or "")
+    quantized = settings.zero_optimization.zero_quantized_gradients
+    adds = not quantized and (wire is None or wire.adds)  # those that follow a dtype do
+    return Hierarchy(
+        choice,
+        device.type != "cpu" and adds,
+        size if size > 0 else None,
+    )
 
 
 def started(mesh: Mesh, settings: Config) -> None:

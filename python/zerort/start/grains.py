@@ -70,7 +70,7 @@ def log_ways(plan: _core.Plan, flat: FlatModel) -> None:
         there,
         back,
         sum(cost > 0 for cost in plan.costs),
-        plan.world,
+        plan.shards,
     )
 
 
@@ -81,7 +81,7 @@ def _exchanged_bytes(plan: _core.Plan, flat: FlatModel) -> tuple[int, int]:
         for room in flat.rooms.values()
     }
     there = back = 0
-    for rank in range(plan.world if items else 0):
+    for rank in range(plan.shards if items else 0):
         for exchange in plan.exchanges(rank):
             sums, values = items[exchange.dtype]
             there += sum(exchange.send_splits) * sums

@@ -14,10 +14,11 @@ from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
 from zerort.memory import Origin, PlannedParameter, Present, exchanged, plannable
+from zerort.mesh import Mesh
 from zerort.start.grains import Grains
 from zerort.start.units import in_units
 
-__all__ = ["Planner", "plan_of"]
+__all__ = ["Planner", "Sizes", "plan_of"]
 
 _SHARDED_WINDOW = 4
 
@@ -29,12 +30,12 @@ def plan_of(
     wire_of: Callable[[nn.Parameter], int],
     origin_of: Callable[[nn.Parameter], Origin],
     *,
-    world: int,
+    sizes: Sizes,
     window: int | None,
     grains_of: Callable[[Sequence[PlannedParameter]], Grains] = lambda _: (None, None),
 ) -> tuple[Planner, _core.Plan]:
-    """What is planned of `model`, which has been cast, and the plan for `world` ranks that hold
-    shards of it; `groups` and the next two as in `plannable`, `window` what the ranks' communicator
+    """What is planned of `model`, which has been cast, and the plan for ranks of these `sizes`;
+    `groups` and the next two as in `plannable`, `window` what the ranks' communicator
     has in flight, `grains_of` what of the parameters may not be cut.
 
     Raises `PlanError` naming the parameter that cannot be planned.
@@ -52,8 +53,25 @@ def plan_of(
         ),
     )
     grains, costs = grains_of(members)
-    planner = Planner(members, units, grains, costs, world, window)
+    planner = Planner(members, units, grains, costs, sizes, window)
     return planner, planner.plan(settings)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks there are, and how they share: copies of the model state, and hosts of each
+    copy.
+    """
+
+    world: int
+    hosts: int = 1
+    replicas: int = 1
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> Sizes:
+        """A mesh's. Hosts of one rank, and one host, are none."""
+        nested = mesh["inner"].world > 1 and mesh["outer"].world > 1
+        return cls(mesh.world, mesh["outer"].world if nested else 1, mesh.replica.world)
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Planner:
     units: Sequence[int | None] | None
     grains: Sequence[_core._Grain] | None
     costs: Sequence[int] | None
-    world: int
+    sizes: Sizes
     window: int | None
     """What the ranks' communicator has in flight."""
 
@@ -75,7 +93,7 @@ class Planner:
         specs = [member.spec() for member in self.members]
         return _core.Plan(
             [(n, dtype, g, own if wire is None else wire) for n, dtype, g, own in specs],
-            world=self.world,
+            world=self.sizes.world,
             stage=settings.zero_optimization.stage,
             cap_bytes=settings.cap_bytes,
             cap_elements=settings.cap_elements,
@@ -84,6 +102,8 @@ class Planner:
             grains=self.grains,
             costs=self.costs,
             whole_padding=settings.zerort.whole_padding,
+            hosts=self.sizes.hosts,
+            replicas=self.sizes.replicas,
         )
 
     def settled(self) -> Planner:

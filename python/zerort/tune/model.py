@@ -89,7 +89,7 @@ class Predictor:
         width = [form.shard_bytes(_LONG) / _LONG for form in FORMATS.values()]
         trained = [bucket for bucket in plan.buckets if bucket.group is not None]
         arrived = sum(bucket.numel * width[bucket.wire] for bucket in trained)
-        parts = plan.world if plan.shards_optimizer else 1
+        parts = plan.shards if plan.shards_optimizer else 1
         owned = sum(bucket.numel for bucket in trained) / parts
         return _core.Machine(
             _link(wire.reduce),

@@ -17,6 +17,16 @@ pub enum PlanError {
     /// A job has at least one rank.
     #[error("the world must have at least one rank")]
     BadWorld,
+    /// Copies of the model state, and their hosts, do not share the ranks evenly.
+    #[error("{world} ranks cannot be {replicas} copies over {hosts} hosts, all equal in size")]
+    BadHosts {
+        /// Number of ranks.
+        world: u32,
+        /// Copies of the model state.
+        replicas: u32,
+        /// Hosts of each copy.
+        hosts: u32,
+    },
     /// The groups of a mesh differ in size.
     #[error("every copy of the model state must have {hosts} hosts of {inner} ranks")]
     UnevenMesh {

@@ -11,8 +11,8 @@
 //! | sharded         | sharded    | reduce-scatter                |             |
 //!
 //! The parameter's placement is the bucket's: at stage 3 one without a unit is replicated, and
-//! published. One in a unit is gathered when it is needed ([`crate::gatherer`]). A bucket that is
-//! only held has no hops.
+//! published. One in a unit is gathered when it is needed ([`crate::gatherer`]), on the hops of an
+//! all-gather. A bucket that is only held has no others.
 //!
 //! Where the optimizer is replicated the sum is gathered, not all-reduced: every shard is summed
 //! once, in rank order, so that its bits are those of the other rows. The mesh refines each entry:
@@ -41,7 +41,7 @@ use crate::bucket::Bucket;
 use crate::command::Op;
 use crate::ids::WireId;
 use crate::mesh::{Group, Mesh};
-use crate::stage::Rules;
+use crate::stage::{Placement, Rules};
 
 /// One collective of a bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +61,8 @@ pub struct Hops {
     pub reduce: Vec<Hop>,
     /// From a rank's updated shard to the parameters that it computes with.
     pub publish: Vec<Hop>,
+    /// The same where parameters are sharded between their uses: whenever they are needed.
+    pub gather: Vec<Hop>,
 }
 
 impl Hops {
@@ -69,7 +71,11 @@ impl Hops {
         if bucket.is_trained() {
             Self::new(Rules { parameter: bucket.parameter(), ..rules }, mesh, bucket.wire)
         } else {
-            Self { reduce: Vec::new(), publish: Vec::new() }
+            Self {
+                reduce: Vec::new(),
+                publish: Vec::new(),
+                gather: gathers(bucket.parameter(), mesh),
+            }
         }
     }
 
@@ -83,7 +89,15 @@ impl Hops {
             reduce.extend(gather(mesh, Some(wire)));
         }
         let publish = if rules.gathers_parameter() { gather(mesh, None) } else { Vec::new() };
-        Self { reduce, publish }
+        Self { reduce, publish, gather: gathers(rules.parameter, mesh) }
+    }
+}
+
+/// What brings parameters to where they are used.
+fn gathers(parameter: Placement, mesh: &Mesh) -> Vec<Hop> {
+    match parameter {
+        Placement::Sharded => gather(mesh, None),
+        Placement::Replicated => Vec::new(),
     }
 }
 

@@ -72,6 +72,27 @@ impl Mesh {
         Self::new(&[vec![(0..world).map(Rank).collect()]])
     }
 
+    /// Copies of a model state, each over so many hosts, and ranks numbered by copy and shard, so
+    /// that a rank of the first copy has the number of its shard.
+    ///
+    /// # Errors
+    /// [`PlanError::BadWorld`] for a world of 0, [`PlanError::BadHosts`] unless copies and hosts
+    /// share the ranks evenly.
+    pub fn even(world: u32, replicas: u32, hosts: u32) -> Result<Self, PlanError> {
+        if world == 0 {
+            return Err(PlanError::BadWorld);
+        }
+        let parts = replicas.checked_mul(hosts).filter(|&parts| parts > 0);
+        let places = parts.filter(|&parts| world.is_multiple_of(parts)).map(|parts| world / parts);
+        let places = places.ok_or(PlanError::BadHosts { world, replicas, hosts })?;
+        let copies = (0..replicas).map(|replica| {
+            let first = replica * places * hosts;
+            let host = |host| (0..places).map(move |place| Rank(first + place * hosts + host));
+            (0..hosts).map(|each| host(each).collect()).collect()
+        });
+        Self::new(&copies.collect::<Vec<Vec<Vec<Rank>>>>())
+    }
+
     /// Copies of a model state, each over hosts, each with its ranks.
     ///
     /// # Errors

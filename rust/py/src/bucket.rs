@@ -115,6 +115,12 @@ impl Bucket {
     fn publish_hops(&self) -> Vec<Hop> {
         self.hops.publish.iter().copied().map(Hop).collect()
     }
+
+    /// From shards to whole parameters, where they are sharded between their uses.
+    #[getter]
+    fn gather_hops(&self) -> Vec<Hop> {
+        self.hops.gather.iter().copied().map(Hop).collect()
+    }
 }
 
 /// One collective of a bucket.

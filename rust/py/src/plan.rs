@@ -40,7 +40,7 @@ impl Plan {
     #[allow(clippy::too_many_arguments)] // keywords in Python
     #[pyo3(signature = (
         params, *, world, stage, cap_bytes=None, cap_elements=None, window=None, units=None,
-        grains=None, costs=None, whole_padding=0.1
+        grains=None, costs=None, whole_padding=0.1, hosts=1, replicas=1
     ))]
     fn new(
         params: Vec<Spec>,
@@ -53,6 +53,8 @@ impl Plan {
         grains: Option<Vec<Grain>>,
         costs: Option<Vec<u64>>,
         whole_padding: f64,
+        hosts: i64,
+        replicas: i64,
     ) -> PyResult<Self> {
         let rules = rules(stage)?;
         let cap = match (cap_bytes, cap_elements) {
@@ -70,9 +72,11 @@ impl Plan {
             }
         };
         let world = number("world", world).map_err(PlanError::new_err)?;
+        let hosts = number("hosts", hosts).map_err(PlanError::new_err)?;
+        let replicas = number("replicas", replicas).map_err(PlanError::new_err)?;
         let spec = PlanSpec {
             params: with_grains(with_units(params, units)?, grains, costs)?,
-            mesh: Mesh::flat(world).map_err(refused)?,
+            mesh: Mesh::even(world, replicas, hosts).map_err(refused)?,
             rules,
             cap,
             window: window
@@ -105,6 +109,12 @@ impl Plan {
     #[getter]
     fn world(&self) -> u32 {
         self.inner.world()
+    }
+
+    /// Ranks that hold different shards of one model state.
+    #[getter]
+    fn shards(&self) -> u32 {
+        self.inner.mesh().size(Group::Shard)
     }
 
     #[getter]

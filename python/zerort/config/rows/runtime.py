@@ -48,6 +48,10 @@ ROWS: Sequence[Key] = (
         'whether what "int8" rounds off is added to the next gradient: "auto" (at stages 0 and 1), '
         'true, false, or "checkpoint", which saves it too',
     ),
+    same(
+        "zerort.hierarchy",
+        '"auto", "flat" or {"inner": L}: whether hosts sum gradients inside before they send them',
+    ),
     same("zerort.reduce_at", '"micro_batch" or "boundary": when gradients are reduced'),
     same(
         "zerort.publish",

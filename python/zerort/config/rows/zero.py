@@ -130,6 +130,12 @@ ROWS: Sequence[Key] = (
         "zero_optimization.zeropp_loco_param",
         'error feedback is zerort.wire_error_feedback, beside zerort.wire "int8"',
     ),
-    refused("zero_optimization.mics_shard_size", "MiCS sharding is not built", one_of(-1)),
-    refused("zero_optimization.mics_hierarchical_params_gather", "MiCS sharding is not built"),
+    same(
+        "zero_optimization.mics_shard_size",
+        "consecutive ranks that hold one copy of the model state; all ranks when left out",
+    ),
+    ignored(
+        "zero_optimization.mics_hierarchical_params_gather",
+        "a copy over several hosts is gathered between them first by itself (zerort.hierarchy)",
+    ),
 )
