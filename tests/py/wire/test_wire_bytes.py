@@ -41,7 +41,7 @@ class Variant:
     def config(self) -> Config:
         placement = {
             "zero_optimization": {"stage": self.stage},
-            "zerort": {"reduce_at": self.reduce_at},
+            "zerort": {"reduce_at": self.reduce_at, "transport": "gloo"},
         }
         return {**WIRES[self.dtype], **placement}
 
@@ -158,6 +158,7 @@ def sockets(rank: int, world: int, stage: int) -> tuple[int, int]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": WIDE * WIDE},
+        "zerort": {"transport": "gloo"},
     }
     engine, *_ = zerort.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config
