@@ -201,16 +201,16 @@ fn random_rounding_is_right_on_average_and_differs_from_seed_to_seed() {
     let values: Vec<f32> = (0..GROUP).map(|index| index as f32 * 0.37 - 40.0).collect();
     let mut total = vec![0.0_f64; GROUP];
     let draws = 4000;
-    let mut seen = std::collections::BTreeSet::new();
+    let mut distinct = std::collections::BTreeSet::new();
     for seed in 0..draws {
         let seed = (seed + 1_u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let pieces = sent(&values, 1.0, 1, Rounding::Stochastic(seed));
         for (total, got) in total.iter_mut().zip(arrived(&pieces, GROUP, 1)) {
             *total += f64::from(got);
         }
-        seen.insert(pieces);
+        distinct.insert(pieces);
     }
-    assert_eq!(seen.len() as u64, draws);
+    assert_eq!(distinct.len() as u64, draws);
     let step = 54.35 / 127.0; // of the last and largest
     for (total, value) in total.iter().zip(&values) {
         let mean = total / draws as f64;
@@ -224,7 +224,7 @@ fn random_rounding_is_right_on_average_and_differs_from_seed_to_seed() {
 fn whole_steps_are_not_rounded_at_random() {
     let values: Vec<f32> = (-127..=127).map(|code| code as f32).chain([0.0]).collect();
     for seed in 0..50 {
-        let pieces = sent(&values, 1.0, 1, Rounding::Stochastic(seed << 32 | seed * 77));
+        let pieces = sent(&values, 1.0, 1, Rounding::Stochastic((seed << 32) | (seed * 77)));
         assert_eq!(arrived(&pieces, GROUP, 1), values);
     }
 }

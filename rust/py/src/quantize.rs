@@ -107,7 +107,6 @@ fn not_values() -> PyErr {
     LayoutError::new_err("values and sums that are sent as bytes are fp32")
 }
 
-#[expect(clippy::needless_pass_by_value)] // by `map_err`
 fn misfit(error: ShapeError) -> PyErr {
     LayoutError::new_err(error.to_string())
 }

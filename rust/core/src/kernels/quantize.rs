@@ -28,7 +28,7 @@ const MAGIC: f32 = 12_582_912.0;
 /// Units of a residual in a scale.
 const UNITS: f32 = 65_536.0;
 const INFINITE: u8 = 1;
-const NEGATIVE: u8 = -1_i8 as u8;
+const NEGATIVE: u8 = (-1_i8).cast_unsigned();
 const NAN: u8 = 2;
 
 /// What becomes of what lies between two codes.
