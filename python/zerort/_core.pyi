@@ -28,6 +28,7 @@ __all__ = [
     "Reducer",
     "Segment",
     "Trace",
+    "TraceSnapshot",
     "Traffic",
     "Unit",
     "Workload",
