@@ -22,7 +22,7 @@ from logged import log_lines
 from reference import Moment
 from training import keep
 from zerort.errors import CommError, StepError
-from zerort.mesh.data import GroupComm
+from zerort.mesh.gloo import GlooComm
 from zerort.run.exchange import Route
 from zerort.utils import (
     safe_get_full_fp32_param,
@@ -228,7 +228,7 @@ def dies(rank: int, world: int, at: int) -> list[Exception | None]:
     """Rank 1 goes in its `at`-th all-to-all of a step."""
     engine = engine_of(2, way="exchanged")
     train(engine, rank, 1)
-    inner, calls = GroupComm.all_to_all, list[int]()
+    inner, calls = GlooComm.all_to_all, list[int]()
 
     def counting(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -236,7 +236,7 @@ def dies(rank: int, world: int, at: int) -> list[Exception | None]:
             os._exit(3)
         return inner(self, *args)
 
-    GroupComm.all_to_all = counting  # type: ignore[method-assign]
+    GlooComm.all_to_all = counting  # type: ignore[method-assign]
     return [caught(partial(train, engine, rank, 1, step)) for step in (1, 2)]
 
 

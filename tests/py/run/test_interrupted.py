@@ -177,8 +177,8 @@ def break_everywhere(
         else:
             error = pair.step()
         applied = [pair.follow()]
-        error = pair.step()
-        assert error is None, f"the step after {place}: {error!r}"
+        later = pair.step()
+        assert later is None, f"the step after {place}: {later!r}"
         results.append((place, type(error).__name__, [*applied, pair.follow()]))
     return results
 
