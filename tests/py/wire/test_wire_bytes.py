@@ -20,7 +20,7 @@ from cases import CASES
 from tap import carried, tapped
 from training import Config, config_of, engine_for, keep, take_step
 
-BALLOT = 6 * 8  # bytes a rank brings to the vote
+BALLOT = 7 * 8  # bytes a rank brings to the vote
 WIRES: dict[str, Config] = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
 SIZE = {"fp32": 4, "bf16": 2}
 

@@ -42,7 +42,7 @@ pub(super) struct Prices {
 }
 
 /// Doubles of a rank's row in the vote.
-const ROW: f64 = 5.0;
+const ROW: f64 = 7.0;
 
 pub(super) fn prices(plan: &Plan, machine: &Machine) -> Result<Prices, CostError> {
     let mesh = mesh(plan, machine.network.hosts)?;
