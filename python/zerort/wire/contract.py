@@ -113,7 +113,9 @@ class Encoder(Protocol):
         """
 
     def release(self) -> None:
-        """Gives that memory back: `bind` comes before anything else. State is kept."""
+        """Gives that memory back: `bind` comes before anything else. State is kept. A second call
+        does nothing.
+        """
 
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """Writes the bucket's gradients, one per parameter, into the send buffer; None is zero. One

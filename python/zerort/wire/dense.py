@@ -61,7 +61,7 @@ class DenseEncoder:
 
     def release(self) -> None:
         """All that it has."""
-        del self._buffers
+        self.__dict__.pop("_buffers", None)
 
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
         """One batched copy, which casts where dtypes differ."""

@@ -110,7 +110,7 @@ class Int8Encoder:
 
     def release(self) -> None:
         """The views of what gradients are gathered in go too."""
-        del self._buffers
+        self.__dict__.pop("_buffers", None)
         self._views = None
 
     def encode(self, gradients: Sequence[Tensor | None]) -> None:
