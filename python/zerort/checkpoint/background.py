@@ -9,8 +9,8 @@ of `save`, with a control group of its own for the votes.
 What it guarantees: one save is under way at a time, and its failure is raised on every rank, at the
 boundary of a step or at the next call that all ranks make together, or logged where no call comes
 any more. It costs no step: the engine goes on. The thread is no daemon, so the interpreter waits
-for it at its end, and nothing is cut off. What it does not do: it hurries nobody. Where training
-leaves no processor idle, writing takes as long as it takes, and gets them all when ranks wait.
+for it at its end, and nothing is cut off. What it does not do: it takes no processor from training.
+Where that leaves none idle, writing takes as long as it takes, and has them all when ranks wait.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Failure:
         self._process = os.getpid()
 
     def say(self) -> None:
-        """Where nobody is left who could hear it raised."""
+        """Where no call comes any more that could raise it."""
         self.abandoned = True
         if self.text is not None and self._process == os.getpid():
             text, self.text = self.text, None
@@ -102,7 +102,7 @@ class Writer(threading.Thread):
             HERE.yield_processors()
             while not self._may.wait(1.0):
                 if not threading.main_thread().is_alive():
-                    return  # nobody is left who could let it go
+                    return  # the main thread has ended without letting it go
             if self._work is not None:
                 self._work()
         except BaseException as error:

@@ -105,16 +105,18 @@ class Checkpoints:
             )
 
         with self._sink.range("save"):
-            if copies.world == 1:
-                save()
-            else:
-                self._of_copies("save a checkpoint").first("cannot save", save)
+            self._save_once("save a checkpoint", save)
         return True
 
+    def _save_once(self, what: str, save: Callable[[], None]) -> None:
+        """The first copy of the model state saves, and the others wait for it."""
+        if self.state.copies.world == 1:
+            save()
+        else:
+            self._of_copies(what).first("cannot save", save)
+
     def _of_copies(self, what: str) -> Consensus:
-        """Of the ranks that hold one shard: the first copy is the one that is written, and the
-        others wait for it.
-        """
+        """Of the ranks that hold one shard."""
         patience = Patience(what, self._policy.timeout, "zerort.checkpoint.timeout")
         control = self.state.copies.control
         return Consensus(control, CheckpointError, alike=True, patience=patience)
@@ -240,10 +242,7 @@ class Checkpoints:
         def save() -> None:
             self._save_weights(save_dir, name, exclude_frozen=exclude_frozen)
 
-        if self.state.copies.world == 1:
-            save()
-        else:
-            self._of_copies("save weights").first("cannot save", save)
+        self._save_once("save weights", save)
         return True
 
     def _save_weights(

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from zerort.device import accelerator
 from zerort.device.accelerator import Accelerator
-from zerort.device.contract import LINE, Device, Figures, Flat, Host, Lane, Mark, Streams
+from zerort.device.contract import (
+    LINE,
+    Device,
+    Figures,
+    Flat,
+    Host,
+    Lane,
+    Mark,
+    Rounding,
+    Streams,
+)
 from zerort.device.cpu import Cpu
 from zerort.device.quantize import GROUP, residual_bytes
 from zerort.errors import ConfigError
@@ -32,6 +42,7 @@ __all__ = [
     "Host",
     "Lane",
     "Mark",
+    "Rounding",
     "Streams",
     "default_place",
     "device_for",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zerort.device import quantize
-from zerort.device.contract import LINE, Figures, Flat, Lane
+from zerort.device.contract import LINE, Figures, Flat, Lane, Rounding
 from zerort.device.host import AcceleratorHost
 from zerort.device.peaks import peak_of
 
@@ -100,15 +100,7 @@ class Accelerator:
         return norm.square()
 
     def quantize(
-        self,
-        values: Flat,
-        pieces: Flat,
-        *,
-        world: int,
-        scale: float,
-        seed: int | None = None,
-        before: Flat | None = None,
-        after: Flat | None = None,
+        self, values: Flat, pieces: Flat, *, world: int, scale: float, rounding: Rounding
     ) -> None:
         """In torch, on the current stream."""
         quantize.quantize(
@@ -116,9 +108,9 @@ class Accelerator:
             pieces.tensor,
             world=world,
             scale=scale,
-            seed=seed,
-            before=None if before is None else before.tensor,
-            after=None if after is None else after.tensor,
+            seed=rounding.seed,
+            before=None if rounding.before is None else rounding.before.tensor,
+            after=None if rounding.after is None else rounding.after.tensor,
         )
 
     def sum_quantized(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zerort import _core
 
-__all__ = ["LINE", "Device", "Figures", "Flat", "Host", "Lane", "Mark", "Streams"]
+__all__ = ["LINE", "Device", "Figures", "Flat", "Host", "Lane", "Mark", "Rounding", "Streams"]
 
 LINE = 64
 """Bytes. In a bucket no two parameters share as many."""
@@ -42,6 +42,17 @@ class Lane:
     def __init__(self) -> None:
         self.packed: Any = None
         self.free: Any = None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How elements become bytes: randomly where there is a `seed`; to the nearest where there is an
+    `after`, of uint8, which gets what is left out, behind what it has or what is in `before`.
+    """
+
+    seed: int | None = None
+    before: Flat | None = None
+    after: Flat | None = None
 
 
 @dataclass(frozen=True)
@@ -155,17 +166,9 @@ class Device(Protocol):
         """In fp64; a float where that costs no wait, else a scalar tensor."""
 
     def quantize(
-        self,
-        values: Flat,
-        pieces: Flat,
-        *,
-        world: int,
-        scale: float,
-        seed: int | None = None,
-        before: Flat | None = None,
-        after: Flat | None = None,
+        self, values: Flat, pieces: Flat, *, world: int, scale: float, rounding: Rounding
     ) -> None:
-        """Writes fp32 `values`, times `scale`, into `pieces` of bytes, as the core's `quantize`."""
+        """Writes fp32 `values`, times `scale`, into `pieces` of bytes, rounded so."""
 
     def sum_quantized(
         self, pieces: Flat, accum: Flat, *, world: int, stride: int, scale: float, add: bool

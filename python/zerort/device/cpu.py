@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.device.contract import LINE, Figures, Flat, Host, Lane
+from zerort.device.contract import LINE, Figures, Flat, Host, Lane, Rounding
 
 __all__ = ["Cpu"]
 
@@ -88,15 +88,7 @@ class Cpu:
         return _core.squared_norm(memory.buffer)
 
     def quantize(
-        self,
-        values: Flat,
-        pieces: Flat,
-        *,
-        world: int,
-        scale: float,
-        seed: int | None = None,
-        before: Flat | None = None,
-        after: Flat | None = None,
+        self, values: Flat, pieces: Flat, *, world: int, scale: float, rounding: Rounding
     ) -> None:
         """In the core."""
         _core.quantize(
@@ -104,9 +96,9 @@ class Cpu:
             pieces.buffer,
             world=world,
             scale=scale,
-            seed=seed,
-            before=None if before is None else before.buffer,
-            after=None if after is None else after.buffer,
+            seed=rounding.seed,
+            before=None if rounding.before is None else rounding.before.buffer,
+            after=None if rounding.after is None else rounding.after.buffer,
         )
 
     def sum_quantized(

@@ -87,7 +87,7 @@ class Work:
         self._waited()
 
     def taken(self) -> None:
-        """What has arrived was read, or nobody will read it."""
+        """What has arrived was read, or will not be."""
 
     def when_complete(self, call: Callable[[], None]) -> None:
         """Calls `call` on the worker that completes the last of them; at once where there is
@@ -129,7 +129,7 @@ class Scatter(Protocol):
     @property
     def recv(self) -> Tensor:
         """What arrives, complete when the work is: `pieces` of them, in rank order, each `stride`
-        elements behind the one before; what lies between them is nobody's.
+        elements behind the one before; what lies between them is not read.
         """
 
     @property
@@ -142,7 +142,7 @@ class Scatter(Protocol):
 
     def make(self, *, lost: bool) -> Work:
         """The collective, not started. Where it is `lost`, peers have to find a partner, and
-        nobody needs what is sent or arrives.
+        what is sent and what arrives is not used.
         """
 
 

@@ -18,13 +18,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from zerort import _core
-from zerort.device import GROUP, device_for, residual_bytes
+from zerort.device import GROUP, Rounding, device_for, residual_bytes
 from zerort.memory import Memory
 from zerort.wire.contract import Buffers, Extent, Kept, Terms
 from zerort.wire.residual import Residual
@@ -159,7 +158,7 @@ class Int8Encoder:
         own, staged = self._buffers.own, self._terms.scratch.take(self._shard, self._place)
         staged.tensor.copy_(total.tensor)
         rounding = self._rounding(self._sums)
-        self._device.quantize(staged, own, world=1, scale=1.0, **rounding)
+        self._device.quantize(staged, own, world=1, scale=1.0, rounding=rounding)
         self._device.dequantize(own, staged, world=1)
         return self._device.squared_norm(staged)
 
@@ -201,14 +200,14 @@ class Int8Encoder:
             self._buffers.send,
             world=self._extent.world,
             scale=1.0 / self._terms.predivide,
-            **self._rounding(self._gradients),
+            rounding=self._rounding(self._gradients),
         )
 
-    def _rounding(self, residual: Residual | None) -> dict[str, Any]:
+    def _rounding(self, residual: Residual | None) -> Rounding:
         if residual is None:
-            return {"seed": self._turn.seed(self._terms.rank, self._extent.bucket.spec.id)}
+            return Rounding(seed=self._turn.seed(self._terms.rank, self._extent.bucket.spec.id))
         before, after = residual.turn()
-        return {"before": before, "after": after}
+        return Rounding(before=before, after=after)
 
     def _cut(self, staged: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of each parameter's place, and of what lies between them."""
