@@ -27,7 +27,7 @@ import ranks
 from rounds import Spread
 from zerort.device import device_for
 from zerort.memory import Memory
-from zerort.mesh import connect
+from zerort.mesh import Piece, connect
 from zerort.wire import FORMATS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,6 +67,7 @@ def zerort(gradient: Tensor, name: str) -> Callable[[], Tensor]:
     comm = connect(timedelta(minutes=5), gradient.device).shard
     device = device_for(gradient.device)
     shard, pieces = gradient.numel() // comm.world, comm.pieces(adds=FORMATS[name].adds)
+    comm.scatter_memory([Piece(shard, gradient.dtype, adds=FORMATS[name].adds)])  # as a bucket's
     recv = Memory.zeros(shard * pieces, gradient.dtype, gradient.device)
     accum = Memory.zeros(shard, torch.float32, gradient.device)
 

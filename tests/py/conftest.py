@@ -7,6 +7,7 @@ A GPU is out of sight, so that tests find the same on every machine, unless it i
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["ZERORT_TEST_DEVICE"] = "cuda"
     if os.environ.get("ZERORT_TEST_DEVICE") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _one_of_each_name()
+
+
+def _one_of_each_name() -> None:
+    """The rooms are no packages: of two files of one name pytest would leave the second one out,
+    and say so when all else is done.
+    """
+    files = sorted(Path(__file__).parent.rglob("test_*.py"))
+    names = [file.name for file in files]
+    twice = [str(file) for file in files if names.count(file.name) > 1]
+    if twice:
+        raise pytest.UsageError(f"files of tests have to differ in name: {', '.join(twice)}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -550,7 +550,7 @@ class SimulatedComm(GlooComm):
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Any:
         def run() -> tuple[list[Tensor], list[Tensor]]:
             total = send.clone()
-            dist.all_reduce(total, group=self._groups[self.gradients[0]])
+            dist.all_reduce(total, group=self._groups[self.gradients])
             recv.copy_(total.chunk(self.world)[self.rank])
             return [send], [recv]
 
@@ -560,7 +560,7 @@ class SimulatedComm(GlooComm):
         def run() -> tuple[list[Tensor], list[Tensor]]:
             pieces = buffer.chunk(self.world)
             for rank, piece in enumerate(pieces):
-                dist.broadcast(piece, rank, group=self._groups[self.parameters[0]])
+                dist.broadcast(piece, rank, group=self._groups[self.parameters])
             others = [piece for rank, piece in enumerate(pieces) if rank != self.rank]
             return [pieces[self.rank]], others
 

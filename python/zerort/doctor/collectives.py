@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zerort.device import device_for
 from zerort.doctor.finding import Finding, ok, problem
-from zerort.mesh import Comm, Mesh
+from zerort.mesh import Comm, Mesh, Piece
 
 __all__ = ["clocks", "tried"]
 
@@ -90,6 +90,7 @@ Trial = tuple[Callable[[], None], Callable[[], bool]]
 
 def _reduce_scatter(comm: Comm) -> Trial:
     shard = _shard(comm)
+    comm.scatter_memory([Piece(shard, torch.float32, adds=True)])  # the groups that a step has
     send = torch.ones(comm.world * shard, device=comm.device) * (comm.rank + 1)
     recv = torch.zeros(comm.pieces(adds=True) * shard, device=comm.device)
     total = comm.world * (comm.world + 1) / 2
@@ -104,9 +105,10 @@ def _all_gather(comm: Comm) -> Trial:
     shard = _shard(comm)
     buffer = torch.zeros(comm.world * shard, device=comm.device)
     buffer[comm.rank * shard :][:shard] = comm.rank + 1
+    memory = comm.gather_memory(buffer.nbytes // comm.world)
 
     def run() -> None:
-        comm.all_gather(buffer).start().wait()
+        memory.make(buffer, lost=False).start().wait()
 
     return run, lambda: _in_order(comm, buffer)
 

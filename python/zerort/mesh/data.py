@@ -24,8 +24,8 @@ class GroupComm:
     `gradients` and `parameters` name the groups that carry them; they may be the same.
     """
 
-    gradients: tuple[str, ...]
-    parameters: tuple[str, ...]
+    gradients: str
+    parameters: str
 
     def __init__(
         self, control: GlooControl, device: torch.device, backend: str, timeout: timedelta
@@ -35,7 +35,7 @@ class GroupComm:
         self.ranks = control.groups.members.ranks
         self.rank, self.world = control.rank, control.world
         self._groups = Groups(control.groups.members, control.groups.peers)
-        for name in dict.fromkeys((*self.gradients, *self.parameters)):
+        for name in dict.fromkeys((self.gradients, self.parameters)):
             self._groups.open(name, backend, timeout)
 
     @property
@@ -66,14 +66,14 @@ class GroupComm:
     def all_to_all(
         self, recv: Tensor, send: Tensor, arriving: Sequence[int], leaving: Sequence[int]
     ) -> Work:
-        """Among the gradients' collectives, on the first of their groups."""
+        """Among the gradients' collectives."""
         call = exchange(recv, send, list(arriving), list(leaving))
-        return self._groups.work("all_to_all", [(self.gradients[0], call)])
+        return self._groups.work("all_to_all", [(self.gradients, call)])
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Among the parameters' collectives."""
         with self._groups.named("broadcast"):
-            dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters[0]])
+            dist.broadcast(buffer, self.ranks[source], group=self._groups[self.parameters])
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""

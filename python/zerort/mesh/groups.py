@@ -101,6 +101,17 @@ class Groups:
                     )
                 self._groups[name] = group
 
+    def open_later(self, name: str, backend: str) -> None:
+        """As `open`, behind the first ones, and as patient as they are. Raises `CommError` where a
+        rank does not come.
+        """
+        with self.named("making a process group"):
+            self.open(name, backend, self._patience)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a group of that name."""
+        return name in self._groups
+
     def __getitem__(self, name: str) -> dist.ProcessGroup:
         """Raises `CommError` after `close`."""
         group = self._groups.get(name)

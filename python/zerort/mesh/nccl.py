@@ -31,7 +31,7 @@ class NcclComm(GroupComm):
     """
 
     # One group: two whose kernels are in flight together can deadlock.
-    gradients = parameters = ("data",)
+    gradients = parameters = "data"
     window: int | None = 4  # NCCL runs one after the other; more only holds memory
 
     def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
@@ -50,13 +50,13 @@ class NcclComm(GroupComm):
             if recv.numel() < send.numel()
             else ("all_to_all", exchange(recv, send))
         )
-        return self._groups.work(name, [(self.gradients[0], call)])
+        return self._groups.work(name, [(self.gradients, call)])
 
     def all_gather(self, buffer: Tensor) -> Work:
         """In place: this rank's slice is its contribution."""
         own = buffer.chunk(self.world)[self.rank]
         call = partial(_on, _all_gather, buffer, own)
-        return self._groups.work("all_gather", [(self.parameters[0], call)])
+        return self._groups.work("all_gather", [(self.parameters, call)])
 
 
 def _on(

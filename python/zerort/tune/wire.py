@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from zerort.device import device_for
-from zerort.mesh import Comm, Control, Mesh, Work
+from zerort.mesh import Comm, Control, Mesh, Piece, Work
 from zerort.tune.fit import Line, Sample, fit, middle
 
 __all__ = ["Wire", "measure_wire"]
@@ -114,6 +114,7 @@ class Meter:
         begun = time.perf_counter()
         for work in run():
             work.wait()
+            work.taken()
         self._settle()
         return time.perf_counter() - begun
 
@@ -138,23 +139,21 @@ def _each(together: Line, lanes: int) -> Line:
 
 
 def _reduces(comm: Comm, nbytes: int, lanes: int) -> Callable[[], list[Work]]:
-    """As many as go at once, all together of `nbytes`."""
-    shard, pieces = _elements(comm, nbytes // lanes), comm.pieces(adds=True)
-    buffers = [
-        (
-            torch.zeros(pieces * shard, device=comm.device),
-            torch.zeros(comm.world * shard, device=comm.device),
-        )
-        for _ in range(lanes)
-    ]
-    return lambda: [comm.reduce_scatter(recv, send).start() for recv, send in buffers]
+    """As many as go at once, all together of `nbytes`, in memory such as a bucket's."""
+    piece = Piece(_elements(comm, nbytes // lanes), torch.float32, adds=True)
+    memories = [comm.scatter_memory([piece]) for _ in range(lanes)]
+    turns = [(memory, memory.scatters(piece)) for memory in memories]
+    return lambda: [scatters[memory.turn()].make(lost=False).start() for memory, scatters in turns]
 
 
 def _gathers(comm: Comm, nbytes: int) -> Callable[[], list[Work]]:
     """All together they are of `nbytes`."""
     shard = _elements(comm, nbytes // _TOGETHER)
-    buffers = [torch.zeros(comm.world * shard, device=comm.device) for _ in range(_TOGETHER)]
-    return lambda: [comm.all_gather(buffer).start() for buffer in buffers]
+    gathers = [
+        (comm.gather_memory(4 * shard), torch.zeros(comm.world * shard, device=comm.device))
+        for _ in range(_TOGETHER)
+    ]
+    return lambda: [memory.make(buffer, lost=False).start() for memory, buffer in gathers]
 
 
 def _elements(comm: Comm, nbytes: int) -> int:

@@ -16,11 +16,12 @@ import torch.distributed as dist
 import ranks
 from catching import assert_told, caught
 from zerort.errors import CommError, ConfigError
-from zerort.mesh import Comm, Mesh, connect, meet
+from zerort.mesh import Comm, Mesh, Piece, connect, meet
 
 CPU = torch.device("cpu")
 MINUTE = timedelta(seconds=60)
 PIECE = 1 << 17  # elements, for each rank: large enough for a direction of its own
+LARGE = Piece(PIECE, torch.int64, adds=False)
 GRID = {"shard": [[0, 1], [2, 3]], "replica": [[0, 2], [1, 3]]}
 
 
@@ -35,6 +36,7 @@ def move(mesh: Mesh, name: str) -> dict[str, Any]:
     whole = torch.zeros(comm.world)
     whole[comm.rank] = mesh.rank
     comm.all_gather(whole).start().wait()
+    comm.scatter_memory([LARGE])
     large = torch.arange(comm.world).repeat_interleave(PIECE) + 100 * mesh.rank
     pieces = torch.zeros(comm.pieces(adds=False) * PIECE, dtype=large.dtype)
     comm.reduce_scatter(pieces if comm.world > 1 else large, large).start().wait()
@@ -128,6 +130,8 @@ def ways(rank: int, world: int) -> list[tuple[str, bool, bool]]:
         return broadcast(buffer, source, **options)
 
     send = torch.zeros(2 * PIECE)
+    mesh.shard.scatter_memory([LARGE])
+    mesh.shard.gather_memory(send.nbytes // 2)
     with (
         mock.patch.object(dist, "all_to_all_single", exchanging),
         mock.patch.object(dist, "broadcast", telling),
@@ -146,19 +150,68 @@ def test_between_two_ranks_a_group_carries_large_messages_in_one_direction() -> 
     assert [sends for _, sends, _ in one] == [hears for _, _, hears in other]
 
 
-def by_default(rank: int, world: int) -> tuple[bool, tuple[int, ...], int]:
+def by_default(rank: int, world: int) -> tuple[bool, tuple[int, ...]]:
     mesh = connect(MINUTE, CPU)
-    before = len(dist.distributed_c10d._world.pg_map)
     same = mesh.shard is mesh.job and mesh.replica is mesh["own"]
     mesh.close()
     mesh.close()
-    return same, mesh.replica.ranks, before
+    return same, mesh.replica.ranks
 
 
 def test_without_groups_all_ranks_share_one_model_state_and_one_communicator() -> None:
-    found = ranks.run(2, by_default)
-    # the job's own, and ours for control, and two each for gradients and parameters
-    assert found == [(True, (0,), 6), (True, (1,), 6)]
+    assert ranks.run(2, by_default) == [(True, (0,)), (True, (1,))]
+
+
+def groups_made(rank: int, world: int) -> list[int]:
+    """Process groups of this process, at the start and behind each memory."""
+    mesh = connect(MINUTE, CPU)
+    made = [_process_groups()]
+    small = Piece(8, torch.float32, adds=True)
+    for pieces, nbytes in (([small], 8), ([small, LARGE], 8), ([LARGE], 1 << 17), ([LARGE], 8)):
+        mesh.shard.scatter_memory(pieces)
+        mesh.shard.gather_memory(nbytes)
+        made.append(_process_groups())
+    mesh.close()
+    return [*made, _process_groups()]
+
+
+def _process_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_second_groups_are_made_once_and_only_for_large_messages() -> None:
+    # the job's own, and ours for control, gradients and parameters
+    assert ranks.run(2, groups_made) == [[4, 4, 5, 6, 6, 1]] * 2
+
+
+def alone_beside_two(rank: int, world: int) -> list[int]:
+    """The same calls on a group of which one part is a single rank."""
+    mesh = connect(MINUTE, CPU, {"tensor": [[0], [1, 2]]})
+    comm = mesh["tensor"]
+    comm.scatter_memory([LARGE])
+    comm.gather_memory(1 << 17)
+    mesh.shard.gather_memory(1 << 17)
+    recv, send = torch.zeros(comm.world * PIECE), torch.full((comm.world * PIECE,), float(rank))
+    comm.reduce_scatter(recv if comm.world > 1 else send, send).start().wait()
+    mesh.close()
+    return (recv if comm.world > 1 else send).view(-1, PIECE)[:, 0].int().tolist()
+
+
+def test_a_rank_that_is_alone_in_its_part_holds_nobody_up() -> None:
+    assert ranks.run(3, alone_beside_two) == [[0], [1, 2], [1, 2]]
+
+
+def left_alone_with_memory(rank: int, world: int) -> Any:
+    mesh = connect(timedelta(seconds=2), CPU)
+    if rank == 1:
+        os._exit(3)
+    return caught(lambda: mesh.shard.scatter_memory([LARGE]))
+
+
+def test_a_peer_that_is_lost_while_a_second_group_is_made_is_named() -> None:
+    told, _ = ranks.attempt(2, left_alone_with_memory, timeout=30)
+    assert isinstance(told, ranks.Returned), told
+    assert_told(told.value, CommError, "making a process group failed", "rank 1")
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ranks
-from zerort.mesh import connect, meet
+from zerort.mesh import meet
 from zerort.mesh.control import GlooControl
 from zerort.mesh.nccl import NcclComm
 
@@ -56,18 +56,6 @@ def test_gradients_and_parameters_share_one_group_and_control_is_gloos() -> None
         assert found["whole"] == [1.0, 2.0]
         assert found["value"] == 0.0
         assert found["left"] == 1
-
-
-def asked_on_cpu(rank: int, world: int) -> int:
-    before = len(dist.distributed_c10d._world.pg_map)
-    mesh = connect(MINUTE, CPU)
-    made = len(dist.distributed_c10d._world.pg_map) - before
-    mesh.close()
-    return made
-
-
-def test_on_cpu_gradients_and_parameters_have_two_groups_each_and_control_one() -> None:
-    assert ranks.run(2, asked_on_cpu) == [5, 5]
 
 
 def a_peer_is_lost(rank: int, world: int) -> dict[str, Any]:
