@@ -188,7 +188,7 @@ class Setup:
         """Where it would by a plan of it."""
         every = self.config.reduces_every_micro_batch(plan.reduces_every_micro_batch)
         local_sums = self.batch.accumulation > 1 and not every
-        precision = self.precision
+        precision, zero = self.precision, self.config.zero_optimization
         return Layout(
             plan,
             self.mesh.shard.rank,
@@ -197,6 +197,7 @@ class Setup:
             homes=homes_for(self.config, plan, self.mesh.device, self.chosen.optimizer),
             low_masters=precision.low_masters,
             wide_states=precision.wide_states,
+            keeps_secondary=self.mesh["inner"].world == zero.secondary_size,
         )
 
 

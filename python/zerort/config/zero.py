@@ -45,6 +45,10 @@ class Zero(Section):
     """Gradients are sent as bytes, and what is rounded off is lost."""
     mics_shard_size: Annotated[int, BeforeValidator(number)] = -1
     """Consecutive ranks that hold one copy of the model state; all where it is not above 0."""
+    zero_hpz_partition_size: Annotated[int, BeforeValidator(number), Field(ge=0)] = 1
+    """Consecutive ranks that keep together what one gather from all has brought, until parameters
+    change; nothing is kept where it is at most 1.
+    """
     leaf_module: LeafModules = Field(default_factory=LeafModules)
     offload_optimizer: OffloadOptimizer | None = None
     offload_param: OffloadParam | None = None
@@ -73,6 +77,7 @@ class Zero(Section):
             "offload_param": self.offload_param is not None and self.offload_param.on_host,
             "cpu_offload_param": self.cpu_offload_param,
             "cpu_offload_params": self.cpu_offload_params,
+            "zero_hpz_partition_size": self.zero_hpz_partition_size > 1,
         }
         return [] if self.shards_parameters else [name for name, on in asked.items() if on]
 
@@ -88,6 +93,12 @@ class Zero(Section):
                 raise ValueError(f"{old} is an old spelling of {new}, which is given too: give one")
         refuse_unfit(self.stage, self.offloads[0])
         return self
+
+    @property
+    def secondary_size(self) -> int | None:
+        """Ranks that keep parameters together from one gather to the next, where some do."""
+        size = self.zero_hpz_partition_size
+        return size if self.shards_parameters and size > 1 else None
 
     @property
     def shards_optimizer(self) -> bool:

@@ -9,6 +9,7 @@ from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present
 from zerort.memory.parameters import DTYPES, PlannedParameter, Signature, plannable
 from zerort.memory.rooms import Kept, Placed, Room, Stepped, exchanged
+from zerort.memory.secondary import Secondary
 from zerort.memory.sizes import Asked, Dtypes, Kind, Piece, Places, Shape, pieces, shared_pieces
 from zerort.memory.unintercepted import undisturbed, unintercepted, version_of
 from zerort.memory.values import Freeable, Resident
@@ -37,6 +38,7 @@ __all__ = [
     "Present",
     "Resident",
     "Room",
+    "Secondary",
     "Shape",
     "Side",
     "Signature",

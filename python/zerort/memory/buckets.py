@@ -23,6 +23,7 @@ from zerort.memory.masters import DeviceMaster, HostMaster, Master, OwnMaster, S
 from zerort.memory.moved import Carrier
 from zerort.memory.origins import Origin
 from zerort.memory.parameters import PlannedParameter
+from zerort.memory.secondary import Secondary
 from zerort.memory.sizes import Dtypes
 from zerort.memory.sums import HostSums, Sums, SumsHere
 from zerort.memory.values import Freeable, Resident
@@ -44,6 +45,8 @@ class Layout:
     """Parameters of less than fp32 are their own masters."""
     wide_states: bool = False
     """What the optimizer keeps beside them is fp32 all the same."""
+    keeps_secondary: bool = False
+    """What a gather between hosts has brought of sharded parameters is kept."""
     homes: Homes = field(default_factory=Homes)
 
 
@@ -55,12 +58,14 @@ class HeldBucket:
     the whole where nothing is sharded. It is a part of `values`, or, where they are sharded, memory
     of its own, which may be the host's. `master` is what a checkpoint holds of it: `owned` itself,
     where no optimizer knows more. `is_common` says that all ranks take the same values, so that
-    none have to be sent.
+    none have to be sent. `revision` counts how often what this rank keeps has been replaced, or has
+    gone elsewhere; `secondary` is what it keeps of its host's part of sharded values, beside that.
     """
 
     __slots__ = (
         "_crossing",
         "_host",
+        "_keeps_secondary",
         "_lines",
         "_origins",
         "forms",
@@ -70,6 +75,8 @@ class HeldBucket:
         "names",
         "owned",
         "params",
+        "revision",
+        "secondary",
         "spec",
         "start",
         "values",
@@ -91,6 +98,9 @@ class HeldBucket:
         self._lines: Tensor | None = None
         self.has_parted = False
         """Who has the parameters now has this rank's part of them too."""
+        self.revision = 0
+        self.secondary: Secondary | None = None
+        self._keeps_secondary = layout.keeps_secondary
         self.values: Resident | Freeable
         if spec.sharded:
             first, last = self.names[0], self.names[-1]
@@ -148,6 +158,14 @@ class HeldBucket:
             with torch.no_grad():
                 self._send()
 
+    def keep_secondary(self, start: int, numel: int) -> Secondary | None:
+        """Takes memory for `numel` elements from `start` on, of sharded values, where such are to
+        be kept.
+        """
+        if self._keeps_secondary and self.spec.sharded:
+            self.secondary = Secondary(self.values, start, numel)
+        return self.secondary
+
     def first_change(self) -> int | Tensor | None:
         """The first `LINE` of this rank's part in which sharded values, whole as they are, are not
         what it keeps of them; `owner_of` names the parameter.
@@ -196,6 +214,7 @@ class HeldBucket:
 
     def _receive(self) -> None:
         """The other way; the host waits where it is its memory."""
+        self.revision += 1
         if self._host is None:
             self.owned.tensor.copy_(self._slice())
             return
@@ -252,6 +271,9 @@ class HeldBucket:
         """What lies on the device of the parameters, elsewhere, and parameters that are whole with
         it. Nothing is under way, and nothing sharded is whole.
         """
+        self.revision += 1
+        if self.secondary is not None:
+            self.secondary.release()
         if isinstance(self.values, Resident):
             self.values.move(carry)
             for parameter, view in zip(self.params, self.values.views(), strict=True):
@@ -268,6 +290,7 @@ class HeldBucket:
     def assign(self, start: int, values: Tensor) -> None:
         """Replaces what this rank keeps, (n,) from `start` of the owned part on."""
         self.ready()
+        self.revision += 1
         self.owned.tensor.narrow(0, start, values.numel()).copy_(values)
 
     def write_back(self) -> None:
@@ -419,6 +442,7 @@ class FlatBucket(HeldBucket):
     def write_back(self) -> None:
         """Casts the updated masters into the parameters this rank owns."""
         super().ready()
+        self.revision += 1
         self._crossing = self._masters.lead()
 
     def assign(self, start: int, values: Tensor) -> None:
@@ -426,6 +450,7 @@ class FlatBucket(HeldBucket):
         as far as this rank owns them.
         """
         super().ready()
+        self.revision += 1
         self._masters.assign(min(start, self.master.numel()), values)
 
     def ready(self) -> None:

@@ -35,12 +35,14 @@ class Hierarchy:
 
     `choice` is "auto", "flat", or how many consecutive ranks are as one host; `sums_alike` whether
     hops inside hosts win nothing by themselves, because a library adds on the way; `shard_size`
-    how many consecutive ranks hold one copy of the model state, all where None.
+    how many consecutive ranks hold one copy of the model state, all where None; `kept_size` how
+    many keep its parameters together between updates, which are as one host then.
     """
 
     choice: str | int = "auto"
     sums_alike: bool = False
     shard_size: int | None = None
+    kept_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,8 @@ def arrange(seats: Sequence[Seat], wanted: Hierarchy) -> Arrangement:
     size = _divides("zero_optimization.mics_shard_size", wanted.shard_size or world, world, "ranks")
     parts = [range(start, start + size) for start in range(0, world, size)]
     flat = Arrangement(tuple((tuple(part),) for part in parts))
-    if isinstance(wanted.choice, int):
-        inner = _divides(
-            "zerort.hierarchy.inner", wanted.choice, size, "ranks that hold one model state"
-        )
+    inner = _given_size(wanted, size)
+    if inner is not None:
         nested = [[part[at : at + inner] for at in range(0, size, inner)] for part in parts]
         copies = tuple(tuple(map(tuple, copy)) for copy in nested)
         return Arrangement(copies) if 1 < inner < size else flat
@@ -119,6 +119,29 @@ def arrange(seats: Sequence[Seat], wanted: Hierarchy) -> Arrangement:
         return flat  # there is one host, or one rank on each
     remark = _odd(copies)
     return Arrangement(copies) if remark is None else Arrangement(flat.copies, remark)
+
+
+def _given_size(wanted: Hierarchy, size: int) -> int | None:
+    """How many consecutive ranks are as one host, of `size` that hold one model state; None where
+    nobody has said it.
+    """
+    choice, kept, of = wanted.choice, wanted.kept_size, "ranks that hold one model state"
+    inner = None
+    if isinstance(choice, int):
+        inner = _divides("zerort.hierarchy.inner", choice, size, of)
+    if kept is None:
+        return inner
+    _divides("zero_optimization.zero_hpz_partition_size", kept, size, of)
+    if kept == size and inner is None:
+        return None  # a gather from all of them is one among these
+    if choice == "flat" or inner not in (None, kept):
+        asked = f'"{choice}"' if inner is None else f'{{"inner": {inner}}}'
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size is {kept}, and zerort.hierarchy is "
+            f"{asked}: ranks keep what a gather between such groups has brought. Leave "
+            f'zerort.hierarchy out, which is {{"inner": {kept}}} then, or zero_hpz_partition_size'
+        )
+    return kept
 
 
 def _divides(key: str, number: int, whole: int, what: str) -> int:

@@ -321,6 +321,7 @@ class Passes:
         self._thread, self.needs.at = 0, -1
         self.hooks.settle()
         self._course.abandon()
+        self._executor.forget()
         self._executor.enqueue(self.gatherer.abandon())
         self._executor.reach()
         self.owner.dropped()

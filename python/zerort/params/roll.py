@@ -39,6 +39,8 @@ _CALLS = (
 """What all ranks call together outside passes, by its number in a row."""
 
 
+_REPLACED = 5
+"""The place in a row's own words that says whether the rank has replaced what it keeps."""
 _DESTROY = _CALLS.index("destroy()")
 FAILED = 1
 """The detail of a `destroy()` while an exception is handled."""
@@ -118,7 +120,7 @@ class RollCall:
             raise Left(self._hall.deserted)
         while True:
             with self._executor.waits.waiting("roll call"):
-                heard = self._hall.call(self._number, gatherer.row(own), self._own)
+                heard = self._hall.call(self._number, self._row(own), self._own)
             reading = gatherer.read(heard.words, [each != self._number for each in heard.engines])
             self._look_for_failed(reading)
             if heard.strangers:
@@ -144,10 +146,21 @@ class RollCall:
                     self.abandon()
                     raise Diverged(_difference(reading))
                 case "together":
+                    self._hear_of_replaced(reading)
                     self._course.pay()
                     return reading
                 case "alone":
                     return reading
+
+    def _row(self, own: Sequence[int]) -> Sequence[int]:
+        words = [*own, *[0] * (_REPLACED - len(own)), int(self._executor.replaced.tell())]
+        return self._course.gatherer.row(words)
+
+    def _hear_of_replaced(self, reading: _core.Reading) -> None:
+        """Where a rank has replaced what it keeps, no rank gathers from what its host has had."""
+        if any(own[_REPLACED] for _, _, own in reading.rows):
+            self._executor.forget()
+        self._executor.replaced.heard()
 
     def _look_for_failed(self, reading: _core.Reading) -> None:
         """Raises `CommError` with the reason of a rank that gives its engine back after an
@@ -200,6 +213,8 @@ class RollCall:
 
     def _serve(self, units: Sequence[int]) -> None:
         gatherer = self._course.gatherer
+        # a rank may have replaced values that it has not told of yet
+        self._executor.forget(units)
         self._executor.enqueue(gatherer.serve(units))
         self._executor.reach()
         self._executor.land(units)

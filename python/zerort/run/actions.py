@@ -19,16 +19,19 @@ __all__ = ["Action", "Actions", "Verb"]
 
 
 class Verb(Enum):
-    """What is done; the value is the core's number."""
+    """What is done; the value is the core's number. It knows no FORGET."""
 
     LAUNCH = 0
     RETIRE = 1
     GATHER = 2
     FREE = 3
+    FORGET = -1
 
     def of(self, number: int) -> int:
-        """The core's number of this action with a bucket or a unit."""
-        return 4 * number + self.value
+        """The core's number of this action with a bucket or a unit; one below 0 where it has
+        none.
+        """
+        return -1 - number if self is Verb.FORGET else 4 * number + self.value
 
 
 class Action(NamedTuple):
@@ -94,7 +97,7 @@ class Actions:
         return action.subject.under_way or (bool(self._late) and _starts_another(action))
 
     def _is_held_up(self, action: Action) -> bool:
-        if not self._polls or action.verb is Verb.RETIRE:
+        if not self._polls or action.verb in (Verb.RETIRE, Verb.FORGET):
             return False
         return action.subject.under_way or bool(self._before(action))
 

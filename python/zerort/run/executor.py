@@ -39,6 +39,7 @@ from zerort.run.hops import Fold, Pass
 from zerort.run.launches import Launches
 from zerort.run.program import Maker, Program
 from zerort.run.publication import UNGUARDED, Guard, Publication
+from zerort.run.secondary import Replaced
 from zerort.run.waits import Waits
 from zerort.trace.watch import Watch
 
@@ -63,7 +64,7 @@ class Executor:
         self._lock = threading.Lock()
         self._pass = Pass()
         self._mesh = mesh
-        self._following = Following(blocks=self.device.blocks)
+        self._following = Following(self.waits, blocks=self.device.blocks)
         self.send_by(transports)
         self._program = Program()
         self._guard: Guard = UNGUARDED
@@ -75,6 +76,9 @@ class Executor:
         self._launches = Launches(self.streams, self.waits, self._pass, blocks=blocks)
         self._gathers = Gathers(self.waits, self.changes, mesh.rank, blocks=blocks)
         self._actions = Actions(polls=blocks)
+        self.replaced = Replaced(())
+        """What this rank has put in the place of sharded values, for gathers inside a host."""
+        self._forgets: Sequence[int] = ()
 
     @property
     def watch(self) -> Watch:
@@ -104,7 +108,15 @@ class Executor:
         self._launches.load(self._program.flights)
         self.publication = self._publish(self._maker.published())
         self._actions.load(self._table())
+        if self._program.units and not units:
+            self._keep_secondaries()
         self._cursor = self._allowed = 0
+
+    def _keep_secondaries(self) -> None:
+        kept = [bucket for bucket in self._flat.buckets if bucket.secondary is not None]
+        self.replaced = Replaced(kept)
+        units = sorted({bucket.spec.unit for bucket in kept if bucket.spec.unit is not None})
+        self._forgets = [*map(Verb.FORGET.of, units)]
 
     def _publish(self, hops: Sequence[tuple[FlatBucket, Sequence[Hop]]]) -> Publication:
         """Of these buckets, what is needed first in front."""
@@ -163,6 +175,7 @@ class Executor:
             (Verb.RETIRE, launches.retire, launches.retired, buckets),
             (Verb.GATHER, self._gather, gathers.gathering, self._program.units),
             (Verb.FREE, gathers.free, gathers.freed, self._program.units),
+            (Verb.FORGET, UnitFlight.forget, _unseen, self._program.units),
         ]
         return {
             kind.of(number): Action(kind, self._whole_or_lost(verb), report, subject)
@@ -193,6 +206,14 @@ class Executor:
             self._actions.append(actions)
             self._actions.advance(wait=False)
             self._following.advance()
+
+    def forget(self, units: Sequence[int] | None = None) -> None:
+        """Behind what is queued: the next gathers of `units`, of all where None, are from all
+        ranks. They do so at the same place of their gathers.
+        """
+        if self._forgets:
+            all_of = self._forgets if units is None else [*map(Verb.FORGET.of, units)]
+            self.enqueue(all_of)
 
     def reach(self) -> None:
         """Starts all that is queued; waits only where memory is in use."""
@@ -338,6 +359,10 @@ class Executor:
 
     def _lose(self, error: BaseException) -> None:
         self.poison(f"{type(error).__name__}: {error}")
+
+
+def _unseen(unit: UnitFlight) -> None:
+    """The watch hears nothing of it."""
 
 
 def _to_the_end(run: Callable[[], None]) -> None:

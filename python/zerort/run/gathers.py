@@ -17,7 +17,8 @@ from zerort import _core
 from zerort.errors import CommError
 from zerort.memory import HeldBucket, unintercepted, version_of
 from zerort.run.changes import Changes
-from zerort.run.flight import FIRST, OVER, Flight, Hop
+from zerort.run.flight import FIRST, OVER, Flight
+from zerort.run.secondary import Ways
 from zerort.run.waits import Waits, called
 
 __all__ = ["Following", "Gathers", "UnitFlight"]
@@ -31,7 +32,8 @@ class Following:
     waits for one that never comes.
     """
 
-    def __init__(self, *, blocks: bool) -> None:
+    def __init__(self, waits: Waits, *, blocks: bool) -> None:
+        self._waits = waits
         self._blocks = blocks
         self._waiting: deque[Flight] = deque()
 
@@ -63,7 +65,10 @@ class Following:
             flight.start().wait()
             flight.take()
         if flight.state is not OVER:
+            fresh = flight.state.work is None
             flight.start()
+            if fresh:
+                self._waits.started(flight)
         self._waiting.popleft()
 
 
@@ -72,9 +77,9 @@ class UnitFlight:
 
     __slots__ = (
         "_following",
-        "_hops",
         "_serial",
         "_versions",
+        "_ways",
         "buckets",
         "contents",
         "flights",
@@ -86,7 +91,7 @@ class UnitFlight:
         self,
         unit: _core.Unit,
         buckets: Sequence[HeldBucket],
-        hops: Sequence[Sequence[Hop]],
+        ways: Ways,
         following: Following,
     ) -> None:
         self.unit = unit
@@ -94,7 +99,7 @@ class UnitFlight:
         first, last = buckets[0].names[0], buckets[-1].names[-1]
         self.contents = f"unit {unit.id} ({first if first == last else f'{first} .. {last}'})"
         self.pinned = 0
-        self._hops = hops
+        self._ways = ways
         self._following = following
         self.flights: list[Flight] = []
         self._serial = -1
@@ -118,7 +123,7 @@ class UnitFlight:
         """
         if self._serial != serial:
             self.land()
-            pairs = zip(self.buckets, self._hops, strict=True)
+            pairs = zip(self.buckets, self._ways.choose(), strict=True)
             self.flights = [Flight(bucket, hops) for bucket, hops in pairs]
             self._following.add(self.flights)
             self._serial = serial
@@ -148,9 +153,13 @@ class UnitFlight:
                 changes.look(bucket)
             bucket.free()
 
+    def forget(self) -> None:
+        """The next gather is from all ranks."""
+        self._ways.forget()
+
     def close(self) -> None:
         """It is gathered no more."""
-        self._hops = []
+        self._ways.close()
 
     def part_with_aliases(self, changes: Changes) -> None:
         """Before `free`: who has a view of the values keeps that memory, and what was written into
@@ -244,7 +253,8 @@ class Gathers:
         if watch.enabled:
             watch.gathered(unit.unit, unit.nbytes)
             for flight in unit.flights:
-                self._waits.started(flight)
+                if flight.state.hop == 0 and flight.hop.buffer.nbytes:
+                    self._waits.started(flight)  # `Following` tells of what comes behind it
 
     def freed(self, unit: UnitFlight) -> None:
         """Of a Free."""

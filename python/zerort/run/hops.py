@@ -10,11 +10,12 @@ from torch import Tensor
 
 from zerort import _core
 from zerort.device import device_for
-from zerort.memory import FlatBucket, HeldBucket, Memory
+from zerort.memory import FlatBucket, HeldBucket, Memory, Secondary
 from zerort.mesh import Comm, GatherMemory, Mesh, Work
 from zerort.run import nonfinite
 from zerort.run.flight import Hop, Leg, Source, Transport
 from zerort.run.lanes import LaneMemory, LegMemory
+from zerort.run.secondary import Ways
 from zerort.wire import Encoder
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Pass",
     "ReduceScatter",
     "gather_hops",
+    "gather_ways",
     "reduce_hops",
 ]
 
@@ -315,6 +317,20 @@ def gather_hops(bucket: HeldBucket, planned: Sequence[_core.Hop], mesh: Mesh) ->
         numel //= comm.world
         start += comm.rank * numel
     return hops
+
+
+def gather_ways(buckets: Sequence[HeldBucket], mesh: Mesh) -> Ways:
+    """What brings the buckets of a unit, as `gather_hops` has it; from what the host has had, where
+    that is kept.
+    """
+    far = [gather_hops(bucket, bucket.spec.gather_hops, mesh) for bucket in buckets]
+    secondaries: list[Secondary] = []
+    for bucket, hops in zip(buckets, far, strict=True):
+        between = hops[0]
+        if len(hops) > 1 and isinstance(between, GatherValues):
+            kept = bucket.keep_secondary(between.start, between.numel)
+            secondaries += [] if kept is None else [kept]
+    return Ways(far, secondaries, mesh["own"].gather_memory(0))
 
 
 def reduce_hops(

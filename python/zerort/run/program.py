@@ -15,7 +15,7 @@ from zerort.memory import FlatBucket, FlatModel
 from zerort.mesh import Mesh
 from zerort.run.flight import Hop, Inflight, Transport
 from zerort.run.gathers import Following, UnitFlight
-from zerort.run.hops import Pass, gather_hops, reduce_hops
+from zerort.run.hops import Pass, gather_hops, gather_ways, reduce_hops
 from zerort.run.lanes import LaneMemory, lane_for
 from zerort.run.launches import Launches
 
@@ -134,7 +134,6 @@ class Maker:
 
         def flight(unit: _core.Unit) -> UnitFlight:
             members = [buckets[b] for b in unit.buckets]
-            hops = [gather_hops(b, b.spec.gather_hops, self._mesh) for b in members]
-            return UnitFlight(unit, members, hops, self._following)
+            return UnitFlight(unit, members, gather_ways(members, self._mesh), self._following)
 
         return {unit.id: flight(unit) for unit in plan.units}

@@ -57,14 +57,16 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
 
 def _hierarchy(settings: Config, device: torch.device) -> Hierarchy:
     """What is asked of the arrangement of ranks."""
-    choice, size = settings.zerort.hierarchy, settings.zero_optimization.mics_shard_size
+    choice, zero = settings.zerort.hierarchy, settings.zero_optimization
+    size = zero.mics_shard_size
     wire = FORMATS.get(settings.zerort.wire or "")
-    quantized = settings.zero_optimization.zero_quantized_gradients
+    quantized = zero.zero_quantized_gradients
     adds = not quantized and (wire is None or wire.adds)  # those that follow a dtype do
     return Hierarchy(
         choice,
         device.type != "cpu" and adds,
         size if size > 0 else None,
+        zero.secondary_size,
     )
 
 

@@ -207,7 +207,6 @@ def test_a_refused_key_gives_its_reason_unless_its_value_asks_for_nothing(key: A
         ("elasticity", {"enabled": False, "version": "auto"}, {"enabled": True}),
         ("amp.num_losses", 1, 2),
         ("zero_optimization.offload_optimizer.super_offload", False, True),
-        ("zero_optimization.zero_hpz_partition_size", 1, 8),
         ("zero_optimization.load_from_fp32_weights", True, False),
         ("zero_optimization.zero_quantized_weights", False, True),
         ("compile", {"deepcompile": False}, {"deepcompile": True}),

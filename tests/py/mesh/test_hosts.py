@@ -102,3 +102,42 @@ def test_a_process_says_where_it_sits() -> None:
     assert seat.host and (seat.local, seat.agent) == (4, "1")
     assert this_seat({"LOCAL_WORLD_SIZE": "many"}).local == 0
     assert this_seat({}) == this_seat({})
+
+
+KEPT_OF_EIGHT = (((0, 1, 2, 3), (4, 5, 6, 7)),)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "copies"),
+    [
+        (Hierarchy(kept_size=4), KEPT_OF_EIGHT),
+        (Hierarchy(4, kept_size=4), KEPT_OF_EIGHT),
+        (Hierarchy(sums_alike=True, kept_size=4), KEPT_OF_EIGHT),
+        (Hierarchy(kept_size=8), (((0, 1), (2, 3), (4, 5), (6, 7)),)),
+        (Hierarchy("flat", kept_size=8), ((tuple(range(8)),),)),
+        (Hierarchy(shard_size=4, kept_size=2), (((0, 1), (2, 3)), ((4, 5), (6, 7)))),
+        (Hierarchy("flat", shard_size=4, kept_size=4), (((0, 1, 2, 3),), ((4, 5, 6, 7),))),
+    ],
+    ids=str,
+)
+def test_ranks_that_keep_parameters_together_are_as_one_host(
+    wanted: Hierarchy, copies: tuple[tuple[tuple[int, ...], ...], ...]
+) -> None:
+    assert arrange(seats("aabbccdd"), wanted) == Arrangement(copies)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Hierarchy(kept_size=3), "zero_hpz_partition_size is 3, which does not divide the 8 ranks"),
+        (Hierarchy(shard_size=4, kept_size=8), "size is 8, which does not divide the 4 ranks"),
+        (Hierarchy("flat", kept_size=4), 'size is 4, and zerort.hierarchy is "flat": ranks keep'),
+        (Hierarchy(2, kept_size=4), 'hierarchy is {"inner": 2}: ranks keep what a gather between'),
+        (Hierarchy(2, kept_size=8), "Leave zerort.hierarchy out"),
+        (Hierarchy(8, kept_size=4), 'which is {"inner": 4} then, or zero_hpz_partition_size'),
+    ],
+    ids=str,
+)
+def test_another_hierarchy_than_what_is_kept_by_is_named(wanted: Hierarchy, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        arrange(seats("aabbccdd"), wanted)

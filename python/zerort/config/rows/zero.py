@@ -112,10 +112,10 @@ ROWS: Sequence[Key] = (
         "ZenFlow is not built, and an empty section asks for it; leave it out",
         absent,
     ),
-    refused(
+    same(
         "zero_optimization.zero_hpz_partition_size",
-        "hierarchical partitions are not built",
-        one_of(0, 1),
+        "stage 3: so many consecutive ranks keep what a gather from all has brought, until "
+        "parameters change; 1 is off",
     ),
     refused("zero_optimization.zero_quantized_weights", "quantized weights are not built yet"),
     refused(
