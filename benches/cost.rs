@@ -52,6 +52,7 @@ fn machine(hosts: u32) -> Machine {
         rates: Rates { sum_byte_ns: 0.001, update_element_ns: 0.006, ..Rates::default() },
         blocks: false,
         sums_pieces: false,
+        overlap: None,
         wires: Vec::new(),
         room: 10_000_000_000,
         depth: 2,

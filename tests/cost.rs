@@ -8,8 +8,8 @@ use arbitrary::{plan, sharded, spec, uniform};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::cost::{
-    Algorithm, CostError, Fabric, Link, Machine, Network, Prediction, Rates, Workload, choose,
-    guess, simulate,
+    Algorithm, CostError, Fabric, Link, Machine, Network, Overlap, Prediction, Rates, Workload,
+    choose, guess, simulate,
 };
 use zerort_core::{Cap, Group, Mesh, Op, Placement, Plan, PlanSpec, Stage};
 
@@ -27,6 +27,7 @@ fn machine(link: Link, blocks: bool) -> Machine {
         rates: Rates::default(),
         blocks,
         sums_pieces: false,
+        overlap: None,
         wires: Vec::new(),
         room: u64::MAX,
         depth: 1,
@@ -156,6 +157,75 @@ fn the_second_hop_of_stage_0_starts_when_the_host_comes_by_once_the_first_is_com
     // on streams at its Retire: all four gathers behind the backward, or those of the last two
     assert_eq!(predicted(None, false).exposed_ns, 30 + 4 * 30);
     assert_eq!(predicted(Some(2), false).exposed_ns, 30 + 2 * 30);
+}
+
+const ALWAYS: Option<Overlap> = Some(Overlap { least_ns: 0.0, share: 0.0 });
+
+/// Each collective takes 68 ns, and each bucket's update 20 ns.
+fn updating(overlap: Option<Overlap>) -> Machine {
+    let mut machine = machine(link(Algorithm::Ring, 60.0, 1.0 / 64.0), true);
+    machine.rates.update_ns = 20.0;
+    Machine { overlap, ..machine }
+}
+
+#[test]
+fn a_forward_waits_for_each_updated_bucket_where_it_needs_it() {
+    let (plan, work) = four(None);
+    let within = simulate(&plan, &work, &updating(None)).unwrap();
+    assert_eq!((within.publish_ns, within.overlapped), (4 * 68, false));
+    let beside = simulate(&plan, &work, &updating(ALWAYS)).unwrap();
+    // updated at 20, 40, 60 and 80, there at 88, 156, 224 and 292; the forward begins at 80, and
+    // needs the first at once and the others behind 12, 25 and 37 ns of its 50
+    assert_eq!(beside.publish_ns, (88 - 80) + (156 - 100) + (224 - 169) + (292 - 236));
+    assert_eq!(beside.publish.flight_ns, 68 + (156 - 40) + (224 - 60) + (292 - 80));
+    assert_eq!(beside.publish.exposed_ns, beside.publish_ns);
+    assert_eq!(beside.total_ns, 80 + 50 + 175 + 400 + 68);
+    assert!(beside.overlapped);
+    assert_eq!(beside.buckets[0].full_ns - beside.publish_ns, within.buckets[0].full_ns);
+}
+
+#[test]
+fn what_the_loader_and_a_longer_forward_cover_is_not_waited_for() {
+    let (plan, work) = four(None);
+    let work = Workload { forward_ns: 400, other_ns: 30, micro_batches: 2, ..work };
+    let beside = simulate(&plan, &work, &updating(ALWAYS)).unwrap();
+    // needed at 110, 210, 310 and 410; of the second micro-batch's forward nothing is
+    assert_eq!((beside.publish_ns, beside.publish.exposed_ns), (0, 0));
+    assert_eq!(beside.publish.hidden_ns(), 560);
+    let within = simulate(&plan, &work, &updating(None)).unwrap();
+    assert_eq!(beside.total_ns, within.total_ns - 4 * 68);
+}
+
+#[test]
+fn updates_are_waited_for_in_the_step_where_that_costs_too_little() {
+    let (plan, work) = four(None);
+    let overlapped = |least_ns, share| {
+        let machine = updating(Some(Overlap { least_ns, share }));
+        simulate(&plan, &work, &machine).unwrap().overlapped
+    };
+    assert!(overlapped(272.0, 0.31) && !overlapped(273.0, 0.0) && !overlapped(0.0, 0.32));
+    let alone = Plan::new(PlanSpec { mesh: Mesh::flat(1).unwrap(), ..two_ranks() }).unwrap();
+    let nothing = simulate(&alone, &work, &updating(ALWAYS)).unwrap();
+    assert_eq!((nothing.publish_ns, nothing.overlapped), (0, false));
+    let units = sharded(3, None);
+    let gathers = simulate(&units, &workload(&units, 50, 400), &updating(ALWAYS)).unwrap();
+    assert!(!gathers.overlapped);
+    let refused = simulate(&plan, &work, &updating(Some(Overlap { least_ns: -1.0, share: 0.0 })));
+    assert!(matches!(refused, Err(CostError::BadRate { .. })));
+}
+
+#[test]
+fn of_several_hops_only_the_last_goes_beside_the_forward() {
+    let plan = Plan::new(PlanSpec { mesh: Mesh::flat(4).unwrap(), ..two_ranks() }).unwrap();
+    let mut nested = machine(link(Algorithm::Ring, 1000.0, 0.0), false);
+    nested.network.hosts = 2;
+    nested.network.inner.gather = link(Algorithm::Ring, 10.0, 0.0);
+    let work = workload(&plan, 100, 400);
+    let waited = |overlap| {
+        let machine = Machine { overlap, ..nested.clone() };
+        simulate(&plan, &work, &machine).unwrap().publish_ns
+    };
+    assert_eq!((waited(None), waited(ALWAYS)), (4 * 1000 + 10, 4 * 1000));
 }
 
 fn two_ranks() -> PlanSpec {
@@ -317,13 +387,20 @@ fn any_machine() -> impl Strategy<Value = Machine> {
         control,
         hosts: 0,
     });
-    let flags = (any::<bool>(), any::<bool>(), 1..5000_u64, 0..4_u32);
+    let overlap = prop_oneof![
+        Just(None),
+        Just(ALWAYS),
+        (0.0..1e4_f64, 0.0..0.2_f64)
+            .prop_map(|(least_ns, share)| Some(Overlap { least_ns, share })),
+    ];
+    let flags = (any::<bool>(), any::<bool>(), overlap, 1..5000_u64, 0..4_u32);
     (network, rates, flags, vec(0.5..8.0_f64, 0..3)).prop_map(
-        |(network, rates, (blocks, sums_pieces, room, depth), wires)| Machine {
+        |(network, rates, (blocks, sums_pieces, overlap, room, depth), wires)| Machine {
             network,
             rates,
             blocks,
             sums_pieces,
+            overlap,
             wires,
             room,
             depth,
@@ -401,8 +478,9 @@ proptest! {
 
     #[test]
     fn cst_3_a_better_network_is_never_slower(
-        (plan, work, machine) in any_step(), factor in 1.0..50.0_f64,
+        (plan, work, mut machine) in any_step(), factor in 1.0..50.0_f64,
     ) {
+        machine.overlap = machine.overlap.and(ALWAYS);
         let fast = simulate(&plan, &work, &machine).unwrap();
         let slow = simulate(&plan, &work, &dearer(&machine, factor)).unwrap();
         let all = plan.window() as usize == plan.schedule().launches().count();
@@ -431,6 +509,24 @@ proptest! {
             simulate(&few, &work, &machine).unwrap(),
         );
         prop_assert!(all.total_ns <= few.total_ns, "{all:?} {few:?}");
+    }
+
+    #[test]
+    fn cst_6_beside_the_forward_is_never_slower_and_nothing_else_changes(
+        (plan, work, machine) in any_step(), hosts in 1..3_u32,
+    ) {
+        let mut machine = machine;
+        if plan.world() % hosts == 0 && plan.mesh().size(Group::Outer) == 1 {
+            machine.network.hosts = hosts;
+        }
+        let with = |overlap| simulate(&plan, &work, &Machine { overlap, ..machine.clone() });
+        let (within, beside) = (with(None).unwrap(), with(ALWAYS).unwrap());
+        prop_assert!(beside.total_ns <= within.total_ns, "{beside:?} {within:?}");
+        prop_assert_eq!(
+            within.total_ns - beside.total_ns, within.publish_ns - beside.publish_ns);
+        prop_assert_eq!(beside.publish.sent_bytes, within.publish.sent_bytes);
+        prop_assert_eq!(&beside.reduce, &within.reduce);
+        prop_assert_eq!(beside.publish.exposed_ns, beside.publish_ns);
     }
 
     #[test]

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,23 @@ from zerort.tune.model import Predictor
 from zerort.tune.profile import Observer, slowest
 from zerort.tune.wire import Wire, measure_wire
 
-__all__ = ["MODELS", "race"]
+__all__ = ["MODELS", "Raced", "race"]
 
 _SMALL = Shape(vocabulary=512, context=64, width=256, depth=4, heads=4)
 _WARM, _STEPS = 3, 2
+
+
+class Raced(NamedTuple):
+    """A step, in seconds."""
+
+    predicted: float
+    measured: float
+    exposed: tuple[float, float]
+    """Predicted and measured, of the step."""
+    overlapped: bool
+    """Whether updated parameters arrive beside the next forward."""
+    wire: str
+    """As it was measured."""
 
 
 class _Nap(torch.autograd.Function):
@@ -95,12 +108,8 @@ def _in_a_row(layers: Sequence[nn.Module], *, batch: int, width: int) -> _Traini
 MODELS: dict[str, Callable[..., _Training]] = {"gpt": _gpt, "wide": _wide, "paced": _paced}
 
 
-def race(
-    build: Callable[..., _Training], stage: int, bucket: int, rounds: int
-) -> tuple[float, float, tuple[float, float], str]:
-    """Seconds of a step at a stage, predicted and measured, of these the exposed ones, and the wire
-    as it was measured.
-    """
+def race(build: Callable[..., _Training], stage: int, bucket: int, rounds: int) -> Raced:
+    """A step at a stage."""
     torch.manual_seed(0)
     training = build(paced=dist.get_world_size() > (os.cpu_count() or 1))
     engine, *_ = zerort.initialize(
@@ -111,37 +120,50 @@ def race(
             "steps_per_print": None,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
             "zero_optimization": {"stage": stage},
-            "zerort": {"bucket_bytes": bucket},
+            # hosts that are namespaces share a kernel's memory and its name
+            "zerort": {"bucket_bytes": bucket, "transport": "gloo", "hierarchy": "flat"},
         },
     )
     parts = engine._parts
+    overlap = parts.boundary.overlap
 
     def step() -> None:
         engine.backward(training.loss(engine))
         engine.step()
 
-    for _ in range(_WARM):
+    def measured() -> Wire:
+        parts.reduction.land()
+        return measure_wire(parts.mesh)
+
+    warm = 0
+    while warm < _WARM or not overlap.is_decided:
         step()
-    observer, wires = Observer(parts), [measure_wire(parts.mesh)]
+        warm += 1
+    overlapped = overlap.decide()
+    observer, wires = Observer(parts), [measured()]
     for number in range(rounds):
         if number == rounds // 2:
-            wires.append(measure_wire(parts.mesh))
+            wires.append(measured())
+        parts.reduction.land()
         dist.barrier()
+        if overlapped:
+            step()  # the next begins with what this one has sent
         for _ in range(_STEPS):
             observer.start()
             step()
             observer.crossed()
     observer.close()
-    wires.append(measure_wire(parts.mesh))
+    wires.append(measured())
     profiles = [None] * dist.get_world_size()
     dist.all_gather_object(profiles, observer.profile())
     profile = slowest(profiles)
     wire = middle(wires)
-    predictor = Predictor(wire, profile, parts.reduction.plan, blocks=True, sums_pieces=True)
-    prediction = predictor.prediction(parts.reduction.plan)
+    plan, threshold = parts.reduction.plan, overlap.threshold
+    predictor = Predictor(wire, profile, plan, blocks=True, sums_pieces=True, overlap=threshold)
+    prediction = predictor.prediction(plan)
     engine.destroy()
-    waited = prediction.exposed_ns + prediction.publish_ns + prediction.vote_ns
-    return prediction.total_ns / 1e9, profile.wall, (waited / 1e9, profile.exposed), wire_line(wire)
+    exposed = prediction.communication_ns / 1e9, profile.exposed
+    return Raced(prediction.total_ns / 1e9, profile.wall, exposed, overlapped, wire_line(wire))
 
 
 def middle(wires: Sequence[Wire]) -> Wire:

@@ -834,9 +834,11 @@ class Machine:
     `scatter` reduces and `gather` gathers, between hosts; `inner` and `inner_gather` within one,
     where there are several `hosts` (0 or 1: all ranks on the outer links); `control` has the
     vote. `lanes`: collectives under way at once. `blocks`: waiting blocks the host, as on a CPU.
-    `sums_pieces`: what arrives is every rank's piece and is summed here. `wires`: bytes of an
-    element by the number of its wire format. `room`: elements that may be whole at stage 3, and
-    `depth`, stops ahead that they are gathered, where the plan has no lists.
+    `sums_pieces`: what arrives is every rank's piece and is summed here. `overlap`: (ns, share of
+    a step) that waiting for updated parameters has to cost for the next forward to wait for them
+    instead; None is never. `wires`: bytes of an element by the number of its wire format. `room`:
+    elements that may be whole at stage 3, and `depth`, stops ahead that they are gathered, where
+    the plan has no lists.
     """
 
     def __new__(
@@ -858,6 +860,7 @@ class Machine:
         vote_ns: float = 0.0,
         blocks: bool = False,
         sums_pieces: bool = False,
+        overlap: tuple[float, float] | None = None,
         wires: Sequence[float] = ...,
         room: int = ...,
         depth: int = 1,
@@ -926,7 +929,8 @@ class Prediction:
 
     `total_ns` is `forward_ns`, `backward_ns` (computing), `pack_ns`, `sum_ns`, `exposed_ns`
     (standing still for gradients), `gather_ns` (for parameters at stage 3), `vote_ns`, `update_ns`,
-    `publish_ns` (for updated parameters) and `other_ns` together.
+    `publish_ns` (for updated parameters, within the step or, where `overlapped`, in the next
+    forward) and `other_ns` together.
     """
 
     @property
@@ -951,6 +955,8 @@ class Prediction:
     def publish_ns(self) -> int: ...
     @property
     def other_ns(self) -> int: ...
+    @property
+    def overlapped(self) -> bool: ...
     @property
     def communication_ns(self) -> int:
         """What communication adds: all standing still, and the vote."""

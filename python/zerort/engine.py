@@ -333,7 +333,7 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         return further_loader(request, self._parts.mesh.job, self._parts.config)
 
     def tune(self, steps: int = 20, config: str | None = None) -> None:
-        """Observes the next `steps` steps, behind three to warm up, measures the wire, and logs on
+        """Observes the next `steps` steps, behind six to warm up, measures the wire, and logs on
         rank 0 what a step is predicted to take and has taken, and the setting of buckets and window
         with which it is predicted to be fastest. All ranks call it, between two steps; nothing of
         this run is changed. With the path of its `config` the changed one is written beside that.

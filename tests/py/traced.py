@@ -51,6 +51,8 @@ class Scene:
     rate: float = 1e6
     """Bytes a millisecond."""
     publish: float = 1.0
+    arrives: float = 0.0
+    """What each forward stands still for a bucket that the step before has updated and sent."""
     micro_batches: int = 1
     every: bool = False
     """Whether each micro-batch is reduced."""
@@ -191,7 +193,10 @@ class _Writer:
             unit = self.ring.track("unit 0")
             until = self.ns(start + gathers + took)
             self.ring.span(unit, "whole", self.ns(start), until, {"bytes": 4096, "buckets": "b0"})
-        self.at += gathers + took
+        arrives = self.scene.arrives
+        if arrives:
+            self.publish(start, start + arrives, sent=start - 4.0)
+        self.at += gathers + arrives + took
         self.outer("forward", start, self.at)
 
     def life(
@@ -218,12 +223,13 @@ class _Writer:
         name, about = f"reduce_scatter b{index}", {"bytes": load.size}
         self.ring.span(self.wire[index % 8], name, self.ns(end - took), self.ns(end), about)
 
-    def publish(self, start: float, end: float) -> None:
+    def publish(self, start: float, end: float, sent: float | None = None) -> None:
         self.wait(start, end, "all_gather of bucket 0 (a .. b)")
         if self.scene.on_device:
             return
         size = {"bytes": sum(load.size for load in self.scene.loads)}
-        self.ring.span(self.wire[0], "all_gather b0", self.ns(start), self.ns(end), size)
+        began = self.ns(start if sent is None else sent)
+        self.ring.span(self.wire[0], "all_gather b0", began, self.ns(end), size)
 
 
 def many(buckets: int, size: int = 1_000_000, dtype: str = "f32") -> Sequence[Load]:

@@ -15,6 +15,10 @@ from zerort.errors import ConfigError
 
 __all__ = ["made_by", "of_size"]
 
+_MOST = 200_000
+"""Pieces of a model that is only known by its size: each is planned, which takes time and memory.
+"""
+
 
 def made_by(name: str) -> nn.Module:
     """What the callable MODULE:NAME makes, called without arguments on the meta device. The module
@@ -59,13 +63,19 @@ def of_size(
 ) -> nn.Module:
     """A model of `numel` elements: `layers` alike, or with `largest` elements in one layer and the
     others in layers that fill a bucket. What is longer than a bucket is cut into parameters that
-    fill one.
+    fill one. Raises `ConfigError` where that makes more parameters than can be planned.
     """
     item = 4 if settings.compute_dtype == "fp32" else 2
     cap = settings.cap_elements or max(1, (settings.cap_bytes or 0) // item)
     first = min(numel, largest or 0)
     rest = numel - first
     each = max(1, -(-rest // layers)) if layers else cap
+    if max(rest // each, numel // cap) > _MOST:
+        spread = f" and {layers:,} layers" if layers else ""
+        raise ConfigError(
+            f"{numel:,} parameters in buckets of {cap:,}{spread} are more than {_MOST:,} pieces to "
+            "plan: give fewer layers, or larger buckets"
+        )
     sizes = [first] * bool(first) + [each] * (rest // each) + [rest % each] * bool(rest % each)
     model = nn.Module()
     for index, size in enumerate(sizes):

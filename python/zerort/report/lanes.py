@@ -131,7 +131,8 @@ class Lanes:
     def _drawn(
         self, start: float, end: float, top: float, height: float, colour: str, hint: str
     ) -> str:
-        start, end = start + self._shift, end + self._shift
+        # what the step before has sent begins in front of the picture
+        start, end = max(start + self._shift, self._scale.start), end + self._shift
         return bar(self._scale, start, end, top, height, colour, hint)
 
 

@@ -19,6 +19,8 @@ from zerort.trace.sink import MAIN, STEP, WAIT
 __all__ = ["Collective", "RankStep", "Slice", "Whole", "rank_steps"]
 
 _THING = re.compile(r"\b(bucket|unit) (\d+)")
+_UPDATED = "all_gather of bucket"
+"""What a forward waits for of a bucket below stage 3, where units are gathered for it."""
 _KINDS = {"step": "engine", "retire": "sums"}
 """Ranges that go by another name here."""
 
@@ -193,6 +195,8 @@ def _named(span: Event, around: Sequence[str]) -> tuple[str, str]:
     if name != WAIT:
         return _KINDS.get(name, name), ""
     what = str(span.get("args", {}).get("what", ""))
+    if what.startswith(_UPDATED) and (not around or around[-1] == "forward"):
+        return "publish", what  # beside the next forward
     kept = next((kind for kind in reversed(around) if kind in ("vote", "publish")), "exposed")
     return kept, what
 

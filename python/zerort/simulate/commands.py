@@ -11,12 +11,14 @@ from rich.table import Table
 
 from zerort.errors import ConfigError
 from zerort.forecast.table import size
+from zerort.report.words import listed
 from zerort.simulate.model import of_model
 from zerort.simulate.page import write_page
 from zerort.simulate.quantities import flops, scales, wire
 from zerort.simulate.recorded import of_trace
 from zerort.simulate.scales import FIXED, Cluster, Point, at
 from zerort.simulate.subject import Dtype, Subject
+from zerort.step.overlap import WISHES, Wish
 from zerort.terminal import Answer, Commands, Parser, add_command, positive, shown, track
 
 __all__ = ["add_simulate_command"]
@@ -67,6 +69,12 @@ def add_simulate_command(commands: Commands) -> None:
         help="of all gradients on the wire (default: as they are in memory)",
     )
     parser.add_argument(
+        "--publish",
+        choices=WISHES,
+        help="who waits for updated parameters, as in a configuration (default: the trace's, or "
+        "auto)",
+    )
+    parser.add_argument(
         "-o", "--out", type=Path, metavar="HTML", help="a page to write, with curves over the ranks"
     )
     _add_model_arguments(parser)
@@ -97,13 +105,15 @@ def _simulate(args: argparse.Namespace) -> Answer:
     stage = subject.stage if args.stage is None else args.stage
     if stage != subject.stage:
         subject = replace(subject, measured=None)  # of another stage
-    cluster = Cluster(args.wire, args.inner, args.hosts, args.wire_format)
+    publish = args.publish or subject.publish
+    cluster = Cluster(args.wire, args.inner, args.hosts, args.wire_format, publish)
     points = [at(subject, cluster, ranks, stage) for ranks in track(args.ranks, "simulating")]
-    notes = list(_notes(subject, points, stage))
+    notes = list(_notes(subject, points, stage, publish))
     said = notes
     if args.out is not None:
         said = [*notes, f"wrote {write_page(args.out, subject, points, notes, args.trace)}"]
-    return Answer(_document(args, subject, stage, points, notes), shown(_table(points), *said))
+    document = _document(args, subject, stage, points, notes)
+    return Answer({**document, "publish": publish}, shown(_table(points), *said))
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -182,7 +192,7 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.1f}" if milliseconds < 1e5 else f"{milliseconds:.4g}"
 
 
-def _notes(subject: Subject, points: Sequence[Point], stage: int) -> Iterator[str]:
+def _notes(subject: Subject, points: Sequence[Point], stage: int, publish: Wish) -> Iterator[str]:
     compute = (subject.forward_ns + subject.backward_ns) * subject.micro_batches / 1e6
     yield (
         f"{subject.name}: {subject.numel:,} parameters at stage {stage}, "
@@ -192,6 +202,7 @@ def _notes(subject: Subject, points: Sequence[Point], stage: int) -> Iterator[st
     if subject.measured is not None:
         ranks, step = subject.measured
         yield f"recorded: {_ms(step)} ms a step on {ranks} ranks, on the wire that it ran on"
+    yield from _publishing(points, publish)
     for fixed in FIXED:
         worst = max(points, key=lambda point: point.lost_ms[fixed.name] / point.step_ms)
         lost = worst.lost_ms[fixed.name]
@@ -204,6 +215,20 @@ def _notes(subject: Subject, points: Sequence[Point], stage: int) -> Iterator[st
         "memory: states and what is in flight, no activations. Not known: other jobs on the wire, "
         "its topology, ranks that differ"
     )
+
+
+def _publishing(points: Sequence[Point], publish: Wish) -> Iterator[str]:
+    beside = [str(point.ranks) for point in points if point.overlapped]
+    if beside:
+        yield (
+            f"publish: updated parameters arrive beside the next forward on {listed(beside)} ranks "
+            f'("publish": "{publish}")'
+        )
+    elif any(point.publish_ms > 0.05 for point in points) and publish != "overlapped":
+        yield (
+            f'publish: a step waits for updated parameters ("publish": "{publish}"); --publish '
+            "overlapped says what it takes where the next forward does"
+        )
 
 
 def _chosen(point: Point) -> str:

@@ -71,7 +71,10 @@ def _communication(points: Sequence[Point]) -> Section:
         _curve("publish", points, lambda point: point.publish_ms),
         _curve("vote", points, lambda point: point.vote_ms),
     ]
-    words = "What a rank stands still for; what hides behind the backward is not in it."
+    words = (
+        "What a rank stands still for; what hides behind a backward or, where updated parameters "
+        "overlap, behind the next forward is not in it."
+    )
     drawn = scaling("Communication, predicted", words, series)
     heads = [(name, "") for name in ("ranks", "buckets", "longest", "under way", "sent")]
     rows = [

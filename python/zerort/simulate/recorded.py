@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from zerort.config.zero import Zero
 from zerort.simulate.subject import BYTES, FORMATS, Dtype, Subject
+from zerort.step.overlap import WISHES
 from zerort.trace.reader import Event, Life, Recorded, Step, TraceError, lives, read, steps
 from zerort.trace.sink import WAIT
 
@@ -66,10 +68,11 @@ def _subject(
     micro_batches = _whole(recorded.facts, "micro_batches", 1)
     world, stage = _whole(recorded.facts, "world", 1), _whole(recorded.facts, "stage", 2)
     numel = sum(bucket.numel for bucket in buckets)
+    publish = recorded.facts.get("publish")
     part = {name: median(step.parts[name] for step in found) for name in found[0].parts}
     sums = _sums(every, len(found))
     other = median(step.other for step in found) + part["publish"]
-    owned = numel if stage == 0 else numel / world
+    owned = numel / world if Zero(stage=min(stage, 3)).shards_optimizer else numel
     params = list(_parameters(buckets))
     on_host = _on_host(recorded)
     return Subject(
@@ -85,6 +88,7 @@ def _subject(
         sum_byte_ns=sums * 1e6 / _sent(buckets) if on_host else 0.0,
         blocks=on_host,
         stage=stage,
+        publish=publish if publish in WISHES else "auto",
         measured=(world, median(step.wall for step in found)),
         notes=tuple(_notes(recorded, found, buckets)),
     )

@@ -16,6 +16,7 @@ from zerort.errors import ConfigError
 from zerort.forecast.commands import SECTIONS
 from zerort.simulate.quantities import Wire
 from zerort.simulate.subject import FORMATS, Subject
+from zerort.step.overlap import Wish, threshold
 from zerort.wire import FORMATS as WIRES
 from zerort.wire import format_of, number_of
 from zerort.zero.estimates import Counted, rank_bytes
@@ -58,6 +59,8 @@ class Cluster:
     hosts: int | None = None
     wire_format: str | None = None
     """Of gradients; None as they lie in memory."""
+    publish: Wish = "auto"
+    """Who waits for updated parameters."""
 
     def machine(self, subject: Subject, ranks: int, room: int) -> _core.Machine:
         """Of so many ranks, each with `room` elements that may be whole at stage 3. Raises
@@ -65,6 +68,7 @@ class Cluster:
         """
         scatter, gather = ("flat", "broadcasts") if subject.blocks else ("best", "best")
         inner = self.inner or self.wire
+        overlap = threshold(self.publish, timed=subject.blocks)
         return _core.Machine(
             self.wire.link(scatter),
             self.wire.link(gather),
@@ -78,6 +82,7 @@ class Cluster:
             update_element_ns=subject.update_element_ns,
             blocks=subject.blocks,
             sums_pieces=subject.blocks,
+            overlap=overlap and (1e9 * overlap.seconds, overlap.share),
             wires=_WIRE_BYTES,
             room=room,
         )
@@ -103,6 +108,10 @@ class Point:
     """Standing still for gradients, and at stage 3 for parameters."""
     vote_ms: float
     publish_ms: float
+    """Standing still for updated parameters, in the step or, where `overlapped`, in the next
+    forward.
+    """
+    overlapped: bool
     memory_nbytes: int
     """States of a rank, and what is in flight; no activations."""
     sent_nbytes: int
@@ -122,8 +131,9 @@ class Point:
 def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
     """Predicts a step. Raises `ConfigError`, `PlanError`."""
     settings, work = _settings(subject, stage), subject.workload()
+    zero = settings.zero_optimization
     units, largest = None, 1
-    if stage == 3:
+    if zero.shards_parameters:
         units = subject.units((settings.cap_bytes or DDP_BYTES) // subject.item)
         largest = subject.largest(units)
     room = max(largest, settings.room(subject.numel, largest))
@@ -135,7 +145,8 @@ def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
         plan = plan.reordered(work.observed)
         fixed[size.name] = _core.simulate(plan, work, machine).total_ns / 1e6
     base = planning.plan(DDP_BYTES, None, planning.window)
-    windows = [planning.window, *(w for w in _WINDOWS if stage == 0 or not subject.blocks)]
+    gathers_sums = not zero.shards_optimizer
+    windows = [planning.window, *(w for w in _WINDOWS if gathers_sums or not subject.blocks)]
     cap_bytes, cap_elements, window, step = _core.choose_buckets(
         base, work, machine, cap_bytes=DDP_BYTES, windows=windows
     )
@@ -147,6 +158,7 @@ def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
         (step.exposed_ns + step.gather_ns) / 1e6,
         step.vote_ns / 1e6,
         step.publish_ns / 1e6,
+        step.overlapped,
         rank_bytes(settings, counted, ranks)[0] + step.peak_in_flight + _fed_back(settings, chosen),
         step.sent_bytes,
         max((bucket.nbytes for bucket in step.buckets), default=0),
@@ -179,7 +191,7 @@ class _Planning:
     @property
     def window(self) -> int | None:
         """What the runtime takes by itself."""
-        return None if self.subject.blocks and self.stage < 3 else _DEVICE_WINDOW
+        return None if self.subject.blocks and self.units is None else _DEVICE_WINDOW
 
     def plan(
         self, cap_bytes: int | None, cap_elements: int | None, window: int | None

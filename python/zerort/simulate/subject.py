@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Literal, TypeAlias
 
 from zerort import _core
+from zerort.step.overlap import Wish
 
 __all__ = ["BYTES", "FORMATS", "Dtype", "Subject", "evenly"]
 
@@ -40,6 +41,8 @@ class Subject:
     """Waiting blocks the host, as on a CPU."""
     stage: int = 2
     """That is predicted where none is asked for."""
+    publish: Wish = "auto"
+    """Likewise, who waits for updated parameters."""
     measured: tuple[int, float] | None = None
     """Ranks and ms of the step that was recorded."""
     notes: tuple[str, ...] = ()

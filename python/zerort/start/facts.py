@@ -32,6 +32,7 @@ def facts_of(
         "stage": settings.zero_optimization.stage,
         "micro_batches": batch.accumulation,
         "window": plan.window,
+        "publish": settings.zerort.publish,
         **dict(_contents(plan, names)),
     }
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 from time import perf_counter
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
 from zerort.memory import FlatModel, Resident
 from zerort.mesh import Mesh
 
-__all__ = ["Overlap"]
+__all__ = ["WISHES", "Overlap", "Threshold", "Wish", "threshold"]
 
 _log = logging.getLogger("zerort")
 
@@ -32,6 +32,26 @@ _SHARE = 0.03
 _LEAST = 1e-3
 """Seconds: and at least that, for a guard costs something too."""
 
+Wish: TypeAlias = Literal["auto", "overlapped", "step"]
+WISHES: tuple[Wish, ...] = get_args(Wish)
+
+
+class Threshold(NamedTuple):
+    """What waiting within a step has to cost, for the next forward to wait instead."""
+
+    seconds: float
+    share: float
+    """Of the step."""
+
+
+def threshold(wish: Wish, *, timed: bool) -> Threshold | None:
+    """By the configuration, where the host's clock says what waiting costs if it is `timed`; None
+    is never.
+    """
+    if wish == "auto":
+        return Threshold(_LEAST, _SHARE) if timed else None
+    return Threshold(0.0, 0.0) if wish == "overlapped" else None
+
 
 class Overlap:
     """Of one engine over `flat`; `able` says whether it has anything to publish, and whether its
@@ -40,7 +60,7 @@ class Overlap:
 
     def __init__(
         self,
-        wish: Literal["auto", "overlapped", "step"],
+        wish: Wish,
         flat: FlatModel,
         mesh: Mesh,
         *,
@@ -49,7 +69,8 @@ class Overlap:
     ) -> None:
         self._flat = flat
         self._mesh = mesh
-        self._measures = able and timed and wish == "auto"
+        self._threshold = threshold(wish, timed=timed) if able else None
+        self._measures = self._threshold is not None and wish == "auto"
         self._looks = wish == "auto"
         self._overlaps = able and wish == "overlapped"
         self._ended = perf_counter()
@@ -58,6 +79,15 @@ class Overlap:
         self._seen: list[tuple[float, float]] = []
         """Seconds that each step so far has waited, and taken."""
         self._said = False
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """By which a run of this configuration would answer; None where steps wait whatever it
+        costs. Ranks may differ, as one may have views of a parameter.
+        """
+        if self._looks and self._threshold is not None and self._aliased() is not None:
+            return None
+        return self._threshold
 
     @property
     def is_decided(self) -> bool:
@@ -75,7 +105,9 @@ class Overlap:
         sums = torch.tensor([waited, taken], dtype=torch.float64)
         self._mesh.control.all_reduce(sums)
         waited, taken = (sums / self._mesh.control.world).tolist()
-        self._overlaps = waited >= _LEAST and waited >= _SHARE * taken
+        assert self._threshold is not None
+        least, share = self._threshold
+        self._overlaps = waited >= least and waited >= share * taken
         if self._mesh.rank == 0:
             _log.info(
                 "a step of %.1f ms waits %.1f ms for updated parameters, %s",

@@ -36,8 +36,10 @@ __all__ = ["WARM_UP", "FirstWindow", "Tuning", "unfit"]
 
 _log = logging.getLogger("zerort")
 
-WARM_UP = 3
-"""Steps before those that are observed: memory is touched, and launches are reordered."""
+WARM_UP = 6
+"""Steps before those that are observed: memory is touched, launches are reordered, and ranks agree
+whether updated parameters are waited for in the step or in the next forward.
+"""
 _GAIN = 0.03
 """What a setting has to save of a step to be proposed."""
 
@@ -198,7 +200,8 @@ def any_failed(parts: Components, failed: bool) -> bool:
 def measured(parts: Components, observer: Observer) -> Predictor:
     """What all ranks know alike: the wire, and the profile of the slowest of them."""
     wire = measure_wire(parts.mesh)
-    profiles = parts.mesh.control.gather_objects(observer.profile())
+    mine = observer.profile(), parts.boundary.overlap.threshold
+    profiles, thresholds = zip(*parts.mesh.control.gather_objects(mine), strict=True)
     comm, plan = parts.mesh.shard, parts.reduction.plan
     return Predictor(
         wire,
@@ -206,6 +209,7 @@ def measured(parts: Components, observer: Observer) -> Predictor:
         plan,
         blocks=device_for(parts.mesh.device).blocks,
         sums_pieces=comm.pieces(adds=True) > 1,
+        overlap=None if None in thresholds else thresholds[0],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from zerort import _core
 from zerort.config import Config
+from zerort.step.overlap import Threshold
 from zerort.tune.fit import Line
 from zerort.tune.profile import Profile
 from zerort.tune.wire import Wire
@@ -60,6 +61,8 @@ class Predictor:
     """Whether waiting for a collective blocks the host."""
     sums_pieces: bool
     """Whether every rank's piece arrives and is summed here."""
+    overlap: Threshold | None = None
+    """From when on updated parameters are waited for in the next forward."""
 
     def seconds(self, plan: _core.Plan) -> float:
         """A step with this plan takes so long."""
@@ -98,6 +101,7 @@ class Predictor:
             lanes=wire.lanes,
             blocks=self.blocks,
             sums_pieces=self.sums_pieces,
+            overlap=self.overlap and (1e9 * self.overlap.seconds, self.overlap.share),
             sum_byte_ns=1e9 * profile.sums / arrived if arrived else 0.0,
             update_element_ns=1e9 * profile.update / owned if owned else 0.0,
             wires=width,

@@ -29,6 +29,7 @@ from torch import nn
 
 from zerort import optim
 from zerort.config import Config, load_part
+from zerort.config.zero import Zero
 from zerort.errors import ConfigError
 from zerort.memory import Dtypes, Piece, Places, Shape, pieces
 
@@ -300,16 +301,18 @@ def _cases(stage: int, config: Any) -> Iterator[tuple[str, Config]]:
         return
     for precision, section in _PRECISIONS.items():
         for homes, keys in _HOMES.items():
-            if stage == 3 or "offload_param" not in keys:
-                given = {**section, "zero_optimization": {"stage": stage, **keys}}
-                yield ", ".join(filter(None, (precision, homes))), load_part(given, SECTIONS)
+            given = {**section, "zero_optimization": {"stage": stage, **keys}}
+            settings = load_part(given, SECTIONS)
+            if not settings.zero_optimization.idle:
+                yield ", ".join(filter(None, (precision, homes))), settings
 
 
 def _print(stage: int, counted: Counted, hosts: Hosts, config: Any) -> None:
     total, largest, frozen = counted
+    sharded = Zero(stage=stage).shards_parameters
     model = [f"{total / 1e6:.0f}M parameters"]
     model += [f"{frozen / 1e6:.0f}M frozen, outside the optimizer"] if frozen else []
-    model += [f"{largest / 1e6:.0f}M in its largest layer"] if stage == 3 else []
+    model += [f"{largest / 1e6:.0f}M in its largest layer"] if sharded else []
     per_node, nodes, _ = hosts
     lines = [
         f"Estimated memory for parameters, gradients and the optimizer's states at stage {stage}, "
@@ -319,7 +322,7 @@ def _print(stage: int, counted: Counted, hosts: Hosts, config: Any) -> None:
     ]
     building = [_gigabytes(hosts.building(counted, sharded=False))]
     head = "building, per host"
-    if stage == 3:
+    if sharded:
         building.append(_gigabytes(hosts.building(counted, sharded=True)))
         head += ", and in zero.Init"
     lines.append(f"{head}: {', '.join(building)}.")

@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use zerort_core::cost::{
-    self, Algorithm, BucketTimes, Choice, CostError, Fabric, Network, Prediction, Rates,
+    self, Algorithm, BucketTimes, Choice, CostError, Fabric, Network, Overlap, Prediction, Rates,
 };
 use zerort_core::{Cap, Op, PlanSpec, WHOLE_PADDING};
 
@@ -65,7 +65,7 @@ impl Machine {
     #[pyo3(signature = (
         scatter, gather=None, *, lanes=1, inner=None, inner_gather=None, inner_lanes=1, hosts=0,
         control=None, launch_ns=0.0, pack_byte_ns=0.0, sum_byte_ns=0.0, update_element_ns=0.0,
-        update_ns=0.0, vote_ns=0.0, blocks=false, sums_pieces=false, wires=vec![],
+        update_ns=0.0, vote_ns=0.0, blocks=false, sums_pieces=false, overlap=None, wires=vec![],
         room=u64::MAX, depth=1
     ))]
     fn new(
@@ -85,6 +85,7 @@ impl Machine {
         vote_ns: f64,
         blocks: bool,
         sums_pieces: bool,
+        overlap: Option<(f64, f64)>,
         wires: Vec<f64>,
         room: u64,
         depth: u32,
@@ -103,7 +104,9 @@ impl Machine {
         };
         let rates =
             Rates { launch_ns, pack_byte_ns, sum_byte_ns, update_element_ns, update_ns, vote_ns };
-        let machine = cost::Machine { network, rates, blocks, sums_pieces, wires, room, depth };
+        let overlap = overlap.map(|(least_ns, share)| Overlap { least_ns, share });
+        let machine =
+            cost::Machine { network, rates, blocks, sums_pieces, overlap, wires, room, depth };
         machine.check().map_err(refused)?;
         Ok(Self(machine))
     }
@@ -184,6 +187,11 @@ macro_rules! read_only {
             fn $name(&self) -> u64 {
                 self.0.$name
             })+
+
+            #[getter]
+            fn overlapped(&self) -> bool {
+                self.0.overlapped
+            }
 
             #[getter]
             fn communication_ns(&self) -> u64 {

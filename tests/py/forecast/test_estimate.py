@@ -123,6 +123,8 @@ def test_a_line_with_a_mistake_is_status_2(
         ),
         (["--model", "nowhere:make"], "cannot be imported"),
         (["--params", "7B", "--optimizer", "Adamm"], "Adamm"),
+        (["--params", "7B", "--layers", "99999999"], "99,999,999 layers are more than 200,000"),
+        (["--params", "9e15"], "more than 200,000 pieces to plan: give fewer layers, or larger"),
     ],
 )
 def test_what_cannot_be_estimated_is_one_line_and_status_2(

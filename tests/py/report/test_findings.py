@@ -108,7 +108,22 @@ CASES: list[tuple[str, Scene, Scene, list[str]]] = [
         Scene(loads=many(6, 4_000_000), rate=2e5),
         ["(1, 2, 3, 4, 5)", "no more than 1 may be under way"],
     ),
-    ("publish", Scene(publish=20.0), Scene(publish=1.0), ["20.0 ms", "2 MB at 0.1 GB/s"]),
+    (
+        "publish",
+        Scene(publish=20.0),
+        Scene(publish=1.0),
+        [
+            "a step ends with 20.0 ms",
+            "2 MB at 0.1 GB/s",
+            '"overlapped"} has them arrive beside the next forward, which can hide up to 20.0 ms',
+        ],
+    ),
+    (
+        "publish",
+        Scene(arrives=20.0, publish=0.01),
+        Scene(arrives=1.0, publish=0.01),
+        ["they arrive beside the forward, which waits for them for 20.0 ms (19 %) of a step"],
+    ),
     (
         "gathers",
         Scene(gathers=9.0, stage=3, facts={"unit 0": "a .. b"}),
@@ -223,6 +238,19 @@ def test_an_outlier_is_the_fault_of_who_was_slow_and_not_of_who_waited(tmp_path:
     )
     words = said(scene, tmp_path)["outliers"].words
     assert "rank 1 was 240 ms longer in backward" in words
+
+
+def test_what_a_forward_waits_for_updated_parameters_is_no_sum_of_a_bucket(tmp_path: Path) -> None:
+    scene = Scene(arrives=20.0, publish=0.01)
+    found = figures(load(scene.write(tmp_path)))
+    assert found.split.total("publish") == pytest.approx(20.01, abs=0.02)
+    dearest = found.buckets[0]
+    assert (dearest.bucket, dearest.exposed) == (0, 0.0)
+    assert dearest.published == pytest.approx(20.01, abs=0.02)
+    assert found.split.total("forward") == pytest.approx(20.0, abs=0.02)
+    assert "overlapped" not in said(scene, tmp_path / "again")["publish"].remedy
+    units = replace(scene, arrives=0.0, publish=20.0, stage=3, facts={"unit 0": "a .. b"})
+    assert "overlapped" not in said(units, tmp_path / "units")["publish"].remedy
 
 
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong(tmp_path: Path) -> None:

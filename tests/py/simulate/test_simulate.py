@@ -11,7 +11,7 @@ import pytest
 from fake_device import FakeDevice, FakeEvent
 from zerort.cli import main
 from zerort.errors import ConfigError
-from zerort.simulate import Cluster, Subject, at, of_model, of_trace
+from zerort.simulate import Cluster, Point, Subject, at, of_model, of_trace
 from zerort.simulate.quantities import Wire, bandwidth, flops, nanoseconds, scales, wire
 from zerort.trace import BucketLife, ChromeSink
 from zerort.trace.reader import TraceError
@@ -150,6 +150,45 @@ def test_a_narrower_wire_format_sends_half() -> None:
     narrow = at(subject(), Cluster(SLOW, wire_format="bf16"), 8, 0)
     assert wide.sent_nbytes == pytest.approx(2 * narrow.sent_nbytes)
     assert wide.step_ms > narrow.step_ms
+
+
+def test_updated_parameters_are_waited_for_where_the_engine_would(stage: int = 1) -> None:
+    host = subject(blocks=True)
+
+    def step(wish: str, of: Subject = host, stage: int = stage, wire: Wire = SLOW) -> Point:
+        return at(of, Cluster(wire, publish=wish), 2, stage)  # type: ignore[arg-type]
+
+    within, beside, auto = (step(wish) for wish in ("step", "overlapped", "auto"))
+    assert (within.overlapped, beside.overlapped, auto.overlapped) == (False, True, True)
+    assert beside.step_ms == auto.step_ms
+    # 64 MiB at 125 MB/s: the next forward hides as much as it is long
+    assert within.step_ms - beside.step_ms == pytest.approx(20, rel=0.15)
+    assert within.publish_ms - beside.publish_ms == pytest.approx(20, rel=0.15)
+    # little to win, an accelerator whose host does not see what waiting costs, nothing published
+    assert not step("auto", wire=Wire(alpha=1000.0, beta=1e11)).overlapped
+    assert step("overlapped", wire=Wire(alpha=1000.0, beta=1e11)).overlapped
+    assert not step("auto", subject()).overlapped and step("overlapped", subject()).overlapped
+    assert not step("overlapped", stage=0).overlapped
+    assert not step("overlapped", stage=3).overlapped
+
+
+def test_a_trace_says_who_waited_for_updated_parameters_and_the_line_may_say_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = record(tmp_path / "trace.json", facts={**CPU, "publish": "step"})
+    assert (
+        of_trace(record(tmp_path / "old.json", facts={**CPU, "publish": "odd"})).publish == "auto"
+    )
+    slow = ["--wire", "alpha=1ms,beta=1MB/s"]
+    given = ["simulate", "--trace", str(path), "--ranks", "2", *slow, "--json"]
+    found = {}
+    for more in ([], ["--publish", "auto"]):
+        assert main([*given, *more]) == 0
+        document = json.loads(capsys.readouterr().out)
+        found[document["publish"]] = document["points"][0]["overlapped"]
+        said = [note for note in document["notes"] if note.startswith("publish: ")]
+        assert len(said) == 1 and f'"{document["publish"]}"' in said[0]
+    assert found == {"step": False, "auto": True}
 
 
 def test_a_model_computes_as_its_parameters_and_tokens_say() -> None:

@@ -18,10 +18,14 @@ from training import TABLE, at_stage, config_of, digest, engine_for, keep, take_
 from zerort.cli import main
 from zerort.config import load
 from zerort.errors import ConfigError, StepError
+from zerort.step.overlap import threshold
 from zerort.tune import feature
 from zerort.tune.feature import WARM_UP
+from zerort.tune.fit import Line
 from zerort.tune.model import Best, Setting
+from zerort.tune.profile import Observer
 from zerort.tune.task import VARIABLE, Task, overridden
+from zerort.tune.wire import Wire
 
 CHOSEN = Setting(4000, None)
 TUNED = {"zerort": {"tune": True}}
@@ -194,6 +198,37 @@ def test_engine_tune_finds_the_same_on_all_ranks_once_and_leaves_no_hook(tmp_pat
     written = json.loads((tmp_path / "train.tuned.json").read_text())
     assert written["zerort"]["bucket_bytes"] == found.proposed.bucket_bytes > 64
     assert written["gradient_clipping"] == config()["gradient_clipping"]
+
+
+def views(rank: int, world: int) -> Any:
+    """From when on updates overlap in a prediction, by wish and by whether one rank has a view."""
+    found, own = {}, feature.measure_wire
+    feature.measure_wire = lambda mesh: Wire(2, Line(0.0, 0.0), Line(0.0, 0.0), 0.0)
+    try:
+        for wish in ("auto", "overlapped", "step"):
+            engine = engine_for(TABLE["groups_with_adamw"], config(publish=wish))
+            observer = Observer(engine._parts)
+            take_step(engine, TABLE["groups_with_adamw"], rank, 0)
+            observer.crossed()
+            for viewed in (False, True):
+                first = next(engine.module.parameters())
+                view = first.data.view(-1)[1:] if viewed and rank == 1 else None
+                found[wish, viewed] = feature.measured(engine._parts, observer).overlap
+                del view
+            observer.close()
+            keep(engine)
+    finally:
+        feature.measure_wire = own
+    return found
+
+
+def test_updated_parameters_are_predicted_as_the_engine_would_wait_for_them_on_all_ranks() -> None:
+    here, there = ranks.shared(2, views)
+    assert here == there
+    assert here["auto", False] == threshold("auto", timed=True)
+    assert here["auto", False] is not None and here["auto", True] is None
+    assert here["overlapped", False] == here["overlapped", True] == (0.0, 0.0)
+    assert here["step", False] is here["step", True] is None
 
 
 def test_engine_tune_refuses_what_it_cannot_observe(tmp_path: Path) -> None:

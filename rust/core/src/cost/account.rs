@@ -22,7 +22,7 @@ impl Traffic {
     }
 }
 
-/// A bucket in a step. Moments are ns behind the step's start, in its last pass.
+/// A bucket in a step. Moments are ns behind the start of the first forward, in the last pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BucketTimes {
     /// The bucket.
@@ -60,8 +60,10 @@ pub struct Prediction {
     pub vote_ns: u64,
     /// This rank's updates.
     pub update_ns: u64,
-    /// Standing still for updated parameters.
+    /// Standing still for updated parameters, within the step or in the next forward.
     pub publish_ns: u64,
+    /// Whether they are published beside the next forward.
+    pub overlapped: bool,
     /// The rest of the step: the loader, the loop.
     pub other_ns: u64,
     /// Gradients.

@@ -3,6 +3,7 @@
 //! A twin of the executor that has tensors. `host` is the clock of what computes: the host where
 //! waiting blocks it, the device's stream of kernels where not. `sums` is the stream of sums then.
 
+use self::publication::Arriving;
 use super::account::{BucketTimes, Prediction, Traffic};
 use super::machine::{Machine, Price};
 use super::prices::{Leg, Prices};
@@ -10,6 +11,8 @@ use super::wire::Wire;
 use crate::command::Command;
 use crate::ids::{BucketId, UnitId};
 use crate::plan::Plan;
+
+mod publication;
 
 /// A bucket on its way.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,6 +64,10 @@ pub(super) struct Executor<'a> {
     late: Vec<BucketId>,
     /// A Retire that is under way is passed over.
     passes_over: bool,
+    /// Updated parameters, by bucket.
+    arriving: Vec<Arriving>,
+    /// When the first forward began.
+    begun: u64,
     pub(super) account: Prediction,
 }
 
@@ -84,8 +91,15 @@ impl<'a> Executor<'a> {
             followed: 0,
             late: Vec::new(),
             passes_over: !plan.units().is_empty(),
+            arriving: vec![Arriving::default(); plan.buckets().len()],
+            begun: 0,
             account: Prediction::default(),
         }
+    }
+
+    /// The first forward begins.
+    pub(super) fn start(&mut self) {
+        self.begun = self.host;
     }
 
     /// Computes for so long.
@@ -186,14 +200,10 @@ impl<'a> Executor<'a> {
         self.launched = launched;
     }
 
-    /// The vote, the update, and the publication of what was updated.
-    pub(super) fn cross(&mut self) {
+    /// Ranks vote.
+    pub(super) fn vote(&mut self) {
         self.account.vote_ns = self.prices.vote;
         self.compute(self.prices.vote);
-        let updates = self.prices.buckets.iter().map(|prices| prices.update);
-        self.account.update_ns = updates.fold(0, u64::saturating_add);
-        self.compute(self.account.update_ns);
-        self.publish();
     }
 
     /// What is predicted.
@@ -202,9 +212,9 @@ impl<'a> Executor<'a> {
             let flight = &self.flights[bucket.index()];
             BucketTimes {
                 bucket,
-                full_ns: flight.full,
-                launched_ns: flight.launched,
-                landed_ns: flight.landed,
+                full_ns: flight.full.saturating_sub(self.begun),
+                launched_ns: flight.launched.saturating_sub(self.begun),
+                landed_ns: flight.landed.saturating_sub(self.begun),
                 nbytes: self.prices.buckets[bucket.index()].nbytes,
                 reduce: flight.reduce,
             }
@@ -213,7 +223,7 @@ impl<'a> Executor<'a> {
         for times in &self.account.buckets {
             self.account.reduce.add(times.reduce);
         }
-        self.account.total_ns = self.host.saturating_add(self.account.other_ns);
+        self.account.total_ns = self.host;
         self.account
     }
 
@@ -366,17 +376,6 @@ impl<'a> Executor<'a> {
         if std::mem::replace(&mut self.values[unit.index()].whole, false) {
             self.whole = self.whole.saturating_sub(self.plan.units()[unit.index()].numel);
         }
-    }
-
-    /// All start, and then each is waited for.
-    fn publish(&mut self) {
-        let legs = self.prices.buckets.iter().map(|prices| &prices.publish);
-        let now = self.host;
-        let traffic = &mut self.account.publish;
-        let ends: Vec<u64> = legs.map(|legs| hops(&mut self.wires, legs, now, traffic)).collect();
-        let end = ends.into_iter().max().unwrap_or(now);
-        self.account.publish_ns = self.stand(end);
-        self.account.publish.exposed_ns = self.account.publish_ns;
     }
 }
 

@@ -111,6 +111,24 @@ pub struct Rates {
     pub vote_ns: f64,
 }
 
+/// What waiting for updated parameters within a step has to cost, so that they are waited for in the
+/// next forward instead; 0 and 0 is always.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overlap {
+    /// ns, at least.
+    pub least_ns: f64,
+    /// And at least so much of the step.
+    pub share: f64,
+}
+
+impl Overlap {
+    /// Whether it does in a step of `total_ns`, of which `waited_ns` are waited.
+    pub(super) fn pays(&self, waited_ns: u64, total_ns: u64) -> bool {
+        let waited = waited_ns as f64;
+        waited >= self.least_ns && waited >= self.share * total_ns as f64
+    }
+}
+
 /// What a step runs on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Machine {
@@ -123,6 +141,9 @@ pub struct Machine {
     /// Whether every rank's piece arrives and is summed here, or what arrives has been added on the
     /// way.
     pub sums_pieces: bool,
+    /// From when on updated parameters are published beside the next forward, where nothing is
+    /// sharded between its uses; None is never.
+    pub overlap: Option<Overlap>,
     /// Bytes of an element as encoded, by the number of the wire format; as in memory where there
     /// is none.
     pub wires: Vec<f64>,
@@ -170,6 +191,10 @@ impl Machine {
         check("update_element_ns", rates.update_element_ns)?;
         check("update_ns", rates.update_ns)?;
         check("vote_ns", rates.vote_ns)?;
+        if let Some(Overlap { least_ns, share }) = self.overlap {
+            check("least_ns of an overlap", least_ns)?;
+            check("share of an overlap", share)?;
+        }
         self.wires.iter().try_for_each(|&size| check("bytes of an element on the wire", size))
     }
 }

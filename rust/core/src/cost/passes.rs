@@ -1,5 +1,7 @@
 //! The passes of a step: what comes when in a forward and a backward, and how far the list may run.
 
+use std::cmp::Reverse;
+
 use super::CostError;
 use super::account::Prediction;
 use super::executor::Executor;
@@ -28,20 +30,33 @@ struct Pass<'a> {
     length: u64,
 }
 
-/// One step.
+/// One step, from one vote to the next where it `overlaps`: then it begins with the update, whose
+/// parameters the first forward waits for. Else it ends with them.
 pub(super) fn step(
     plan: &Plan,
     workload: &Workload,
     machine: &Machine,
     prices: &Prices,
+    overlaps: bool,
 ) -> Prediction {
     let mut executor = Executor::new(plan, prices, machine);
     let clock = Clock::new(plan, workload);
     let (forward, backward) = (clock.forward(), clock.backward());
+    let needs = clock.needs();
+    let order: Vec<BucketId> = needs.iter().map(|&(_, bucket)| bucket).collect();
+    if overlaps {
+        executor.update(&order, true);
+        executor.compute(workload.other_ns);
+    }
+    executor.start();
     let micro_batches = workload.micro_batches.max(1);
     let every = plan.rules().reduces_every_micro_batch();
     for micro_batch in 1..=micro_batches {
-        run(&mut executor, &forward, None);
+        if overlaps && micro_batch == 1 {
+            receive(&mut executor, &needs, workload.forward_ns);
+        } else {
+            run(&mut executor, &forward, None);
+        }
         if every || micro_batch == micro_batches {
             executor.drain(); // what the pass before has under way lies in the memory of this one
             run(&mut executor, &backward, Some(plan));
@@ -55,8 +70,25 @@ pub(super) fn step(
     account.forward_ns = workload.forward_ns.saturating_mul(times);
     account.backward_ns = workload.backward_ns.saturating_mul(times);
     account.other_ns = workload.other_ns;
-    executor.cross();
+    account.overlapped = overlaps;
+    executor.vote();
+    if !overlaps {
+        executor.update(&order, false);
+        order.iter().for_each(|&bucket| executor.need(bucket));
+        executor.compute(workload.other_ns);
+    }
     executor.prediction()
+}
+
+/// Computes a forward of so long, which waits for updated parameters where it `needs` them.
+fn receive(executor: &mut Executor<'_>, needs: &[(u64, BucketId)], length: u64) {
+    let mut computed = 0;
+    for &(at, bucket) in needs {
+        executor.compute(at - computed);
+        computed = at;
+        executor.need(bucket);
+    }
+    executor.compute(length - computed);
 }
 
 /// Computes a pass; `launches` is the plan where gradients are reduced in it.
@@ -150,6 +182,22 @@ impl<'a> Clock<'a> {
         Pass { commands: list.commands(), stops: &list.stops, events, length }
     }
 
+    /// Buckets in the order in which a forward needs them, each with ns of computing before it does:
+    /// what a backward comes to last is needed first.
+    fn needs(&self) -> Vec<(u64, BucketId)> {
+        let Workload { forward_ns, backward_ns, .. } = *self.workload;
+        let need = |bucket: &crate::bucket::Bucket| {
+            let left = u128::from(backward_ns - self.full[bucket.id.index()]);
+            let at = (u128::from(forward_ns) * left).checked_div(u128::from(backward_ns));
+            (at.unwrap_or(0) as u64, bucket.id)
+        };
+        let mut needs: Vec<_> = self.plan.buckets().iter().map(need).collect();
+        needs.sort_unstable_by_key(|&(_, bucket)| {
+            (Reverse(self.full[bucket.index()]), Reverse(bucket))
+        });
+        needs
+    }
+
     /// When a unit's last gradient came.
     fn unit(&self, unit: UnitId) -> u64 {
         let buckets = &self.plan.units()[unit.index()].buckets;
@@ -219,7 +267,7 @@ pub(super) fn routed(
     let stops: Vec<Stop> = units.iter().map(stop).collect();
     let clock = Clock::new(plan, workload);
     let mut back = units;
-    back.sort_by_key(|&unit| (clock.unit(unit), std::cmp::Reverse(unit)));
+    back.sort_by_key(|&unit| (clock.unit(unit), Reverse(unit)));
     let places: Vec<u32> = {
         let mut places = vec![0; plan.units().len()];
         for (place, unit) in (0..).zip(&back) {
