@@ -28,6 +28,8 @@ from workloads import Batch, Workload
 Step = Callable[[Batch], Tensor]
 Build = Callable[[Workload, torch.device], Step]
 
+DEFAULT = {"transport": "auto"}
+"""Of the contenders that name none."""
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -79,26 +81,29 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     return step
 
 
-def _zerort(stage: int, publish: str = "auto", transport: str = "gloo") -> Build:
-    """Over gloo, which is the default: ranks in network namespaces of one machine could share
-    memory all the same, and nothing would cross the link.
-    """
-
+def _zerort(stage: int, publish: str = "auto", transport: str | None = None) -> Build:
     def build(workload: Workload, device: torch.device) -> Step:
-        runtime = {"publish": publish, "transport": transport}
+        runtime = {"publish": publish, "transport": transport or DEFAULT["transport"]}
         config = _config(workload, stage) | {"zerort": runtime}
         return _engine_step(workload, _engine(workload, workload.model(device), config))
 
     return build
 
 
+def between_hosts() -> None:
+    """Ranks are in network namespaces of one machine: they could share memory all the same, and
+    nothing would cross the link.
+    """
+    DEFAULT["transport"] = "gloo"
+
+
 def stage_2(workload: Workload, device: torch.device) -> Any:
     """An engine whose step waits for updated parameters."""
-    config = _config(workload, 2) | {"zerort": {"publish": "step"}}
+    config = _config(workload, 2) | {"zerort": {"publish": "step", **DEFAULT}}
     return _engine(workload, workload.model(device), config)
 
 
-def _zerort_3(part: float, transport: str = "gloo") -> Build:
+def _zerort_3(part: float, transport: str | None = None) -> Build:
     """At stage 3 with room for a part of the model, and every parameter sharded."""
 
     def build(workload: Workload, device: torch.device) -> Step:
@@ -108,7 +113,7 @@ def _zerort_3(part: float, transport: str = "gloo") -> Build:
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": int(part * sum(p.numel() for p in model.parameters())),
         }
-        config["zerort"] = {"transport": transport}
+        config["zerort"] = {"transport": transport or DEFAULT["transport"]}
         if part >= 1:
             config["zerort"] |= {"reshard_after_forward": False}
         return _engine_step(workload, _engine(workload, model, config))

@@ -11,7 +11,8 @@ rounds.
 Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes
 part when it is installed. A contender whose losses are not DDP's is marked, and the command fails:
 it did other work. With `--hosts` the ranks are network namespaces behind links of a given rate,
-which needs root and iproute2; the least that a step can take there is printed below the table.
+which needs root and iproute2; what names no transport goes over gloo there, and the least that a
+step can take is printed below the table.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ranks
-from contenders import BASELINE, BY_NAME, CONTENDERS, ELEMENTWISE, INCOMPARABLE
+from contenders import BASELINE, BY_NAME, CONTENDERS, ELEMENTWISE, INCOMPARABLE, between_hosts
 from limits import limit_of
 from rounds import Race, Runs, Spread
 from workloads import WORKLOADS, Workload
@@ -70,6 +71,8 @@ def race(
     workload: Workload, names: list[str], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Runs]:
     """Runs all rounds of one workload."""
+    if args.hosts:
+        between_hosts()
     able = [name for name in names if not (workload.muon and name in ELEMENTWISE)]
     every = CONTENDERS | BY_NAME
     contest = Race(workload, {name: every[name](workload, device) for name in able}, device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zerort
 from stand_in import GRANULE, Machine
 from tap import tapped
-from weighing import alive, covered
+from weighing import alive, covered, private, reserved
 
 __all__ = ["Counts", "count", "make", "of_shapes", "partly_frozen"]
 
@@ -81,10 +81,17 @@ def count(
         calls.clear()
         to_host, to_device = (now - then for now, then in zip(_copied(engine), copied, strict=True))
         whole.close()
-        tensors = alive()
+        tensors = private(alive())
         hosted = [t for t in tensors if machine is not None and _is_hosted(machine, t)]
         host = covered(hosted)
-        found = Counts(covered(tensors) - before - host, host, whole.most, sent, to_host, to_device)
+        found = Counts(
+            covered(tensors) + reserved(engine.world_size) - before - host,
+            host,
+            whole.most,
+            sent,
+            to_host,
+            to_device,
+        )
         del tensors, hosted
         engine.destroy()
         del engine, module

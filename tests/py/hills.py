@@ -42,6 +42,7 @@ class Variant:
     stage: int
     gas: int
     feedback: Any = "auto"
+    transport: str = "auto"
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     more: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -54,7 +55,11 @@ class Variant:
             "gradient_accumulation_steps": self.gas,
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
-            "zerort": {"wire": "int8", "wire_error_feedback": self.feedback},
+            "zerort": {
+                "wire": "int8",
+                "wire_error_feedback": self.feedback,
+                "transport": self.transport,
+            },
             **self.more,
         }
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)

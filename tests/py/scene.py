@@ -70,6 +70,8 @@ class Scene:
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 2 * ELEMENTS},
             **sections,
+            # whose launches are seen
+            "zerort": {"transport": "gloo", **sections.get("zerort", {})},
         }
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.engine, *_ = zerort.initialize(model=self.model, optimizer=optimizer, config=config)

@@ -22,6 +22,24 @@ def covered(tensors: Iterable[Tensor]) -> int:
     return total
 
 
+def shared() -> list[range]:
+    """Where this process maps memory that the ranks of a job share."""
+    with open("/proc/self/maps") as maps:
+        rows = [row.split()[0] for row in maps if "memfd:zerort" in row]
+    return [range(*(int(end, 16) for end in row.split("-"))) for row in rows]
+
+
+def private(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that do not lie there."""
+    spans = shared()
+    return [t for t in tensors if not any(t.untyped_storage().data_ptr() in s for s in spans)]
+
+
+def reserved(world: int) -> int:
+    """Bytes of that memory which one of so many ranks has brought."""
+    return sum(map(len, shared())) // world
+
+
 def alive() -> list[Tensor]:
     """Every tensor made since `gc.freeze` that Python can reach, and the gradients that only a
     parameter holds.

@@ -14,6 +14,7 @@ from zerort.forecast.job import Job
 from zerort.forecast.owners import Exchanged, Owners
 from zerort.forecast.updates import Updates
 from zerort.memory import Kind, Piece, pieces, shared_pieces
+from zerort.mesh.shared import gathers_bytes, scatters_bytes
 from zerort.start.planning import Sizes, plan_of
 from zerort.step.precision import Precision
 from zerort.wire import WireFormat, format_of
@@ -97,7 +98,11 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     planned = {id(member.tensor) for member in members}
     loose = [p for p in model.parameters() if id(p) not in planned]
     alike = [piece for shape, places in rows for piece in pieces(shape, places)]
-    alike += [*shared_pieces(rows), *_lanes(plan, job), *_encoded(settings, plan)]
+    alike += [
+        *shared_pieces(rows),
+        *_in_flight(settings, plan, job, rows),
+        *_encoded(settings, plan),
+    ]
     alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
     at_rest = sum(piece.nbytes for piece in alike)
     by_rank = [at_rest + nbytes for nbytes in own.by_rank or [0] * job.world]
@@ -149,17 +154,35 @@ class _Gathered:
         return cls(Piece(Kind.GATHERED, nbytes * room // whole), times * nbytes, times)
 
 
-def _lanes(plan: _core.Plan, job: Job) -> Iterator[Piece]:
-    """Memory of buckets in flight: the n-th launch uses lane n modulo the window."""
+def _in_flight(
+    settings: Config, plan: _core.Plan, job: Job, rows: Sequence[Row]
+) -> Iterator[Piece]:
+    """What collectives send from and receive into, beside the values and the sums."""
+    if not job.shares(settings):
+        yield from (Piece(Kind.ON_THEIR_WAY, nbytes) for nbytes in _lanes(plan, job.pieces))
+        return
+    for nbytes in _lanes(plan, 1):
+        yield Piece(Kind.ON_THEIR_WAY, scatters_bytes(nbytes))
+    for hops in ("gather_hops", "publish_hops"):
+        shards = [
+            spec.shard_numel * rows[spec.id][0].dtypes.values.itemsize
+            for spec in plan.buckets
+            if getattr(spec, hops)
+        ]
+        yield Piece(Kind.ON_THEIR_WAY, gathers_bytes(shards))
+
+
+def _lanes(plan: _core.Plan, pieces: int) -> Iterator[int]:
+    """Bytes of each memory of buckets in flight: the n-th launch uses lane n modulo the window."""
     specs = plan.buckets  # made anew each time that it is read
     order = [specs[bucket] for kind, bucket in plan.schedule if kind == "launch"]
     for position in range(plan.window):
         users = order[position :: plan.window]
         shards = [_wire(spec).shard_bytes(spec.shard_numel) for spec in users]
         if shards:
-            yield Piece(Kind.ON_THEIR_WAY, plan.world * max(shards))
-        if shards and job.pieces > 1:
-            yield Piece(Kind.ON_THEIR_WAY, job.pieces * max(shards))
+            yield plan.world * max(shards)
+        if shards and pieces > 1:
+            yield pieces * max(shards)
 
 
 def _encoded(settings: Config, plan: _core.Plan) -> Iterator[Piece]:

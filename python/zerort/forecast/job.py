@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zerort.config import Config
 from zerort.mesh.nccl import NcclComm
 
 __all__ = ["Job"]
@@ -27,3 +28,8 @@ class Job:
     def pieces(self) -> int:
         """That arrive of a shard."""
         return 1 if self.on_accelerator else self.world
+
+    def shares(self, settings: Config) -> bool:
+        """Whether ranks of one host share the memory of buckets in flight."""
+        able = self.world > 1 and not self.on_accelerator
+        return able and settings.zerort.transport != "gloo"

@@ -10,7 +10,7 @@ Both leave `.grad` as None after what they took, and both name what never came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,21 +61,24 @@ class FromGrad:
 
     def __init__(self, bucket: FlatBucket) -> None:
         self._params = bucket.params
-        self._slots: Sequence[Tensor] = []
+        self._slots: Callable[[], Sequence[Tensor]] | None = None
 
-    def rest_in(self, slots: Sequence[Tensor]) -> None:
+    def rest_in(self, slots: Callable[[], Sequence[Tensor]] | None) -> None:
         """Fits when it is of the gradients' dtype."""
-        fits = all(s.dtype == p.dtype for s, p in zip(slots, self._params, strict=False))
-        self._slots = slots if fits else []
+        there = [] if slots is None else slots()
+        fits = all(s.dtype == p.dtype for s, p in zip(there, self._params, strict=False))
+        self._slots = slots if there and fits else None
 
     def follow(self) -> None:
         """It has none of it."""
 
     def collect(self) -> None:
         """Moves what is not there yet into the send buffer, in one batch."""
+        if self._slots is None:
+            return
         moving = [
             (parameter, slot)
-            for parameter, slot in zip(self._params, self._slots, strict=False)
+            for parameter, slot in zip(self._params, self._slots(), strict=True)
             if parameter.grad is not None and parameter.grad is not slot
         ]
         if moving:
@@ -129,7 +132,7 @@ class LocalSum:
         self._taken = local is None
         self._came = [False] * len(bucket.params)
 
-    def rest_in(self, slots: Sequence[Tensor]) -> None:
+    def rest_in(self, slots: Callable[[], Sequence[Tensor]] | None) -> None:
         """Declined: the wire is narrower than the sum."""
 
     def follow(self) -> None:

@@ -159,6 +159,12 @@ class ScatterMemory(Protocol):
         collective over the memory has been started, and not before.
         """
 
+    def gathers(self, nbytes: int) -> GatherMemory:
+        """For all-gathers of up to `nbytes` of each rank, not more than is scattered, each of which
+        starts when what a reduce-scatter brought was read on this rank, and is read itself before
+        the next of either. All ranks call it as they do `Comm.gather_memory`.
+        """
+
 
 class GatherMemory(Protocol):
     """What all-gathers that follow one another use, of one group, beside the buffers that they

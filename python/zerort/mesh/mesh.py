@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from zerort.device import default_place
+from zerort.device import default_place, device_for
 from zerort.errors import CommError, ConfigError
 from zerort.mesh.comm import Comm, Control
 from zerort.mesh.control import GlooControl, meet, open_control
@@ -121,11 +121,22 @@ class Mesh:
                 f"mesh group {name!r}: there is none of this name, only {', '.join(self._comms)}"
             ) from None
 
+    def settle(self) -> None:
+        """Has the memory made that was asked of these groups, where it is shared. All ranks call
+        it, with nothing under way. Raises `CommError`.
+        """
+        for comm in self._sharing:
+            comm.settle()
+
     @property
     def shared_bytes(self) -> int:
         """Of this rank's in memory that it shares with ranks of its host."""
+        return sum(comm.nbytes for comm in self._sharing)
+
+    @property
+    def _sharing(self) -> list[SharedComm]:
         comms = {id(comm): comm for comm in self._comms.values()}.values()
-        return sum(comm.nbytes for comm in comms if isinstance(comm, SharedComm))
+        return [comm for comm in comms if isinstance(comm, SharedComm)]
 
     def counts(self, *replicated: str) -> bool:
         """Whether this rank's value enters a sum over the job, for what the ranks of `replica` and
@@ -191,7 +202,7 @@ def _open(
         ) from error
     if comm.world == 1:
         return LocalComm(device, control.rank)
-    if transport == "gloo" or not isinstance(comm, GlooComm):
+    if transport == "gloo" or not isinstance(comm, GlooComm) or not device_for(device).blocks:
         return comm
     return SharedComm(comm, timeout, required=transport == "shared")
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zerort.mesh.comm import Piece, Scatter, Work
+from zerort.mesh.comm import GatherMemory, Piece, Scatter, Work
 
 __all__ = ["GatherInPlace", "OwnMemory"]
 
@@ -24,6 +24,8 @@ class _Reduces(Protocol):
     def pieces(self, *, adds: bool) -> int: ...
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work: ...
+
+    def gather_memory(self, nbytes: int) -> GatherMemory: ...
 
 
 class OwnMemory:
@@ -49,6 +51,10 @@ class OwnMemory:
     def turn(self) -> int:
         """There is one."""
         return 0
+
+    def gathers(self, nbytes: int) -> GatherMemory:
+        """As for any."""
+        return self._comm.gather_memory(nbytes)
 
     def _arriving(self, piece: Piece) -> int:
         """How many pieces arrive beside what is sent."""

@@ -60,17 +60,25 @@ class _File:
     length: int
 
 
-def share(control: GlooControl, memory: int) -> _core.Segment:
-    """A segment of one channel with `memory` bytes for each rank, whole pages. All ranks of the
+@dataclass(frozen=True)
+class _Wanted:
+    """By each rank: so many channels, and bytes of its own, whole pages."""
+
+    channels: int
+    memory: int
+
+
+def share(control: GlooControl, channels: int, memory: int) -> _core.Segment:
+    """A segment of `channels` with `memory` bytes for each rank, whole pages. All ranks of the
     group call it, and nothing is under way. Raises `Unshared` and `CommError`.
     """
-    length = _core.Segment.length(world=control.world, channels=1, memory=memory)
+    wanted = _Wanted(channels, memory)
     with _Descriptors() as opened:
-        made = _together(control, lambda: _make(control, opened, length, memory))
+        made = _together(control, lambda: _make(control, opened, wanted))
         segment: list[_core.Segment] = []
 
         def hold() -> bytes:
-            segment.append(_map(control, opened, made[0], memory))
+            segment.append(_map(control, opened, made[0], wanted))
             return _sign(segment[0], control.rank)
 
         nonces = _together(control, hold)
@@ -118,13 +126,14 @@ def _together(control: GlooControl, attempt: Callable[[], Any]) -> list[Any]:
     return [each.value for each in found]
 
 
-def _make(control: GlooControl, opened: _Descriptors, length: int, memory: int) -> _File | None:
+def _make(control: GlooControl, opened: _Descriptors, wanted: _Wanted) -> _File | None:
     """On the first rank the file; each looks whether there is memory for all."""
-    free = HERE.free_memory()
-    if free is not None and free < control.world * memory + _SPARE:
-        raise Unshared(
-            f"{control.world * memory} bytes of shared memory are wanted and {free} are free"
-        )
+    free, total = HERE.free_memory(), control.world * wanted.memory
+    if free is not None and free < total + _SPARE:
+        raise Unshared(f"{total} bytes of shared memory are wanted and {free} are free")
+    length = _core.Segment.length(
+        world=control.world, channels=wanted.channels, memory=wanted.memory
+    )
     me = _process(control, control.rank)
     if control.rank > 0:
         return None
@@ -159,7 +168,7 @@ def _seal(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
 
 
-def _map(control: GlooControl, opened: _Descriptors, file: _File, memory: int) -> _core.Segment:
+def _map(control: GlooControl, opened: _Descriptors, file: _File, wanted: _Wanted) -> _core.Segment:
     """Opens what the first rank has made, and reserves this rank's part of it."""
     path = f"/proc/{file.process.pid}/fd/{file.descriptor}"
     if control.rank == 0:
@@ -167,10 +176,12 @@ def _map(control: GlooControl, opened: _Descriptors, file: _File, memory: int) -
     else:
         _process(control, 0)
         descriptor = opened.add(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    world, rank = control.world, control.rank
+    world, rank, memory = control.world, control.rank, wanted.memory
     start = file.length - (world - rank) * memory
     _reserve(descriptor, start if rank > 0 else 0, start + memory)
-    return _core.Segment(descriptor, rank=rank, world=world, channels=1, memory=memory)
+    return _core.Segment(
+        descriptor, rank=rank, world=world, channels=wanted.channels, memory=memory
+    )
 
 
 def _reserve(descriptor: int, start: int, end: int) -> None:

@@ -15,39 +15,60 @@ What it guarantees: a peer that has ended, or has given its engine back, ends a 
 tenths of a second, and one that does not come within the time-out. Where ranks cannot share memory,
 or have none left, all of them go on over gloo, and one line in the log says why.
 
+Memory is asked for first, and made for all that has been asked for at once (`settle`): so many
+rounds among the ranks, however many buckets there are. All-gathers of one such time have a few
+memories in rotation where each of its own would be large (`Pool`).
+
 What it does not do: small facts, broadcasts at the start and exchanges of parameters are gloo's.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from itertools import accumulate
 
-import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from zerort import _core
 from zerort.errors import CommError
 from zerort.mesh.comm import GatherMemory, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.gloo import GlooComm
-from zerort.mesh.scatters import GatherInPlace
 from zerort.mesh.segments import PAGE, Unshared, share
+from zerort.mesh.uses import TURNS, Mapped, Memory, Pool, Scatters
 
-__all__ = ["SharedComm"]
+__all__ = ["SharedComm", "gathers_bytes", "scatters_bytes"]
 
-_TURNS = 2
 _LINE = 64
 """Bytes on which a turn begins."""
-_SLICE = 0.05
-"""Seconds between two looks at a peer that is waited for."""
+_ENOUGH = 16 << 20
+"""Bytes of a rank's for gathers, unless `_LEAST` of them take more."""
+_LEAST = 4
+"""Gathers that are under way without one waiting for another."""
 
 _log = logging.getLogger("zerort")
+
+
+def scatters_bytes(nbytes: int) -> int:
+    """What a rank has in shared memory for reduce-scatters of `nbytes` for all ranks together."""
+    return TURNS * _step(nbytes)
+
+
+def gathers_bytes(sizes: Sequence[int]) -> int:
+    """And for all-gathers, of which each rank's part has these bytes."""
+    return scatters_bytes(max(sizes, default=0)) * _depth(sizes)
+
+
+def _depth(sizes: Sequence[int]) -> int:
+    """How many are under way without one waiting for another."""
+    each = scatters_bytes(max(sizes, default=0))
+    return min(len(sizes), max(_LEAST, _ENOUGH // max(each, 1)))
+
+
+def _step(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE
 
 
 class SharedComm:
@@ -60,7 +81,9 @@ class SharedComm:
         self._required = required
         self._timeout = timeout.total_seconds()
         self._why_not: str | None = None
-        self._memories: weakref.WeakSet[_Memory] = weakref.WeakSet()
+        self._wanted: list[_Scatters | _Gathers] = []
+        self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self._mapped: weakref.WeakSet[Mapped] = weakref.WeakSet()
         self.ranks, self.rank, self.world = gloo.ranks, gloo.rank, gloo.world
         self.device = gloo.device
 
@@ -79,14 +102,39 @@ class SharedComm:
         return self.world
 
     def scatter_memory(self, pieces: Sequence[Piece]) -> ScatterMemory:
-        """Shared, or this rank's own where it cannot be."""
-        memory = self._memory(self.world * max(piece.nbytes for piece in pieces))
-        return self._gloo.scatter_memory(pieces) if memory is None else _Scatters(memory)
+        """Shared, or this rank's own where it cannot be; made by `settle`, or when it is used."""
+        wanted = _Scatters(self, pieces)
+        self._wanted.append(wanted)
+        return wanted
 
     def gather_memory(self, nbytes: int) -> GatherMemory:
-        """Shared, or none where it cannot be: gloo gathers in place."""
-        memory = self._memory(nbytes)
-        return GatherInPlace(self._gloo) if memory is None else _Gathers(memory)
+        """Shared, or none where it cannot be: gloo gathers in place; made as for scatters."""
+        wanted = _Gathers(self, nbytes)
+        self._wanted.append(wanted)
+        return wanted
+
+    def settle(self) -> None:
+        """Makes the memory that has been asked for since the last time. All ranks call it, with
+        nothing under way. Raises `CommError`.
+        """
+        wanted, self._wanted = self._wanted, []
+        scatters = [one for one in wanted if isinstance(one, _Scatters)]
+        gathers = [one for one in wanted if isinstance(one, _Gathers)]
+        sizes = [one.nbytes for one in gathers]
+        steps = [_step(one.nbytes) for one in scatters]
+        steps += [_step(max(sizes, default=0))] * _depth(sizes)
+        memories = self._share(steps) if any(steps) and self._why_not is None else None
+        if memories is None:
+            for one in scatters:
+                one.found = self._gloo.scatter_memory(one.pieces)
+            for each in gathers:
+                each.found = self._gloo.gather_memory(each.nbytes)
+            return
+        for one, memory in zip(scatters, memories, strict=False):
+            one.found = Scatters(memory)
+        pool = Pool(memories[len(scatters) :])
+        for each in gathers:
+            each.found = pool
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:
         """gloo's, in memory that ranks do not share."""
@@ -112,23 +160,26 @@ class SharedComm:
 
     def close(self, *, waits: bool = True) -> None:
         """This rank has left; the memory goes with who uses it. A second call does nothing."""
-        for memory in list(self._memories):
-            memory.leave()
+        for mapped in list(self._mapped):
+            mapped.leave()
         self._gloo.close(waits=waits)
 
-    def _memory(self, turn: int) -> _Memory | None:
-        """Of `turn` bytes a turn; None where ranks do not share any. All ranks alike."""
-        if self._why_not is not None:
-            return None
-        step = -(-turn // _LINE) * _LINE
+    def _share(self, steps: Sequence[int]) -> list[Memory] | None:
+        """Memories of so many bytes a turn, in one segment; None where ranks do not share any. All
+        ranks alike.
+        """
+        total = TURNS * sum(steps)
         try:
-            segment = share(self.control, -(-_TURNS * step // PAGE) * PAGE)
+            segment = share(self.control, len(steps), -(-total // PAGE) * PAGE)
         except Unshared as error:
             self._refuse(str(error))
             return None
-        memory = _Memory(self, segment, step)
-        self._memories.add(memory)
-        return memory
+        mapped = Mapped(self, segment)
+        ends = [*accumulate((TURNS * step for step in steps), initial=0)]
+        memories = [Memory(mapped, number, ends[number], step) for number, step in enumerate(steps)]
+        self._mapped.add(mapped)
+        self._memories.update(memories)
+        return memories
 
     def _refuse(self, why: str) -> None:
         if self._required:
@@ -138,12 +189,13 @@ class SharedComm:
             )
         self._why_not = why
         if self.rank == 0:
-            _log.info("gradients and parameters go over gloo, not through shared memory: %s", why)
+            what = "what else is sent goes" if self._memories else "gradients and parameters go"
+            _log.info("%s over gloo, not through shared memory: %s", what, why)
 
     @property
     def nbytes(self) -> int:
         """Of this rank's in memory that ranks share."""
-        return sum(_TURNS * memory.step for memory in self._memories)
+        return sum(TURNS * memory.step for memory in self._memories)
 
     # What a wait asks.
 
@@ -158,179 +210,43 @@ class SharedComm:
         return None if fate is None or fate == "is stopped" else fate
 
 
-class _Memory:
-    """A segment, two turns of `step` bytes for each rank."""
-
-    def __init__(self, comm: SharedComm, segment: _core.Segment, step: int) -> None:
-        self.comm, self.segment, self.step = comm, segment, step
-        self.channel = segment.channel(0)
-        self.stride = segment.start(1) - segment.start(0)
-        """Bytes from one rank's memory to the next one's."""
-        ranks = range(comm.world)
-        self._pieces = [
-            [from_dlpack(segment.buffer(rank, turn * step, step)) for rank in ranks]
-            for turn in range(_TURNS)
-        ]
-        # A fork is another process, which has left nothing.
-        self.leave = weakref.finalize(self, _leave, segment, os.getpid())
-
-    def of(self, rank: int, turn: int, nbytes: int) -> Tensor:
-        """A rank's, as bytes."""
-        return self._pieces[turn][rank].narrow(0, 0, nbytes)
-
-    def across(self, start: int, length: int) -> Tensor:
-        """From where `length` bytes from `start` on begin in the first rank's memory to where they
-        end in the last one's, as bytes.
-        """
-        return from_dlpack(self.segment.across(start, length))
-
-
-def _leave(segment: _core.Segment, process: int) -> None:
-    if os.getpid() == process:
-        segment.leave()
-
-
 class _Scatters:
-    """Of one lane: packed in shared memory, and summed out of it."""
+    """Of one lane, once it is settled where."""
 
-    def __init__(self, memory: _Memory) -> None:
-        self._memory = memory
+    def __init__(self, comm: SharedComm, pieces: Sequence[Piece]) -> None:
+        self._comm, self.pieces = comm, pieces
+        self.nbytes = comm.world * max(piece.nbytes for piece in pieces)
+        self.found: ScatterMemory | None = None
+
+    def _settled(self) -> ScatterMemory:
+        if self.found is None:
+            self._comm.settle()
+        assert self.found is not None
+        return self.found
 
     def scatters(self, piece: Piece) -> Sequence[Scatter]:
-        """One for each turn."""
-        return [_Scatter(self._memory, piece, turn) for turn in range(_TURNS)]
+        """As shared memory has it, or gloo."""
+        return self._settled().scatters(piece)
 
     def turn(self) -> int:
-        """By the number of the next use."""
-        return self._memory.channel.next % _TURNS
+        """As shared memory has it, or gloo."""
+        return self._settled().turn()
 
-
-class _Scatter:
-    """In one turn."""
-
-    def __init__(self, memory: _Memory, piece: Piece, turn: int) -> None:
-        comm = memory.comm
-        self._memory = memory
-        self.send = memory.of(comm.rank, turn, comm.world * piece.nbytes).view(piece.dtype)
-        mine = turn * memory.step + comm.rank * piece.nbytes
-        self.recv = memory.across(mine, piece.nbytes).view(piece.dtype)
-        self.pieces = comm.world
-        self.stride = memory.stride // piece.dtype.itemsize
-
-    def make(self, *, lost: bool) -> Work:
-        """What has been packed is there when it is started."""
-        return _Use(self._memory, lost=lost)
+    def gathers(self, nbytes: int) -> GatherMemory:
+        """As shared memory has it, or gloo."""
+        return self._settled().gathers(nbytes)
 
 
 class _Gathers:
-    """Of one bucket: each rank's shard is copied into shared memory, and out of it by the peers."""
+    """Of one bucket, once it is settled where."""
 
-    def __init__(self, memory: _Memory) -> None:
-        self._memory = memory
+    def __init__(self, comm: SharedComm, nbytes: int) -> None:
+        self._comm, self.nbytes = comm, nbytes
+        self.found: GatherMemory | None = None
 
     def make(self, buffer: Tensor, *, lost: bool) -> Work:
-        """Copies at the start, and at the end of the wait."""
-        return _Gather(self._memory, buffer, lost=lost)
-
-
-class _Use(Work):
-    """One use of a memory. It is complete when all ranks have posted it."""
-
-    def __init__(self, memory: _Memory, *, lost: bool) -> None:
-        super().__init__()
-        self._memory = memory
-        self._channel = memory.channel
-        self._number = memory.channel.next
-        self._lost = lost
-        self._looked = time.monotonic()
-        self._calls_then: list[Callable[[], None]] = []
-
-    def start(self) -> Work:
-        """Posts what has been written, once."""
-        if self._channel.next == self._number:
-            if not self._lost:
-                self.write()
-            self._channel.post(self._number, lost=self._lost)
-        return self
-
-    def write(self) -> None:
-        """What is not there yet; may be broken off and called again."""
-
-    def read(self) -> None:
-        """Takes what has come, once."""
-
-    def is_completed(self) -> bool:
-        """Whether `wait`, after `start`, would return, or raise, at once."""
-        peer = self._channel.missing(self._number)
-        if peer is None:
-            self._tell()
-            return True
-        now = time.monotonic()
-        if now - self._looked < _SLICE:
-            return False
-        self._looked = now
-        return self._gone(peer) is not None
-
-    def wait(self) -> None:
-        """Blocks the host, without the interpreter's lock, and hears Ctrl-C."""
-        end = time.monotonic() + self._memory.comm.patience()
-        while (peer := self._channel.wait(self._number, _SLICE)) is not None:
-            gone = self._gone(peer)
-            if self._channel.missing(self._number) is None:
-                break  # it had posted this before it went
-            if gone is not None:
-                raise RuntimeError(f"the process of rank {self._job_rank(peer)} {gone}")
-            if time.monotonic() > end:
-                raise RuntimeError(
-                    f"rank {self._job_rank(peer)} has not come within "
-                    f"{self._memory.comm.patience():g} s"
-                )
-        self._tell()
-        if not self._lost:
-            self.read()
-
-    def taken(self) -> None:
-        """Peers may write where this rank has read."""
-        self._channel.finish(self._number)
-
-    def when_complete(self, call: Callable[[], None]) -> None:
-        """Calls `call` when this rank first sees it complete."""
-        self._calls_then.append(call)
-        self.is_completed()
-
-    def _tell(self) -> None:
-        while self._calls_then:
-            self._calls_then.pop()()
-
-    def _gone(self, peer: int) -> str | None:
-        memory = self._memory
-        left = "has given its engine back" if memory.segment.left(peer) else None
-        return memory.comm.gone(peer) or left
-
-    def _job_rank(self, peer: int) -> int:
-        return self._memory.comm.ranks[peer]
-
-
-class _Gather(_Use):
-    """Each rank's shard of `buffer`, in place."""
-
-    def __init__(self, memory: _Memory, buffer: Tensor, *, lost: bool) -> None:
-        super().__init__(memory, lost=lost)
-        self._shards = buffer.detach().view(torch.uint8).chunk(memory.comm.world)
-        self._turn = self._number % _TURNS
-        self._read = False
-
-    def write(self) -> None:
-        """This rank's shard."""
-        rank = self._memory.comm.rank
-        shard = self._shards[rank]
-        self._memory.of(rank, self._turn, shard.numel()).copy_(shard)
-
-    def read(self) -> None:
-        """The peers'."""
-        if self._read:
-            return
-        for rank, shard in enumerate(self._shards):
-            if rank != self._memory.comm.rank:
-                shard.copy_(self._memory.of(rank, self._turn, shard.numel()))
-        self._read = True
+        """As shared memory has it, or gloo."""
+        if self.found is None:
+            self._comm.settle()
+        assert self.found is not None
+        return self.found.make(buffer, lost=lost)

@@ -98,12 +98,8 @@ class Executor:
         step.
         """
         units = self._program.units
-        self._program.dissolve()
-        self._program = Program()  # whose memory goes before the new is asked for
-        self._launches.load(())
         self.publication.land()
-        self.publication = self._publish(())
-        self._actions.load(self._table())
+        self._give_back({})  # before the new is asked for
         self._program = self._maker.program(plan, self._launches, units)
         self._launches.load(self._program.flights)
         self.publication = self._publish(self._maker.published())

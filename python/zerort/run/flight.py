@@ -8,7 +8,7 @@ not do: it does not know when its turn is, nor on which stream it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,9 +25,10 @@ __all__ = ["FIRST", "OVER", "Flight", "Hop", "Inflight", "Leg", "Source", "Trans
 class Source(Protocol):
     """One bucket's gradient on this rank, before it is sent."""
 
-    def rest_in(self, slots: Sequence[Tensor]) -> None:
+    def rest_in(self, slots: Callable[[], Sequence[Tensor]] | None) -> None:
         """Offers the bucket's own send buffer, as one view per parameter, to keep gradients in
-        until it is packed. Without slots there is no such memory.
+        until it is packed: `slots` says where that is between two passes. Without any there is no
+        such memory.
         """
 
     def follow(self) -> None:

@@ -162,6 +162,18 @@ class ReduceScatter:
         """What is sent, encoded."""
         return self.turn.buffers.send.tensor
 
+    def slots(self) -> Sequence[Tensor]:
+        """Where gradients may rest until they are packed, in what is used next; nothing is under
+        way.
+        """
+        encoder = self._leg.encoder
+        encoder.bind(self._memory.next().buffers)
+        return encoder.slots
+
+    def gathers(self, nbytes: int) -> GatherMemory:
+        """For what is gathered of its sums."""
+        return self._memory.memory.gathers(nbytes)
+
     def make(self) -> Work:
         """Writes it."""
         turn = self.turn = self._memory.next()
@@ -264,11 +276,13 @@ class GatherTotals:
         bucket.sums.close()
 
 
-def gather_sums(comm: Comm, leg: Leg, scatter: ReduceScatter, current: Pass) -> GatherSums:
-    """With memory of its own. All ranks of `comm` make it, in one order, with nothing under way."""
+def gather_sums(leg: Leg, scatter: ReduceScatter, current: Pass) -> GatherSums:
+    """In the memory that they were scattered in. All ranks make it, in one order, with nothing
+    under way.
+    """
     each = leg.extent.numel * leg.extent.bucket.accum.tensor.itemsize
     nbytes = scatter.buffer.nbytes if leg.encoder.rounds else each
-    return GatherSums(comm.gather_memory(nbytes // comm.world), leg, scatter, current)
+    return GatherSums(scatter.gathers(nbytes // leg.extent.world), leg, scatter, current)
 
 
 @dataclass(frozen=True)
@@ -344,7 +358,7 @@ def reduce_hops(
         number, leg = legs[hop.group]
         comm = mesh[hop.group]
         if hop.op == "all_gather":
-            hops.append(gather_sums(comm, leg, scatters[hop.group], current))
+            hops.append(gather_sums(leg, scatters[hop.group], current))
             continue
         feed: Feed = FromGradients(bucket, transport.source, current)
         if number > 0:
@@ -360,10 +374,11 @@ def reduce_hops(
             sink = IntoTotals(Memory.of(own), current)
         memory = lane.leg(number, leg, comm)
         leg.encoder.bind(memory.turns[0].buffers)
-        scatters[hop.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
-        hops.append(scatters[hop.group])
+        scatter = scatters[hop.group] = ReduceScatter(comm, leg, memory, feed, sink, current)
+        hops.append(scatter)
+        if number == 0:
+            transport.source.rest_in(scatter.slots)
         if totals is not None:
-            each = totals.tensor.nbytes // comm.world
-            gathers = comm.gather_memory(each)
-            hops.append(GatherTotals(comm, gathers, leg, scatters[hop.group], totals, current))
+            gathers = scatter.gathers(totals.tensor.nbytes // comm.world)
+            hops.append(GatherTotals(comm, gathers, leg, scatter, totals, current))
     return hops

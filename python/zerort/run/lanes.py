@@ -62,8 +62,7 @@ class LaneMemory:
         """As the bucket of `leg` sees it."""
         memory = self.scatters[number]
         scatters = memory.scatters(_piece(leg))
-        rests = not self.shared and len(scatters) == 1
-        turns = [_turn(leg, comm, scatter, self.shared, rests=rests) for scatter in scatters]
+        turns = [_turn(leg, comm, scatter, self.shared) for scatter in scatters]
         return LegMemory(memory, turns)
 
     def sums(self, number: int, leg: Leg) -> Memory:
@@ -106,7 +105,7 @@ def _piece(leg: Leg) -> Piece:
     return Piece(length, dtype, leg.wire.adds)
 
 
-def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool, *, rests: bool) -> Turn:
+def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool) -> Turn:
     length = _piece(leg).length
     own = scatter.send.narrow(0, comm.rank * length, length)
     slots = [] if leg.wire.dtype is None else leg.extent.slots(scatter.send)
@@ -118,6 +117,6 @@ def _turn(leg: Leg, comm: Comm, scatter: Scatter, shared: bool, *, rests: bool) 
         scatter.pieces,
         scatter.stride,
         slots,
-        rests,
+        rests=not shared,
     )
     return Turn(buffers, scatter)

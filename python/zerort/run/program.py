@@ -68,7 +68,9 @@ class Maker:
     def program(
         self, plan: _core.Plan, launches: Launches, units: Mapping[int, UnitFlight]
     ) -> Program:
-        """With the `units` of the program before, if that had any: they do not change."""
+        """With the `units` of the program before, if that had any: they do not change. All ranks
+        make it, with nothing under way.
+        """
         flights = self._flights(plan)
         schedule = plan.schedule
         verbs = {
@@ -84,12 +86,14 @@ class Maker:
         )
 
     def published(self) -> list[tuple[FlatBucket, Sequence[Hop]]]:
-        """What is brought to all ranks behind a step, in its order."""
-        return [
+        """What is brought to all ranks behind a step, in its order. All ranks make it."""
+        found: list[tuple[FlatBucket, Sequence[Hop]]] = [
             (bucket, gather_hops(bucket, hops, self._mesh))
             for bucket in self._flat.trained
             if (hops := bucket.spec.publish_hops)
         ]
+        self._mesh.settle()
+        return found
 
     def collect(self) -> None:
         """Gradients of a micro-batch that is not reduced go where they wait."""
@@ -104,7 +108,7 @@ class Maker:
     def release(self) -> None:
         """Gives back what sources, encoders and sums have, until the next program."""
         for transport in self._transports.values():
-            transport.source.rest_in([])
+            transport.source.rest_in(None)
             for encoder in transport.encoders:
                 encoder.release()
         for bucket in self._flat.trained:
@@ -114,10 +118,13 @@ class Maker:
         """By bucket. The n-th launch uses lane n modulo the window."""
         order = [bucket for kind, bucket in plan.schedule if kind == "launch"]
         flights: dict[int, Inflight] = {}
-        for position in range(plan.window):
-            users = order[position :: plan.window]
-            transports = [self._transports[b] for b in users]
-            lane = lane_for(transports, self._mesh, self._streams.lane())
+        sharing = [order[position :: plan.window] for position in range(plan.window)]
+        lanes = [
+            lane_for([self._transports[b] for b in users], self._mesh, self._streams.lane())
+            for users in sharing
+        ]
+        self._mesh.settle()
+        for users, lane in zip(sharing, lanes, strict=True):
             for b in users:
                 flights[b] = self._flight(self._trained[b], self._transports[b], lane)
             for last, b in zip(users[-1:] + users, users, strict=False):
@@ -126,7 +133,6 @@ class Maker:
 
     def _flight(self, bucket: FlatBucket, transport: Transport, lane: LaneMemory) -> Inflight:
         hops = reduce_hops(bucket, transport, lane, self._mesh, self._current)
-        transport.source.rest_in(transport.legs[0].encoder.slots)
         return Inflight(bucket, hops, lane.lane)
 
     def _units(self, plan: _core.Plan) -> dict[int, UnitFlight]:
@@ -136,4 +142,6 @@ class Maker:
             members = [buckets[b] for b in unit.buckets]
             return UnitFlight(unit, members, gather_ways(members, self._mesh), self._following)
 
-        return {unit.id: flight(unit) for unit in plan.units}
+        units = {unit.id: flight(unit) for unit in plan.units}
+        self._mesh.settle()  # what units have stays when the rest is made anew
+        return units

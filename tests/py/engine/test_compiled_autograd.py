@@ -215,7 +215,10 @@ def _events(rank: int, world: int, stage: int, layers: int) -> list[str]:
         events.append("launch")
         return all_to_all(*buffers, **options)
 
-    config = {**at_stage(stage, reduce_bucket_size=1), "zerort": {"window": "all"}}
+    config = {
+        **at_stage(stage, reduce_bucket_size=1),
+        "zerort": {"window": "all", "transport": "gloo"},
+    }
     engine = compile_with(engine_over_terms(config, model=Chain(layers)), backend)
     dist.all_to_all_single = launch
     try:

@@ -48,7 +48,7 @@ def config(
             "stage3_param_persistence_threshold": forecasted.WIDTH,
             **zero,
         },
-        "zerort": {"whole_padding": padding},
+        "zerort": {"whole_padding": padding, "transport": "gloo"},
     }
 
 

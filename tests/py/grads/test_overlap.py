@@ -69,7 +69,7 @@ class Scene:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 1},
-            "zerort": {"window": window},
+            "zerort": {"window": window, "transport": "gloo"},
         }
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         self.engine, *_ = zerort.initialize(model=model, optimizer=optimizer, config=config)
@@ -267,6 +267,7 @@ def backward_with_engine(rank: int, world: int, stage: int) -> Counter[str]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 2 * (16 * 16 + 16)},
+        "zerort": {"transport": "gloo"},
     }
     engine, *_ = zerort.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config

@@ -21,7 +21,7 @@ import ranks
 import zerort
 from tap import tapped
 from training import keep
-from weighing import alive, covered
+from weighing import alive, covered, private, reserved
 
 WIDTH, LAYERS = 128, 16
 BUCKET = WIDTH * WIDTH
@@ -37,6 +37,7 @@ class Variant:
     gas: int = 1
     sums: str = "fp32"
     """What gradients are added up in."""
+    transport: str = "gloo"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Bytes:
     """Of one rank."""
 
     in_flight: int
-    """Under what collectives send from and receive into."""
+    """Under what collectives send from and receive into, and of memory that ranks share."""
     at_rest: int
     """Under all other tensors, after a step."""
     in_window: int
@@ -53,11 +54,11 @@ class Bytes:
 
 def weigh(rank: int, world: int, variants: list[Variant]) -> list[Bytes]:
     gc.freeze()  # what the imports made is neither ours nor worth searching again and again
-    return [_weigh_one(variant) for variant in variants]
+    return [_weigh_one(world, variant) for variant in variants]
 
 
-def _weigh_one(variant: Variant) -> Bytes:
-    before = covered(alive())
+def _weigh_one(world: int, variant: Variant) -> Bytes:
+    before, reserved_before = covered(private(alive())), reserved(world)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -66,7 +67,7 @@ def _weigh_one(variant: Variant) -> Bytes:
         "bf16": {"enabled": variant.dtype == "bf16"},
         "zero_optimization": {"stage": variant.stage, "reduce_bucket_size": BUCKET},
         "data_types": {"grad_accum_dtype": variant.sums},
-        "zerort": {"window": variant.window},
+        "zerort": {"window": variant.window, "transport": variant.transport},
     }
     engine, *_ = zerort.initialize(model=model, config=config)
     with tapped() as calls:
@@ -77,9 +78,10 @@ def _weigh_one(variant: Variant) -> Bytes:
     in_flight = covered(flights)
     calls.clear()
     del flights
-    at_rest = covered(alive()) - in_flight - before
+    at_rest = covered(private(alive())) - in_flight - before
     _micro_batch(engine)
-    in_window = covered(alive()) - in_flight - before
+    in_window = covered(private(alive())) - in_flight - before
+    in_flight += reserved(world) - reserved_before
     keep(engine)
     return Bytes(in_flight, at_rest, in_window)
 
@@ -99,7 +101,13 @@ PLACEMENTS = [Variant(stage, dtype) for stage in (0, 1, 2) for dtype in WIRE]
 WINDOWS = [Variant(stage, dtype, window) for stage in (0, 2) for dtype in WIRE for window in (1, 3)]
 ACCUMULATING = [Variant(stage, dtype, gas=2) for stage in (0, 1, 2) for dtype in WIRE]
 NARROW = [Variant(stage, "bf16", gas=2, sums="bf16") for stage in (0, 1, 2)]
-VARIANTS = PLACEMENTS + WINDOWS + ACCUMULATING + NARROW
+SHARED = [
+    Variant(0, "fp32", gas=2, transport="shared"),
+    Variant(1, "fp32", gas=2, transport="shared"),
+    Variant(2, "bf16", gas=2, transport="shared"),
+]
+SHARED_WINDOWS = [Variant(stage, "fp32", 3, transport="shared") for stage in (0, 2)]
+VARIANTS = PLACEMENTS + WINDOWS + ACCUMULATING + NARROW + SHARED + SHARED_WINDOWS
 
 
 @cache
@@ -134,7 +142,7 @@ every_world = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.
 SMALL = 4096  # bytes of step counts, ballots, scalars
 
 
-@pytest.mark.parametrize("variant", ACCUMULATING, ids=str)
+@pytest.mark.parametrize("variant", ACCUMULATING + SHARED, ids=str)
 @every_world
 def test_a_window_keeps_no_more_than_the_formula(world: int, variant: Variant) -> None:
     for found in of_every_rank(world, variant):
@@ -161,7 +169,7 @@ def test_a_rank_keeps_no_more_than_the_formula(world: int, variant: Variant) -> 
         assert found.at_rest <= 1.02 * TOTAL * FORMULAS[variant.stage, variant.dtype](world)
 
 
-@pytest.mark.parametrize("variant", PLACEMENTS + WINDOWS, ids=str)
+@pytest.mark.parametrize("variant", PLACEMENTS + WINDOWS + SHARED + SHARED_WINDOWS, ids=str)
 @every_world
 def test_a_rank_keeps_parameters_moments_masters_and_accumulators_and_nothing_else(
     world: int, variant: Variant
@@ -180,7 +188,20 @@ def test_buckets_in_flight_take_a_window_of_send_and_receive_buffers(
         assert found.in_flight == window * 2 * BUCKET * WIRE[variant.dtype]
 
 
-@pytest.mark.parametrize("variant", ACCUMULATING, ids=str)
+@pytest.mark.parametrize("variant", SHARED + SHARED_WINDOWS, ids=str)
+@every_world
+def test_memory_that_ranks_share_is_two_turns_of_a_lane_and_of_a_shard_that_is_published(
+    world: int, variant: Variant
+) -> None:
+    lanes = LAYERS if variant.window == "all" else variant.window
+    # what is gathered of sums lies in the lane that they were scattered in
+    shards = 0 if variant.stage == 0 else LAYERS * BUCKET // world
+    expected = 2 * (lanes * BUCKET + shards) * WIRE[variant.dtype]
+    for found in of_every_rank(world, variant):
+        assert 0 <= found.in_flight - expected < SMALL + 2 * 4096  # two segments, whole pages
+
+
+@pytest.mark.parametrize("variant", ACCUMULATING + SHARED, ids=str)
 @every_world
 def test_between_micro_batches_gradients_rest_in_send_buffers_or_are_summed_where_they_arrive(
     world: int, variant: Variant

@@ -28,7 +28,7 @@ from cases import CASES
 from training import Config, at_stage, config_of, engine_for, take_step, train
 from zerort.device.cpu import Cpu
 from zerort.errors import CommError, PlanMismatch
-from zerort.mesh import meet, segments, shared
+from zerort.mesh import meet, segments, shared, uses
 from zerort.wire.dense import DenseEncoder
 
 LINE = "go over gloo, not through shared memory"
@@ -72,11 +72,18 @@ def agree(found: list[tuple[Any, Any]]) -> None:
             assert all(torch.equal(step[name], same[name]) for name in step)
 
 
-SOME = [(0, {"wire": "bf16"}), (1, {}), (2, {"wire": "bf16"}), (3, {})]
+SOME: list[tuple[int, dict[str, Any]]] = [
+    (0, {"wire": "bf16"}),
+    (0, {"wire": "int8", "window": 2}),
+    (1, {"publish": "overlapped"}),
+    (2, {"wire": "bf16"}),
+    (2, {"wire": "int8", "wire_error_feedback": True}),
+    (3, {}),
+]
 ALL = [
     (stage, {"wire": wire, **more})
     for stage in (0, 1, 2, 3)
-    for wire in ("fp32", "bf16")
+    for wire in ("fp32", "bf16", "int8")
     for more in ({}, {"window": 1}, {"reduce_at": "micro_batch"})
 ]
 
@@ -127,11 +134,11 @@ def given_back(rank: int, world: int) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         gc.collect()
-        for memory in list(first._parts.mesh.shard._memories):
-            memory.leave()
+        for mine in list(first._parts.mesh.shard._mapped):
+            mine.leave()
         os._exit(0)
     os.waitpid(child, 0)
-    left = [memory.segment.left(rank) for memory in first._parts.mesh.shard._memories]
+    left = [mine.segment.left(rank) for mine in first._parts.mesh.shard._mapped]
     first.destroy()
     one = mapped()
     second.destroy()
@@ -221,7 +228,7 @@ def lengths(rank: int, world: int) -> str:
     control = meet(timedelta(seconds=20))
     try:
         with pytest.raises(segments.Unshared) as raised:
-            segments.share(control, 4096 * (1 + rank))  # type: ignore[arg-type]
+            segments.share(control, 1, 4096 * (1 + rank))  # type: ignore[arg-type]
         return str(raised.value)
     finally:
         control.close()
@@ -262,10 +269,10 @@ def test_a_segment_cannot_become_shorter_under_a_peer() -> None:
 
 PHASES: dict[str, tuple[Any, str]] = {
     "packing": (DenseEncoder, "encode"),
-    "posted": (shared._Use, "is_completed"),
+    "posted": (uses.Use, "is_completed"),
     "summing": (Cpu, "reduce"),
-    "publishing": (shared._Gather, "write"),
-    "published": (shared._Gather, "read"),
+    "publishing": (uses.Gather, "write"),
+    "published": (uses.Gather, "read"),
 }
 
 

@@ -64,6 +64,7 @@ def weigh(rank: int, world: int, dtype: str, room: int, origin: str = "whole") -
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": room * UNIT,
             },
+            "zerort": {"transport": "gloo"},
         },
     )
     at_start = covered(alive()) - before

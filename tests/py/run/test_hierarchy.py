@@ -30,6 +30,7 @@ from zerort.utils import safe_get_full_fp32_param, safe_get_full_grad
 WORLD, HOSTS = 4, 2
 NESTED: dict[str, Any] = {"zerort": {"hierarchy": {"inner": 2}}}
 COPIES: dict[str, Any] = {"zero_optimization": {"mics_shard_size": 2}}
+GLOO: dict[str, Any] = {"zerort": {"transport": "gloo"}}
 STAGES = [0, 1, 2, 3]
 
 
@@ -154,7 +155,7 @@ def test_a_model_is_trained_as_without(stage: int, seated: Any) -> None:
 
 def between_hosts(rank: int, world: int, stage: int, gas: int) -> tuple[int, int, int]:
     case = CASES["gpt"]
-    engine = engine_for(case, config_of(case, gas, merged(at_stage(stage), NESTED)))
+    engine = engine_for(case, config_of(case, gas, merged(at_stage(stage), NESTED, GLOO)))
     outer = engine._parts.mesh["outer"].ranks
     take_step(engine, case, rank, 0, gas)
     with tapped() as calls:

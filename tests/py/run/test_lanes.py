@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ranks
 from training import at_stage, train
-from zerort.mesh import Comm, Piece, Work
+from zerort.mesh import Comm, GatherMemory, Piece, Work
 from zerort.mesh.gloo import GlooComm
 
 GAP = 128
@@ -90,6 +90,9 @@ class InTurn:
     def turn(self) -> int:
         return self.started % self.turns
 
+    def gathers(self, nbytes: int) -> GatherMemory:
+        return self.comm.gather_memory(nbytes)
+
 
 def trained(rank: int, world: int, turns: int, changes: Any) -> tuple[Any, list[list[int]]]:
     made: list[InTurn] = []
@@ -109,7 +112,7 @@ def trained(rank: int, world: int, turns: int, changes: Any) -> tuple[Any, list[
 def test_pieces_that_arrive_apart_in_memory_used_in_turn_are_summed_to_the_same_bits(
     stage: int, wire: str
 ) -> None:
-    changes = {**at_stage(stage), "zerort": {"wire": wire}}
+    changes = {**at_stage(stage), "zerort": {"wire": wire, "transport": "gloo"}}
     plain = ranks.shared(2, trained, 0, changes)
     other = ranks.shared(2, trained, 2, changes)
     for (expected, _), (got, used) in zip(plain, other, strict=True):
@@ -120,7 +123,7 @@ def test_pieces_that_arrive_apart_in_memory_used_in_turn_are_summed_to_the_same_
 
 
 def test_a_window_of_one_bucket_uses_one_lane_in_turn() -> None:
-    changes = {**at_stage(2), "zerort": {"window": 1}}
+    changes = {**at_stage(2), "zerort": {"window": 1, "transport": "gloo"}}
     plain = ranks.shared(2, trained, 0, changes)
     other = ranks.shared(2, trained, 3, changes)
     for (expected, _), (got, used) in zip(plain, other, strict=True):

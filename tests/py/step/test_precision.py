@@ -499,6 +499,7 @@ def _wires_under_autocast(rank: int, world: int, autocast: Config, more: Config)
     model = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
     model.append(torch.nn.LayerNorm(4))
     config = {"torch_autocast": {"enabled": True, "dtype": "bf16", **autocast}, **more}
+    config["zerort"] = {"transport": "gloo", **more.get("zerort", {})}
     engine = engine_over_terms(config, model=model)
     with tapped() as calls:
         engine.backward(engine(torch.ones(1, 2, 4)).float().square().mean())

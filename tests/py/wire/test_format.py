@@ -64,7 +64,7 @@ def engine_for(rank: int, wire: str, stage: int, **more: Any) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 400},
-        "zerort": {"wire": wire},
+        "zerort": {"wire": wire, "transport": "gloo"},
         **more,
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
