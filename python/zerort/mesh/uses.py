@@ -264,7 +264,6 @@ class _Pooled(Work):
         self._pool, self._buffer, self._lost = pool, buffer, lost
         self._number = -1
         self._use: Use | None = None
-        self._calls_then: list[Callable[[], None]] = []
 
     def start(self) -> Work:
         """Posts this rank's shard, once."""
@@ -275,11 +274,10 @@ class _Pooled(Work):
             if before is not None:
                 self._end(before, memory.group)
             self._use = Gather(memory, self._buffer, lost=self._lost)
-        pool.unread[self._place] = self._use
-        while self._calls_then:
-            self._use.when_complete(self._calls_then.pop())
-        self._use.start()
-        pool.started = max(pool.started, self._number + 1)
+        if pool.started == self._number:
+            pool.unread[self._place] = self._use
+            self._use.start()
+            pool.started = self._number + 1
         return self
 
     @property
@@ -310,8 +308,6 @@ class _Pooled(Work):
                 self._pool.unread[self._place] = None
 
     def when_complete(self, call: Callable[[], None]) -> None:
-        """Calls `call` when this rank first sees it complete."""
-        if self._use is None:
-            self._calls_then.append(call)
-        else:
-            self._use.when_complete(call)
+        """Calls `call` when this rank first sees it complete. It has started."""
+        assert self._use is not None, "nothing has started"
+        self._use.when_complete(call)

@@ -69,11 +69,17 @@ def whole(first: float, second: float) -> list[float]:
 
 def test_gathers_in_rotation_keep_what_was_not_read() -> None:
     pools = [Pool(each) for each in memories(2)]
-    ahead = [buffer(0, 1.0 + number) for number in range(5)]
-    behind = [buffer(1, 10.0 + number) for number in range(5)]
+    ahead = [buffer(0, 1.0 + number) for number in range(9)]
+    behind = [buffer(1, 10.0 + number) for number in range(9)]
     there = [pools[1].make(each, lost=False) for each in behind]
     here = [pools[0].make(each, lost=False) for each in ahead]
     for number in range(5):  # nothing is landed in between
+        there[number].start()
+        here[number].start()
+    for work in here[2:3] + there[2:3]:  # what had made way, when its memory is another's
+        work.start().wait()
+        work.taken()
+    for number in range(5, 9):
         there[number].start()
         here[number].start()
     # what had to make way was read before
@@ -81,9 +87,9 @@ def test_gathers_in_rotation_keep_what_was_not_read() -> None:
         whole(1.0 + number, 10.0 + number) for number in range(3)
     ]
     for work in here + there:
-        work.wait()
+        work.start().wait()  # whoever waits makes sure first that it has started
         work.taken()
-    for number in range(5):
+    for number in range(9):
         expected = whole(1.0 + number, 10.0 + number)
         assert ahead[number].tolist() == behind[number].tolist() == expected
     assert pools[0].unread == pools[1].unread == [None, None]

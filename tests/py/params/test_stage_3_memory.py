@@ -16,7 +16,7 @@ import ranks
 import zerort
 from tap import tapped
 from training import keep
-from weighing import alive, covered
+from weighing import alive, covered, private, reserved
 
 WIDTH, LAYERS, WINDOW = 128, 16, 4
 UNIT = WIDTH * WIDTH
@@ -48,7 +48,14 @@ def made(origin: str) -> nn.Module:
         return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
 
 
-def weigh(rank: int, world: int, dtype: str, room: int, origin: str = "whole") -> Found:
+def weigh(
+    rank: int,
+    world: int,
+    dtype: str,
+    room: int,
+    origin: str = "whole",
+    transport: str = "gloo",
+) -> Found:
     gc.freeze()
     before = covered(alive())
     model = made(origin)
@@ -64,10 +71,10 @@ def weigh(rank: int, world: int, dtype: str, room: int, origin: str = "whole") -
                 "stage3_param_persistence_threshold": 0,
                 "stage3_max_live_parameters": room * UNIT,
             },
-            "zerort": {"transport": "gloo"},
+            "zerort": {"transport": transport},
         },
     )
-    at_start = covered(alive()) - before
+    at_start = covered(private(alive())) - before
     most = 0
 
     def look(*_: Any) -> None:
@@ -90,7 +97,8 @@ def weigh(rank: int, world: int, dtype: str, room: int, origin: str = "whole") -
     in_flight = covered(flights)
     calls.clear()
     del flights
-    at_rest = covered(alive()) - in_flight - before
+    at_rest = covered(private(alive())) - in_flight - before
+    in_flight += reserved(world)
     keep(engine)
     return Found(at_start, at_rest, most, gathered, reduced, in_flight)
 
@@ -118,6 +126,19 @@ def test_a_rank_keeps_its_part_and_the_room(world: int, dtype: str, room: int) -
         once, unit = ((world - 1) * n // world * ITEM[dtype] for n in (TOTAL, UNIT))
         assert found.reduced == once
         assert found.gathered == 2 * once - room * unit
+
+
+def test_through_shared_memory_it_keeps_two_turns_of_lanes_and_of_shards_beside_it() -> None:
+    part = TOTAL // 2
+    state, moments = part * STATE["fp32"], part * 8
+    lanes = WINDOW * 2 * UNIT * ITEM["fp32"]
+    gathers = 2 * part * ITEM["fp32"]
+    for found in ranks.run(2, weigh, "fp32", 3, "whole", "shared"):
+        assert found.at_start <= 1.02 * (state - moments) + SMALL
+        assert state <= found.at_rest <= 1.02 * state + SMALL
+        assert 0 < found.whole <= 3 * UNIT * ITEM["fp32"]
+        assert 0 <= found.in_flight - lanes - gathers <= SMALL
+        assert found.reduced == found.gathered == 0, "through sockets"
 
 
 @pytest.mark.parametrize("origin", ["born", "meta"])

@@ -296,6 +296,7 @@ def losing_a_host(rank: int, world: int, changes: dict[str, Any]) -> tuple[str, 
         engine.step()
         engine.backward(engine(gradient_of(rank, 2)))
         engine.step()
+    engine.destroy()  # as with the end of its process: who is in a vote waits no longer
     return str(caught.value), time.monotonic() - began
 
 
