@@ -81,9 +81,10 @@ class Groups:
         self._numbers = count()
         self._patience = timedelta(0)
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._quiet = Quiet()
         self.failed = False
         """Whether a collective on one of these groups has failed."""
-        self._given_back = weakref.finalize(self, _drop, self._groups, self._under_way)
+        self._given_back = weakref.finalize(self, _drop, self._groups, self._under_way, self._quiet)
         self._given_back.atexit = False
         weakref.finalize(self, _linger, self._groups)
 
@@ -157,10 +158,14 @@ class Groups:
         work = Work(
             [partial(named, call, groups[name]) for name, call in calls],
             lambda: sum(counter() for counter in counters),
-            partial(self._under_way.pop, key, None),
+            partial(self._waited, key),
         )
         self._under_way[key] = work.handles
         return work
+
+    def _waited(self, key: int) -> None:
+        self._under_way.pop(key, None)
+        self._quiet.begin()
 
     @contextmanager
     def named(self, operation: str) -> Iterator[None]:
@@ -171,6 +176,8 @@ class Groups:
             if isinstance(error, CommError):
                 raise
             raise self.failure(operation, error) from error
+        finally:
+            self._quiet.begin()
 
     def failure(self, what: str, error: Exception) -> CommError:
         """The error to raise when `what`, a collective, failed with `error`."""
@@ -188,7 +195,26 @@ class Groups:
 
 
 _LINGER = 0.02
+"""Seconds in which a worker lets go of a collective's tensors."""
 _POLL = 0.005
+
+
+class Quiet:
+    """Since when no worker has anything to let go of, as far as this thread has seen."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """A collective has been started or waited for."""
+        self._since = time.monotonic()
+
+    def reach(self) -> None:
+        """Sleeps until it has been so for long enough."""
+        rest = self._since + _LINGER - time.monotonic()
+        if rest > 0:
+            time.sleep(rest)
+
 
 UnderWay = dict[int, Handles]
 """Collectives that have not been waited for yet, numbered."""
@@ -215,7 +241,7 @@ def _uncounted() -> int:
     return 0
 
 
-def _drop(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
+def _drop(groups: dict[str, dist.ProcessGroup], under_way: UnderWay, quiet: Quiet) -> None:
     """Gives groups back whose owner has been closed or collected.
 
     A group's destructor waits for its workers, while it holds the interpreter. So it must not run
@@ -224,15 +250,21 @@ def _drop(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
     interpreter to let go of it, which was seen to hang for ever with torch 2.6.
     """
     if _busy(under_way):
-        threading.Thread(target=_wait_and_destroy, args=(groups, under_way), daemon=True).start()
-    else:
-        _destroy(groups)
+        waiting = (groups, under_way, quiet)
+        threading.Thread(target=_wait_and_destroy, args=waiting, daemon=True).start()
+        return
+    if under_way:  # complete, and nobody has waited for it
+        quiet.begin()
+    _destroy(groups, quiet)
 
 
-def _wait_and_destroy(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
+def _wait_and_destroy(
+    groups: dict[str, dist.ProcessGroup], under_way: UnderWay, quiet: Quiet
+) -> None:
     while _busy(under_way):
         time.sleep(_POLL)
-    _destroy(groups)
+    quiet.begin()
+    _destroy(groups, quiet)
 
 
 def _linger(groups: dict[str, dist.ProcessGroup]) -> None:
@@ -241,8 +273,8 @@ def _linger(groups: dict[str, dist.ProcessGroup]) -> None:
         time.sleep(_LINGER)
 
 
-def _destroy(groups: dict[str, dist.ProcessGroup]) -> None:
-    time.sleep(_LINGER)
+def _destroy(groups: dict[str, dist.ProcessGroup], quiet: Quiet) -> None:
+    quiet.reach()
     while groups:
         _, group = groups.popitem()
         # Raised where the user has destroyed torch.distributed, and ours with it.

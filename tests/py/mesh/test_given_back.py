@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -167,6 +168,39 @@ def test_a_dropped_engine_lets_go_of_the_model_and_the_model_trains_on(world: in
     for gone, trains_on in ranks.run(world, dropped_engine):
         assert gone == [True, True]
         assert trains_on
+
+
+# ---- behind the last collective
+
+
+def closed_behind(rank: int, world: int) -> dict[str, list[float]]:
+    """Seconds that `close` sleeps: with what came last waited for a while ago, just now, and not at
+    all though it is complete.
+    """
+    slept: dict[str, list[float]] = {}
+    sleep = time.sleep
+    for name in ("a while ago", "just now", "never"):
+        mesh = connect(timedelta(seconds=20), CPU)
+        work = mesh.shard.all_gather(torch.zeros(2)).start()
+        while not work.is_completed():
+            sleep(0.001)
+        if name != "never":
+            work.wait()
+        mesh.control.all_reduce(torch.zeros(1))
+        if name != "just now":
+            sleep(0.05)
+        slept[name] = []
+        with mock.patch.object(time, "sleep", slept[name].append):
+            mesh.close()
+    return slept
+
+
+def test_groups_are_given_back_once_their_workers_have_had_time_to_let_go() -> None:
+    for slept in ranks.run(2, closed_behind):
+        assert slept["a while ago"] == []
+        assert slept["just now"]
+        assert all(0 < seconds <= 0.02 for seconds in slept["just now"])
+        assert slept["never"] == [pytest.approx(0.02, abs=0.005)]  # the control group's is long ago
 
 
 # ---- with a collective under way
