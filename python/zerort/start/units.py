@@ -116,7 +116,7 @@ def passes_over(
         if bucket.spec.unit is not None
         for parameter in bucket.params
     }
-    pins = Pins(passes, reduction.executor, mesh.shard, units)
+    pins = Pins(passes, reduction.executor, mesh.job, units)
     Uses(model, flat, passes, pins, units, standing.heir)
     return passes
 

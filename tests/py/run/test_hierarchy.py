@@ -201,6 +201,28 @@ def test_whole_masters_and_gradients_can_be_read(seated: Any) -> None:
                 torch.testing.assert_close(same, tensor)
 
 
+def written(rank: int, world: int, changes: dict[str, Any]) -> list[Tensor]:
+    """By rank 1, then by rank 2."""
+    case = CASES["mlp"]
+    engine = engine_for(case, config_of(case, 1, changes))
+    params, found = list(engine.module.parameters()), []
+    for modifier in (1, 2):
+        with zerort.zero.GatheredParameters(params, modifier_rank=modifier):
+            if rank == modifier:
+                for parameter in params:
+                    parameter.data.fill_(modifier)
+        with zerort.zero.GatheredParameters(params):
+            found.append(torch.cat([p.detach().reshape(-1) for p in params]).unique())
+    keep(engine)
+    return found
+
+
+@pytest.mark.parametrize("seated", [NESTED, COPIES], ids=["hosts", "copies"])
+def test_what_one_rank_writes_is_everybodys_whatever_shards_are_called(seated: Any) -> None:
+    for found in ranks.shared(WORLD, written, merged(at_stage(3), seated)):
+        assert [values.tolist() for values in found] == [[1.0], [2.0]]
+
+
 # Checkpoints.
 
 

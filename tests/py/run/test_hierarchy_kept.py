@@ -138,6 +138,7 @@ def set_whole(program: Program) -> None:
 def evaluates_more(program: Program) -> None:
     program.local(2)
     more = [program.look() for _ in range(2 if program.rank == 0 else 0)]
+    program.step()  # at which the others are meanwhile
     if more:
         program.note("what rank 0 alone sees", *more)
 
