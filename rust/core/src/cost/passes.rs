@@ -74,7 +74,9 @@ pub(super) fn step(
     executor.vote();
     if !overlaps {
         executor.update(&order, false);
-        order.iter().for_each(|&bucket| executor.need(bucket));
+        for &bucket in &order {
+            executor.need(bucket);
+        }
         executor.compute(workload.other_ns);
     }
     executor.prediction()

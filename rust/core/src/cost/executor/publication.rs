@@ -17,7 +17,9 @@ impl Executor<'_> {
     /// else behind all. All but each bucket's last hop is waited for.
     pub(in crate::cost) fn update(&mut self, order: &[BucketId], at_once: bool) {
         if !at_once {
-            order.iter().for_each(|&bucket| self.renew(bucket));
+            for &bucket in order {
+                self.renew(bucket);
+            }
         }
         for &bucket in order {
             if at_once {
