@@ -61,6 +61,8 @@ class Scene:
     roll_call: float = 0.0
     on_device: bool = False
     """No spans of collectives, and one wait for all sums."""
+    held: Times | float = 0.0
+    """For how long a step's forward stands still for a collective."""
     stall: float = 0.0
     """For how long each bucket is waited for at the end, however long ago it was complete."""
     window: int = 64
@@ -111,6 +113,10 @@ class Scene:
             if self.roll_call:
                 writer.wait(writer.at, writer.at + self.roll_call, "roll call")
                 writer.at += self.roll_call
+            held = _at(self.held, writer.rank, step)
+            if held:
+                writer.wait(writer.at, writer.at + held, "reduce_scatter of bucket 0 (a .. b)")
+                writer.at += held
             writer.forward(_at(self.forward, writer.rank, step) / self.micro_batches, self.gathers)
         begun = {writer.rank: writer.at for writer in writers}
         took = {

@@ -8,13 +8,15 @@ from itertools import pairwise
 from math import log2
 
 from zerort.report.page import Section, figure
-from zerort.report.svg import Scale, dot, line, picture, text, ticks
+from zerort.report.svg import dot, line, picture, text, ticks
 
 __all__ = ["Series", "scaling"]
 
 _HEIGHT, _TOP, _FOOT = 280, 16, 36
-_WIDTH = 70
-"""Percent of the width that the curves have; the rest is for their names."""
+_LEFT, _WIDTH = 12, 70
+"""Percent of the width at which curves begin, behind the numbers of the axis, and end, before their
+names.
+"""
 _LABEL_PX = 14
 _COLOURS = 6
 
@@ -41,7 +43,7 @@ class _Plane:
     def x(self, ranks: float) -> float:
         """Percent."""
         low, high = log2(self.ranks[0]), log2(self.ranks[-1])
-        return Scale(low, low + ((high - low) or 1.0) * 100 / _WIDTH).at(log2(ranks))
+        return _LEFT + (_WIDTH - _LEFT) * (log2(ranks) - low) / ((high - low) or 1.0)
 
     def y(self, value: float) -> float:
         """Pixels."""
@@ -76,8 +78,8 @@ def _grid(plane: _Plane, x: str) -> Iterator[str]:
     every = -(-len(plane.ranks) // 6)
     for index, at in enumerate(plane.ranks):
         if index % every == 0:
-            yield text(plane.x(at), _HEIGHT - 19, f"{at:g}", "tick", "middle" if index else "start")
-    yield text(_WIDTH / 2, _HEIGHT - 3, x, "tick", "middle")
+            yield text(plane.x(at), _HEIGHT - 19, f"{at:g}", "tick", "middle")
+    yield text((_LEFT + _WIDTH) / 2, _HEIGHT - 3, x, "tick", "middle")
 
 
 def _curve(one: Series, colour: str, plane: _Plane) -> Iterator[str]:
@@ -98,5 +100,5 @@ def _names(drawn: Sequence[Series], plane: _Plane) -> Iterator[str]:
     at = float("-inf")
     for wanted, index, one in sorted(last, key=lambda item: item[:2]):
         at = max(wanted + 4, at + _LABEL_PX)
-        words = one.name + (" (measured)" if one.measured else "")
+        words = one.name + (" (measured)" if one.measured and one.name != "measured" else "")
         yield text(_WIDTH + 1.5, at, words, f"series{index % _COLOURS}")

@@ -11,6 +11,7 @@ from zerort.report.buckets import BucketCost, bucket_costs
 from zerort.report.run import Run
 from zerort.report.split import Split, median_step, split, typical
 from zerort.report.wire import Wire, wire
+from zerort.report.words import KIND_WORDS, ms
 
 __all__ = ["Figures", "Outlier", "Voting", "figures"]
 
@@ -28,6 +29,16 @@ class Outlier:
     kind: str
     longer: float
     """By how many milliseconds that kind was longer on that rank."""
+    excess: float
+    """By how many milliseconds the step was longer than the median."""
+
+    @property
+    def words(self) -> str:
+        """Who was longer and in what, where that says most of it."""
+        if self.longer < self.excess / 2:
+            return "no rank computed that much longer: the wire or the machine was busy"
+        where = KIND_WORDS.get(self.kind, self.kind)
+        return f"rank {self.rank} was {ms(self.longer)} longer {where}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def _outliers(
             if kind not in ("exposed", "vote", "publish") or len(run.ranks) == 1
         ]
         by, rank, kind = max(longer)
-        found.append(Outlier(number, walls[number], rank, kind, by))
+        found.append(Outlier(number, walls[number], rank, kind, by, walls[number] - middle))
     return found
 
 

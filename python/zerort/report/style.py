@@ -56,6 +56,7 @@ font-weight:600}.legend svg{display:inline-block;width:11px;height:11px;margin:0
 .lanes{display:grid;grid-template-columns:40px minmax(0,1fr);gap:0 8px}
 .lanes .names{font-size:11px;color:var(--soft);text-align:right;white-space:nowrap}
 .lanes .names div{overflow:hidden}
+ul{padding-left:1.3em}.legend+details{margin-top:12px}
 details{border-top:1px solid var(--grid);padding:6px 0}summary{cursor:pointer;font-size:14px}
 summary b{font-weight:650}
 .findings{list-style:none;margin:14px 0 0;padding:0}
@@ -84,7 +85,7 @@ table,tbody{display:block}thead{display:none}tr{display:grid;padding:8px 0;
 grid-template-columns:repeat(3,minmax(0,1fr));border-top:1px solid var(--grid)}
 td{display:block;border:0;padding:1px 4px 1px 0;text-align:left}
 td::before{content:attr(data-head);display:block;color:var(--soft);font-size:11.5px}
-td.name,td.bars{grid-column:1/-1;width:auto}td.bars::before,td.name:first-child::before{display:none}}
+td.name,td.bars{grid-column:1/-1;width:auto}td.bars{order:-1}td.name:first-child{order:-2}td.bars::before,td.name:first-child::before{display:none}}
 @media(hover:none){.hover{display:none}}
 @media(hover:hover){.touch{display:none}}
 """

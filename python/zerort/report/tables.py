@@ -4,6 +4,7 @@ step of the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -40,9 +41,9 @@ def buckets_section(figures: Figures) -> Section | None:
         ("comes last", "name"),
     )
     words = (
-        "A bucket costs the time of a step for which ranks stood still for its sum or for its "
-        "parameters. The other times are those of one launch, in milliseconds; what flies while "
-        "the backward goes on is free."
+        "A bucket costs the time of a step for which ranks stood still for its sum (orange) or for "
+        "its parameters (blue). The other times are those of one launch, in milliseconds; what "
+        "flies while the backward goes on is free."
     )
     rows = [_bucket(bucket, longest) for bucket in shown]
     rest = len(figures.buckets) - len(shown)
@@ -56,7 +57,7 @@ def _bucket(bucket: BucketCost, longest: float) -> list[str]:
     at = 0.0
     for kind, took, why in (
         ("exposed", bucket.exposed, "for its sum"),
-        ("whole", bucket.gathered, "for its parameters, at stage 3"),
+        ("publish", bucket.gathered, "for its parameters, at stage 3"),
         ("publish", bucket.published, "for its updated parameters"),
     ):
         if took:
@@ -67,7 +68,7 @@ def _bucket(bucket: BucketCost, longest: float) -> list[str]:
     is_late = bucket.alone >= max(1.0, bucket.filling / 2)
     alone = f' <span class="soft">(alone for {ms(bucket.alone)})</span>' if is_late else ""
     return [
-        f"<b>{bucket.bucket}</b> <span class=soft>{escape(bucket.contents)}</span>",
+        f"<b>{bucket.bucket}</b> <span class=soft>{_named(bucket.contents)}</span>",
         f"{bucket.cost:.2f}",
         picture(17, shapes, f"what bucket {bucket.bucket} costs"),
         f"{amount(bucket.size)} {escape(bucket.dtype)}{times}",
@@ -75,8 +76,13 @@ def _bucket(bucket: BucketCost, longest: float) -> list[str]:
         f"{bucket.queued:.1f}",
         f"{bucket.in_flight:.1f}",
         f"{bucket.summing:.2f}",
-        escape(bucket.last) + alone if bucket.last else "",
+        _named(bucket.last) + alone if bucket.last else "",
     ]
+
+
+def _named(parameter: str) -> str:
+    """HTML of a name, which may be broken behind its dots."""
+    return re.sub(r"\.(?=\w)", ".<wbr>", escape(parameter))
 
 
 def ranks_section(figures: Figures) -> Section | None:
@@ -145,8 +151,7 @@ def steps_section(figures: Figures) -> Section:
         shown = sorted(kept | set(list(outliers)[:MOST_STEPS]))
     body = figure(picture(_CHART, _steps(figures, shown), "the length of every step"))
     listed = "".join(
-        f"<li>step {one.number}: {ms(one.wall)}, rank {one.rank} was {ms(one.longer)} longer "
-        f"{escape(KIND_WORDS.get(one.kind, one.kind))}</li>"
+        f"<li>step {one.number}: {ms(one.wall)}, {escape(one.words)}</li>"
         for one in sorted(figures.outliers, key=lambda one: -one.wall)[:8]
     )
     body += f'<ul class="soft" style="font-size:14px">{listed}</ul>' if listed else ""

@@ -38,13 +38,16 @@ def sections(
     return (
         _steps(subject, points, notes),
         _communication(points),
-        scaling(
-            "Memory of a rank",
-            "States and what is in flight, without activations.",
-            [_curve(_CHOSEN, points, lambda point: point.memory_nbytes / 2**30)],
-            unit="GiB",
-        ),
+        _memory(points),
     )
+
+
+def _memory(points: Sequence[Point]) -> Section:
+    most = max((point.memory_nbytes for point in points), default=0)
+    unit, scale = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+    series = [_curve(_CHOSEN, points, lambda point: point.memory_nbytes / scale)]
+    words = "States and what is in flight, without activations."
+    return scaling("Memory of a rank", words, series, unit=unit)
 
 
 def _steps(subject: Subject, points: Sequence[Point], notes: Sequence[str]) -> Section:

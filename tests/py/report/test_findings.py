@@ -253,6 +253,16 @@ def test_what_a_forward_waits_for_updated_parameters_is_no_sum_of_a_bucket(tmp_p
     assert "overlapped" not in said(units, tmp_path / "units")["publish"].remedy
 
 
+def test_an_outlier_that_no_rank_computed_longer_in_is_nobodys_fault(tmp_path: Path) -> None:
+    scene = Scene(
+        forward=lambda rank, step: 25.0 if (rank, step) == (1, 7) else 20.0,
+        held=lambda rank, step: 300.0 if step == 7 else 0.0,
+    )
+    words = said(scene, tmp_path)["outliers"].words
+    assert "The longest is step 7" in words
+    assert "no rank computed that much longer: the wire or the machine was busy" in words
+
+
 def test_nothing_is_said_of_a_run_in_which_nothing_is_wrong(tmp_path: Path) -> None:
     assert set(said(QUIET, tmp_path)) == {"hidden"}
 

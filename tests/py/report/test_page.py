@@ -72,7 +72,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Tags(HTMLParser):
     """Every tag must be closed, and what a page may load is collected."""
 
-    VOID = frozenset({"meta", "link", "br"})
+    VOID = frozenset({"meta", "link", "br", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +130,17 @@ def test_names_of_parameters_are_no_markup(tmp_path: Path) -> None:
     text = page_of(figures(load(scene.write(tmp_path))))
     assert evil not in text
     assert text.count("<script>") == 1
+
+
+def test_what_the_step_before_has_sent_begins_at_the_edge_of_the_picture(tmp_path: Path) -> None:
+    text = page_of(figures(load(Scene(arrives=20.0, outside=1.0).write(tmp_path))))
+    assert 'class="publish" x="0%"' in text
+    assert not re.findall(r'<rect[^>]* x="-', text)
+
+
+def test_long_names_break_behind_their_dots(tmp_path: Path) -> None:
+    text = page_of(figures(load(Scene().write(tmp_path))))
+    assert "layers.<wbr>1.<wbr>a .. layers.<wbr>1.<wbr>b" in text
 
 
 def test_a_larger_run_is_sampled_and_says_so(tmp_path: Path) -> None:
@@ -224,6 +235,7 @@ def test_a_section_of_curves_names_its_lines_and_hides_no_value() -> None:
         Series("25 MiB buckets", [(2, 10.0), (1024, 80.0), (64, 20.0)]),
         Series("chosen", [(2, 10.0), (1024, 40.0)], note="12 MB"),
         Series("seen", [(2, 11.0)], measured=True),
+        Series("measured", [(2, 12.0)], measured=True),
         Series("empty", []),
     ]
     section = scaling("Step time, by ranks", "Predicted.", series)
@@ -231,6 +243,10 @@ def test_a_section_of_curves_names_its_lines_and_hides_no_value() -> None:
     text = document("Planned", [section])
     for phrase in ("25 MiB buckets", "1024 ranks: 80 ms", "chosen", "12 MB", "seen (measured)"):
         assert phrase in text
+    assert "measured (measured)" not in text, "it would be cut off on a phone"
+    numbers = re.findall(r'class="tick" x="([\d.]+)%"[^>]*text-anchor="start"', section.body)
+    curves = re.findall(r'<circle[^>]*cx="([\d.]+)%"', section.body)
+    assert set(numbers) == {"0"} and min(map(float, curves)) > 10, "no curve crosses the axis"
     assert section.body.count("<line") - section.body.count('class="grid"') == 3
     assert scaling("Nothing", "", [Series("empty", [])]).body == ""
 

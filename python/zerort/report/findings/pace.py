@@ -133,13 +133,12 @@ def outliers(figures: Figures) -> Finding | None:
     if not matters(cost, figures, 0.01):
         return None
     worst = max(found, key=lambda one: one.wall)
-    kind = KIND_WORDS.get(worst.kind, worst.kind)
     return Finding(
         "outliers",
         cost,
         f"{count(len(found), 'step', 'steps')} of {len(figures.run.settled)} took over one and a "
         f"half times the median, {ms(lost)} together. The longest is step {worst.number} with "
-        f"{ms(worst.wall)}, where rank {worst.rank} was {ms(worst.longer)} longer {kind}.",
+        f"{ms(worst.wall)}, where {worst.words}.",
         "Checkpoints, evaluation and garbage collection are the usual causes; "
         "what they fall on is in 'Every step'.",
     )
