@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -50,6 +51,28 @@ def _ddp_views(workload: Workload, device: torch.device) -> Step:
     return _plain(workload, device, model, *_optimizers(workload, module))
 
 
+def _ddp_hooked(make: Callable[[], tuple[Any, Any]], **options: Any) -> Build:
+    """With a communication hook and its state."""
+
+    def build(workload: Workload, device: torch.device) -> Step:
+        module = workload.model(device)
+        model = DistributedDataParallel(module, **options)
+        model.register_comm_hook(*make())
+        return _plain(workload, device, model, *_optimizers(workload, module))
+
+    return build
+
+
+def _bf16(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's own, which is refused by its name where there is no NCCL."""
+    return default_hooks.bf16_compress_hook(state, bucket)
+
+
+# which DDP compares with the class itself, not with its name
+_bf16.__annotations__["bucket"] = dist.GradBucket
+_bf16.__annotations__["return"] = torch.futures.Future[Tensor]
+
+
 def _ddp_zero(workload: Workload, device: torch.device) -> Step:
     model = DistributedDataParallel(workload.model(device), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(
@@ -81,10 +104,11 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     return step
 
 
-def _zerort(stage: int, publish: str = "auto", transport: str | None = None) -> Build:
+def _zerort(stage: int, **runtime: Any) -> Build:
+    """With these keys of the section `zerort`."""
+
     def build(workload: Workload, device: torch.device) -> Step:
-        runtime = {"publish": publish, "transport": transport or DEFAULT["transport"]}
-        config = _config(workload, stage) | {"zerort": runtime}
+        config = _config(workload, stage) | {"zerort": DEFAULT | runtime}
         return _engine_step(workload, _engine(workload, workload.model(device), config))
 
     return build
@@ -151,21 +175,42 @@ CONTENDERS: dict[str, Build] = {
     "zerort stage 3, a third": _zerort_3(1 / 3),
 }
 BY_NAME: dict[str, Build] = {
-    f"zerort stage {stage}, publish {publish}": _zerort(stage, publish)
+    f"zerort stage {stage}, publish {publish}": _zerort(stage, publish=publish)
     for stage in (1, 2)
     for publish in ("step", "overlapped")
 }
+"""Those that take part when they are named."""
 for each in ("gloo", "shared"):
     BY_NAME |= {
         f"zerort stage {stage}, {each}": _zerort(stage, transport=each) for stage in (0, 1, 2)
     }
     BY_NAME[f"zerort stage 3, {each}"] = _zerort_3(1, transport=each)
     BY_NAME |= {
-        f"zerort stage {stage}, publish {publish}, {each}": _zerort(stage, publish, each)
+        f"zerort stage {stage}, publish {publish}, {each}": _zerort(
+            stage, publish=publish, transport=each
+        )
         for stage in (1, 2)
         for publish in ("step", "overlapped")
     }
-"""Those that take part when they are named."""
+BY_NAME |= {f"zerort stage {stage}, tuned": _zerort(stage, tune=True) for stage in (0, 1, 2)}
+NARROW: dict[str, Build] = {
+    "DDP, bf16 hook": _ddp_hooked(lambda: (None, _bf16)),
+    # In one bucket: its collectives are chained on gloo's threads, in another order on each rank.
+    "DDP, PowerSGD": _ddp_hooked(
+        lambda: (
+            powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2),
+            powerSGD_hook.powerSGD_hook,
+        ),
+        bucket_cap_mb=1000,
+    ),
+    **{
+        f"zerort stage {stage}, {wire}": _zerort(stage, wire=wire)
+        for stage in (0, 1, 2)
+        for wire in ("bf16", "int8")
+    },
+}
+"""Which send less than gradients in full precision, and so come to other losses."""
+BY_NAME |= NARROW
 if importlib.util.find_spec("deepspeed"):
     CONTENDERS |= {f"DeepSpeed stage {stage}": _deepspeed(stage) for stage in (0, 1, 2)}
 
@@ -173,7 +218,7 @@ ELEMENTWISE = {"DDP + ZeroRedundancy", "FSDP2", *(name for name in CONTENDERS if
 """Which cut matrices, or have one optimizer: they take no part under Muon."""
 
 BASELINE = "DDP"
-INCOMPARABLE = {"no communication"}
+INCOMPARABLE = {"no communication", *NARROW}
 """Whose losses are not DDP's by design."""
 
 

@@ -62,6 +62,9 @@ SHAPE = Shape(vocabulary=1536, context=128, width=512, depth=6, heads=8)
 # 124 million parameters: what a GPU computes for longer than its host takes to launch it.
 LARGE = Shape(vocabulary=50304, context=1024, width=768, depth=12, heads=12)
 
+# 110 million, of which a step on a CPU computes little: what it sends counts.
+WIDE = Shape(vocabulary=16384, context=64, width=768, depth=12, heads=12)
+
 TINY = Shape(vocabulary=1536, context=128, width=64, depth=2, heads=2)
 
 
@@ -76,6 +79,12 @@ def _tokens(generator: torch.Generator) -> Batch:
 def _long_tokens(generator: torch.Generator) -> Batch:
     draws = torch.rand(8, LARGE.context + 1, generator=generator)
     rows = (draws**3 * LARGE.vocabulary).long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _few_tokens(generator: torch.Generator) -> Batch:
+    draws = torch.rand(1, WIDE.context + 1, generator=generator)
+    rows = (draws**3 * WIDE.vocabulary).long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -120,6 +129,9 @@ WORKLOADS = {
     for workload in (
         GPT_FP32,
         SMALL,
+        replace(
+            GPT_FP32, name="gpt-110m", build=lambda: GPT(WIDE), draw=_few_tokens, size=1, lr=1e-4
+        ),
         replace(GPT_FP32, name="gpt-bf16", dtype=torch.bfloat16, tolerance=5e-3),
         # CPUs multiply fp16 matrices about a hundred times slower than fp32 ones: a model to match.
         replace(
