@@ -58,6 +58,8 @@ class Counts(NamedTuple):
     """In a step."""
     to_host: int
     to_device: int
+    crossing: int = 0
+    """Of what is sent, between hosts or copies."""
 
 
 def count(
@@ -78,6 +80,8 @@ def count(
         with tapped() as calls:
             _step(engine, rank, 2)
         sent = sum(call.sent for call in calls if call.op in ("broadcast", "all_to_all_single"))
+        apart = _apart(engine)
+        crossing = sum(call.sent for call in calls if call.ranks in apart)
         calls.clear()
         to_host, to_device = (now - then for now, then in zip(_copied(engine), copied, strict=True))
         whole.close()
@@ -91,12 +95,21 @@ def count(
             sent,
             to_host,
             to_device,
+            crossing,
         )
         del tensors, hosted
         engine.destroy()
         del engine, module
         gc.unfreeze()
     return found
+
+
+def _apart(engine: Any) -> list[tuple[int, ...]]:
+    """Ranks of the groups between hosts and between copies, where there are such."""
+    mesh = engine._parts.mesh
+    nested = 1 < mesh["inner"].world < mesh.shard.world
+    found = [mesh["outer"]] if nested else []
+    return [comm.ranks for comm in [*found, mesh.replica] if comm.world > 1]
 
 
 def _is_hosted(machine: Machine, tensor: Tensor) -> bool:

@@ -79,6 +79,13 @@ def add_config_command(commands: Commands) -> None:
         help="ranks (default: WORLD_SIZE, or 1)",
     )
     parser.add_argument(
+        "--hosts",
+        type=ranks,
+        default=1,
+        metavar="N",
+        help="hosts that the ranks are spread over, in their order (default: 1)",
+    )
+    parser.add_argument(
         "--device",
         choices=("accelerator", "cpu"),
         default="accelerator",
@@ -161,7 +168,12 @@ def _described(one: Forecast) -> dict[str, Any]:
         "largest_unit_elements": max((unit.numel for unit in one.plan.units), default=0),
         **held,
         "page_locked_bytes": one.locked,
+        "copies": one.seating.copies,
+        "hosts_of_a_copy": one.seating.hosts,
+        "ranks_of_a_host": one.seating.ranks,
         "sent_bytes_per_step": one.sent,
+        "sent_between_hosts_per_step": one.between_hosts,
+        "sent_between_copies_per_step": one.between_copies,
         "copied_to_host_bytes_per_step": one.to_host,
         "copied_to_device_bytes_per_step": one.to_device,
         "fullest_rank_over_mean": unevenness(one.by_rank),
@@ -185,7 +197,7 @@ def _forecasts(args: argparse.Namespace) -> Forecasts:
     if args.largest is not None and args.numel is None:
         raise ConfigError("--largest is for --numel; a --model says it itself")
     data = read(args.file).data
-    job = Job(args.world, args.device == "accelerator", args.trained_only)
+    job = Job(args.world, args.device == "accelerator", args.trained_only, args.hosts)
     own = load_part(data, SECTIONS)
     model = of_size(args.numel, args.largest, own) if args.model is None else made_by(args.model)
     found = at_every_stage(data, model, job, _micro_batches(own, job.world))

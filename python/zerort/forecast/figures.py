@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,12 @@ from zerort import _core
 from zerort.config import Config
 from zerort.forecast.buckets import Buckets, Row
 from zerort.forecast.job import Job
+from zerort.forecast.legs import Leg, Seating, gather_pieces, lane_pieces, legs_of, reduced
 from zerort.forecast.owners import Exchanged, Owners
 from zerort.forecast.updates import Updates
 from zerort.memory import Kind, Piece, pieces, shared_pieces
-from zerort.mesh.shared import gathers_bytes, scatters_bytes
-from zerort.start.planning import Sizes, plan_of
+from zerort.start.planning import plan_of
 from zerort.step.precision import Precision
-from zerort.wire import WireFormat, format_of
 
 __all__ = ["Forecast", "forecast"]
 
@@ -38,6 +38,10 @@ class Forecast:
     """Of whole parameters, where the optimizer asks for such."""
     by_rank: Sequence[int]
     """Bytes that each rank has between steps, on the device and the host together."""
+    seating: Seating
+    between_hosts: int
+    """Of the bytes sent in a step, those between hosts of one copy of the model state."""
+    between_copies: int
 
     @property
     def stage(self) -> int:
@@ -74,7 +78,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
 
     Raises `ConfigError` and `PlanError` for what `initialize` would refuse of its parameters.
     """
-    precision = Precision.of(settings)
+    precision, seating = Precision.of(settings), Seating.of(settings, job)
     precision.cast(model)
     updates = Updates.of(settings, model, trained_only=job.trained_only)
     numbered = enumerate(group["params"] for group in updates.groups)
@@ -85,7 +89,7 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
         by_id,
         precision.wires(model),
         _Unplaced,
-        sizes=Sizes(job.world),
+        sizes=seating.sizes,
         window=job.window,
         grains_of=updates.grains,
     )
@@ -95,40 +99,40 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     buckets = Buckets(settings, precision, job, members, plan, updates, micro_batches > passes)
     rows, own = buckets.rows(), buckets.own()
     gathered = _Gathered.of(settings, plan, rows)
+    specs = plan.buckets  # made anew each time that it is read
+    legs = [legs_of(spec, row[0].dtypes, seating) for spec, row in zip(specs, rows, strict=True)]
     planned = {id(member.tensor) for member in members}
     loose = [p for p in model.parameters() if id(p) not in planned]
     alike = [piece for shape, places in rows for piece in pieces(shape, places)]
     alike += [
         *shared_pieces(rows),
-        *_in_flight(settings, plan, job, rows),
-        *_encoded(settings, plan),
+        *lane_pieces(plan, legs, job, seating),
+        *gather_pieces(list(_ways(specs, rows, "gather_hops")), seating),
+        *gather_pieces(list(_ways(specs, rows, "publish_hops")), seating),
+        *_encoded(settings, specs, legs),
+        *_kept(rows, seating),
     ]
     alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
     at_rest = sum(piece.nbytes for piece in alike)
     by_rank = [at_rest + nbytes for nbytes in own.by_rank or [0] * job.world]
     fullest = by_rank.index(max(by_rank))
-    part, exchange = _Part(job.world), Exchanged.of(plan, precision)
+    exchange = Exchanged.of(plan, precision)
+    gradients: Counter[str] = Counter()
+    for spec, (shape, _), each in zip(specs, rows, legs, strict=True):
+        for group, nbytes in reduced(spec, each, shape.dtypes.sums).items():
+            gradients[group] += passes * nbytes
+    brought = _brought(specs, rows, seating, micro_batches * gathered.times)
     sent = {
-        "gradients": passes * sum(_reduced(spec, rows, part) for spec in plan.buckets),
+        "gradients": gradients.total(),
         "gradients_to_owners": exchange.there[fullest],
         "parameters_from_owners": exchange.back[fullest],
-        "parameters": sum(_published(spec, rows, part) for spec in plan.buckets)
-        + part.of(micro_batches * gathered.brought),
+        "parameters": brought.total(),
     }
+    crossing = [gradients[group] + brought[group] for group in ("outer", "replica")]
     traffic = _copied(rows, passes, micro_batches * gathered.times)
     found = [*alike, *own.pieces(fullest, rows), gathered.room]
-    return Forecast(settings, plan, found, sent, *traffic, Owners.of(plan), by_rank)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a rank sends of a bucket, to reduce it or to gather it."""
-
-    world: int
-
-    def of(self, nbytes: float) -> int:
-        """(N-1)/N."""
-        return int(nbytes * (self.world - 1) / self.world)
+    owners = Owners.of(plan)
+    return Forecast(settings, plan, found, sent, *traffic, owners, by_rank, seating, *crossing)
 
 
 @dataclass(frozen=True)
@@ -136,86 +140,66 @@ class _Gathered:
     """What is whole for a time, where parameters are sharded."""
 
     room: Piece
-    brought: float
-    """Bytes that are gathered in a micro-batch, all ranks' parts."""
     times: float
-    """How often that is all of them."""
+    """How often all of it is gathered in a micro-batch."""
 
     @classmethod
     def of(cls, settings: Config, plan: _core.Plan, rows: Sequence[Row]) -> _Gathered:
         """A unit is gathered in the forward and again in the backward, unless there was room."""
         if not plan.units:
-            return cls(Piece(Kind.GATHERED, 0), 0, 0)
+            return cls(Piece(Kind.GATHERED, 0), 0)
         whole = sum(unit.numel for unit in plan.units)
         largest = max(unit.numel for unit in plan.units)
         nbytes = sum(s.numel * s.dtypes.values.itemsize for s, _ in rows if s.sharded)
         room = min(whole, max(largest, settings.room(whole, largest)))
-        times = 2 - room / whole
-        return cls(Piece(Kind.GATHERED, nbytes * room // whole), times * nbytes, times)
+        return cls(Piece(Kind.GATHERED, nbytes * room // whole), 2 - room / whole)
 
 
-def _in_flight(
-    settings: Config, plan: _core.Plan, job: Job, rows: Sequence[Row]
+def _kept(rows: Sequence[Row], seating: Seating) -> Iterator[Piece]:
+    """What a gather between hosts has brought of each sharded bucket."""
+    for shape, _ in rows if seating.keeps else ():
+        if shape.sharded:
+            yield Piece(Kind.KEPT, shape.numel // seating.ranks * shape.dtypes.values.itemsize)
+
+
+def _encoded(
+    settings: Config, specs: Sequence[_core.Bucket], legs: Sequence[Sequence[Leg]]
 ) -> Iterator[Piece]:
-    """What collectives send from and receive into, beside the values and the sums."""
-    if not job.shares(settings):
-        yield from (Piece(Kind.ON_THEIR_WAY, nbytes) for nbytes in _lanes(plan, job.pieces))
-        return
-    for nbytes in _lanes(plan, 1):
-        yield Piece(Kind.ON_THEIR_WAY, scatters_bytes(nbytes))
-    for hops in ("gather_hops", "publish_hops"):
-        shards = [
-            spec.shard_numel * rows[spec.id][0].dtypes.values.itemsize
-            for spec in plan.buckets
-            if getattr(spec, hops)
-        ]
-        yield Piece(Kind.ON_THEIR_WAY, gathers_bytes(shards))
-
-
-def _lanes(plan: _core.Plan, pieces: int) -> Iterator[int]:
-    """Bytes of each memory of buckets in flight: the n-th launch uses lane n modulo the window."""
-    specs = plan.buckets  # made anew each time that it is read
-    order = [specs[bucket] for kind, bucket in plan.schedule if kind == "launch"]
-    for position in range(plan.window):
-        users = order[position :: plan.window]
-        shards = [_wire(spec).shard_bytes(spec.shard_numel) for spec in users]
-        if shards:
-            yield plan.world * max(shards)
-        if shards and pieces > 1:
-            yield pieces * max(shards)
-
-
-def _encoded(settings: Config, plan: _core.Plan) -> Iterator[Piece]:
     """What formats of bytes gather a gradient in, and what they keep from step to step."""
-    packed = [spec for spec in plan.buckets if spec.reduce_hops and _wire(spec).dtype is None]
+    packed = [
+        (spec, leg)
+        for spec, each in zip(specs, legs, strict=True)
+        for leg in each
+        if leg.wire.dtype is None
+    ]
     if packed:
-        yield Piece(Kind.ON_THEIR_WAY, 4 * max(spec.numel for spec in packed))
-    for spec in packed if settings.wire_feedback else ():
+        yield Piece(Kind.ON_THEIR_WAY, 4 * max(leg.numel for _, leg in packed))
+    for spec, leg in packed if settings.wire_feedback else ():
         gathers = any(hop.op == "all_gather" for hop in spec.reduce_hops)
-        kept = _wire(spec).kept_bytes(spec.shard_numel, plan.world, gathers=gathers)
-        yield Piece(Kind.FEEDBACK, kept)
+        shard = leg.numel // leg.members
+        yield Piece(Kind.FEEDBACK, leg.wire.kept_bytes(shard, leg.members, gathers=gathers))
 
 
-def _wire(spec: _core.Bucket) -> WireFormat:
-    return format_of(spec.wire)
+def _ways(
+    specs: Sequence[_core.Bucket], rows: Sequence[Row], hops: str
+) -> Iterator[tuple[Sequence[_core.Hop], int]]:
+    """Of each bucket's parameters, those of its `hops` and bytes."""
+    for spec, (shape, _) in zip(specs, rows, strict=True):
+        yield getattr(spec, hops), spec.numel * shape.dtypes.values.itemsize
 
 
-def _reduced(spec: _core.Bucket, rows: Sequence[Row], part: _Part) -> int:
-    """Sent once for a bucket's gradient."""
-    wire, sums = _wire(spec), rows[spec.id][0].dtypes.sums
-    encoded = part.world * wire.shard_bytes(spec.shard_numel)
-    rounds = wire.shard_bytes(spec.shard_numel) < spec.shard_numel * sums.itemsize
-    by_op = {
-        "reduce_scatter": encoded,
-        "all_gather": encoded if rounds else spec.numel * sums.itemsize,
-    }
-    return sum(part.of(by_op[hop.op]) for hop in spec.reduce_hops)
-
-
-def _published(spec: _core.Bucket, rows: Sequence[Row], part: _Part) -> int:
-    """Sent for a bucket's updated parameters."""
-    item = rows[spec.id][0].dtypes.values.itemsize
-    return sum(part.of(spec.numel * item) for _ in spec.publish_hops)
+def _brought(
+    specs: Sequence[_core.Bucket], rows: Sequence[Row], seating: Seating, times: float
+) -> Counter[str]:
+    """Sent for updated parameters, and for those that are gathered so many `times`, by group."""
+    sent: Counter[str] = Counter()
+    for hops, nbytes in _ways(specs, rows, "publish_hops"):
+        sent += seating.gathered(hops, nbytes)
+    for hops, nbytes in _ways(specs, rows, "gather_hops"):
+        for group, each in seating.gathered(hops, nbytes).items():
+            once = group == "outer" and seating.keeps
+            sent[group] += each if once else int(times * each)
+    return sent
 
 
 def _copied(rows: Iterable[Row], passes: int, gathers: float) -> tuple[int, int]:

@@ -18,16 +18,17 @@ class Job:
     on_accelerator: bool = True
     trained_only: bool = False
     """The optimizer holds parameters that require grad alone."""
+    hosts: int = 1
+    """Over which the ranks are spread, in their order."""
 
     @property
     def window(self) -> int | None:
         """Buckets that the ranks' communicator has in flight; None is all."""
         return NcclComm.window if self.on_accelerator and self.world > 1 else None
 
-    @property
-    def pieces(self) -> int:
-        """That arrive of a shard."""
-        return 1 if self.on_accelerator else self.world
+    def exchanges(self, *, adds: bool) -> bool:
+        """Whether a piece arrives from each rank, because none is added on the way."""
+        return not self.on_accelerator or not adds
 
     def shares(self, settings: Config) -> bool:
         """Whether ranks of one host share the memory of buckets in flight."""

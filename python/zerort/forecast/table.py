@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerort.forecast.figures import Forecast
+from zerort.forecast.legs import Seating
 from zerort.forecast.owners import Owners, unevenness
 from zerort.memory import Kind
 
@@ -54,6 +55,10 @@ def show(title: str, forecasts: Sequence[Forecast], chosen: int, console: Consol
         ("  to the host", lambda one: one.to_host),
         ("  to the device", lambda one: one.to_device),
     ]
+    rows[-2:-2] = [
+        ("  of it between hosts", lambda one: one.between_hosts),
+        ("  of it between copies", lambda one: one.between_copies),
+    ]
     for heading, part in (("sent in a step", rows[:-2]), ("copied in a step", rows[-2:])):
         if any(count(one) for _, count in part for one in forecasts):
             table.add_section()
@@ -73,8 +78,20 @@ def _plan(table: Table, forecasts: Sequence[Forecast]) -> None:
         table.add_row(
             "units", *(f"{len(one.plan.units):,}" * bool(one.plan.units) for one in forecasts)
         )
+    _hops(table, forecasts)
     if any(one.owners for one in forecasts):
         _owners(table, [one.owners for one in forecasts])
+
+
+def _hops(table: Table, forecasts: Sequence[Forecast]) -> None:
+    """Nothing where all ranks are in one group."""
+    rows: list[tuple[str, Callable[[Seating], int]]] = [
+        ("copies of the model state", lambda seating: seating.copies),
+        ("hosts of a copy", lambda seating: seating.hosts),
+        ("  ranks of each", lambda seating: seating.ranks),
+    ]
+    for name, tell in rows if any(one.seating.nested for one in forecasts) else ():
+        table.add_row(name, *(f"{tell(one.seating):,}" for one in forecasts))
 
 
 def _owners(table: Table, owners: Sequence[Owners | None]) -> None:

@@ -89,6 +89,7 @@ class Kind(Enum):
     """What memory is for."""
 
     PARAMETERS = "parameters"
+    KEPT = "kept for its host"
     MASTERS = "masters"
     SUMS = "gradient sums"
     STATE = "optimizer state"

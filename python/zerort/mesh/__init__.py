@@ -8,7 +8,7 @@ from zerort.mesh.comm import Comm, Control, GatherMemory, Piece, Scatter, Scatte
 from zerort.mesh.consensus import Consensus
 from zerort.mesh.control import beside, meet
 from zerort.mesh.gate import Gate
-from zerort.mesh.hosts import Hierarchy, arrange, this_seat
+from zerort.mesh.hosts import Hierarchy, Seat, arrange, this_seat
 from zerort.mesh.last_words import leave as leave_last_words
 from zerort.mesh.mesh import Mesh, connect, job_rank, usual_device
 from zerort.mesh.patience import Patience
@@ -26,6 +26,7 @@ __all__ = [
     "Piece",
     "Scatter",
     "ScatterMemory",
+    "Seat",
     "Work",
     "arrange",
     "beside",

@@ -19,7 +19,7 @@ from zerort.start import agreed
 from zerort.start.compare import compare_settings
 from zerort.wire import FORMATS
 
-__all__ = ["connected", "started"]
+__all__ = ["connected", "hierarchy_of", "started"]
 
 _log = logging.getLogger("zerort")
 
@@ -46,8 +46,9 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
             'zerort.transport: "shared" is memory of the host, and this model is on '
             f'{device.type}; leave it out, or give "auto"'
         )
+    asked = hierarchy_of(settings, on_host=device.type == "cpu")
     seats = agreed(control, lambda: control.gather_objects(this_seat()))
-    arrangement = agreed(control, lambda: arrange(seats, _hierarchy(settings, device)))
+    arrangement = agreed(control, lambda: arrange(seats, asked))
     mesh = Mesh(control, device, timeout, transport=transport, arrangement=arrangement)
     undo.callback(mesh.close)
     if arrangement.remark is not None and mesh.rank == 0:
@@ -55,8 +56,8 @@ def connected(read: Callable[[], Config], model: Any, undo: ExitStack) -> tuple[
     return settings, mesh
 
 
-def _hierarchy(settings: Config, device: torch.device) -> Hierarchy:
-    """What is asked of the arrangement of ranks."""
+def hierarchy_of(settings: Config, *, on_host: bool) -> Hierarchy:
+    """What is asked of the arrangement of ranks, which train on their hosts or on accelerators."""
     choice, zero = settings.zerort.hierarchy, settings.zero_optimization
     size = zero.mics_shard_size
     wire = FORMATS.get(settings.zerort.wire or "")
@@ -64,7 +65,7 @@ def _hierarchy(settings: Config, device: torch.device) -> Hierarchy:
     adds = not quantized and (wire is None or wire.adds)  # those that follow a dtype do
     return Hierarchy(
         choice,
-        device.type != "cpu" and adds,
+        not on_host and adds,
         size if size > 0 else None,
         zero.secondary_size,
     )
