@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 
 def covered(tensors: Iterable[Tensor]) -> int:
@@ -32,7 +32,12 @@ def shared() -> list[range]:
 def private(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those that do not lie there."""
     spans = shared()
-    return [t for t in tensors if not any(t.untyped_storage().data_ptr() in s for s in spans)]
+
+    def lies_there(storage: UntypedStorage) -> bool:
+        # one without bytes may not tell where it is
+        return bool(storage.nbytes()) and any(storage.data_ptr() in span for span in spans)
+
+    return [tensor for tensor in tensors if not lies_there(tensor.untyped_storage())]
 
 
 def reserved(world: int) -> int:

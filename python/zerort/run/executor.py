@@ -99,7 +99,8 @@ class Executor:
         """
         units = self._program.units
         self.publication.land()
-        self._give_back({})  # before the new is asked for
+        if self._program.flights:
+            self._give_back({})  # before the new is asked for
         self._program = self._maker.program(plan, self._launches, units)
         self._launches.load(self._program.flights)
         self.publication = self._publish(self._maker.published())
