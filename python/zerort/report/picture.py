@@ -84,8 +84,9 @@ def _split(axis: Any, found: Figures) -> None:
     _bare(axis)
     at, wall = 0.0, found.split.wall
     for kind, took in found.split.by_kind().items():
-        axis.barh(0, took, left=at, height=0.8, color=COLOURS[colour_of(kind)])
-        name = f"{KIND_NAMES.get(kind, kind)}\n{ms(took)}, {percent(took, wall)}"
+        named = KIND_NAMES.get(kind, kind)
+        axis.barh(0, took, left=at, height=0.8, color=COLOURS[colour_of(kind)], label=named)
+        name = f"{named}\n{ms(took)}, {percent(took, wall)}"
         if took / wall * _LETTERS > max(map(len, name.split("\n"))):
             dark = kind in ("exposed", "vote", "publish", "optimizer", "sums")
             colour = "white" if dark else "#1d1f22"
@@ -93,6 +94,17 @@ def _split(axis: Any, found: Figures) -> None:
         at += took
     axis.set_xlim(0, wall)
     axis.set_xlabel("ms of a typical step", fontsize=8, color="#5c6168")
+    axis.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.005, 0.98),
+        ncols=9,
+        fontsize=8,
+        frameon=False,
+        borderpad=0,
+        columnspacing=1.2,
+        handlelength=0.8,
+        handleheight=0.8,
+    )
 
 
 def _words(axis: Any, lines: Sequence[tuple[str, str]]) -> None:
@@ -120,7 +132,8 @@ def _lanes(axis: Any, found: Figures, rank: int) -> None:
     axis.set_yticks([0, *rows.values()], ["loop", *(f"b{bucket}" for bucket in rows)])
     axis.tick_params(axis="y", length=0, labelsize=7)
     axis.set_xlim(0, end - axis_of(found)[0])
-    axis.set_title(f"rank {rank}, step {found.drawn}", fontsize=9, loc="left")
+    shown = f", {len(rows)} of {len(order)} buckets" if len(rows) < len(order) else ""
+    axis.set_title(f"rank {rank}, step {found.drawn}{shown}", fontsize=9, loc="left")
 
 
 def _bars(step: RankStep) -> Iterator[tuple[int, float, float, str, float]]:

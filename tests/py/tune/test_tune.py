@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import homes
 import ranks
 import zerort
+from homes import OPTIMIZER
 from reference import History, Moment
+from stand_in import Machine
 from training import TABLE, at_stage, config_of, digest, engine_for, keep, take_step, weights
 from zerort.cli import main
 from zerort.config import load
@@ -31,9 +34,9 @@ CHOSEN = Setting(4000, None)
 TUNED = {"zerort": {"tune": True}}
 
 
-def config(**zerort_keys: Any) -> dict[str, Any]:
+def config(zero: dict[str, Any] | None = None, **zerort_keys: Any) -> dict[str, Any]:
     case = TABLE["groups_with_adamw"]
-    made = config_of(case, 1, at_stage(2))
+    made = config_of(case, 1, at_stage(2, **(zero or {})))
     del made["zero_optimization"]["reduce_bucket_size"]
     return {**made, "zerort": {"bucket_bytes": 64, **zerort_keys}}
 
@@ -51,19 +54,19 @@ def trained(engine: Any, rank: int, steps: int = 3) -> str:
 # ---- "zerort": {"tune": true}
 
 
-def first_windows(rank: int, world: int) -> Any:
+def first_windows(rank: int, world: int, zero: dict[str, Any]) -> Any:
     """Digests and buckets of a run that tunes and of one that began with what it chooses."""
     case, own = TABLE["groups_with_adamw"], feature.proposal
     feature.proposal = lambda *_: Best(CHOSEN, 1e-6)
     try:
-        engine = engine_for(case, config(tune=True))
+        engine = engine_for(case, config(zero, tune=True))
         begun = len(engine._parts.reduction.plan.buckets)
         tuned = trained(engine, rank)
         plan = engine._parts.reduction.plan.digest
         hooks = [p._backward_hooks for p in engine.module.parameters()]
     finally:
         feature.proposal = own
-    there = engine_for(case, config(bucket_bytes=CHOSEN.bucket_bytes, window="all"))
+    there = engine_for(case, config(zero, bucket_bytes=CHOSEN.bucket_bytes, window="all"))
     chosen = trained(there, rank)
     buckets = len(there._parts.reduction.plan.buckets)
     assert there._parts.reduction.plan.digest == plan
@@ -71,8 +74,12 @@ def first_windows(rank: int, world: int) -> Any:
     return tuned, chosen, begun, buckets
 
 
-def test_a_run_that_tunes_is_one_with_the_chosen_setting_from_the_start() -> None:
-    here, there = ranks.shared(2, first_windows)
+@pytest.mark.parametrize("zero", [{}, OPTIMIZER], ids=["", "offloaded"])
+def test_a_run_that_tunes_is_one_with_the_chosen_setting_from_the_start(
+    zero: dict[str, Any],
+) -> None:
+    """On the CPU offloading asks for nothing."""
+    here, there = ranks.shared(2, first_windows, zero)
     tuned, chosen, begun, buckets = here
     assert here == there
     assert tuned == chosen
@@ -160,6 +167,18 @@ def test_it_is_refused_where_buckets_cannot_be_changed() -> None:
                 **TUNED,
             },
         )
+
+
+def test_homes_beside_a_device_are_tuned_in_no_way() -> None:
+    """Its host's times say nothing of it, whatever is at home there."""
+    setting = homes.Setting(2)
+    with Machine().running():
+        with pytest.raises(ConfigError, match="tune: on an accelerator the host's times"):
+            zerort.initialize(model=nn.Linear(4, 4), config=setting.config(OPTIMIZER) | TUNED)
+        engine = homes.engine_of(setting, OPTIMIZER)
+        with pytest.raises(ConfigError, match=r"engine.tune\(\): on an accelerator"):
+            engine.tune()
+        keep(engine)
 
 
 # ---- engine.tune
