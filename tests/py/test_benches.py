@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -102,6 +103,27 @@ def test_hosts_are_taken_down_when_they_are_interrupted() -> None:
     if done.returncode == 1 and "Traceback" not in done.stderr:
         pytest.skip(done.stderr)  # a container without the right to make them
     assert done.stdout == "left []\nleft []\n", done.stderr
+
+
+@pytest.mark.slow
+def test_hosts_send_their_part_of_what_they_have_summed_and_no_more(tmp_path: Path) -> None:
+    hosts_or_skip()
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHES / "hierarchy.py"), "--rounds=1", "--steps=3"]
+    done = subprocess.run(
+        [*command, "--width=512", f"--json={out}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    if done.returncode == 1 and "Traceback" not in done.stderr:
+        pytest.skip(done.stderr)  # a container without the right to make them
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    # the rest is what votes, headers and acknowledgements take
+    assert 1.0 <= found["auto"]["host_bytes"] / found["limit_bytes"] < 1.05
+    assert found["flat"]["host_bytes"] / found["limit_bytes"] > 1.9
 
 
 @pytest.mark.slow
