@@ -45,7 +45,14 @@ class Layers(nn.Module):
         return x
 
 
-def engine_of(keeps: bool, **more: Any) -> Any:
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gloo, fp32": ("gloo", {}),
+    "shared, bf16": ("shared", {"bf16": {"enabled": True}}),
+}
+
+
+def engine_of(keeps: bool, kind: str) -> Any:
+    transport, more = KINDS[kind]
     zero = {
         "stage": 3,
         "reduce_bucket_size": ONE,
@@ -59,7 +66,7 @@ def engine_of(keeps: bool, **more: Any) -> Any:
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "zero_optimization": zero | (KEPT if keeps else {}),
-            "zerort": {} if keeps else NESTED,
+            "zerort": {"transport": transport} | ({} if keeps else NESTED),
             **more,
         },
     )
@@ -162,9 +169,9 @@ CHANGES: dict[str, Callable[[Program], None]] = {
 LAST = ["what rank 0 alone sees", "a checkpoint", "all"]
 
 
-def through(rank: int, world: int, keeps: bool, folder: str) -> dict[str, Any]:
+def through(rank: int, world: int, keeps: bool, kind: str, folder: str) -> dict[str, Any]:
     """All of it, one after the other; with what it has sent between hosts in a window."""
-    engine = engine_of(keeps)
+    engine = engine_of(keeps, kind)
     program = Program(engine, rank)
     program.note("the first steps", *(program.step() for _ in range(3)))
     with counted(engine) as sent:
@@ -200,18 +207,23 @@ def counted(engine: Any) -> Iterator[list[int]]:
 
 
 @ranks.once(None)
-def both(folder: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def both(kind: str, folder: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Without, and with."""
     plain, kept = f"{folder}/plain", f"{folder}/kept"
     return (
-        ranks.shared(WORLD, through, False, plain, timeout=90),
-        ranks.shared(WORLD, through, True, kept, timeout=90),
+        ranks.shared(WORLD, through, False, kind, plain, timeout=90),
+        ranks.shared(WORLD, through, True, kind, kept, timeout=90),
     )
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return both(str(tmp_path_factory.mktemp("kept")))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture(scope="module")
+def found(folder: str) -> Any:
+    return both("gloo, fp32", folder)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +233,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_no_bit_changes(found: Any, name: str) -> None:
     for plain, kept in zip(*found, strict=True):
         assert torch.equal(plain[name], kept[name])
+
+
+@pytest.mark.slow
+def test_no_bit_changes_in_16_bits_and_shared_memory(folder: str) -> None:
+    for plain, kept in zip(*both("shared, bf16", f"{folder}/shared"), strict=True):
+        for name in ["the first steps", "a step", "between micro-batches", *CHANGES, *LAST]:
+            assert torch.equal(plain[name], kept[name]), name
 
 
 def test_between_hosts_a_unit_goes_once_an_update_and_not_once_a_pass(found: Any) -> None:
