@@ -6,8 +6,8 @@ processes that map it and ends with the last of them, however they end.
 
 What it guarantees: all ranks get a segment, or each raises `Unshared` with the same reason. A
 segment is as long as all have agreed, cannot become shorter, is opened by this user's processes
-alone, and has its memory: a write into it finds a page. Each rank has read what each other wrote
-into its own part, so a host's or a container's name is not believed.
+alone, and has its memory, all zeros: a write into it finds a page. Each rank has read what each
+other wrote into its own part, so a host's or a container's name is not believed.
 
 What it does not do: it does not know what lies in it.
 """
@@ -84,6 +84,8 @@ def share(control: GlooControl, channels: int, memory: int) -> _core.Segment:
         nonces = _together(control, hold)
         # the file stays open where it was made until all have come here
         _together(control, lambda: _read(segment[0], nonces))
+    # gaps between parameters are sent and summed, and nothing is ever packed there
+    from_dlpack(segment[0].buffer(control.rank, 0, _NONCE)).zero_()
     return segment[0]
 
 

@@ -21,9 +21,11 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 import ranks
 import tap
+import zerort
 from cases import CASES
 from training import Config, at_stage, config_of, engine_for, take_step, train
 from zerort.device.cpu import Cpu
@@ -237,6 +239,33 @@ def lengths(rank: int, world: int) -> str:
 def test_a_segment_that_is_not_as_long_as_planned_is_refused() -> None:
     for message in ranks.shared(2, lengths):
         assert message.startswith("rank 1: ") and "the file has" in message
+
+
+def begins(rank: int, world: int) -> tuple[int, bool]:
+    """What a rank finds in its own memory, and whether a model whose first parameter is shorter
+    than what was written there to be recognised is trained as over gloo.
+    """
+    control = meet(timedelta(seconds=20))
+    found = segments.share(control, 1, 4096)  # type: ignore[arg-type]
+    own = int(from_dlpack(found.buffer(rank, 0, 4096)).count_nonzero())
+    control.close()
+    norms = []
+    for transport in ("gloo", "shared"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        config = {"train_micro_batch_size_per_gpu": 1, "zerort": {"transport": transport}}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = zerort.initialize(model=model, optimizer=optimizer, config=config)[0]
+        for step in range(4):
+            engine.backward(engine(torch.ones(1, 3) * (1 + rank + step)).sum())
+            engine.step()
+            norms.append(float(engine.get_global_grad_norm()))
+        engine.destroy()
+    return own, norms[:4] == norms[4:]
+
+
+def test_memory_begins_as_zeros() -> None:
+    assert ranks.shared(2, begins) == [(0, True)] * 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
