@@ -224,10 +224,8 @@ def test_a_refused_key_may_stand_at_the_value_that_turns_it_off(
 @pytest.mark.parametrize(("stage", "size"), [(0, 8), (2, 8), (2, 1), (3, 8), (3, 0)])
 def test_what_a_host_keeps_is_of_stage_3(stage: int, size: int) -> None:
     path = "zero_optimization.zero_hpz_partition_size"
-    settings = load(
-        nested("zero_optimization.stage", stage)
-        | {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
-    )
+    zero = {"stage": stage, "zero_hpz_partition_size": size}
+    settings = load({"zero_optimization": zero})
     assert settings.ignored == ((path,) if stage < 3 and size > 1 else ())
     assert settings.zero_optimization.secondary_size == (size if (stage, size) == (3, 8) else None)
     assert path in refusal(nested(path, -1))
