@@ -4,15 +4,16 @@ that it needs for text it has not seen, by wire and seed.
     python benches/py/quality.py                            600 steps, three seeds
     python benches/py/quality.py --seeds 1 --steps 100      a look
 
-A seed gives weights; every run of it sees the same batches. What int8 loses against fp32 on average
-over the seeds, at stages 0 and 1 as they are by default, is to stay within `--within` bits per
-byte, else the command fails. This is no timing: it may run beside something else.
+A seed gives first weights; every run of it sees the same batches. What int8 loses against fp32 on
+average over the seeds, at stages 0 and 1 as they are by default, is to stay within `--within` bits
+per byte, else the command fails. This is no timing: it may run beside something else.
 
-So short a run is chaotic: it ends elsewhere when anything at all is rounded otherwise. How far
-stands beside it, as runs in fp32 whose first weights are moved by a millionth: what a wire differs
-by within that says nothing about the wire, and more seeds say more. At the demo's own learning
-rate, 3e-3, such runs end 0.06 bits per byte apart, so that the rate is a third of it here. All are
-compared with the mean of the runs in fp32.
+A run that begins with random weights is chaotic: it finds its first patterns sooner or later when
+anything at all is rounded otherwise, and ends up to 0.06 bits per byte away. So the runs of a seed
+begin with weights that `--before` steps in fp32 have trained, the same for all. How far runs differ
+all the same stands beside it, as runs in fp32 whose first weights are a thousandth larger: what a
+wire differs by within that says nothing about the wire, and more seeds say more. All are compared
+with the mean of the runs in fp32.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class Wire:
     exact: bool = False
     """Whether it is fp32, with which others are compared."""
     moved: float = 0.0
-    """By how much of themselves weights are moved before the first step."""
+    """By how much of themselves weights grow before the first step."""
 
 
 WIRES = (
     Wire("fp32", 1, {"wire": "fp32"}, exact=True),
-    Wire("fp32, moved by a millionth", 1, {"wire": "fp32"}, exact=True, moved=1e-6),
-    Wire("fp32, moved by two", 1, {"wire": "fp32"}, exact=True, moved=2e-6),
+    Wire("fp32, a thousandth larger", 1, {"wire": "fp32"}, exact=True, moved=1e-3),
+    Wire("fp32, two thousandths", 1, {"wire": "fp32"}, exact=True, moved=2e-3),
     Wire("bf16", 1, {"wire": "bf16"}),
     Wire("int8, error feedback", 1, {"wire": "int8"}, judged=True),
     Wire("int8, error feedback, stage 0", 0, {"wire": "int8"}, judged=True),
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Validation bits per byte by wire format.")
     parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each wire (default 3)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="at its peak (default 1e-3)")
+    parser.add_argument("--before", type=int, default=200, help="steps in fp32 (default 200)")
     parser.add_argument("--only", action="append", help="these wires by name, and fp32")
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     parser.add_argument(
@@ -82,10 +83,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configuration(wire: Wire, steps: int, lr: float) -> dict[str, Any]:
+def configuration(wire: Wire, steps: int) -> dict[str, Any]:
     """The demo's, by this wire, without its trace and checkpoints."""
     config: dict[str, Any] = json.loads(EXAMPLE.read_text())
-    config["optimizer"]["params"]["lr"] = lr
     config["scheduler"]["params"] |= {
         "total_num_steps": steps,
         "warmup_num_steps": max(1, min(50, steps // 10)),
@@ -94,24 +94,45 @@ def configuration(wire: Wire, steps: int, lr: float) -> dict[str, Any]:
     return config | {"zero_optimization": zero, "zerort": wire.runtime, "log_level": "error"}
 
 
-def trained(wire: Wire, seed: int, args: argparse.Namespace, corpus: Corpus) -> float:
-    """Bits per byte of held-out text behind a run."""
+Weights = dict[str, torch.Tensor]
+
+
+def begun(seed: int, args: argparse.Namespace, corpus: Corpus) -> Weights:
+    """Weights that a few steps have trained in fp32."""
     torch.manual_seed(seed)
+    engine = engine_for(WIRES[0], GPT(Shape()).state_dict(), args.before)
+    run(engine, corpus, range(args.before))
+    found = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    engine.destroy()
+    return found
+
+
+def trained(wire: Wire, weights: Weights, args: argparse.Namespace, corpus: Corpus) -> float:
+    """Bits per byte of held-out text behind a run from these weights on."""
+    moved = {name: value * (1 + wire.moved) for name, value in weights.items()}
+    engine = engine_for(wire, moved, args.steps)
+    run(engine, corpus, range(args.before, args.before + args.steps))
+    found = bits_per_byte(engine, corpus)
+    engine.destroy()
+    return found
+
+
+def engine_for(wire: Wire, weights: Weights, steps: int) -> zerort.Engine:
     model = GPT(Shape())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + wire.moved)
-    engine, *_ = zerort.initialize(model=model, config=configuration(wire, args.steps, args.lr))
+    model.load_state_dict(weights)
+    engine, *_ = zerort.initialize(model=model, config=configuration(wire, steps))
+    return engine
+
+
+def run(engine: zerort.Engine, corpus: Corpus, steps: range) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     size, context = engine.train_micro_batch_size_per_gpu(), engine.module.shape.context
-    for index in range(args.steps * engine.gradient_accumulation_steps()):
+    each = engine.gradient_accumulation_steps()
+    for index in range(steps.start * each, steps.stop * each):
         batch = corpus.batch(index, rank, world, size=size, context=context)
         inputs, targets = (part.to(engine.device) for part in batch)
         engine.backward(next_token_loss(engine(inputs), targets))
         engine.step()
-    found = bits_per_byte(engine, corpus)
-    engine.destroy()
-    return found
 
 
 @torch.no_grad()
@@ -130,8 +151,9 @@ def main(device: torch.device, args: argparse.Namespace) -> None:
     wires = [wire for wire in WIRES if wire.exact or not args.only or wire.name in args.only]
     found: dict[Wire, list[float]] = {wire: [] for wire in wires}
     for seed in range(args.seeds):
+        weights = begun(seed, args, corpus)
         for wire in wires:
-            found[wire].append(trained(wire, seed, args, corpus))
+            found[wire].append(trained(wire, weights, args, corpus))
             if first:
                 CONSOLE.print(f"seed {seed}, {wire.name}: {found[wire][-1]:.4f}", markup=False)
     if not first:
