@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def _raise_on_the_last(rank: int, world: int) -> None:
 def _sleep_on_the_first(rank: int, world: int) -> None:
     if rank == 0:
         time.sleep(60)
+
+
+def _policies(rank: int, world: int) -> list[int]:
+    """Of the threads that gloo's devices have made for several groups."""
+    groups = [dist.new_group(list(range(world))) for _ in range(2)]
+    for group in groups:
+        dist.all_reduce(torch.ones(1), group=group)
+    threads = [
+        int(task.name)
+        for task in Path("/proc/self/task").iterdir()
+        if (task / "comm").read_text() == "gloo_tcp_loop\n"
+    ]
+    return [os.sched_getscheduler(thread) for thread in threads]
 
 
 def _who_and_what(rank: int, world: int) -> tuple[int, float, float]:
@@ -132,6 +146,11 @@ def test_a_failure_of_shared_ranks_is_its_own() -> None:
     with pytest.raises(ranks.RankFailure, match="the last rank's own words"):
         ranks.shared(2, _raise_on_the_last)
     assert ranks.shared(2, _who_and_what)[0][0] != before[0][0]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="threads have no policies here")
+def test_groups_share_one_device_whose_thread_takes_no_processor_from_one_that_runs() -> None:
+    assert ranks.run(2, _policies) == [[os.SCHED_BATCH]] * 2
 
 
 def test_no_process_outlives_its_run() -> None:
