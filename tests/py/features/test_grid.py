@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,22 @@ def run_cases(rank: int, world: int, folder: str) -> dict[Any, tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def runs(request: Any, tmp_path_factory: Any) -> tuple[Path, int, Any]:
-    folder = tmp_path_factory.mktemp("grid")
-    return folder, request.param, ranks.run(request.param, run_cases, str(folder), timeout=150)
+def once(tmp_path_factory: Any) -> Callable[[int], tuple[Path, int, Any]]:
+    """All cases of a world. pytest would make a fixture of the module's anew for each parameter
+    beside the world.
+    """
+
+    @ranks.once(None)
+    def made(world: int) -> tuple[Path, int, Any]:
+        folder = tmp_path_factory.mktemp("grid")
+        return folder, world, ranks.run(world, run_cases, str(folder), timeout=150)
+
+    return made
+
+
+@pytest.fixture
+def runs(request: Any, once: Callable[[int], tuple[Path, int, Any]]) -> tuple[Path, int, Any]:
+    return once(request.param)
 
 
 def on_both(*, named: str = "") -> Any:
