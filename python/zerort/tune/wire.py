@@ -31,6 +31,10 @@ _LONG = 0.05
 """Seconds. One that takes as long tells the rate, and none is larger; but of three sizes at least,
 for where the first takes long there may be little behind alpha.
 """
+_MESSAGE, _DEAR = 256 << 10, 0.25
+"""Bytes to each rank from which on messages go as those of large buckets do, over gloo both ways at
+once; sizes grow until they are so long, unless one takes so many seconds before.
+"""
 _ROUNDS, _LEAST, _PATIENCE = 12, 5, 0.3
 """How often each size is timed at most and at least, and seconds that it may take between the two.
 One more comes before, whose time does not count: it meets cold memory and ranks that are not in
@@ -70,10 +74,11 @@ def measure_wire(mesh: Mesh) -> Wire:
         return Wire(1, Line(0.0, 0.0), Line(0.0, 0.0), 0.0)
     meter = Meter(comm.control, comm)
     lanes = _LANES if mesh.device.type == "cpu" else 1
+    large = comm.world * _MESSAGE
     return Wire(
         comm.world,
-        fit(meter.samples(lambda nbytes: _reduces(comm, nbytes, lanes))),
-        _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes))), lanes),
+        fit(meter.samples(lambda nbytes: _reduces(comm, nbytes, lanes), lanes * large)),
+        _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes), _TOGETHER * large)), lanes),
         meter.vote(),
         lanes,
     )
@@ -86,11 +91,15 @@ class Meter:
         self._control = control
         self._device = device_for(comm.device)
 
-    def samples(self, start: Start) -> list[Sample]:
-        """Of growing sizes."""
+    def samples(self, start: Start, large: int = 0) -> list[Sample]:
+        """Of growing sizes, one of which at least is of `large` bytes."""
         found: list[Sample] = []
         nbytes, took = _SMALLEST, 0.0
-        while nbytes <= _LARGEST and (took < _LONG or nbytes < _SMALLEST * _GROWTH**2):
+        while nbytes <= _LARGEST and (
+            took < _LONG
+            or nbytes <= _SMALLEST * _GROWTH
+            or (nbytes < large * _GROWTH and took < _DEAR)
+        ):
             run = start(nbytes)
             rounds = min(_ROUNDS, max(_LEAST, int(_PATIENCE / (_GROWTH * took + 1e-9))))
             times = self._slowest([self._timed(run) for _ in range(1 + rounds)])[1:]

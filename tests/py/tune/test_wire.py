@@ -106,6 +106,32 @@ def test_sizes_grow_until_one_takes_long_and_no_further(monkeypatch):
     assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-7))
 
 
+def test_sizes_grow_until_messages_are_large_unless_they_take_too_long(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
+
+    def asked(seconds_a_byte, large):
+        found = []
+
+        def start(nbytes):
+            found.append(nbytes)
+
+            def run():
+                now[0] += seconds_a_byte * nbytes
+                return [Work()]
+
+            return run
+
+        Meter(SteadyControl(), LocalComm(torch.device("cpu"))).samples(start, large)
+        return found[-1]
+
+    assert asked(5e-8, 0) == 1 << 20  # 52 ms
+    assert asked(5e-8, 1 << 20) == 1 << 20
+    assert asked(5e-8, 2 << 20) == 4 << 20
+    assert asked(5e-8, 64 << 20) == 16 << 20  # 0.2 s, and then 0.8
+    assert asked(5e-7, 64 << 20) == 1 << 20
+
+
 def test_three_sizes_are_timed_where_the_first_takes_long(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
