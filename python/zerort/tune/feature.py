@@ -131,6 +131,7 @@ class FirstWindow(Feature):
     def __init__(self, parts: Components) -> None:
         self._parts = parts
         self._observer: Observer | None = Observer(parts)
+        self._observer.await_forward()
 
     def restored(self) -> None:
         """A checkpoint has been loaded: its state stays where it is."""
@@ -139,7 +140,10 @@ class FirstWindow(Feature):
     def before_vote(self, *, failed: bool) -> None:
         """The first boundary at which no rank has failed."""
         observer = self._observer
-        if observer is None or any_failed(self._parts, failed):
+        if observer is None:
+            return
+        if any_failed(self._parts, failed):
+            observer.await_forward()
             return
         reasons = self._parts.mesh.control.gather_objects(refusal(self._parts))
         if any(reasons):
@@ -151,7 +155,7 @@ class FirstWindow(Feature):
         proposed = proposal(self._parts, predictor, ())
         present = predictor.seconds(self._parts.reduction.plan)
         if proposed.setting == present_setting(self._parts):
-            self._say("no other buckets are predicted to be faster than %.1f ms a step", present)
+            self._say("no other buckets are predicted to be faster than %.1f ms", 1000 * present)
             return
         try:
             relocate(self._parts, plan_of(self._parts, proposed.setting))

@@ -76,6 +76,7 @@ class Observer:
         self._micro_batches = parts.batch.accumulation
         self._came = [0.0] * len(self._params)
         self._begun = self._crossed = time.perf_counter()
+        self._awaits_forward = False
         self._times = RangeTimes()
         self._times.clock = lambda: parts.reduction.waited
         self._sink = cast(SinkAround, parts.sink)
@@ -91,6 +92,9 @@ class Observer:
     @contextmanager
     def _heard(self, name: str, shown: AbstractContextManager[None]) -> Iterator[None]:
         """A backward begins by the engine's call, or behind a forward."""
+        if name == "forward" and self._awaits_forward:
+            self._awaits_forward = False
+            self.start()
         if name == "backward":
             self._begun = time.perf_counter()
         with shown:
@@ -101,6 +105,10 @@ class Observer:
     def start(self) -> None:
         """A step begins now; else where the last has ended."""
         self._marks, self._crossed = self._read(), time.perf_counter()
+
+    def await_forward(self) -> None:
+        """A step begins with the next forward: what lies before it is no part of one."""
+        self._awaits_forward = True
 
     def crossed(self) -> None:
         """A step is over."""

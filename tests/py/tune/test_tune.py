@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,52 @@ def test_ranks_choose_alike_and_nothing_moves_afterwards() -> None:
     assert here == there
     first, second, third = here[0]
     assert first == second == third
+
+
+def long_before(rank: int, world: int, fails: bool) -> Any:
+    """What the first window is predicted from, where half a second passes before it, and is said to
+    take.
+    """
+    case, own, seen, said = TABLE["groups_with_adamw"], feature.proposal, [], []
+
+    def present(parts: Any, predictor: Any, wires: Any) -> Best:
+        seen.append((predictor.profile, predictor.seconds(parts.reduction.plan)))
+        return Best(feature.present_setting(parts), 1.0)
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listening, log = Listening(), logging.getLogger("zerort")
+    log.addHandler(listening)
+    feature.proposal = present
+    try:
+        engine = engine_for(case, {**config(tune=True), "log_level": "info"})
+        if fails and rank == 1:
+            with pytest.raises(StepError):
+                engine.backward(torch.ones(2, requires_grad=True))
+        elif fails:
+            case.micro(engine, Moment(rank, 0, 0))
+            with pytest.raises(StepError):
+                engine.step()
+        time.sleep(0.5)
+        take_step(engine, case, rank, 0)
+    finally:
+        feature.proposal = own
+        log.removeHandler(listening)
+        keep(engine)
+    (profile, seconds), *_ = seen
+    return profile.wall, profile.other, seconds, [text for text in said if "no other" in text]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "behind_a_window_that_failed"])
+def test_what_lies_before_the_first_forward_is_no_part_of_a_step(fails: bool) -> None:
+    (wall, other, seconds, said), _ = ranks.shared(2, long_before, fails)
+    assert wall < 0.5
+    assert other < 0.5
+    assert said == [
+        f"zerort.tune: no other buckets are predicted to be faster than {1000 * seconds:.1f} ms"
+    ]
 
 
 def failing_first(rank: int, world: int) -> Any:
