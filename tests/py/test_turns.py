@@ -9,9 +9,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
+import turns
 from ranks import FORKS
 from turns import turn
 
@@ -21,9 +23,9 @@ LONG, SHORT = 60.0, 0.5
 class Holder:
     """A process that takes a turn, says so, and keeps it until it is ended."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, places: list[Path]) -> None:
         self.pipe, theirs = FORKS.Pipe()
-        self.process = FORKS.Process(target=_hold, args=(theirs, ranks), daemon=True)
+        self.process = FORKS.Process(target=_hold, args=(theirs, ranks, places), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -35,23 +37,37 @@ class Holder:
         self.process.join()
 
 
-def _hold(pipe: Connection, ranks: int) -> None:
+def _hold(pipe: Connection, ranks: int, places: list[Path]) -> None:
+    turns._PLACES[:] = _opened(places)
     with turn(ranks):
         pipe.send("")
         pipe.poll(LONG)
 
 
+def _opened(places: list[Path]) -> list[int]:
+    return [os.open(place, os.O_RDONLY) for place in places]
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[[int], Holder]]:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Holder]]:
+    """Starts holders of places of their own: a pair of another file's tests that waits for the
+    second of the real ones has the first.
+    """
     started: list[Holder] = []
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.touch()
+    monkeypatch.setattr(turns, "_PLACES", own := _opened(places))
 
     def start(ranks: int) -> Holder:
-        started.append(Holder(ranks))
+        started.append(Holder(ranks, places))
         return started[-1]
 
     yield start
     for holder in started:
         holder.end()
+    for place in own:
+        os.close(place)
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 1), (1, 2), (4, 1)])
