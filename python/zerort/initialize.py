@@ -408,7 +408,7 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     if line := said_of_apex(settings):
         _log.info(line)
     log_homes(flat)
-    if settings.zerort.transport == "shared":
+    if settings.zerort.transport == "shared" and setup.mesh.shared_bytes:
         _log.info(
             "gradients and parameters go through memory that the ranks of this host share, %d "
             "bytes a rank, the memory of buckets in flight among them",

@@ -46,6 +46,14 @@ def test_keys_without_effect_are_listed_once_by_rank_0() -> None:
     )
 
 
+def test_memory_that_ranks_share_is_told_of_where_there_are_several() -> None:
+    changes = {"zerort": {"transport": "shared"}, **CLIPPED}
+    (alone,) = ranks.shared(1, _lines, changes, _nothing)
+    lines, others = ranks.shared(2, _lines, changes, _nothing)
+    assert not [line for line in alone + others if "this host share" in line]
+    assert len([line for line in lines if "this host share" in line]) == 1
+
+
 def test_a_clipping_norm_that_nobody_gave_is_said_once() -> None:
     lines, _ = ranks.shared(2, _lines_with_default_clipping)
     assert [line for line in lines if "gradient_clipping" in line] == [
