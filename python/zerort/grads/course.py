@@ -140,7 +140,7 @@ class Routed:
         """The rest of the list; all of the schedule where no pass of parameters is under way."""
         finished = self._reducer.finish()
         if self.gatherer.in_pass:
-            self.close(complete=self._executor.failure is None)
+            self.close(complete=self._executor.current.failure is None)
             self.owed = self.index is None
         else:
             self._executor.enqueue(self.plan.program)

@@ -60,10 +60,10 @@ class Reduction:
         self._legs = [leg for transport in transports.values() for leg in transport.legs]
         self._watch = watch
         self._reducer = _core.Reducer(plan)
-        self.executor = self._executor = Executor(flat, mesh, transports, watch)
-        self._executor.load(plan)
+        self.executor = Executor(flat, mesh, transports, watch)
+        self.executor.load(plan)
         self.course = self._course(mesh.rank, room)
-        self.listener = Listener(flat, self._reducer, self._executor, self.course)
+        self.listener = Listener(flat, self._reducer, self.executor, self.course)
         self._order: list[int] | None = None
         self._late = False
         self._drop_stale()
@@ -71,9 +71,9 @@ class Reduction:
 
     def _course(self, rank: int, room: int | None) -> Straight | Routed:
         if room is None:
-            return Straight(self.plan, self._reducer, self._executor)
+            return Straight(self.plan, self._reducer, self.executor)
         gatherer = _core.Gatherer(self._reducer, rank=rank, room=room)
-        return Routed(self.plan, self._reducer, self._executor, gatherer)
+        return Routed(self.plan, self._reducer, self.executor, gatherer)
 
     @property
     def in_pass(self) -> bool:
@@ -116,7 +116,7 @@ class Reduction:
         self.drain()  # the last pass's memory is about to be written
         # The executor goes first: a pass that the core knows of can be run to its end, whatever is
         # raised from here on.
-        self._executor.begin(Fold(scale, add=self.passes > 0))
+        self.executor.begin(Fold(scale, add=self.passes > 0))
         self.course.begin()
         self.passes += 1
         self.listener.begin()
@@ -134,7 +134,11 @@ class Reduction:
             self.begun += running and not self.in_pass
         self.listener.finish()
         self._late = self.listener.holds_gradients()
-        return self._executor.absent if absent is None else [self._flat.names[i] for i in absent]
+        return (
+            self.executor.current.absent
+            if absent is None
+            else [self._flat.names[i] for i in absent]
+        )
 
     @unintercepted
     def abort(self) -> None:
@@ -142,7 +146,7 @@ class Reduction:
         pair with ours.
         """
         self.drop()
-        self._executor.poison("the backward was aborted")
+        self.executor.current.poison("the backward was aborted")
         if self.in_pass:
             self.finish()
         self.settle()
@@ -161,7 +165,7 @@ class Reduction:
     def begin_empty(self) -> EmptyPass:
         """Starts a pass for the peers' sake, in which nothing is reduced; the last one is over."""
         self.begun += 1
-        return self._executor.empty("some rank failed, and this one takes part on zeros")
+        return self.executor.empty("some rank failed, and this one takes part on zeros")
 
     @unintercepted
     def advance(self, empty: EmptyPass) -> bool:
@@ -183,7 +187,7 @@ class Reduction:
     @unintercepted
     def drain(self) -> None:
         """Waits until the sums of all finished passes are complete."""
-        self._executor.drain()
+        self.executor.drain()
         if self.passes and self._watch.times_gradients:
             self._watch.passed(self._reducer.life())
 
@@ -191,7 +195,7 @@ class Reduction:
     def collect(self) -> None:
         """A micro-batch that is not reduced is over."""
         # a pass of the micro-batch before may still be sending from where gradients are to rest
-        self._executor.collect()
+        self.executor.collect()
         self.listener.rest()
 
     @unintercepted
@@ -220,71 +224,71 @@ class Reduction:
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""
-        return self._executor.waits.waiting(what)
+        return self.executor.waits.waiting(what)
 
     @property
     def failure(self) -> str | None:
         """What broke a pass of this window off on this rank, if something did."""
-        return self._executor.failure
+        return self.executor.current.failure
 
     def lost(self) -> str | None:
         """A parameter that was written on this rank while it was whole for a pass, if one was.
         Waits for the device, and tells once.
         """
-        return self._executor.changes.read()
+        return self.executor.units.changes.read()
 
     @property
     def waited(self) -> float:
         """Seconds that the host has stood still for collectives, since the beginning."""
-        return self._executor.waits.seconds
+        return self.executor.waits.seconds
 
     def nonfinite(self) -> tuple[int, int] | None:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
         where unknown.
         """
         found = (in_sum(bucket, self._shard) for bucket in self._flat.trained)
-        return self._executor.nonfinite or next(
+        return self.executor.current.nonfinite or next(
             (place for place in found if place is not None), None
         )
 
     @property
     def published(self) -> Sequence[int]:
         """Numbers of buckets in the order in which they are published."""
-        return self._executor.publication.order
+        return self.executor.publication.order
 
     @unintercepted
     def prepare_publication(self) -> None:
         """Before an update that is published beside what follows. Nothing is on its way."""
-        self._executor.publication.guard.prepare()
+        self.executor.publication.guard.prepare()
 
     @unintercepted
     def publish_ready(self, ready: Collection[int], *, overlapped: bool = False) -> None:
         """Begins to bring the updated shards of these buckets to all ranks."""
-        self._executor.publish_ready(ready, overlapped=overlapped)
+        self.executor.publish_ready(ready, overlapped=overlapped)
 
     @unintercepted
     def publish(self, *, overlapped: bool = False) -> None:
         """Brings updated shards to all ranks; where that is `overlapped`, who needs them waits."""
-        self._executor.publish(overlapped=overlapped)
+        self.executor.publish(overlapped=overlapped)
 
     @unintercepted
     def land(self) -> None:
         """Waits for updated parameters that are on their way, if there are any. Raises `CommError`,
         each time.
         """
-        self._executor.publication.land()
+        self.executor.publication.land()
 
     @unintercepted
     def end_publication(self, *, waits: bool) -> None:
         """Nothing is published any more; what is on its way is waited for if it `waits`. Raises
         `CommError`.
         """
-        self._executor.publication.guard.close(waits=waits)
+        self.executor.publication.guard.close(waits=waits)
 
     @property
     def unpublished(self) -> str | None:
         """Why not all ranks have the same parameters, if updates have been lost on their way."""
-        return self._executor.publication.failure
+        return self.executor.publication.failure
 
     @unintercepted
     def drop(self) -> None:
@@ -300,7 +304,7 @@ class Reduction:
         are `growth` times as large, because the loss scale has moved.
         """
         self.passes = 0
-        self._executor.reset()
+        self.executor.current.reset()
         for source in self._sources.values():
             source.reset()
         for leg in self._legs:
@@ -340,8 +344,8 @@ class Reduction:
         self.plan = self.plan.reordered(self._order)
         self._reducer.reorder(self.plan)
         # what a backward comes to last is what a forward needs first
-        self._executor.need(self._order[::-1])
-        self._executor.load(self.plan)
+        self.executor.publication.need(self._order[::-1])
+        self.executor.load(self.plan)
         self.course.load(self.plan)
         return True
 
@@ -356,9 +360,9 @@ class Reduction:
         self._sources = {bucket: transport.source for bucket, transport in transports.items()}
         self._legs = [leg for transport in transports.values() for leg in transport.legs]
         self._reducer = _core.Reducer(self.plan)
-        self._executor.send_by(transports)
-        self._executor.load(self.plan)
-        self.course = Straight(self.plan, self._reducer, self._executor)
+        self.executor.send_by(transports)
+        self.executor.load(self.plan)
+        self.course = Straight(self.plan, self._reducer, self.executor)
         self.listener.turn_to(self._reducer, self.course)
         self.follow()
 
@@ -374,7 +378,7 @@ class Reduction:
         observed, routes = self._comm.control.gather_objects(seen)[0]
         self.plan = self.plan.reordered(observed).routed(routes, room=room, depth=depth)
         self._reducer.reorder(self.plan)
-        self._executor.load(self.plan)
+        self.executor.load(self.plan)
         self.course.load(self.plan)
         if first:
             gatherer.told()
@@ -383,17 +387,17 @@ class Reduction:
     @unintercepted
     def unload(self) -> None:
         """Gives the memory of gradients on their way back, until `reload`. Nothing is under way."""
-        self._executor.unload()
+        self.executor.unload()
 
     @unintercepted
     def reload(self) -> None:
         """Takes such memory again."""
-        self._executor.load(self.plan)
+        self.executor.load(self.plan)
 
     @unintercepted
     def follow_memory(self) -> None:
         """Sums lie elsewhere; no gradient waits."""
-        self._executor.follow()
+        self.executor.follow()
 
     def close(self) -> None:
         """Takes the hooks off the model, and gives the memory of buckets in flight back."""

@@ -149,7 +149,7 @@ class Passes:
 
     def lose(self, parameter: nn.Parameter) -> None:
         """The parameter was written while it was whole for the pass: the change goes with it."""
-        self._executor.changes.note(name_of(parameter))
+        self._executor.units.changes.note(name_of(parameter))
 
     def detach(self, *, whole: bool = True) -> None:
         """Takes the hooks off the model, which its parameters' values stay with, if they are the
@@ -236,7 +236,7 @@ class Passes:
         self._course.close(complete=complete)
         self.strays.say(self.gatherer.strays())
         # where something else is raised, the vote tells of writes, or the next pass does
-        written = self._executor.changes.take() if complete else None
+        written = self._executor.units.changes.take() if complete else None
         if written is not None:
             raise StepError(lost(written))
 
@@ -317,7 +317,7 @@ class Passes:
     def abandon(self) -> None:
         """The window is lost on all ranks: nothing of it is kept."""
         self.is_open, self.opener, self._met = False, None, None
-        self._executor.changes.forget()
+        self._executor.units.changes.forget()
         self._thread, self.needs.at = 0, -1
         self.hooks.settle()
         self._course.abandon()

@@ -140,7 +140,7 @@ class Pins:
             unit.pinned -= 1
             self._passes.pinned -= not unit.pinned
             if not unit.pinned:
-                unit.part_with_aliases(self._executor.changes)
+                unit.part_with_aliases(self._executor.units.changes)
         self._executor.enqueue([Verb.FREE.of(number) for number in units])
         self._executor.reach()
         if modifier is None and not writes:
@@ -154,7 +154,7 @@ class Pins:
 
     def _told(self, units: Sequence[int], written: str | None) -> str | None:
         """What has been written is told of here alone; `written` is what versions say."""
-        changes = self._executor.changes
+        changes = self._executor.units.changes
         found = changes.take()
         if written is not None:
             changes.forget([b for number in units for b in self._executor.unit(number).buckets])

@@ -49,7 +49,7 @@ class Publishing:
         self._buckets: dict[int, _Bucket] = {}
         self._parts: list[nn.Module] = []
         self._followed: Any = None
-        executor.guard_by(self)
+        executor.publication.guard = self
         _OPEN.add(self)
 
     # What a publication asks for.

@@ -153,14 +153,14 @@ class RollCall:
                     return reading
 
     def _row(self, own: Sequence[int]) -> Sequence[int]:
-        words = [*own, *[0] * (_REPLACED - len(own)), int(self._executor.replaced.tell())]
+        words = [*own, *[0] * (_REPLACED - len(own)), int(self._executor.units.replaced.tell())]
         return self._course.gatherer.row(words)
 
     def _hear_of_replaced(self, reading: _core.Reading) -> None:
         """Where a rank has replaced what it keeps, no rank gathers from what its host has had."""
         if any(own[_REPLACED] for _, _, own in reading.rows):
             self._executor.forget()
-        self._executor.replaced.heard()
+        self._executor.units.replaced.heard()
 
     def _look_for_failed(self, reading: _core.Reading) -> None:
         """Raises `CommError` with the reason of a rank that gives its engine back after an

@@ -54,6 +54,18 @@ class Pass:
     find a partner for each of their collectives, and the vote drops the window on all ranks.
     """
 
+    def poison(self, failure: str) -> None:
+        """The window is lost on this rank: what is left of the list runs on zeros."""
+        self.failure = self.failure or failure
+
+    def lose(self, error: BaseException) -> None:
+        """It is lost by what has been raised between two lines."""
+        self.poison(f"{type(error).__name__}: {error}")
+
+    def reset(self) -> None:
+        """The window is over."""
+        self.nonfinite = self.failure = None
+
 
 Feed = Callable[[Encoder], None]
 """Has what a leg sends encoded."""

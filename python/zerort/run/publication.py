@@ -70,22 +70,24 @@ class _Unguarded:
 UNGUARDED = _Unguarded()
 
 
-class Publication:
-    """Of one plan: the hops of each bucket that is published, in the order in which they start.
+Published = tuple[FlatBucket, Sequence[Hop]]
+"""A bucket, and how its shards reach all ranks."""
 
-    `here` tells of the current stream.
+
+class Publication:
+    """Of one engine: the hops of each bucket that its plan publishes, in the order in which they
+    start. `here` tells of the current stream.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[tuple[FlatBucket, Sequence[Hop]]],
-        waits: Waits,
-        here: Callable[[], Here] | None = None,
-    ) -> None:
+    def __init__(self, waits: Waits, here: Callable[[], Here] | None = None) -> None:
         self.guard: Guard = UNGUARDED
+        """Who keeps others from parameters whose updates are on their way; changed between two
+        turns.
+        """
         self.failure: str | None = None
         """Why not all ranks have the same parameters, if a collective has failed."""
-        self._buckets = buckets
+        self._buckets: Sequence[Published] = ()
+        self._needed: Sequence[int] = ()
         self._waits = waits
         self._note_stream = here
         self._here: Here | None = None
@@ -93,6 +95,27 @@ class Publication:
         self._turn: tuple[int, dict[int, Flight]] = (0, {})
         """Its number, and by bucket what has not landed."""
         self._lock = threading.RLock()
+
+    def need(self, order: Sequence[int]) -> None:
+        """Parameters in the order in which forwards need them, for the next `load`; the same on all
+        ranks.
+        """
+        self._needed = order
+
+    def load(self, buckets: Sequence[Published]) -> None:
+        """What a plan publishes from now on; nothing of the one before is under way, or anybody
+        waits for it.
+        """
+        place = {param: index for index, param in enumerate(self._needed)}
+        last = len(place)
+
+        def first_need(published: Published) -> tuple[int, int]:
+            # until more is known: buckets are planned in the order of a backward
+            spec = published[0].spec
+            return min(place.get(p, last) for p in spec.params), -spec.id
+
+        self._buckets = sorted(buckets, key=first_need)
+        self._turn, self.failure = (0, {}), None
 
     @property
     def order(self) -> list[int]:
