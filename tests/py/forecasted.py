@@ -152,7 +152,7 @@ def _batch(engine: Any, rank: int, number: int) -> Tensor:
 def _copied(engine: Any) -> tuple[int, int]:
     """To the host and to the device so far."""
     buckets = engine._parts.boundary.flat.buckets
-    hosts = {id(b._host): b._host for b in buckets if b._host is not None}
+    hosts = {id(b.own.host): b.own.host for b in buckets if b.own.host is not None}
     rooms = [b.sums._room for b in engine._parts.boundary.flat.trained if b.is_on_host]
     hosts |= {id(room.host): room.host for room in rooms}
     return sum(h.received for h in hosts.values()), sum(h.sent for h in hosts.values())

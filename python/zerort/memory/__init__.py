@@ -1,9 +1,10 @@
 """Buckets' memory, of which the module's parameters are views."""
 
-from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
+from zerort.memory.buckets import FlatBucket
 from zerort.memory.fingerprint import digest
 from zerort.memory.flat import Memory, Side
 from zerort.memory.forms import Alone, Form
+from zerort.memory.held import HeldBucket, Layout
 from zerort.memory.homes import Homes, HostRoom
 from zerort.memory.model import FlatModel
 from zerort.memory.origins import Origin, Present

@@ -7,17 +7,17 @@ gradient is lost. What it does not do: no communication, no knowledge of steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zerort import _core
 from zerort.errors import StepError
-from zerort.memory.buckets import FlatBucket, HeldBucket, Layout
+from zerort.memory.buckets import FlatBucket
+from zerort.memory.held import HeldBucket, Layout
 from zerort.memory.parameters import PlannedParameter
-from zerort.memory.registry import LEAVING, Registry
+from zerort.memory.places import Places
+from zerort.memory.registry import Registry
 from zerort.memory.rooms import Kept, Room, Stepped, kept_layout, rooms_of
 from zerort.memory.unintercepted import unintercepted
 
@@ -69,10 +69,7 @@ class FlatModel:
             for name, parameter in zip(bucket.names, bucket.params, strict=True)
             if not parameter.requires_grad
         ]
-        self._numels = [parameter.numel() for parameter in self.params]
-        self._homes, self._offsets = self._layout()
-        self._bases: list[int] = []
-        self._places: list[int] = []
+        self._places = Places(self.names, self.params, self.buckets)
 
     @property
     def sharded(self) -> list[HeldBucket]:
@@ -92,17 +89,6 @@ class FlatModel:
     def kept(self) -> list[Kept]:
         """What a checkpoint holds, by number, as `layout` has it."""
         return [self.rooms.get(bucket.spec.id, bucket) for bucket in self.buckets]
-
-    def _layout(self) -> tuple[list[int], list[int]]:
-        """By parameter, its bucket and how many bytes it lies behind that one's first. What has no
-        element is in none, whose address is 0.
-        """
-        homes, offsets = [len(self.buckets)] * len(self.params), [0] * len(self.params)
-        for home, bucket in enumerate(self.buckets):
-            for param, offset in zip(bucket.spec.params, bucket.spec.offsets, strict=True):
-                if self._numels[param]:
-                    homes[param], offsets[param] = home, offset * bucket.owned.tensor.itemsize
-        return homes, offsets
 
     @property
     def tree_changes(self) -> int:
@@ -128,28 +114,7 @@ class FlatModel:
                 "give it to the optimizer, frozen, before zerort.initialize, and unfreeze it then; "
                 "or freeze it again with requires_grad_(False)"
             )
-        self._locate()
-        with ExitStack() as stack:
-            for bucket in self.buckets:
-                stack.enter_context(bucket.values.unguarded())
-            places = list(map(Tensor.data_ptr, self.params))
-        numels = list(map(Tensor.numel, self.params))
-        if places != self._places or numels != self._numels:
-            rows = zip(self.names, places, self._places, numels, self._numels, strict=True)
-            moved = next(row[0] for row in rows if row[1] != row[2] or row[3] != row[4])
-            raise StepError(
-                f"parameter {moved} has left its flat buffer since initialize: {LEAVING}"
-            )
-
-    def _locate(self) -> None:
-        """Where parameters have to be. As long as a bucket holds its values, nothing else can have
-        their addresses; while it does not, an address is an offset.
-        """
-        bases = [*(bucket.values.address for bucket in self.buckets), 0]
-        if bases != self._bases:
-            # sharded values are elsewhere in every step, so the loop is in C
-            self._bases = bases
-            self._places = list(map(add, map(bases.__getitem__, self._homes), self._offsets))
+        self._places.check()
 
     def take_writes(self) -> None:
         """Brings to the masters what something outside a step has written into parameters, in

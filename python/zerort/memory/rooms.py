@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from zerort import _core
-from zerort.memory.buckets import FlatBucket, Layout
+from zerort.memory.buckets import FlatBucket
 from zerort.memory.flat import Side
 from zerort.memory.forms import Form
+from zerort.memory.held import Layout
 from zerort.memory.moved import Carrier
 from zerort.memory.parameters import PlannedParameter
 from zerort.memory.sizes import Dtypes
@@ -71,7 +72,11 @@ class Kept(Protocol):
     names: list[str]
     params: list[nn.Parameter]
     forms: list[Form]
-    start: int
+
+    @property
+    def start(self) -> int:
+        """The element of the bucket at which it begins."""
+
     master: Tensor
 
     @property

@@ -86,7 +86,7 @@ class Exchange:
         with self._crossing("parameters") as cross, torch.no_grad():
             cross([r.to_holders(_kept, _part, r.values) for r in self._routes])
         for bucket in self._buckets:
-            bucket.revision += 1
+            bucket.own.replaced()
             if bucket.away is not None:
                 bucket.away.lead()
         for room in self._rooms:
