@@ -214,7 +214,7 @@ class Config(Given):
         """Whether what a format rounds off is added to the next gradient."""
         asked, zero = self.zerort.wire_error_feedback, self.zero_optimization
         if asked == "auto":
-            return zero.stage < 2 and not zero.zero_quantized_gradients
+            return not zero.shards_gradients and not zero.zero_quantized_gradients
         return bool(asked)
 
     @property

@@ -106,6 +106,11 @@ class Zero(Section):
         return self.stage > 0
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether the stage shards gradients too."""
+        return self.stage >= 2
+
+    @property
     def shards_parameters(self) -> bool:
         """Whether the stage shards parameters between their uses."""
         return self.stage == 3

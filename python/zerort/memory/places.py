@@ -41,7 +41,7 @@ class Places:
         self._wanted: list[int] = []
 
     def check(self) -> None:
-        """Raises `StepError` naming the first parameter that is elsewhere, or is as long no more."""
+        """Raises `StepError` naming the first parameter that is elsewhere, or not as long."""
         self._locate()
         with ExitStack() as stack:
             for bucket in self._buckets:

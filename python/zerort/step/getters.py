@@ -71,7 +71,7 @@ class Getters:
     zero_optimization_stage = _key("The ZeRO stage.", lambda c: c.zero_optimization.stage)
     zero_optimization_partition_gradients = _key(
         "Whether gradients are sharded: from stage 2 on.",
-        lambda c: c.zero_optimization.stage >= 2,
+        lambda c: c.zero_optimization.shards_gradients,
     )
     zero_optimization_partition_weights = _key(
         "Whether parameters are sharded: at stage 3.",
