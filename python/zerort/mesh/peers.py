@@ -108,7 +108,7 @@ class Peers:
             here = self._fates()
             heard.fates.update(here)
             if heard.answered:
-                known = self._read(heard, known, deadline)
+                known = self._read(heard, known)
             if heard.fates or time.monotonic() > deadline:
                 break
             time.sleep(_POLL)
@@ -140,11 +140,12 @@ class Peers:
             return False
         return True
 
-    def _read(self, heard: Heard, known: int, deadline: float) -> int:
+    def _read(self, heard: Heard, known: int) -> int:
         """Takes in what is new; returns how many entries are known then."""
         assert self.board is not None
         try:
-            entries = self.board.news(self._log, known, max(0.1, deadline - time.monotonic()))
+            # as long at the end of a wait as before: a busy store is not one that has gone
+            entries = self.board.news(self._log, known, PATIENCE)
         except Unanswered:
             heard.answered = False
             return known

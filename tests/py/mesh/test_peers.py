@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -210,6 +211,27 @@ def test_no_thread_is_in_the_store_once_something_is_known() -> None:
         other.kill()
         assert "SIGKILL" in peers.explain(WHAT)
     assert [t for t in threading.enumerate() if t.name.startswith("zerort")] == []
+
+
+class SlowStore:
+    """Answers every question, on a machine that has much to do."""
+
+    def __init__(self) -> None:
+        self._store = dist.HashStore()
+
+    def __getattr__(self, name: str) -> Any:
+        time.sleep(0.3 if name == "add" else 0)
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_slow_to_the_end_of_a_wait_is_not_said_to_have_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zerort.mesh.peers.PATIENCE", 1.0)
+    with child() as other:
+        board = Board(SlowStore())
+        said = peers_of(this_process(), as_process(other.pid), board=board).explain(WHAT)
+    assert "is running but did not come to this point" in said and "asked" not in said
 
 
 def test_a_call_that_ctrl_c_has_left_in_the_store_is_waited_for_at_the_end(
