@@ -7,6 +7,9 @@ raised: an interrupt reaches the peers as a `KeyError` does.
 With `patience` a rank that works on its attempt is waited for beyond the communicator's time-out;
 the attempt may not use the communicator then.
 
+An attempt may let ranks exchange something by itself. Who waits in there for a rank that has failed
+hears its reason in the answer's place, and raises `Failed`: the agreement has been held then.
+
 What it does not do: it undoes nothing where the attempt succeeded, and it adds no time-out of its
 own. A rank that dies in its attempt is found as in any other collective.
 """
@@ -14,18 +17,28 @@ own. A rank that dies in its attempt is found as in any other collective.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from zerort.errors import CommError, ZerortError
 from zerort.mesh.patience import Gathers, Patience, together
 
-__all__ = ["Consensus"]
+__all__ = ["Consensus", "Failed"]
 
 T = TypeVar("T")
 
 _NAMED = 8  # ranks whose reasons a message has room for
+
+
+class Failed(CommError):
+    """Within an attempt: `found`, by rank, is not what was asked for, but what became of some
+    rank's attempt.
+    """
+
+    def __init__(self, message: str, found: Sequence[object]) -> None:
+        super().__init__(message)
+        self.reasons = [*map(_reason_in, found)]
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class Consensus:
     ) -> T:
         """Runs `attempt` on every rank; returns this rank's result once all have one."""
         mine = self._attempted(attempt)
-        reasons = self.comm.gather_objects(mine.reason)
-        self._refuse(headline, mine, reasons, kind)
+        found = mine.heard or self.comm.gather_objects(mine.reason)
+        self._refuse(headline, mine, [*map(_reason_in, found)], kind)
         return mine.value
 
     def gather(
@@ -57,8 +70,8 @@ class Consensus:
         """`agree`, but returns every rank's result, by rank. Results are pickled."""
         # Pickled within the attempt: a result that cannot be is a failure like any other.
         mine = self._attempted(lambda: pickle.dumps(attempt()))
-        found = self.comm.gather_objects((mine.reason, mine.value))
-        self._refuse(headline, mine, [reason for reason, _ in found], kind)
+        found = mine.heard or self.comm.gather_objects((mine.reason, mine.value))
+        self._refuse(headline, mine, [*map(_reason_in, found)], kind)
         return [pickle.loads(value) for _, value in found]
 
     def first(
@@ -66,8 +79,8 @@ class Consensus:
     ) -> T:
         """Runs `attempt` on rank 0 and returns its result, pickled, on every rank."""
         mine = self._attempted(lambda: pickle.dumps(attempt()) if self.comm.rank == 0 else b"")
-        found = self.comm.gather_objects((mine.reason, mine.value))
-        reasons = [reason for reason, _ in found]
+        found = mine.heard or self.comm.gather_objects((mine.reason, mine.value))
+        reasons = [*map(_reason_in, found)]
         # Rank 0 speaks for all: its number would say nothing.
         self._refuse(headline, mine, reasons[:1] if any(reasons[:1]) else reasons, kind)
         result: T = pickle.loads(found[0][1])
@@ -106,15 +119,25 @@ class _Attempt(Generic[T]):
     value: T
     error: BaseException | None = None
     reason: str | None = None
+    heard: list[Any] = field(default_factory=list)
+    """Reasons by rank, where they came before this rank could be asked."""
 
 
 def _attempted(attempt: Callable[[], T]) -> _Attempt[T]:
     try:
         return _Attempt(attempt())
+    except Failed as failed:
+        return _Attempt(None, heard=failed.reasons)  # type: ignore[arg-type]
     except CommError:
         raise  # the peers hear of it the same way, and to ask them might take another time-out
     except BaseException as error:
         return _Attempt(None, error, _reason(error))  # type: ignore[arg-type]
+
+
+def _reason_in(message: object) -> str | None:
+    """What a rank says of its attempt; who still exchanges something within has not failed."""
+    said = message[0] if isinstance(message, tuple) else message
+    return said if isinstance(said, str) else None
 
 
 def _reason(error: BaseException) -> str:

@@ -80,6 +80,10 @@ class Peers:
         """The same of a part of the ranks."""
         return replace(self, everyone={rank: self.everyone[rank] for rank in ranks})
 
+    def apart(self, ranks: Sequence[int]) -> bool:
+        """Whether these are on several hosts, by the names of those."""
+        return len({self.everyone[rank].process.host for rank in ranks}) > 1
+
     def explain(self, what: str) -> str:
         """One sentence on why `what`, a collective that this rank waited for, may have failed."""
         if not self.everyone:

@@ -26,12 +26,12 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
-from zerort.errors import CommError
+from zerort.mesh.consensus import Failed
 from zerort.mesh.control import GlooControl
 from zerort.mesh.process import Process
 from zerort.platforms import HERE
 
-__all__ = ["PAGE", "Unshared", "share"]
+__all__ = ["PAGE", "Unshared", "come", "share"]
 
 PAGE = 4096
 _NONCE = 16
@@ -108,24 +108,35 @@ class _Descriptors:
         return descriptor
 
 
+def come(control: GlooControl) -> None:
+    """Returns when all ranks have come so far. Raises `Failed` and `CommError`."""
+    _heard(control, _Told(None))
+
+
 def _together(control: GlooControl, attempt: Callable[[], Any]) -> list[Any]:
     """What each rank's attempt returns, by rank. Raises `Unshared` where one has failed."""
     try:
         mine = _Told(None, attempt())
     except Exception as error:
         mine = _Told(str(error) or type(error).__name__)
-    found = control.gather_objects(mine)
-    for rank, each in enumerate(found):
-        if not isinstance(each, _Told):
-            # It tells, where ranks agree whether all have come so far, that it has not.
-            raise CommError(
-                f"rank {control.rank}: rank {control.groups.members.ranks[rank]} has failed "
-                f"before ranks share memory: {each}"
-            )
+    found = _heard(control, mine)
     for rank, each in enumerate(found):
         if each.why_not is not None:
             raise Unshared(f"rank {control.groups.members.ranks[rank]}: {each.why_not}")
     return [each.value for each in found]
+
+
+def _heard(control: GlooControl, mine: _Told) -> list[_Told]:
+    found, members = control.gather_objects(mine), control.groups.members
+    for rank, each in enumerate(found):
+        if not isinstance(each, _Told):
+            # It tells, where ranks agree whether all have come so far, that it has not.
+            raise Failed(
+                f"rank {members.job_rank}: rank {members.ranks[rank]} has failed before ranks "
+                f"share memory: {each}",
+                found,
+            )
+    return found
 
 
 def _make(control: GlooControl, opened: _Descriptors, wanted: _Wanted) -> _File | None:
@@ -150,7 +161,7 @@ def _process(control: GlooControl, rank: int) -> Process:
     ranks = control.groups.members.ranks
     process, me = peers[ranks[rank]].process, peers[ranks[control.rank]].process
     if not process.place or not process.beside(me):
-        raise Unshared(f"it does not see the process of rank {ranks[rank]}")
+        raise Unshared(f"its /proc does not show the process of rank {ranks[rank]}")
     return process
 
 

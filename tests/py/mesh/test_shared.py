@@ -9,6 +9,7 @@ import gc
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from training import Config, at_stage, config_of, engine_for, take_step, train
 from zerort.device.cpu import Cpu
 from zerort.errors import CommError, PlanMismatch
 from zerort.mesh import meet, segments, shared, uses
+from zerort.mesh import process as processes
 from zerort.wire.dense import DenseEncoder
 
 LINE = "go over gloo, not through shared memory"
@@ -188,6 +190,8 @@ def _fault(fault: str) -> Any:
         case "reservation":
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return patch.object(os, "posix_fallocate", Mock(side_effect=full))
+        case "another place":
+            return patch.object(processes, "_place", lambda: "")
         case "another file":
             return patch.object(segments, "_sign", lambda *_: b"0" * 16)
         case _:
@@ -198,6 +202,7 @@ FAULTS = {
     "limit": "rank 0: [Errno 27] File too large",
     "reservation": "cannot be reserved: No space left on device (ENOSPC)",
     "memory": "are free",
+    "another place": "rank 1: its /proc does not show the process of rank 1",
     "another file": "what rank 1 has written is not what it reads",
 }
 
@@ -208,6 +213,17 @@ def test_where_one_rank_cannot_all_go_over_gloo_and_one_line_says_why(fault: str
     assert steps == same and int(steps) > 0
     assert len(said) == 1 and LINE in said[0] and FAULTS[fault] in said[0]
     assert silent == []
+
+
+def elsewhere(rank: int, world: int) -> tuple[str, list[str], int]:
+    before = mapped()
+    with patch.object(socket, "gethostname", lambda: f"host{rank}"):
+        return *refused(rank, world, "auto", ""), mapped() - before
+
+
+def test_ranks_of_several_hosts_go_over_gloo_without_a_word() -> None:
+    for steps, said, segments_made in ranks.shared(2, elsewhere):
+        assert int(steps) > 0 and said == [] and segments_made == 0
 
 
 def test_where_it_is_asked_for_and_cannot_be_all_ranks_say_so() -> None:
