@@ -12,6 +12,9 @@ from zerort.tune.wire import Wire
 
 __all__ = ["Findings", "described"]
 
+_AT_ONCE = 1e12
+"""Bytes a second that no memory carries."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -70,8 +73,13 @@ def wire_line(wire: Wire) -> str:
     if wire.ranks == 1:
         return "one rank sends nothing"
     parts = (("reduce", wire.reduce), ("gather", wire.gather))
-    lines = [f"{name} {_ms(line.alpha)} + {line.rate / 1e6:.0f} MB/s" for name, line in parts]
+    lines = [f"{name} {_ms(line.alpha)}{_carried(line)}" for name, line in parts]
     return f"{wire.ranks} ranks: {', '.join(lines)}, vote {_ms(wire.vote)}"
+
+
+def _carried(line: Line) -> str:
+    """At which rate; none where memory is shared, and a message says only that it is there."""
+    return f" + {line.rate / 1e6:.0f} MB/s" if line.rate < _AT_ONCE else " of any size"
 
 
 def described(setting: Setting) -> str:

@@ -35,6 +35,10 @@ _MESSAGE, _DEAR = 256 << 10, 0.25
 """Bytes to each rank from which on messages go as those of large buckets do, over gloo both ways at
 once; sizes grow until they are so long, unless one takes so many seconds before.
 """
+_TELLING = 1 << 20
+"""From here on a size takes longer than the smallest one, unless it is only announced, as gradients
+are in memory that ranks share: who sums reads it, and that is timed with the work of a rank.
+"""
 _ROUNDS, _LEAST, _PATIENCE = 12, 5, 0.3
 """How often each size is timed at most and at least, and seconds that it may take between the two.
 One more comes before, whose time does not count: it meets cold memory and ranks that are not in
@@ -94,7 +98,7 @@ class Meter:
     def samples(self, start: Start, large: int = 0) -> list[Sample]:
         """Of growing sizes, one of which at least is of `large` bytes."""
         found: list[Sample] = []
-        nbytes, took = _SMALLEST, 0.0
+        nbytes, took, first = _SMALLEST, 0.0, 0.0
         while nbytes <= _LARGEST and (
             took < _LONG
             or nbytes <= _SMALLEST * _GROWTH
@@ -105,6 +109,9 @@ class Meter:
             times = self._slowest([self._timed(run) for _ in range(1 + rounds)])[1:]
             found += [Sample(nbytes, seconds) for seconds in times]
             took = middle(times)
+            first = first or took
+            if nbytes >= max(large, _TELLING) and took < 2 * first:
+                break  # nothing is moved
             nbytes *= _GROWTH
         return found
 
