@@ -17,7 +17,7 @@ import zerort
 from adapters import WIDTH, data, is_held, settings
 from catching import assert_told, caught
 from training import keep
-from weighing import alive, covered
+from weighing import alive, covered, private, reserved
 from zerort.cli import main
 from zerort.errors import ConfigError, PlanError, PlanMismatch, StepError
 from zerort.grads.compiled import _SOUND
@@ -408,22 +408,27 @@ def test_a_model_at_stage_3_belongs_to_one_engine() -> None:
 # What it costs, and what is off
 
 
-def weighed(rank: int, world: int) -> tuple[float, float]:
-    """Memory before and after a forward, as parts of the whole model's."""
+def weighed(rank: int, world: int, transport: str) -> tuple[float, float, float]:
+    """Memory of this rank's before and after a forward, and what it has brought to share, as parts
+    of the whole model's.
+    """
     gc.collect()
     gc.freeze()
     model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(6)))
     whole = sum(parameter.numel() * 4 for parameter in model.parameters())
-    engine = reference(model, 3)
-    before = covered(alive())
+    engine = reference(model, 3, zerort={"transport": transport})
+    before = covered(private(alive()))
     with torch.no_grad():
         engine(torch.zeros(1, 128))
-    return before / whole, covered(alive()) / whole
+    return before / whole, covered(private(alive())) / whole, reserved(world) / whole
 
 
-def test_a_rank_keeps_its_part_of_the_values_and_nothing_else() -> None:
-    for before, after in ranks.run(2, weighed):
+@pytest.mark.parametrize("transport", ["gloo", "shared"])
+def test_a_rank_keeps_its_part_of_the_values_and_nothing_else(transport: str) -> None:
+    for before, after, shared in ranks.run(2, weighed, transport):
         assert 0.5 <= before < 0.51 and 0.5 <= after < 0.51
+        # one bucket is gathered here, which has two turns of this rank's half
+        assert shared == (0 if transport == "gloo" else pytest.approx(1, abs=0.05))
 
 
 def without_features(rank: int, world: int, folder: str) -> None:
