@@ -36,7 +36,7 @@ class Failed(CommError):
     rank's attempt.
     """
 
-    def __init__(self, message: str, found: Sequence[object]) -> None:
+    def __init__(self, message: str, found: Sequence[object] = ()) -> None:
         super().__init__(message)
         self.reasons = [*map(_reason_in, found)]
 

@@ -42,7 +42,6 @@ from zerort.mesh.hosts import Arrangement
 from zerort.mesh.local import LocalComm
 from zerort.mesh.nccl import NcclComm
 from zerort.mesh.ordered import OrderedComm
-from zerort.mesh.segments import come
 from zerort.mesh.shared import SharedComm
 
 __all__ = ["Mesh", "connect", "job_rank", "usual_device"]
@@ -74,8 +73,6 @@ class Mesh:
         arrangement: Arrangement | None = None,
     ) -> None:
         self.rank, self.world, self.device = control.rank, control.world, device
-        shares = transport != "gloo" and device_for(device).blocks
-        self._share_apart = False  # whether some memory is made by a part of the ranks
         own = LocalComm(device, self.rank)
         self._comms: dict[str, Comm] = {"own": own}
         singles = tuple((rank,) for rank in range(self.world))
@@ -83,7 +80,6 @@ class Mesh:
         try:
             for name, members in _members(groups or {}, arrangement, control).items():
                 if members.parts not in made:
-                    self._share_apart |= shares and len(members.parts) > 1
                     made[members.parts] = _open(control, members, device, timeout, transport)
                 self._comms[name] = made[members.parts]
             order = self.shard.ranks if arrangement is None else arrangement.by_shard(self.rank)
@@ -129,9 +125,6 @@ class Mesh:
         """Has the memory made that was asked of these groups, where it is shared. All ranks call
         it, with nothing under way. Raises `CommError`.
         """
-        if self._share_apart:
-            assert isinstance(self.control, GlooControl), "several ranks, and no control group"
-            come(self.control)  # all ranks hear of one that has failed, not its group alone
         for comm in self._sharing:
             comm.settle()
 
@@ -211,9 +204,9 @@ def _open(
         return LocalComm(device, control.rank)
     if transport == "gloo" or not isinstance(comm, GlooComm) or not device_for(device).blocks:
         return comm
-    if transport == "auto" and known.apart(comm.ranks):
+    if transport == "auto" and any(map(known.apart, members.parts)):
         return comm  # and nobody has to be told why
-    return SharedComm(comm, timeout, required=transport == "shared")
+    return SharedComm(comm, control, timeout, required=transport == "shared")
 
 
 def _members(

@@ -31,7 +31,7 @@ from zerort.mesh.control import GlooControl
 from zerort.mesh.process import Process
 from zerort.platforms import HERE
 
-__all__ = ["PAGE", "Unshared", "come", "share"]
+__all__ = ["PAGE", "Unshared", "come", "first_reason", "share"]
 
 PAGE = 4096
 _NONCE = 16
@@ -111,6 +111,12 @@ class _Descriptors:
 def come(control: GlooControl) -> None:
     """Returns when all ranks have come so far. Raises `Failed` and `CommError`."""
     _heard(control, _Told(None))
+
+
+def first_reason(control: GlooControl, why_not: str | None) -> str | None:
+    """Of those that ranks have; None where none has one. Raises as `come`."""
+    found = _heard(control, _Told(why_not))
+    return next((each.why_not for each in found if each.why_not is not None), None)
 
 
 def _together(control: GlooControl, attempt: Callable[[], Any]) -> list[Any]:

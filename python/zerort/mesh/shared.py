@@ -13,7 +13,8 @@ what it writes read by all. Sums are those of gloo, to the bit.
 
 What it guarantees: a peer that has ended, or has given its engine back, ends a wait for it within
 tenths of a second, and one that does not come within the time-out. Where ranks cannot share memory,
-or have none left, all of them go on over gloo, and one line in the log says why.
+or have none left, all of them go on over gloo, and one line in the log says why: those of the other
+parts of the job too, for gloo's groups are made by all ranks.
 
 Memory is asked for first, and made for all that has been asked for at once (`settle`): so many
 rounds among the ranks, however many buckets there are. All-gathers of one such time have a few
@@ -36,7 +37,7 @@ from zerort.errors import CommError
 from zerort.mesh.comm import GatherMemory, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.gloo import GlooComm
-from zerort.mesh.segments import PAGE, Unshared, share
+from zerort.mesh.segments import PAGE, Unshared, come, first_reason, share
 from zerort.mesh.uses import TURNS, Mapped, Memory, Pool, Scatters
 
 __all__ = ["SharedComm", "gathers_bytes", "scatters_bytes"]
@@ -72,12 +73,16 @@ def _step(nbytes: int) -> int:
 
 
 class SharedComm:
-    """The ranks of `gloo`. Where `required`, ranks that cannot share memory raise `CommError`."""
+    """The ranks of `gloo`, all of `job` or a part. Where `required`, ranks that cannot share memory
+    raise `CommError`.
+    """
 
     window: int | None = None
 
-    def __init__(self, gloo: GlooComm, timeout: timedelta, *, required: bool) -> None:
-        self._gloo = gloo
+    def __init__(
+        self, gloo: GlooComm, job: GlooControl, timeout: timedelta, *, required: bool
+    ) -> None:
+        self._gloo, self._job = gloo, job
         self._required = required
         self._timeout = timeout.total_seconds()
         self._why_not: str | None = None
@@ -114,10 +119,12 @@ class SharedComm:
         return wanted
 
     def settle(self) -> None:
-        """Makes the memory that has been asked for since the last time. All ranks call it, with
-        nothing under way. Raises `CommError`.
+        """Makes the memory that has been asked for since the last time. All ranks of the job call
+        it, with nothing under way. Raises `CommError`.
         """
         wanted, self._wanted = self._wanted, []
+        if wanted and (self._is_part or self._why_not is not None):
+            come(self._job)  # of a rank that has failed all hear, whatever they would wait in
         scatters = [one for one in wanted if isinstance(one, _Scatters)]
         gathers = [one for one in wanted if isinstance(one, _Gathers)]
         sizes = [one.nbytes for one in gathers]
@@ -168,11 +175,15 @@ class SharedComm:
         """Memories of so many bytes a turn, in one segment; None where ranks do not share any. All
         ranks alike.
         """
-        total = TURNS * sum(steps)
+        total, why = TURNS * sum(steps), None
         try:
             segment = share(self.control, len(steps), -(-total // PAGE) * PAGE)
         except Unshared as error:
-            self._refuse(str(error))
+            why = str(error)
+        if self._is_part:
+            why = first_reason(self._job, why)
+        if why is not None:
+            self._refuse(why)
             return None
         mapped = Mapped(self, segment)
         ends = [*accumulate((TURNS * step for step in steps), initial=0)]
@@ -181,14 +192,18 @@ class SharedComm:
         self._memories.update(memories)
         return memories
 
+    @property
+    def _is_part(self) -> bool:
+        return self.world < self._job.world
+
     def _refuse(self, why: str) -> None:
         if self._required:
             raise CommError(
-                f"rank {self.control.groups.members.job_rank}: ranks cannot share memory, which "
+                f"rank {self._job.rank}: ranks cannot share memory, which "
                 f'zerort.transport "shared" asks for: {why}. "auto" goes over gloo then'
             )
         self._why_not = why
-        if self.rank == 0:
+        if self._job.rank == 0:
             what = "what else is sent goes" if self._memories else "gradients and parameters go"
             _log.info("%s over gloo, not through shared memory: %s", what, why)
 

@@ -300,6 +300,42 @@ def test_what_the_system_refuses_one_rank_sends_all_over_gloo(fault: str) -> Non
     agree([([one], [other])])
 
 
+def short_on_one_host(rank: int, world: int) -> tuple[list[str], int, float]:
+    """Of two hosts' ranks the last one has no memory left for gradients; buckets are so large that
+    gloo makes further groups for them.
+    """
+    said: list[str] = []
+    torch.manual_seed(0)
+    model = nn.Linear(512, 512)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zerort": {"transport": "auto", "hierarchy": {"inner": 2}, "timeout": 20.0},
+    }
+    free = patch.object(type(segments.HERE), "free_memory", lambda _: 1 << 20)
+    with (
+        patch.object(sharing._log, "info", lambda text, *a: said.append(text % a)),
+        free if rank == world - 1 else nullcontext(),
+    ):
+        engine = zerort.initialize(model=model, config=config)[0]
+    for _ in range(2):
+        engine.backward(engine(torch.full((1, 512), 1.0 + rank)).square().mean())
+        engine.step()
+    end = float(model.weight.detach().sum())
+    engine.destroy()
+    del engine
+    return said, mapped(), end
+
+
+def test_where_one_host_is_short_of_memory_no_host_shares_any() -> None:
+    (said, *first), *others = ranks.run(4, short_on_one_host, timeout=90)
+    assert len(said) == 2, "one line for ranks inside hosts, one for those between"
+    assert all(LINE in line and "rank 3: " in line and "are free" in line for line in said)
+    assert others == [([], *first)] * 3 and first[0] == 0
+
+
 # Nobody waits in a hook.
 
 
