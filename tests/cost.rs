@@ -8,10 +8,10 @@ use arbitrary::{plan, sharded, spec, uniform};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use zerort_core::cost::{
-    Algorithm, CostError, Fabric, Link, Machine, Network, Overlap, Prediction, Rates, Workload,
-    choose, guess, simulate,
+    Algorithm, Bound, CostError, Fabric, Link, Machine, Network, Overlap, Prediction, Rates,
+    Workload, choose, guess, simulate, unmeasured,
 };
-use zerort_core::{Cap, Group, Mesh, Op, Placement, Plan, PlanSpec, Stage};
+use zerort_core::{Cap, Dtype, Group, GroupId, Mesh, Op, Param, Placement, Plan, PlanSpec, Stage};
 
 const NOTHING: Link =
     Link { algorithm: Algorithm::Ring, alpha_ns: 0.0, byte_ns: 0.0, message_ns: None };
@@ -331,6 +331,41 @@ fn the_closed_form_is_where_nothing_waits_for_the_one_before() {
     assert!((best - 2000.0).abs() < 1e-9);
     assert!((guess(1000.0, 2.0, 1.0, 1e9) - 1e6).abs() < 1e-3);
     assert!((guess(1e9, 0.999, 1.0, 1e6) - 1e6).abs() < 1e-9, "no longer than everything");
+}
+
+/// Bytes that a bucket has at most, and why, of parameters (elements, dtype, whether it is trained).
+fn unsaid(params: &[(u64, Dtype, bool)], ranks: u32, stage: u8) -> (u64, Bound) {
+    let param = |&(numel, dtype, trains): &(u64, Dtype, bool)| Param {
+        numel,
+        dtype,
+        group: trains.then_some(GroupId(0)),
+        ..two_ranks().params[0]
+    };
+    let params: Vec<Param> = params.iter().map(param).collect();
+    unmeasured(&params, ranks, Stage::new(stage).unwrap().rules())
+}
+
+#[test]
+fn a_bucket_of_which_nothing_is_said_is_a_tenth_of_what_is_trained() {
+    const MIB: u64 = 1 << 20;
+    let gpt = [(20_488_192, Dtype::F32, true)];
+    for stage in 0..3 {
+        assert_eq!(unsaid(&gpt, 2, stage), (8_195_276, Bound::Share));
+    }
+    let low = [(20_488_192, Dtype::BF16, true), (1000, Dtype::F64, true)];
+    assert_eq!(unsaid(&low, 2, 2), (4_098_438, Bound::Share), "as it lies in memory");
+    let adapters = [(7_000_000_000, Dtype::BF16, false), (10_000_000, Dtype::F32, true)];
+    assert_eq!(unsaid(&adapters, 2, 2), (4_000_000, Bound::Share), "of what is trained");
+    assert_eq!(unsaid(&[(1000, Dtype::F32, true)], 2, 2), (MIB, Bound::Least));
+    assert_eq!(unsaid(&[], 1, 0), (MIB, Bound::Least));
+    assert_eq!(unsaid(&gpt, 63, 2), (63 << 17, Bound::Message));
+    assert_eq!(unsaid(&gpt, 62, 2), (8_195_276, Bound::Share));
+    assert_eq!(unsaid(&gpt, 200, 2), (25 * MIB, Bound::Message));
+    assert_eq!(unsaid(&gpt, 201, 2), (25 * MIB, Bound::Most));
+    assert_eq!(unsaid(&gpt, u32::MAX, 2), (25 * MIB, Bound::Most));
+    assert_eq!(unsaid(&[(7_000_000_000, Dtype::BF16, true)], 8, 2), (25 * MIB, Bound::Most));
+    assert_eq!(unsaid(&[(u64::MAX, Dtype::F64, true); 2], 8, 2), (25 * MIB, Bound::Most));
+    assert_eq!(unsaid(&gpt, 2, 3), (25 * MIB, Bound::Unit), "a unit is not cut shorter");
 }
 
 #[test]

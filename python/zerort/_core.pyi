@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "choose_buckets",
     "cut_units",
+    "default_bucket_bytes",
     "dequantize",
     "first_nonfinite",
     "guess_bucket_bytes",
@@ -56,6 +57,7 @@ _Group = Literal["shard", "replica", "inner", "outer", "job", "own"]
 _Algorithm = Literal["ring", "halving", "tree", "flat", "broadcasts", "best", "measured"]
 _Grain = Literal["element", "whole"] | int
 _Way = Literal["owned", "exchanged"]
+_Bound = Literal["share", "least", "message", "most", "unit"]
 
 @final
 class Bucket:
@@ -196,6 +198,12 @@ class Plan:
     @property
     def shards(self) -> int:
         """Ranks that hold different shards of one model state."""
+    @property
+    def cap_bytes(self) -> int | None:
+        """How long a bucket might become, in bytes; None where that was given in elements."""
+    @property
+    def cap_elements(self) -> int | None:
+        """The same in elements; None where it was given in bytes."""
     @property
     def window(self) -> int: ...
     @property
@@ -997,6 +1005,17 @@ def choose_buckets(
 
     What is tried are sizes around the closed form and those that are given, each with each of
     `windows` and the plan's own. Raises `PlanError`.
+    """
+
+def default_bucket_bytes(
+    params: Sequence[tuple[int, _Dtype, int | None, int]], *, world: int, stage: int
+) -> tuple[int, _Bound]:
+    """Bytes of a bucket among `world` ranks where nothing is measured and nobody has said how long
+    one may become, and what decided it.
+
+    "share" is a tenth of the trained parameters, those in a group, as they lie in memory. It is at
+    "least" 1 MiB, at least 128 KiB a rank, a "message", and above all at "most" 25 MiB. Those are
+    what a "unit" has at most, at stage 3.
     """
 
 def guess_bucket_bytes(alpha_ns: float, byte_ns: float, rate: float, total: float) -> float:

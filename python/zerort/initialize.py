@@ -420,6 +420,7 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
         _log.info("the engine only runs forward, %s", setup.chosen.reason)
     else:
         _log_training(settings, engine, [name for name, p in left if p.requires_grad])
+        _log_cap(setup)
         log_members(setup.chosen.optimizer, flat)
         log_ways(setup.plan, flat)
     zero = settings.zero_optimization
@@ -431,6 +432,17 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
             sum(p.numel() * p.itemsize for _, p in large),
             ", ".join(name for name, _ in large[:8]),
             f" and {len(large) - 8} more" if len(large) > 8 else "",
+        )
+
+
+def _log_cap(setup: Setup) -> None:
+    """How long buckets may become, where only the model says it and ranks reduce them."""
+    cap = setup.planner.cap(setup.config)
+    if cap.reason is not None and setup.mesh.world > 1:
+        _log.info(
+            "buckets have at most %d bytes, %s; zerort.bucket_bytes says another size",
+            cap.nbytes,
+            cap.reason,
         )
 
 

@@ -15,7 +15,7 @@ from stand_in import GRANULE, Machine
 from tap import tapped
 from weighing import alive, covered, private, reserved
 
-__all__ = ["Counts", "count", "make", "of_shapes", "partly_frozen"]
+__all__ = ["Counts", "count", "long", "make", "of_shapes", "partly_frozen"]
 
 WIDTH, LAYERS = 128, 12
 
@@ -34,6 +34,13 @@ def partly_frozen() -> nn.Module:
     for layer in list(model)[::2]:  # type: ignore[call-overload]
         layer.requires_grad_(False)
     return model
+
+
+def long() -> nn.Module:
+    """12.7 MB in fp32, of which a tenth are two layers."""
+    torch.manual_seed(0)
+    pairs = [(nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)) for _ in range(12)]
+    return nn.Sequential(*(layer for pair in pairs for layer in pair))
 
 
 def of_shapes() -> nn.Module:

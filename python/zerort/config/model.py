@@ -45,7 +45,6 @@ from zerort.log import LEVELS
 
 __all__ = ["Checkpoint", "Config", "Optimizer", "Scheduler"]
 
-DEFAULT_BUCKET_BYTES = 25 * 1024 * 1024
 _QUANTIZED = "int8"
 LEAST_ROOM = 50_000_000
 """Elements that may be whole at once, unless the file says how many."""
@@ -219,15 +218,15 @@ class Config(Given):
 
     @property
     def cap_elements(self) -> int | None:
-        """Upper bound of a bucket in elements, when the file gives it so."""
+        """Upper bound of a bucket in elements, where the file gives it so."""
         return self.zero_optimization.reduce_bucket_size
 
     @property
     def cap_bytes(self) -> int | None:
-        """Upper bound of a bucket in bytes; None exactly when `cap_elements` is given."""
-        if self.cap_elements is not None:
-            return None
-        return self.zerort.bucket_bytes or DEFAULT_BUCKET_BYTES
+        """Upper bound of a bucket in bytes, where the file gives it so. Where it gives neither, the
+        bound follows from the model.
+        """
+        return self.zerort.bucket_bytes
 
     @property
     def offloads(self) -> tuple[OffloadOptimizer, OffloadParam]:

@@ -163,6 +163,9 @@ def _described(one: Forecast) -> dict[str, Any]:
     return {
         "stage": one.stage,
         "buckets": len(one.plan.buckets),
+        "bucket_cap_bytes": one.cap.nbytes,
+        "bucket_cap_elements": one.cap.elements,
+        "bucket_cap_reason": one.cap.reason,
         "buckets_in_flight": one.plan.window,
         "units": len(one.plan.units),
         "largest_unit_elements": max((unit.numel for unit in one.plan.units), default=0),
@@ -199,7 +202,10 @@ def _forecasts(args: argparse.Namespace) -> Forecasts:
     data = read(args.file).data
     job = Job(args.world, args.device == "accelerator", args.trained_only, args.hosts)
     own = load_part(data, SECTIONS)
-    model = of_size(args.numel, args.largest, own) if args.model is None else made_by(args.model)
+    if args.model is None:
+        model = of_size(args.numel, args.largest, own, world=job.world)
+    else:
+        model = made_by(args.model)
     found = at_every_stage(data, model, job, _micro_batches(own, job.world))
     notes = ["* the file's stage.", *found.notes]
     if args.model is None:
@@ -266,5 +272,17 @@ def _notes(settings: Config, job: Job, columns: Sequence[Forecast]) -> Iterator[
     state, shards = settings.offloads
     if not job.on_accelerator and (state.on_host or shards.on_host):
         yield "Offloading asks for nothing on the CPU."
+    yield from _default_caps(columns)
     if any(one.plan.units for one in columns):
         yield "Gathered: what may be whole at once, beside a rank's part (stage 3)."
+
+
+def _default_caps(columns: Sequence[Forecast]) -> Iterator[str]:
+    """Why buckets are as long as they are, where the file does not say it."""
+    stages: dict[str, list[str]] = {}
+    for one in columns:
+        if one.cap.reason is not None:
+            stages.setdefault(one.cap.reason, []).append(str(one.stage))
+    for reason, found in stages.items():
+        at = f"stage{'s' if len(found) > 1 else ''} {', '.join(found)}"
+        yield f"Buckets at {at}: {reason}, as zerort.bucket_bytes is not given."

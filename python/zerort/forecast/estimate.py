@@ -82,7 +82,9 @@ def _estimate(args: argparse.Namespace) -> Answer:
     settings = load_part(data, SECTIONS)
     with progress("planning"):
         if args.model is None:
-            model = of_size(args.params, args.largest, settings, layers=args.layers)
+            model = of_size(
+                args.params, args.largest, settings, world=args.ranks, layers=args.layers
+            )
         else:
             model = made_by(args.model)
         job = Job(args.ranks, args.device == "accelerator")

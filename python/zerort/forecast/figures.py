@@ -16,6 +16,7 @@ from zerort.forecast.legs import Leg, Seating, gather_pieces, lane_pieces, legs_
 from zerort.forecast.owners import Exchanged, Owners
 from zerort.forecast.updates import Updates
 from zerort.memory import Kind, Piece, pieces, shared_pieces
+from zerort.start.caps import Cap
 from zerort.start.planning import plan_of
 from zerort.step.precision import Precision
 
@@ -28,6 +29,8 @@ class Forecast:
 
     settings: Config
     plan: _core.Plan
+    cap: Cap
+    """How long a bucket may become."""
     pieces: Sequence[Piece]
     sent: Mapping[str, int]
     """Bytes that a rank sends in a step, and receives as many."""
@@ -132,7 +135,8 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     traffic = _copied(rows, passes, micro_batches * gathered.times)
     found = [*alike, *own.pieces(fullest, rows), gathered.room]
     owners = Owners.of(plan)
-    return Forecast(settings, plan, found, sent, *traffic, owners, by_rank, seating, *crossing)
+    cap = planner.cap(settings)
+    return Forecast(settings, plan, cap, found, sent, *traffic, owners, by_rank, seating, *crossing)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
+from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
+from zerort.start.caps import Cap
 
 __all__ = ["made_by", "of_size"]
 
+_KINDS: Mapping[str, tuple[int, _core._Dtype]] = {
+    "fp32": (4, "f32"),
+    "bf16": (2, "bf16"),
+    "fp16": (2, "f16"),
+}
+"""Bytes of an element, and the core's name, by that of the configuration."""
 _MOST = 200_000
 """Pieces of a model that is only known by its size: each is planned, which takes time and memory.
 """
@@ -59,14 +68,15 @@ def _imported(name: str, module: str, path: str) -> Any:
 
 
 def of_size(
-    numel: int, largest: int | None, settings: Config, *, layers: int | None = None
+    numel: int, largest: int | None, settings: Config, *, world: int = 1, layers: int | None = None
 ) -> nn.Module:
     """A model of `numel` elements: `layers` alike, or with `largest` elements in one layer and the
-    others in layers that fill a bucket. What is longer than a bucket is cut into parameters that
-    fill one. Raises `ConfigError` where that makes more parameters than can be planned.
+    others in layers that fill a bucket of `world` ranks below stage 3. What is longer than a bucket
+    is cut into parameters that fill one. Raises `ConfigError` where that makes more parameters than
+    can be planned.
     """
-    item = 4 if settings.compute_dtype == "fp32" else 2
-    cap = settings.cap_elements or max(1, (settings.cap_bytes or 0) // item)
+    item, dtype = _KINDS[settings.compute_dtype]
+    cap = Cap.of(settings, [(numel, dtype, 0, 0)], world, stage=0).numel(item)
     first = min(numel, largest or 0)
     rest = numel - first
     each = max(1, -(-rest // layers)) if layers else cap

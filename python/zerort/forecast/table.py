@@ -70,6 +70,8 @@ def show(title: str, forecasts: Sequence[Forecast], chosen: int, console: Consol
 
 def _plan(table: Table, forecasts: Sequence[Forecast]) -> None:
     table.add_row("buckets", *(f"{len(one.plan.buckets):,}" for one in forecasts))
+    if any(one.cap.reason for one in forecasts):  # else the file says it
+        table.add_row("  at most", *(size(one.cap.nbytes or 0) for one in forecasts))
     largest = [
         max((s.numel * _item(s.dtype) for s in one.plan.buckets), default=0) for one in forecasts
     ]

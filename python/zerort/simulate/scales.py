@@ -16,6 +16,7 @@ from zerort.errors import ConfigError
 from zerort.forecast.commands import SECTIONS
 from zerort.simulate.quantities import Wire
 from zerort.simulate.subject import FORMATS, Subject
+from zerort.start.caps import Cap
 from zerort.step.overlap import Wish, threshold
 from zerort.wire import FORMATS as WIRES
 from zerort.wire import format_of, number_of
@@ -133,8 +134,9 @@ def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
     settings, work = _settings(subject, stage), subject.workload()
     zero = settings.zero_optimization
     units, largest = None, 1
+    default = Cap.of(settings, subject.specs(None), ranks)
     if zero.shards_parameters:
-        units = subject.units((settings.cap_bytes or DDP_BYTES) // subject.item)
+        units = subject.units(default.numel(subject.item))
         largest = subject.largest(units)
     room = max(largest, settings.room(subject.numel, largest))
     machine = cluster.machine(subject, ranks, room)
@@ -144,7 +146,7 @@ def at(subject: Subject, cluster: Cluster, ranks: int, stage: int) -> Point:
         plan = planning.plan(size.cap_bytes, size.cap_elements, planning.window)
         plan = plan.reordered(work.observed)
         fixed[size.name] = _core.simulate(plan, work, machine).total_ns / 1e6
-    base = planning.plan(DDP_BYTES, None, planning.window)
+    base = planning.plan(default.nbytes, default.elements, planning.window)
     gathers_sums = not zero.shards_optimizer
     windows = [planning.window, *(w for w in _WINDOWS if gathers_sums or not subject.blocks)]
     cap_bytes, cap_elements, window, step = _core.choose_buckets(

@@ -15,6 +15,7 @@ from zerort.config import Config
 from zerort.errors import ConfigError
 from zerort.memory import Origin, PlannedParameter, Present, exchanged, plannable
 from zerort.mesh import Mesh
+from zerort.start.caps import Cap
 from zerort.start.grains import Grains
 from zerort.start.units import in_units
 
@@ -40,18 +41,15 @@ def plan_of(
 
     Raises `PlanError` naming the parameter that cannot be planned.
     """
-    zero = settings.zero_optimization
-    members, units = in_units(
-        settings,
-        model,
-        plannable(
-            list(model.named_parameters()),
-            groups,
-            wire_of,
-            origin_of,
-            holds=zero.shards_parameters,
-        ),
+    planned = plannable(
+        list(model.named_parameters()),
+        groups,
+        wire_of,
+        origin_of,
+        holds=settings.zero_optimization.shards_parameters,
     )
+    cap = Cap.of(settings, [member.spec() for member in planned], sizes.world)
+    members, units = in_units(settings, model, planned, cap)
     grains, costs = grains_of(members)
     planner = Planner(members, units, grains, costs, sizes, window)
     return planner, planner.plan(settings)
@@ -86,17 +84,21 @@ class Planner:
     window: int | None
     """What the ranks' communicator has in flight."""
 
+    def cap(self, settings: Config) -> Cap:
+        """How long its buckets may become by `settings`."""
+        return Cap.of(settings, [member.spec() for member in self.members], self.sizes.world)
+
     def plan(self, settings: Config, wire: int | None = None) -> _core.Plan:
         """Its plan by `settings`; gradients are sent in the members' own formats, or all in that
         of the number `wire`.
         """
-        specs = [member.spec() for member in self.members]
+        specs, cap = [member.spec() for member in self.members], self.cap(settings)
         return _core.Plan(
             [(n, dtype, g, own if wire is None else wire) for n, dtype, g, own in specs],
             world=self.sizes.world,
             stage=settings.zero_optimization.stage,
-            cap_bytes=settings.cap_bytes,
-            cap_elements=settings.cap_elements,
+            cap_bytes=cap.nbytes,
+            cap_elements=cap.elements,
             window=_window(settings, self.window),
             units=self.units,
             grains=self.grains,

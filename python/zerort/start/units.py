@@ -25,6 +25,7 @@ from zerort.params.passes import Passes, Resident, Room
 from zerort.params.pins import Pins
 from zerort.params.roll import RollCall
 from zerort.params.uses import Uses
+from zerort.start.caps import Cap
 
 __all__ = ["Standing", "in_units", "passes_over", "room_for"]
 
@@ -45,9 +46,10 @@ _MOST_STOPS_AHEAD = 8
 
 
 def in_units(
-    settings: Config, model: nn.Module, planned: Sequence[PlannedParameter]
+    settings: Config, model: nn.Module, planned: Sequence[PlannedParameter], cap: Cap
 ) -> tuple[Sequence[PlannedParameter], list[int | None] | None]:
     """What is planned, and the unit of each, None for one that stays whole; no units below stage 3.
+    `cap` is that of a bucket.
 
     What no optimizer has and stays whole needs no plan: it is left out.
     """
@@ -57,7 +59,7 @@ def in_units(
     numels = [member.tensor.numel() for member in planned]
     for persistent in _persistent(settings, numels):
         numels[persistent] = -1
-    units = _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned))
+    units = _core.cut_units(_tree(model, index), numels, cap=_cap(settings, planned, cap))
     kept = [
         (member, unit)
         for member, unit in zip(planned, units, strict=True)
@@ -144,11 +146,8 @@ def _tree(model: nn.Module, index: dict[int, int]) -> list[tuple[int, list[int]]
     return tree
 
 
-def _cap(settings: Config, planned: Sequence[PlannedParameter]) -> int:
+def _cap(settings: Config, planned: Sequence[PlannedParameter], cap: Cap) -> int:
     """Elements of a unit: one bucket, and a third of the room where that is given."""
-    cap = settings.cap_elements
-    if cap is None:
-        assert settings.cap_bytes is not None
-        cap = settings.cap_bytes // min(member.tensor.itemsize for member in planned)
+    most = cap.numel(min(member.tensor.itemsize for member in planned))
     room = settings.zero_optimization.stage3_max_live_parameters
-    return max(1, cap if room is None else min(cap, room // 3))
+    return most if room is None else max(1, min(most, room // 3))

@@ -246,13 +246,13 @@ def proposal(parts: Components, predictor: Predictor, wires: tuple[str, ...]) ->
 
 
 def present_setting(parts: Components) -> Setting:
-    """As the engine was configured."""
-    config, plan = parts.config, parts.reduction.plan
-    cap = config.cap_bytes
+    """As the engine is planned."""
+    plan = parts.reduction.plan
+    cap = plan.cap_bytes
     if cap is None:
         widest = max(parameter.itemsize for parameter in parts.boundary.flat.params)
-        assert config.cap_elements is not None
-        cap = config.cap_elements * widest
+        assert plan.cap_elements is not None
+        cap = plan.cap_elements * widest
     launched = sum(kind == "launch" for kind, _ in plan.schedule)
     return Setting(cap, plan.window if plan.window < launched else None)
 

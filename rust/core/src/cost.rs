@@ -59,7 +59,7 @@ use crate::error::PlanError;
 use crate::plan::Plan;
 
 pub use account::{BucketTimes, Prediction, Traffic};
-pub use chooser::{Choice, choose, guess};
+pub use chooser::{Bound, Choice, choose, guess, unmeasured};
 pub use collective::Algorithm;
 pub use machine::{Fabric, Link, Machine, Network, Overlap, Rates, Workload};
 

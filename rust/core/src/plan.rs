@@ -68,6 +68,7 @@ struct Layout {
     params: Vec<Param>,
     mesh: Mesh,
     rules: Rules,
+    cap: Cap,
     window: u32,
     buckets: Vec<Bucket>,
     partitions: Vec<Partition>,
@@ -131,7 +132,7 @@ impl Plan {
         let homes = homes(&buckets, spec.params.len());
         let all = trained(&buckets).count() as u32;
         let window = spec.window.map_or(all, |window| window.min(all));
-        let PlanSpec { params, mesh, rules, .. } = spec;
+        let PlanSpec { params, mesh, rules, cap, .. } = spec;
         let hops = buckets.iter().map(|bucket| Hops::of(bucket, rules, &mesh)).collect();
         let units = units(&buckets, &partitions);
         let owners = Owners::new(&buckets, &partitions, &params, mesh.size(Group::Shard));
@@ -139,6 +140,7 @@ impl Plan {
             params,
             mesh,
             rules,
+            cap,
             window,
             buckets,
             partitions,
@@ -221,6 +223,12 @@ impl Plan {
     /// Where things live.
     pub fn rules(&self) -> Rules {
         self.layout.rules
+    }
+
+    /// How long a bucket might become when they were assigned. Not part of the layout, which says how
+    /// long they have become; a restored one has no cap that bounds.
+    pub fn cap(&self) -> Cap {
+        self.layout.cap
     }
 
     /// How many launched buckets may be unretired: at least 1 where one is trained, at most all.

@@ -2,12 +2,13 @@
 
 use pyo3::prelude::*;
 use zerort_core::cost::{
-    self, Algorithm, BucketTimes, Choice, CostError, Fabric, Network, Overlap, Prediction, Rates,
+    self, Algorithm, Bound, BucketTimes, Choice, CostError, Fabric, Network, Overlap, Prediction,
+    Rates,
 };
 use zerort_core::{Cap, Op, PlanSpec, WHOLE_PADDING};
 
 use crate::errors::PlanError;
-use crate::plan::Plan;
+use crate::plan::{Plan, Spec, parameters, rules};
 
 /// What a kind of collective costs.
 #[pyclass(frozen, module = "zerort._core", from_py_object)]
@@ -280,7 +281,7 @@ pub fn choose_buckets(
         params: plan.params().to_vec(),
         mesh: plan.mesh().clone(),
         rules: plan.rules(),
-        cap: given.first().copied().unwrap_or(Cap::Bytes(25 << 20)),
+        cap: plan.cap(),
         window: Some(plan.window()).filter(|&window| window > 0),
         whole_padding: WHOLE_PADDING,
     };
@@ -298,6 +299,26 @@ pub fn choose_buckets(
 #[pyfunction]
 pub fn guess_bucket_bytes(alpha_ns: f64, byte_ns: f64, rate: f64, total: f64) -> f64 {
     cost::guess(alpha_ns, byte_ns, rate, total)
+}
+
+/// Bytes of a bucket where nothing is measured and nobody has said how long one may become, and what
+/// decided it.
+#[pyfunction]
+#[pyo3(signature = (params, *, world, stage))]
+pub fn default_bucket_bytes(
+    params: Vec<Spec>,
+    world: u32,
+    stage: i64,
+) -> PyResult<(u64, &'static str)> {
+    let (nbytes, bound) = cost::unmeasured(&parameters(params)?, world, rules(stage)?);
+    let name = match bound {
+        Bound::Share => "share",
+        Bound::Least => "least",
+        Bound::Message => "message",
+        Bound::Most => "most",
+        Bound::Unit => "unit",
+    };
+    Ok((nbytes, name))
 }
 
 // A map_err adaptor takes its error by value.

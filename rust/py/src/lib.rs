@@ -67,6 +67,8 @@ mod _core {
     #[pymodule_export]
     use super::cost::choose_buckets;
     #[pymodule_export]
+    use super::cost::default_bucket_bytes;
+    #[pymodule_export]
     use super::cost::guess_bucket_bytes;
     #[pymodule_export]
     use super::cost::simulate;

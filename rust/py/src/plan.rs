@@ -117,6 +117,24 @@ impl Plan {
         self.inner.mesh().size(Group::Shard)
     }
 
+    /// How long a bucket might become, in bytes; None where it was given in elements.
+    #[getter]
+    fn cap_bytes(&self) -> Option<u64> {
+        match self.inner.cap() {
+            Cap::Bytes(bytes) => Some(bytes),
+            Cap::Elements(_) => None,
+        }
+    }
+
+    /// The same in elements; None where it was given in bytes.
+    #[getter]
+    fn cap_elements(&self) -> Option<u64> {
+        match self.inner.cap() {
+            Cap::Bytes(_) => None,
+            Cap::Elements(elements) => Some(elements),
+        }
+    }
+
     #[getter]
     fn window(&self) -> u32 {
         self.inner.window()
@@ -237,7 +255,8 @@ impl Plan {
     }
 }
 
-fn rules(stage: i64) -> PyResult<Rules> {
+/// Where things live at a stage.
+pub fn rules(stage: i64) -> PyResult<Rules> {
     u8::try_from(stage)
         .map_err(|_| {
             PlanError::new_err(format!("stage {stage} does not exist: expected 0, 1, 2 or 3"))
@@ -265,7 +284,7 @@ fn layout((params, offsets, numel): (Vec<i64>, Vec<u64>, u64)) -> PyResult<Bucke
 }
 
 /// What Python says of a parameter: elements, dtype, optimizer group or None, wire format.
-type Spec = (i64, String, Option<i64>, i64);
+pub type Spec = (i64, String, Option<i64>, i64);
 
 /// One parameter of a specification, with its id.
 fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
@@ -283,9 +302,14 @@ fn param((id, (numel, dtype, group, wire)): (usize, Spec)) -> PyResult<Param> {
     Ok(Param { numel, dtype, group, wire, unit, grain, cost: numel })
 }
 
+/// All parameters of a specification, none in a unit.
+pub fn parameters(params: Vec<Spec>) -> PyResult<Vec<Param>> {
+    params.into_iter().enumerate().map(param).collect()
+}
+
 /// All parameters of a specification, each in its unit.
 fn with_units(params: Vec<Spec>, units: Option<Vec<Option<i64>>>) -> PyResult<Vec<Param>> {
-    let mut params = params.into_iter().enumerate().map(param).collect::<PyResult<Vec<Param>>>()?;
+    let mut params = parameters(params)?;
     let Some(units) = units else { return Ok(params) };
     if units.len() != params.len() {
         let (params, got) = (params.len(), units.len());

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from zerort import _core
 from zerort.config import Batch, Config, describe, load
 from zerort.config.keys import KEYS, SIZES, Fate, as_markdown
-from zerort.config.model import DEFAULT_BUCKET_BYTES
 from zerort.errors import ConfigError
 
 MIGRATION = Path(__file__).parents[3] / "docs" / "migration.md"
@@ -260,7 +259,7 @@ def test_auto_is_refused_wherever_it_is_left_and_says_who_fills_it_in() -> None:
 @pytest.mark.parametrize("path", sorted(SIZES))
 def test_a_size_left_at_auto_is_as_if_it_were_left_out(path: str) -> None:
     config = load(nested(path, "auto"))
-    assert config.cap_bytes == DEFAULT_BUCKET_BYTES
+    assert (config.cap_bytes, config.cap_elements) == (None, None)
     assert config.ignored == (() if KEYS[path].fate is Fate.SAME else (path,))
     assert describe(nested(path, "auto")) == [(path, '"auto"', "auto: as if it were left out")]
 
@@ -396,7 +395,7 @@ def test_the_defaults_are_the_contracts() -> None:
     config = load({})
     assert (config.gradient_clipping, config.gradient_clipping_defaulted) == (1.0, True)
     assert not load({"gradient_clipping": 1.0}).gradient_clipping_defaulted
-    assert (config.cap_bytes, config.cap_elements) == (25 * 2**20, None)
+    assert (config.cap_bytes, config.cap_elements) == (None, None)
     assert (config.fp16.dynamic, config.fp16.initial_scale, config.fp16.hysteresis) == (
         True,
         65536.0,

@@ -52,6 +52,7 @@ OPTIMIZERS = {
 OPTIMIZER = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 PARAM = {"offload_param": {"device": "cpu"}}
 HALF = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+UNSAID = {"reduce_bucket_size": "auto"}
 ROOM = {"stage3_max_live_parameters": 4 * forecasted.WIDTH**2}
 
 
@@ -108,6 +109,10 @@ ON_CPU: dict[str, tuple[str, dict[str, Any]]] = {
         "make",
         config(2) | {"zerort": {"wire": "int8", "wire_error_feedback": True, "transport": "gloo"}},
     ),
+    **{
+        f"stage {stage}, {precision}, long": ("long", config(stage, precision, **UNSAID))
+        for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
+    },
     "stage 2, offloads": ("make", config(2, **OPTIMIZER)),
     "stage 3, offloads": ("make", config(3, **OPTIMIZER, **PARAM)),
 }
@@ -161,6 +166,8 @@ QUICK = {
     "stage 2, int8",
     "stage 2, gas 3, optimizer",
     "stage 3, both, a room, gas 2",
+    "stage 2, fp32, long",
+    "stage 3, fp32, long",
     "stage 0, fp32, shared",
     "stage 2, fp32, shared",
     "stage 3, a room, shared",
@@ -357,7 +364,38 @@ def test_a_size_alone_in_a_file_full_of_auto(
     assert "buckets" not in capsys.readouterr().out.replace("bucket_", "")
 
 
-@pytest.mark.parametrize("name", ["stage 2, gas 3", "stage 3, frozen", "stage 3, window 2"])
+def test_how_long_buckets_may_become_is_said_with_its_reason(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config(2, "fp32", **UNSAID)))
+    line = ["config", str(path), "--model", "forecasted:long", "--world", "2"]
+    assert main([*line, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["forecasts"]
+    keys = ("buckets", "bucket_cap_bytes", "bucket_cap_elements", "bucket_cap_reason")
+    numel = sum(tensor.numel() for tensor in made_by("forecasted:long").parameters())
+    tenth = (12, 4 * numel // 10, None, "a tenth of the trained parameters")
+    one = (2, 25 * 2**20, None, "as much as a unit")  # and what stays whole
+    assert [tuple(stage[key] for key in keys) for stage in stages] == [tenth, tenth, tenth, one]
+    assert main(line) == 0
+    text = capsys.readouterr().out
+    assert "  at most" in text
+    assert "Buckets at stages 0, 1, 2: a tenth of the trained parameters, as zerort.bu" in text
+    assert "Buckets at stage 3: as much as a unit" in text
+    path.write_text(json.dumps(config(2, "fp32", reduce_bucket_size=10**6)))
+    assert main(line) == 0
+    text = capsys.readouterr().out
+    assert "  at most" not in text and "zerort.bucket_bytes is not given" not in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage 2, gas 3",
+        "stage 3, frozen",
+        "stage 3, window 2",
+        *(f"stage {stage}, {kind}, long" for stage, kind in ((0, "fp32"), (1, "bf16"))),
+        *(f"stage {stage}, fp32, long" for stage in (2, 3)),
+    ],
+)
 def test_the_plan_of_a_model_on_meta_is_the_engines(name: str) -> None:
     model, given = ON_CPU[name]
     engine = zerort.initialize(model=getattr(forecasted, model)(), config=given)[0]

@@ -65,6 +65,7 @@ def first_windows(rank: int, world: int, zero: dict[str, Any]) -> Any:
         begun = len(engine._parts.reduction.plan.buckets)
         tuned = trained(engine, rank)
         plan = engine._parts.reduction.plan.digest
+        assert feature.present_setting(engine._parts) == CHOSEN
         hooks = [p._backward_hooks for p in engine.module.parameters()]
     finally:
         feature.proposal = own

@@ -19,7 +19,7 @@ ROWS: Sequence[Key] = (
     ),
     same(
         "zero_optimization.reduce_bucket_size",
-        "upper bound of a bucket in elements; 25 MiB when left out",
+        "upper bound of a bucket in elements; a tenth of the model when left out, 25 MiB at most",
     ),
     same(
         "zero_optimization.ignore_unused_parameters",

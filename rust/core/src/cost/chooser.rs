@@ -5,13 +5,24 @@
 //! the one before it from b = alpha g / (1 - beta g) on, and larger ones only end later. Where it
 //! does not, the wire is busy to the end: the first bucket leaves b / g behind the start, M / b
 //! messages follow, and the sum of both is least at b = sqrt(alpha M g). Sizes around that are then
-//! planned and simulated, and beside them the one that is given.
+//! planned and simulated, and beside them the one that is given. Where nothing has been measured yet,
+//! [`unmeasured`] says which size is seldom far off.
 
 use super::account::Prediction;
 use super::machine::{Machine, Workload};
 use super::{CostError, prices, simulate};
-use crate::bucket::Cap;
+use crate::bucket::{Cap, Param};
 use crate::plan::{Plan, PlanSpec};
+use crate::stage::{Placement, Rules};
+
+/// Buckets that a model is in, where it is neither short nor long.
+const SHARES: u64 = 10;
+/// No bucket is shorter: what a host does for each then counts more than what it waits for.
+const LEAST: u64 = 1 << 20;
+/// For each rank: shorter messages cross one another on gloo's connections.
+const MESSAGE: u64 = 128 << 10;
+/// No bucket is longer.
+const MOST: u64 = 25 << 20;
 
 /// A bucket size and a window, and what they come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +42,56 @@ pub fn guess(alpha_ns: f64, byte_ns: f64, rate: f64, total: f64) -> f64 {
     let bytes =
         if busy < 1.0 { alpha_ns * rate / (1.0 - busy) } else { (alpha_ns * total * rate).sqrt() };
     if bytes.is_finite() { bytes.min(total) } else { total }
+}
+
+/// What decides how long a bucket may become, where nobody has said it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// A tenth of the trained parameters.
+    Share,
+    /// What a bucket has at least.
+    Least,
+    /// What each rank gets of one at least.
+    Message,
+    /// What a bucket has at most.
+    Most,
+    /// The same, of what is gathered whole.
+    Unit,
+}
+
+/// Bytes of a bucket among `ranks` where nothing is measured and nobody has said how long one may
+/// become, and what decided it: a tenth of the trained parameters, as they lie in memory, but at
+/// least 1 MiB and 128 KiB a rank, and above all at most 25 MiB.
+///
+/// The closed form for a wire that is busy to the end is sqrt(alpha M g). A backward that takes T
+/// makes its M bytes at g = M / T, so that this is M sqrt(alpha / T): a share of the model, whatever
+/// its length. It is a tenth where a bucket costs a hundredth of the backward, as over gloo, where
+/// that is some milliseconds of some hundreds. The root forgives: where a bucket costs four times as
+/// much, or a quarter, what a tenth leaves exposed is a quarter more than at the best size. A faster
+/// wire, which is not busy to the end, would take smaller buckets; there a tenth leaves exposed what
+/// a tenth of the bytes take.
+///
+/// Where parameters are sharded it is 25 MiB whatever the model: what a bucket may have is what a unit
+/// may have there, and shorter ones tear the modules of a model that is gathered twice a step: four
+/// units of a transformer of 82 MB would be eighteen.
+///
+/// A function of what all ranks know, so that they come to the same size.
+pub fn unmeasured(params: &[Param], ranks: u32, rules: Rules) -> (u64, Bound) {
+    match rules.parameter {
+        Placement::Sharded => return (MOST, Bound::Unit),
+        Placement::Replicated => {}
+    }
+    let trained = params.iter().filter(|param| param.group.is_some());
+    let total = trained.fold(0_u64, |sum, param| {
+        sum.saturating_add(param.numel.saturating_mul(param.dtype.size()))
+    });
+    let bounds = [
+        (LEAST, Bound::Least),
+        (total / SHARES, Bound::Share),
+        (MESSAGE.saturating_mul(ranks.into()), Bound::Message),
+    ];
+    let least = bounds.into_iter().max_by_key(|&(nbytes, _)| nbytes).unwrap_or(bounds[0]);
+    if least.0 > MOST { (MOST, Bound::Most) } else { least }
 }
 
 /// The fastest of the sizes around the guess, of `spec`'s own and of those that are `also` given,
