@@ -13,7 +13,8 @@ less.
 With `--beside` so many ranks train, and what a save beside training costs them is shown instead:
 its stall over a synchronous save of the same state, and a step while it is written over one while
 nothing is, both as ratios within a round. Every round saves once each way; steps are timed before
-the second save, and beside it until it is complete on all ranks.
+the second save, and beside it until it is complete on all ranks. The first such save, which gets
+its memory as well, has a line of its own.
 
 A turn runs twice and the second counts. A virtual machine gives freed memory back, and the page
 cache that touches it anew waits for the host (0.3 GB/s were seen, against 6): that is no
@@ -55,6 +56,8 @@ def engine_of(megabytes: int, device: torch.device | None = None) -> Any:
     """
     layers = max(1, round(megabytes * 1e6 / 12 / (WIDTH * WIDTH)))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    for layer in model.parameters():  # what goes through keeps its size: denormals are slow
+        nn.init.normal_(layer, std=WIDTH**-0.5)
     model.to(device or "cpu")
     engine, *_ = zerort.initialize(
         model=model,
@@ -154,13 +157,12 @@ def measure(found: dict[str, Contender], rounds: int, base: Path) -> dict[str, t
 def beside(device: torch.device, megabytes: int, rounds: int, batch: int, base: Path) -> None:
     """One rank of a run that saves beside its training; rank 0 prints."""
     engine = engine_of(megabytes, device)
-    engine.save_checkpoint(
-        base, "memory", asynchronous=True
-    )  # whose pages are touched for the first time
+    first = saved(engine, base, "memory", asynchronous=True)  # which gets the memory, too
     engine.wait_for_checkpoint()
-    stalls, steps, writing = [], [], []
+    stalls, steps, writing, synchronous = [], [], [], []
     for number in range(rounds):
         at_once = saved(engine, base, f"{number}", asynchronous=False)
+        synchronous.append(at_once)
         without = statistics.mean(step(engine, batch, device) for _ in range(STEPS))
         begun = time.perf_counter()
         stalls.append(saved(engine, base, f"{number}-beside", asynchronous=True) / at_once)
@@ -182,6 +184,7 @@ def beside(device: torch.device, megabytes: int, rounds: int, batch: int, base: 
             f"{megabytes} MB on {dist.get_world_size()} ranks, {rounds} rounds: median [min .. max]"
         )
         print(f"stall over a synchronous save     {spread(stalls)}")
+        print(f"first stall over the median one   {first / statistics.median(synchronous):.3f}")
         print(f"writing over a synchronous save   {spread(writing)}")
         print(f"step while writing over one not   {spread(steps)}")
 

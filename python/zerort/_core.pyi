@@ -34,6 +34,7 @@ __all__ = [
     "Workload",
     "__version__",
     "choose_buckets",
+    "copy",
     "cut_units",
     "default_bucket_bytes",
     "dequantize",
@@ -674,6 +675,11 @@ def squared_norm(values: Buffer) -> float:
 
 def first_nonfinite(values: Buffer) -> int | None:
     """Index of the first infinity or NaN of a CPU buffer."""
+
+def copy(source: Buffer, target: Buffer, *, threads: int = 1) -> None:
+    """Copies `source` (n,) into `target` (n,), both of uint8, past the processor's caches where
+    there is a MiB of it, on at most so many threads. CPU only.
+    """
 
 def take_writes(values: Buffer, master: Buffer) -> int:
     """Takes what was written into `values` (n,), of bf16 or fp16, since they were cast from

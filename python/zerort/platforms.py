@@ -1,6 +1,6 @@
 """What operating systems do differently, in one place: locks, what makes a write durable, renames
-that replace nothing, whether a process runs, what memory it has taken and how much is free, and a
-thread's priority.
+that replace nothing, whether a process runs, what memory it has taken and how much is free, memory
+of its own, and whether others want the processor.
 
 `Plain` asks for no more than Python has everywhere; each system adds what it has. So a promise that
 a system cannot keep is weaker there, and nothing fails: Windows cannot sync a folder or exchange
@@ -13,10 +13,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib
+import mmap
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,15 @@ class Plain:
         """
         return None
 
-    def yield_processors(self) -> None:
-        """From now on the calling thread has the lowest priority that it can give itself."""
+    def memory(self, nbytes: int) -> mmap.mmap:
+        """At least so many bytes of memory, zeros. Raises `OSError` for want of it."""
+        return mmap.mmap(-1, nbytes)
+
+    def waited_for_processor(self) -> float | None:
+        """Seconds for which the calling thread could have run, and others did; None where the
+        system does not tell.
+        """
+        return None
 
     def sync(self, file: int) -> None:
         """What was written survives a power loss from here on."""
@@ -183,24 +191,35 @@ class Posix(Plain):
 
 
 class Linux(Posix):
-    """`renameat2` and `fallocate`, where the file system has them; threads with a priority of their
-    own; memory as /proc and the control groups tell it.
+    """`renameat2` and `fallocate`, where the file system has them; memory as /proc and the control
+    groups tell it, and in large pages; what a thread has waited.
     """
 
     _NOREPLACE, _EXCHANGE, _AT_FDCWD, _KEEP_SIZE = 1, 2, -100, 1
+    _HUGE = 1 << 21
+    """Bytes of a large page."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         super().__init__()
         self._root = root
 
-    def yield_processors(self) -> None:
-        """See `Plain.yield_processors`; idle, or where that is not allowed the most that is."""
-        thread = threading.get_native_id()
-        try:
-            os.setpriority(os.PRIO_PROCESS, thread, 19)
-            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:
-            pass  # a sandbox may forbid either
+    def memory(self, nbytes: int) -> mmap.mmap:
+        """See `Plain.memory`; in large pages, and no child's.
+
+        A child that is forked would share the pages, and the next write to each would copy it.
+        """
+        if nbytes >= self._HUGE:
+            nbytes += -nbytes % self._HUGE
+        found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            with suppress(OSError):  # a kernel without it
+                found.madvise(advice)
+        return found
+
+    def waited_for_processor(self) -> float | None:
+        """See `Plain.waited_for_processor`; as the scheduler counts it."""
+        row = self._text("proc/thread-self/schedstat").split()
+        return int(row[1]) / 1e9 if len(row) > 1 and row[0] != "0" else None
 
     def free_memory(self) -> int | None:
         """See `Plain.free_memory`."""

@@ -2,15 +2,16 @@
 of `save`, with a control group of its own for the votes.
 
     begin    all ranks   is there memory for the copies everywhere? copy, start the writer
-    writer   all ranks   the whole of `Save.run`, at the lowest priority; ends by itself
+    writer   all ranks   the whole of `Save.run`, at a pace that training hardly notices; ends by
+                         itself
     failed   a step      asked for the vote, so that all ranks raise at one step
     settle   all ranks   wait for the writer; raise its failure on all of them
 
 What it guarantees: one save is under way at a time, and its failure is raised on every rank, at the
 boundary of a step or at the next call that all ranks make together, or logged where no call comes
 any more. It costs no step: the engine goes on. The thread is no daemon, so the interpreter waits
-for it at its end, and nothing is cut off. What it does not do: it takes no processor from training.
-Where that leaves none idle, writing takes as long as it takes, and has them all when ranks wait.
+for it at its end, and nothing is cut off. Where training leaves no processor idle, writing takes a
+small share of one (`pace`), and all that it can get once a rank waits for it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from itertools import groupby
 import torch
 
 from zerort.checkpoint.copies import Copies, bytes_of
+from zerort.checkpoint.pace import Pace
 from zerort.checkpoint.snapshot import Snapshot
 from zerort.errors import CheckpointError
 from zerort.mesh import Consensus, Control, beside
@@ -47,7 +49,8 @@ _SHARE = 0.75
 _SOON = 10.0
 """Seconds within which a writer ends whose peer's has failed, unless it stands still."""
 
-Write = Callable[[Control, Snapshot], None]
+Write = Callable[[Control, Snapshot, Callable[[], None]], None]
+"""Writes a snapshot with votes on a control group, and calls the third between pieces of work."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Writer(threading.Thread):
         super().__init__(name="zerort-checkpoint")
         self.what = what
         self.ended = threading.Event()
+        self.pace = Pace()
         self._failure = failure
         self._may = threading.Event()
         self._work: Callable[[], None] | None = None
@@ -99,7 +103,6 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         try:
-            HERE.yield_processors()
             while not self._may.wait(1.0):
                 if not threading.main_thread().is_alive():
                     return  # the main thread has ended without letting it go
@@ -114,7 +117,10 @@ class Writer(threading.Thread):
                 self._failure.say()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Until it has ended; whether it has. In a fork of its process there is none."""
+        """Until it has ended, which it hurries to; whether it has. In a fork of its process there
+        is none.
+        """
+        self.pace.hurry()
         return self._process != os.getpid() or self.ended.wait(seconds)
 
 
@@ -219,7 +225,7 @@ class Background:
 
         def touch() -> None:
             copies.reserve(nbytes)
-            copies.touch()
+            copies.touch(writer.pace.rest)
 
         with suppress(RuntimeError):  # no more threads: the save will say so
             writer.start()
@@ -266,7 +272,7 @@ class Background:
         def work() -> None:
             begun = sink.now()
             try:
-                write(votes, snapshot)
+                write(votes, snapshot, writer.pace.rest)
             finally:
                 sink.span(TRACK, what, begun, sink.now())
 

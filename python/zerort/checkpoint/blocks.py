@@ -76,19 +76,21 @@ class HashedFile:
         """So far."""
         return self._bytes
 
-    def write(self, data: memoryview | bytes) -> None:
-        """Appends `data`."""
-        rest = memoryview(data).cast("B")
-        while rest:
+    def write(self, data: memoryview | bytes, rest: Callable[[], None] | None = None) -> None:
+        """Appends `data`; calls `rest` behind each block."""
+        left = memoryview(data).cast("B")
+        while left:
             # No chunk crosses the end of a block, and the hash leaves it in the cache for the copy.
-            chunk = rest[: BLOCK - self._bytes % BLOCK]
+            chunk = left[: BLOCK - self._bytes % BLOCK]
             self._block.update(chunk)
             self._bytes += len(chunk)
             if self._bytes % BLOCK == 0:
                 self._end_block()
             with _naming(self._path):
                 self._disk.write(self._descriptor(), chunk)
-            rest = rest[len(chunk) :]
+            left = left[len(chunk) :]
+            if rest is not None:
+                rest()
 
     def finish(self) -> Hashes:
         """Syncs and closes the file. It survives a power loss from here on, once its folder is

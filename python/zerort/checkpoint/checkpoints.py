@@ -152,9 +152,11 @@ class Checkpoints:
         options = replace(options, keep=loaded, run=self._run, timeout=self._policy.timeout)
         disk, report = self.disk, self._report
 
-        def write(control: Control, snapshot: Snapshot) -> None:
+        def write(
+            control: Control, snapshot: Snapshot, rest: Callable[[], None] | None = None
+        ) -> None:
             saving = Save(control, disk, folder, name, options)
-            saving.run(snapshot)
+            saving.run(snapshot, rest)
             report(folder, options.keep_last, saving.pruned)
 
         if not asynchronous or not self.background.begin(what, snapshot, write):

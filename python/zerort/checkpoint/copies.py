@@ -8,20 +8,23 @@ does not do: it knows no ranks, and takes no memory that it is not told to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zerort import _core
 from zerort.checkpoint.tensors import CODES, Stored, size_of
 from zerort.device import Host, Mark, device_for
+from zerort.platforms import HERE
 
 __all__ = ["Copies", "bytes_of"]
 
 _PAGE = 4096
-_PIECE = 1 << 26  # bytes touched at a time
+_PIECE = 1 << 22  # bytes touched at a time
+_LARGE = 1 << 20  # bytes from which on a call of the core's costs less than it saves
 _LEAST = 1 << 20  # bytes of a block, so that small growth makes few
 
 
@@ -55,16 +58,23 @@ class Copies:
         # what is made in inference mode could not be written outside of it
         with torch.inference_mode(False):
             if self._host is None:
-                self._blocks.append(torch.empty(more, dtype=torch.uint8))
+                try:
+                    memory = HERE.memory(more)
+                except OSError as error:
+                    raise MemoryError(f"{more} bytes for copies: {error}") from error
+                self._blocks.append(torch.frombuffer(memory, dtype=torch.uint8))
             else:
                 self._blocks.append(self._host.zeros(more, torch.uint8))
 
-    def touch(self) -> None:
-        """Has the system give all pages now, so that `copy` does not wait for them."""
+    def touch(self, rest: Callable[[], None]) -> None:
+        """Has the system give all pages now, so that `copy` does not wait for them. `rest` is
+        called again and again between.
+        """
         for block in self._blocks if self._host is None else ():
             pages: Any = block.numpy()  # whose assignments start no threads and let others run
             for start in range(0, len(pages), _PIECE):
                 pages[start : start + _PIECE : _PAGE] = 0
+                rest()
 
     def copy(self, tensors: Sequence[Stored]) -> list[Stored]:
         """The same in this memory, where `reserve` has made room. Waits for the device."""
@@ -94,7 +104,11 @@ class Copies:
     def _take(self, here: Tensor, there: Tensor) -> Mark | None:
         if self._host is not None and there.device.type != "cpu":
             return self._host.receive(here, there)
-        here.copy_(there)
+        if here.numel() < _LARGE or there.device.type != "cpu":
+            here.copy_(there)
+        else:
+            source, target = _core.Buffer(there), _core.Buffer(here)
+            _core.copy(source, target, threads=torch.get_num_threads())
         return None
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,9 +128,9 @@ class Save:
         """Where the checkpoint will be."""
         return self.folder / self.tag
 
-    def run(self, snapshot: Snapshot) -> None:
-        """The whole protocol. Raises the same `CheckpointError` on all ranks, or `CommError` when a
-        rank has gone.
+    def run(self, snapshot: Snapshot, rest: Callable[[], None] | None = None) -> None:
+        """The whole protocol, with a `rest` behind each block of this rank's file. Raises the same
+        `CheckpointError` on all ranks, or `CommError` when a rank has gone.
         """
         not_saved = (
             f"checkpoint {self.target} was not saved, and what was there before is untouched"
@@ -147,7 +148,7 @@ class Save:
         agreement = Consensus(self.control, CheckpointError, alike=True, patience=patience)
         try:
             self._name(agreement.first(not_saved, self.open))
-            written = agreement.gather(not_saved, lambda: self.write(snapshot))
+            written = agreement.gather(not_saved, lambda: self.write(snapshot, rest))
             agreement.first(not_saved, lambda: self.commit(written, snapshot))
             agreement.first(not_named, self.point)
         finally:
@@ -167,7 +168,7 @@ class Save:
         self.disk.make_folder(self.temporary)
         return nonce
 
-    def write(self, snapshot: Snapshot) -> Written:
+    def write(self, snapshot: Snapshot, rest: Callable[[], None] | None = None) -> Written:
         """This rank's file."""
         name = rank_file(self.control.rank)
         head, placed = place(snapshot.tensors)
@@ -177,7 +178,7 @@ class Save:
             file.write(head)
             for stored, _ in placed:
                 for piece in stored.pieces:
-                    file.write(as_bytes(piece))
+                    file.write(as_bytes(piece), rest)
             hashes = file.finish()
         tensors = tuple(
             TensorEntry(

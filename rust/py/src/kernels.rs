@@ -7,6 +7,7 @@ use zerort_core::kernels::{self, Element, Write};
 use crate::buffer::Buffer;
 use crate::dlpack::{Sums, Values};
 use crate::errors::LayoutError;
+use crate::streaming;
 
 /// Sums `world` equal chunks in rank order, times `scale`, into or onto `accum`; returns its
 /// squared norm afterwards. With a `stride` a chunk begins so many elements behind the last.
@@ -122,6 +123,27 @@ pub fn take_writes(py: Python<'_>, values: &Buffer, master: &Buffer) -> PyResult
             "bf16 and fp16 have an fp32 master; got {} values and a {} master",
             values.memory().dtype().name(),
             master.memory().dtype().name()
+        ))),
+    }
+}
+
+/// Copies bytes, past the processor's caches where there are many.
+#[pyfunction]
+#[pyo3(signature = (source, target, *, threads=1))]
+pub fn copy(py: Python<'_>, source: &Buffer, target: &Buffer, threads: usize) -> PyResult<()> {
+    let reading = source.memory().read()?;
+    let mut writing = target.memory().write()?;
+    match (reading.bytes(), writing.bytes()) {
+        (Some(from), Some(into)) if from.len() == into.len() => {
+            py.detach(|| streaming::copy(from, into, threads));
+            Ok(())
+        }
+        _ => Err(LayoutError::new_err(format!(
+            "as many bytes are copied as there is room for; got {} of {} into {} of {}",
+            source.memory().numel(),
+            source.memory().dtype().name(),
+            target.memory().numel(),
+            target.memory().dtype().name()
         ))),
     }
 }

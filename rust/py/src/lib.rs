@@ -2,8 +2,8 @@
 //!
 //! This file exports and does nothing else. Only integers cross the border on the hot path; memory
 //! crosses once, at setup. State-machine calls keep the GIL, kernels release it. A panic of the
-//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`segment`]
-//! and [`futex`] alone.
+//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`segment`],
+//! [`futex`] and [`streaming`] alone.
 
 #![deny(unsafe_code)]
 
@@ -36,6 +36,8 @@ mod roll;
 mod scaler;
 #[allow(unsafe_code)]
 mod segment;
+#[allow(unsafe_code)]
+mod streaming;
 mod trace;
 mod units;
 
@@ -76,6 +78,8 @@ mod _core {
     use super::exchange::Exchange;
     #[pymodule_export]
     use super::gatherer::Gatherer;
+    #[pymodule_export]
+    use super::kernels::copy;
     #[pymodule_export]
     use super::kernels::first_nonfinite;
     #[pymodule_export]

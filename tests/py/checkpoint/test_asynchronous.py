@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from homes import BOTH, OPTIMIZER, Setting
 from saved import GLOBAL_BATCH, WIDTH, config_of, engine_of, manifest_of, train
 from training import keep
 from zerort import platforms
-from zerort.checkpoint import copies, problems
+from zerort.checkpoint import copies, pace, problems
 from zerort.checkpoint.files import Disk
 from zerort.checkpoint.tensors import Stored
 from zerort.errors import CheckpointError
@@ -47,11 +48,9 @@ class Held(Disk):
         self.go = threading.Event()
         self.came = threading.Event()
         self.fails = fails
-        self.policies: list[int] = []
 
     def create(self, path: Path) -> int:
         if threading.current_thread() is not threading.main_thread():
-            self.policies.append(os.sched_getscheduler(threading.get_native_id()))
             self.came.set()
             assert self.go.wait(30)
             if self.fails and path.name.startswith("rank"):
@@ -110,9 +109,8 @@ def same_files(one: Path, other: Path, world: int) -> None:
     assert left == right
 
 
-def save_twice(rank: int, world: int, folder: str) -> list[int]:
+def save_twice(rank: int, world: int, folder: str) -> None:
     """Synchronously and beside five further steps, which the writer waits for."""
-    policies = []
     for name, made in ENGINES.items():
         engine = made()
         for number in range(BEFORE):
@@ -134,22 +132,18 @@ def save_twice(rank: int, world: int, folder: str) -> list[int]:
             buffer.zero_()
         disk.go.set()
         engine.wait_for_checkpoint()
-        policies += disk.policies
         step(engine, rank, world, 9)
         engine._checkpoints.disk = Disk()
         engine.save_checkpoint(Path(folder) / name, "again", asynchronous=True)
         engine.load_checkpoint(Path(folder) / name)  # waits
         assert engine.global_steps == BEFORE + 6
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
-    return policies
 
 
 def test_what_is_saved_beside_training_is_the_state_at_the_call_to_the_bit(tmp_path: Path) -> None:
-    policies = ranks.shared(2, save_twice, str(tmp_path))
+    ranks.shared(2, save_twice, str(tmp_path))
     for name in ENGINES:
         same_files(tmp_path / name / "sync", tmp_path / name / "beside", 2)
         assert problems(tmp_path / name, "again") == []
-    assert {*policies[0], *policies[1]} == {os.SCHED_IDLE}
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
@@ -170,7 +164,7 @@ def test_what_is_at_home_on_the_host_is_saved_as_it_was(stage: int, tmp_path: Pa
 
 
 def step_on(engine: Any, rank: int, world: int) -> None:
-    """Until one raises; the writer, of the lowest priority, gets a processor between them."""
+    """Until one raises; the writer gets a processor between them."""
     for number in range(1000):
         step(engine, rank, world, number)
         time.sleep(0.01)
@@ -408,7 +402,7 @@ def test_what_is_on_a_device_is_received_into_locked_memory_and_waited_for_once(
     stored.append(Stored.of("three", torch.arange(4)))
     made = copies.Copies(torch.device("cuda"))
     made.reserve(copies.bytes_of(stored))
-    made.touch()
+    made.touch(host.calls.clear)
     copied = made.copy(stored)
     assert host.calls == ["locks 1200072", "receives 1200000", "receives 40", "waits for 2"]
     assert torch.cat(list(copied[2].pieces)).view(torch.int64).tolist() == [0, 1, 2, 3]
@@ -422,6 +416,72 @@ def test_more_memory_is_got_beside_what_there_is() -> None:
     assert made.nbytes >= 3 << 20 and len(made._blocks) == 3
     (copied,) = made.copy([Stored.of("kept", kept)])
     assert torch.equal(torch.cat(list(copied.pieces)).view(torch.int32), kept)
+
+
+def faults(call: Callable[[], object]) -> int:
+    """Pages that the system gives this thread meanwhile."""
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the pages that Linux gives")
+@pytest.mark.parametrize("touched", [True, False])
+def test_pages_are_given_once_and_a_child_takes_none_of_them(touched: bool) -> None:
+    before, made = (copies.Copies(torch.device("cpu")) for _ in range(2))
+    size = 64 << 20
+    stored = [Stored.of(name, torch.ones(size // 8)) for name in ("one", "two")]
+    before.reserve(size)
+    before.copy(stored)  # whose code has pages too
+    made.reserve(size)
+    rests: list[None] = []
+    if touched:
+        made.touch(lambda: rests.append(None))
+        assert len(rests) >= 16
+    first = faults(lambda: made.copy(stored))
+    again = faults(lambda: made.copy(stored))
+    # in a fork the parent's writes would copy pages, for as long as the child lives
+    ends, starts = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(starts)
+        os.read(ends, 1)
+        os._exit(0)
+    try:
+        beside = faults(lambda: made.copy(stored))
+    finally:
+        os.close(starts)
+        os.waitpid(child, 0)
+        os.close(ends)
+    small, large = size >> 12, size >> 21  # the system may have no large pages left
+    assert again < large / 2, (first, again, beside)
+    assert beside < small / 8, (first, again, beside)  # a fork costs the interpreter some
+    assert first < large / 2 if touched else first >= large, (first, again, beside)
+
+
+def test_a_writer_that_rests_goes_on_at_once_where_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests, real = threading.Event(), threading.Event.wait
+
+    def told(self: threading.Event, seconds: float | None = None) -> bool:
+        if seconds is not None and seconds > 1e6:
+            rests.set()
+            seconds = 60
+            assert real(self, seconds), "nobody has told it to hurry"
+        return real(self, seconds)
+
+    monkeypatch.setattr(threading.Event, "wait", told)
+    monkeypatch.setattr(pace, "SHARE", 1e-12)
+    monkeypatch.setattr(pace, "_PIECE", 0.0)
+    monkeypatch.setattr(platforms.HERE, "waited_for_processor", lambda: None)
+    engine = alone()
+    engine.save_checkpoint(tmp_path, "one", asynchronous=True)
+    assert rests.wait(30)
+    assert not (tmp_path / "one").exists()
+    engine.wait_for_checkpoint()
+    assert problems(tmp_path, "one") == []
+    engine.destroy()
 
 
 def test_an_engine_that_is_dropped_ends_its_save_and_a_failure_is_logged(

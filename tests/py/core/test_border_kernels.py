@@ -158,3 +158,30 @@ def test_kernels_run_without_the_gil_and_never_write_the_same_memory_at_once() -
     thread.join()
     assert met.is_set()
     assert _core.reduce(chunks, accum, world=1, scale=1.0, add=False) == float(1 << 22)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("length", [0, 1, MIB - 1, MIB, MIB + 4097, 9 * MIB + 77])
+@pytest.mark.parametrize(("source", "target"), [(0, 0), (1, 0), (0, 1), (63, 17)])
+def test_a_copy_is_what_was_copied_and_touches_nothing_beside(
+    length: int, threads: int, source: int, target: int
+) -> None:
+    torch.manual_seed(length + threads)
+    given = torch.randint(0, 256, (length + source,), dtype=torch.uint8)[source:]
+    room = torch.full((length + target + 64,), 7, dtype=torch.uint8)
+    into = room[target : target + length]
+    _core.copy(_core.Buffer(given), _core.Buffer(into), threads=threads)
+    assert torch.equal(into, given)
+    assert room[:target].eq(7).all() and room[target + length :].eq(7).all()
+
+
+def test_a_copy_is_refused_where_it_has_no_room() -> None:
+    room = torch.zeros(8, dtype=torch.uint8)
+    for source in (torch.zeros(7, dtype=torch.uint8), torch.zeros(8)):
+        with pytest.raises(LayoutError, match="as many bytes are copied as there is room for"):
+            _core.copy(_core.Buffer(source), _core.Buffer(room))
+    with pytest.raises(LayoutError, match="do the two buffers overlap"):
+        _core.copy(_core.Buffer(room[:5]), _core.Buffer(room[3:]))
