@@ -3,14 +3,16 @@
 A step takes a batch, does forward, backward, clipping and one AdamW update with torch's fused
 kernel, leaves no gradient behind, and returns this rank's loss, detached. In bf16 DDP computes
 under autocast over fp32 weights, and the others keep fp32 shards or masters (FSDP2, DeepSpeed,
-zerort): every one of them updates in fp32.
+zerort): every one of them updates in fp32. Where a workload is pure, DDP and FSDP2 train the bf16
+weights themselves, and DeepSpeed and zerort masters of them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,14 +106,50 @@ def _fsdp2(workload: Workload, device: torch.device) -> Step:
     return step
 
 
-def _zerort(stage: int, **runtime: Any) -> Build:
-    """With these keys of the section `zerort`."""
+@dataclass(frozen=True)
+class Zerort:
+    """An engine with these keys of the section `zerort`."""
 
-    def build(workload: Workload, device: torch.device) -> Step:
-        config = _config(workload, stage) | {"zerort": DEFAULT | runtime}
-        return _engine_step(workload, _engine(workload, workload.model(device), config))
+    stage: int
+    runtime: Mapping[str, Any]
+    room: float | None = None
+    """Stage 3: for which part of the model there is room. Every parameter is sharded."""
 
-    return build
+    def __call__(self, workload: Workload, device: torch.device) -> Step:
+        model, config = workload.model(device), _config(workload, self.stage)
+        config["zerort"] = {**DEFAULT, **self.runtime}
+        if self.room is not None:
+            config["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": int(
+                    self.room * sum(p.numel() for p in model.parameters())
+                ),
+            }
+        return _engine_step(workload, _engine(workload, model, config))
+
+
+def _zerort(stage: int, **runtime: Any) -> Zerort:
+    return Zerort(stage, runtime)
+
+
+def _zerort_3(room: float, **runtime: Any) -> Zerort:
+    whole = {"reshard_after_forward": False} if room >= 1 else {}
+    return Zerort(3, whole | runtime, room)
+
+
+def in_buckets(names: Iterable[str], sizes: Mapping[str, int]) -> dict[str, Build]:
+    """zerort's contenders of these names in buckets of other `sizes`: bytes by their names. What
+    tunes itself has none.
+    """
+    every = CONTENDERS | BY_NAME
+    found: dict[str, Build] = {}
+    for name in names:
+        built = every[name]
+        if isinstance(built, Zerort) and not built.runtime.get("tune"):
+            for label, nbytes in sizes.items():
+                runtime = {**built.runtime, "bucket_bytes": nbytes}
+                found[f"{name}, {label}"] = replace(built, runtime=runtime)
+    return found
 
 
 def between_hosts() -> None:
@@ -125,24 +163,6 @@ def stage_2(workload: Workload, device: torch.device) -> Any:
     """An engine whose step waits for updated parameters."""
     config = _config(workload, 2) | {"zerort": {"publish": "step", **DEFAULT}}
     return _engine(workload, workload.model(device), config)
-
-
-def _zerort_3(part: float, transport: str | None = None) -> Build:
-    """At stage 3 with room for a part of the model, and every parameter sharded."""
-
-    def build(workload: Workload, device: torch.device) -> Step:
-        model = workload.model(device)
-        config = _config(workload, 3)
-        config["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": int(part * sum(p.numel() for p in model.parameters())),
-        }
-        config["zerort"] = {"transport": transport or DEFAULT["transport"]}
-        if part >= 1:
-            config["zerort"] |= {"reshard_after_forward": False}
-        return _engine_step(workload, _engine(workload, model, config))
-
-    return build
 
 
 def _deepspeed(stage: int) -> Build:
@@ -218,8 +238,14 @@ ELEMENTWISE = {"DDP + ZeroRedundancy", "FSDP2", *(name for name in CONTENDERS if
 """Which cut matrices, or have one optimizer: they take no part under Muon."""
 
 BASELINE = "DDP"
-INCOMPARABLE = {"no communication", *NARROW}
-"""Whose losses are not DDP's by design."""
+INCOMPARABLE = ("no communication", *NARROW)
+
+
+def compares(name: str) -> bool:
+    """Whether a contender's losses are to be DDP's; others' are not, by design. A bucket size
+    behind its name changes nothing in that.
+    """
+    return not any(name == other or name.startswith(f"{other}, ") for other in INCOMPARABLE)
 
 
 def _adamw(workload: Workload, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -250,10 +276,8 @@ def _engine(workload: Workload, module: nn.Module, config: dict[str, Any]) -> An
 def _plain(
     workload: Workload, device: torch.device, model: nn.Module, *optimizers: Optimizer
 ) -> Step:
-    lowered = workload.dtype != torch.float32
-
     def step(batch: Batch) -> Tensor:
-        with torch.autocast(device.type, workload.dtype, enabled=lowered):
+        with torch.autocast(device.type, workload.dtype, enabled=workload.autocasts):
             loss = workload.loss(model(batch[0]), batch[1])
         loss.backward()
         return _update(workload, model, optimizers, loss)

@@ -84,7 +84,8 @@ def _computing(workload: Workload, device: torch.device) -> tuple[float, float]:
     losses: list[torch.Tensor] = []
 
     def forward() -> None:
-        losses[:] = [workload.loss(model(batch[0]), batch[1])]
+        with torch.autocast(device.type, workload.dtype, enabled=workload.autocasts):
+            losses[:] = [workload.loss(model(batch[0]), batch[1])]
 
     def both() -> None:
         forward()

@@ -6,6 +6,8 @@ rounds.
     python benches/py/step_time.py --json step_time.json
     python benches/py/step_time.py --hosts 2 --megabits 1000 --steps 12 --workload gpt \\
         --only "zerort stage 2, publish step" --only "zerort stage 2, publish overlapped"
+    python benches/py/step_time.py --hosts 2 --workload gpt --only "zerort stage 2" \\
+        --bucket-bytes 1MiB,8MiB,25MiB
     python benches/py/step_time.py --only "zerort stage 2, gloo" --only "zerort stage 2, shared"
 
 Two gloo ranks of one thread each on CPU, one NCCL rank per GPU where there are any. DeepSpeed takes
@@ -32,7 +34,15 @@ from rich.progress import track
 from rich.table import Table
 
 import ranks
-from contenders import BASELINE, BY_NAME, CONTENDERS, ELEMENTWISE, INCOMPARABLE, between_hosts
+from contenders import (
+    BASELINE,
+    BY_NAME,
+    CONTENDERS,
+    ELEMENTWISE,
+    between_hosts,
+    compares,
+    in_buckets,
+)
 from limits import limit_of
 from rounds import Race, Runs, Spread
 from workloads import WORKLOADS, Workload
@@ -59,12 +69,32 @@ def arguments() -> argparse.Namespace:
         action="append",
         help="beside DDP; may be repeated (default: all but the last of these)",
     )
+    parser.add_argument(
+        "--bucket-bytes",
+        type=sizes,
+        default={},
+        metavar="SIZES",
+        help="such as 1MiB,8MiB: zerort's contenders also in buckets of these sizes",
+    )
     parser.add_argument("--hosts", type=int, help="one rank in each, behind a slow link")
     parser.add_argument("--megabits", type=int, default=1000, help="a second, of each host's link")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=ranks.default_world())
     parser.add_argument("--json", type=Path, help="write every figure there")
     return parser.parse_args()
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Bytes by what each is called."""
+    units = {"MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
+    found = {}
+    for size in text.split(","):
+        unit = next((unit for unit in units if size.endswith(unit)), "")
+        number = size.removesuffix(unit).strip()
+        if not unit or not number.isdecimal() or int(number) == 0:
+            raise argparse.ArgumentTypeError(f"{size!r}: expected sizes such as 1MiB,8MiB")
+        found[size.strip()] = int(number) * units[unit]
+    return found
 
 
 def race(
@@ -74,7 +104,8 @@ def race(
     if args.hosts:
         between_hosts()
     able = [name for name in names if not (workload.muon and name in ELEMENTWISE)]
-    every = CONTENDERS | BY_NAME
+    every = CONTENDERS | BY_NAME | in_buckets(able, args.bucket_bytes)
+    able += [name for name in every if name not in CONTENDERS | BY_NAME]
     contest = Race(workload, {name: every[name](workload, device) for name in able}, device)
     contest.warm_up(WARM_UP)
     gc.collect()
@@ -109,7 +140,7 @@ def table(workload: Workload, runs: dict[str, Runs], title: str) -> Table:
 
 def _verdict(name: str, run: Runs, base: Runs, workload: Workload) -> str:
     deviation = run.deviation(base)
-    if name in INCOMPARABLE:
+    if not compares(name):
         return f"{deviation:.1e} by design"
     return (
         f"{deviation:.1e}"
@@ -124,7 +155,7 @@ def strays(workload: Workload, runs: dict[str, Runs]) -> list[str]:
     return [
         name
         for name, run in runs.items()
-        if name not in INCOMPARABLE and not run.deviation(base) <= workload.tolerance
+        if compares(name) and not run.deviation(base) <= workload.tolerance
     ]
 
 

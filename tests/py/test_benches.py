@@ -45,14 +45,15 @@ def test_the_step_time_bench_races_stages() -> None:
     chosen = [f"--only=zerort stage {stage}" for stage in ("2", "3, a third")]
     command = [sys.executable, str(BENCHES / "step_time.py"), "--workload=small"]
     done = subprocess.run(
-        [*command, *chosen, "--rounds=1", "--steps=1"],
+        [*command, *chosen, "--bucket-bytes=2MiB", "--rounds=1", "--steps=1"],
         check=False,
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("zerort stage") == 2, done.stdout
+    assert done.stdout.count("zerort stage") == 4, done.stdout
+    assert done.stdout.count("2MiB") == 2, done.stdout
 
 
 @pytest.mark.slow
