@@ -10,6 +10,7 @@ stay as they were.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import groupby
@@ -49,6 +50,8 @@ class ShardOptimizer:
             first = self._parts[-1].groups.stop if self._parts else 0
             self._parts.append(_Part(member, range(first, first + len(member.param_groups)), can))
         self._initial = InitialState(optimizer, flat.params)
+        self._of: dict[int, list[Segment]] = defaultdict(list)
+        """By the id of their bucket."""
         self.restart(lambda _: None)
 
     @property
@@ -138,7 +141,7 @@ class ShardOptimizer:
         it.
         """
         alone = order or any(map(_goes_alone, self._buckets))
-        if not alone or not self._steps_in_parts():
+        if not alone or not self.steps_in_parts:
             return [self._buckets]
         if order:
             place = {number: index for index, number in enumerate(order)}
@@ -151,7 +154,16 @@ class ShardOptimizer:
             found += [[bucket] for bucket in together] if alone else [together]
         return found
 
-    def _steps_in_parts(self) -> bool:
+    @property
+    def whole(self) -> bool:
+        """Whether some group is of whole parameters, as many however they lie in buckets."""
+        return any(part.is_whole for part in self._parts)
+
+    @property
+    def steps_in_parts(self) -> bool:
+        """Whether it may update some buckets and then others: where that is torch's own optimizer,
+        and no hook listens to its step.
+        """
         stepped = {self.optimizer, *members_of(self.optimizer)}
         heard = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
         return is_known(self.optimizer) and not any(heard) and not any(map(_is_watched, stepped))
@@ -159,8 +171,7 @@ class ShardOptimizer:
     def step(self, factor: float, batch: Sequence[Stepped]) -> None:
         """One update of these buckets, with the reduced gradients times `factor`."""
         self.settle_rates()
-        chosen = set(map(id, batch))
-        segments = [segment for segment in self.segments if id(segment.bucket) in chosen]
+        segments = [segment for bucket in batch for segment in self._of[id(bucket)]]
         for bucket in batch:
             bucket.ready()
         for segment in segments:
@@ -200,6 +211,9 @@ class ShardOptimizer:
             group["params"][:] = [
                 segment.tensor for segment in self.segments if segment.bucket.group == index
             ]
+        self._of.clear()
+        for segment in self.segments:
+            self._of[id(segment.bucket)].append(segment)
         self._given = [
             id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]
         ]
@@ -229,6 +243,11 @@ class _Part:
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in optimizer.param_groups)
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a group of it is of whole parameters."""
+        return bool(self._whole)
 
     def cut(self, bucket: Stepped) -> list[Segment]:
         """What the optimizer sees of a bucket of its own."""
@@ -282,21 +301,32 @@ def _without_gaps(optimizer: Optimizer) -> Iterator[None]:
             optimizer.param_groups[:] = groups
 
 
-@contextmanager
-def _shown(optimizer: Optimizer, holds: Callable[[Tensor], bool]) -> Iterator[None]:
+def _shown(optimizer: Optimizer, holds: Callable[[Tensor], bool]) -> AbstractContextManager[None]:
     """Within, the optimizer has only the tensors that `holds` is true of."""
-    groups = list(optimizer.param_groups)
-    params = [list(group["params"]) for group in groups]
-    for group, tensors in zip(groups, params, strict=True):
-        group["params"][:] = filter(holds, tensors)
-    try:
-        yield
-    finally:
-        for group, tensors in zip(groups, params, strict=True):
-            group["params"][:] = tensors
+    return _holding(
+        optimizer, [list(filter(holds, group["params"])) for group in optimizer.param_groups]
+    )
 
 
 def _only(optimizer: Optimizer, segments: Sequence[Segment]) -> AbstractContextManager[None]:
-    """Within, the optimizer has only these segments."""
-    tensors = {id(segment.tensor) for segment in segments}
-    return _shown(optimizer, lambda tensor: id(tensor) in tensors)
+    """Within, the optimizer has only these segments. The others are not looked at one by one: a
+    step of hundreds of buckets calls this for each.
+    """
+    tensors: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    for segment in segments:
+        tensors[segment.bucket.group].append(segment.tensor)
+    return _holding(optimizer, tensors)
+
+
+@contextmanager
+def _holding(optimizer: Optimizer, tensors: Sequence[list[Tensor]]) -> Iterator[None]:
+    """Within, the optimizer's groups have these tensors, in place: it may hold the very lists."""
+    groups = list(optimizer.param_groups)
+    params = [list(group["params"]) for group in groups]
+    for group, shown in zip(groups, tensors, strict=True):
+        group["params"][:] = shown
+    try:
+        yield
+    finally:
+        for group, held in zip(groups, params, strict=True):
+            group["params"][:] = held

@@ -17,6 +17,7 @@ What it does not do: it does not know what updates buckets, nor who needs them.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -94,6 +95,8 @@ class Publication:
         self._guarded = False
         self._turn: tuple[int, dict[int, Flight]] = (0, {})
         """Its number, and by bucket what has not landed."""
+        self._unsent: deque[Flight] = deque()
+        """Of these, what `start` has not sent, or may have been broken off at."""
         self._lock = threading.RLock()
 
     def need(self, order: Sequence[int]) -> None:
@@ -130,17 +133,19 @@ class Publication:
     def start(self, turn: int, ready: Collection[int], *, guarded: bool) -> None:
         """Sends what is `ready`, buckets by their number, as far as nothing before it is not."""
         with self._lock:
-            for flight in self._flights(turn, guarded=guarded):
-                if flight.bucket.spec.id not in ready:
-                    return
-                self._send(flight)  # also one that was broken off: none after it may overtake it
+            self._begin(turn, guarded=guarded)
+            while self._unsent and self._unsent[0].bucket.spec.id in ready:
+                # one that was broken off is still there: none after it may overtake it
+                self._send(self._unsent[0])
+                self._unsent.popleft()
 
     def launch(self, turn: int, *, guarded: bool) -> None:
         """Sends what has not been sent; waits for all but each bucket's last hop. A second call
         goes on where the first was broken off. Where it is not `guarded`, `land` follows at once.
         """
         with self._lock:
-            flights = self._flights(turn, guarded=guarded)
+            self._begin(turn, guarded=guarded)
+            flights = list(self._turn[1].values())
             for flight in flights:
                 if flight.state is not OVER:
                     self._send(flight)
@@ -175,15 +180,15 @@ class Publication:
                 self.guard.expose(flight.bucket)
             self._turn[1].clear()
 
-    def _flights(self, turn: int, *, guarded: bool) -> list[Flight]:
-        """Of this turn, what has not landed."""
+    def _begin(self, turn: int, *, guarded: bool) -> None:
+        """Nothing of this turn has been sent, unless it has begun."""
         if turn != self._turn[0]:
             self.land()
             self._guarded = guarded
             self._here = None if self._note_stream is None else self._note_stream()
             flights = {b.spec.id: Flight(b, hops) for b, hops in self._buckets}
+            self._unsent = deque(flights.values())
             self._turn = (turn, flights)
-        return list(self._turn[1].values())
 
     def _send(self, flight: Flight) -> Work:
         """Starts the hop that a bucket is at, unless that has been done."""
