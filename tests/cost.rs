@@ -139,6 +139,47 @@ fn on_a_blocking_host_packing_and_sums_take_time_of_the_backward() {
 }
 
 #[test]
+fn a_bucket_costs_its_host_something_however_small_it_is() {
+    let rates = Rates { launch_ns: 20.0, sum_ns: 30.0, update_ns: 40.0, ..Rates::default() };
+    for (stage, hops) in [(Stage::Zero, 2), (Stage::Two, 1)] {
+        for cap in [Cap::Bytes(1), Cap::Bytes(u64::MAX)] {
+            let spec = PlanSpec { rules: stage.rules(), cap, ..two_ranks() };
+            let plan = Plan::new(spec).unwrap();
+            let buckets = plan.buckets().len() as u64;
+            for blocks in [true, false] {
+                let dear = Machine { rates, ..machine(NOTHING, blocks) };
+                let step = simulate(&plan, &workload(&plan, 0, 400), &dear).unwrap();
+                let sums = if blocks { step.sum_ns } else { buckets * hops * 30 };
+                assert_eq!(
+                    (step.pack_ns, sums, step.update_ns),
+                    (buckets * 20, buckets * hops * 30, buckets * 40),
+                    "{stage:?} {cap:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_bucket_costs_its_host_makes_larger_ones_faster() {
+    let params = uniform(256, 1, None).params().to_vec();
+    let spec = PlanSpec { params, ..two_ranks() };
+    let plan = Plan::new(spec.clone()).unwrap();
+    let work = workload(&plan, 0, 256 * 100);
+    let chosen = |update_ns| {
+        let mut machine = machine(link(Algorithm::Ring, 10.0, 0.1), true);
+        machine.rates.update_ns = update_ns;
+        choose(&spec, &work, &machine, &[None], &[]).unwrap()
+    };
+    let buckets = |choice: &zerort_core::cost::Choice| choice.prediction.buckets.len() as u64;
+    let (free, dear) = (chosen(0.0), chosen(100.0));
+    assert!(buckets(&dear) < buckets(&free), "{free:?} {dear:?}");
+    // between one bucket, whose bytes nothing hides, and so many that hosts have nothing else to do
+    assert!(buckets(&dear) > 1, "{dear:?}");
+    assert_eq!(dear.prediction.update_ns, 100 * buckets(&dear));
+}
+
+#[test]
 fn the_second_hop_of_stage_0_starts_when_the_host_comes_by_once_the_first_is_complete() {
     let mut spec = two_ranks();
     spec.rules = Stage::Zero.rules();
@@ -316,6 +357,7 @@ fn absurd_numbers_are_refused_or_saturate() {
     }
     let mut absurd = machine(link(Algorithm::Tree, f64::MAX, f64::MAX), true);
     absurd.rates.sum_byte_ns = f64::MAX;
+    absurd.rates.sum_ns = f64::MAX;
     absurd.rates.update_element_ns = f64::MAX;
     let work = Workload { forward_ns: u64::MAX, micro_batches: 3, ..work };
     assert_eq!(simulate(&plan, &work, &absurd).unwrap().total_ns, u64::MAX);
@@ -408,13 +450,14 @@ fn any_machine() -> impl Strategy<Value = Machine> {
             lanes,
         })
     };
-    let rates = vec(0.0..5.0_f64, 6).prop_map(|rates| Rates {
+    let rates = vec(0.0..5.0_f64, 7).prop_map(|rates| Rates {
         launch_ns: 10.0 * rates[0],
         pack_byte_ns: rates[1],
         sum_byte_ns: rates[2],
         update_element_ns: rates[3],
         update_ns: rates[4],
         vote_ns: rates[5],
+        sum_ns: 10.0 * rates[6],
     });
     let network = (fabric(), fabric(), any_link()).prop_map(|(outer, inner, control)| Network {
         outer,

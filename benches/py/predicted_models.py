@@ -178,4 +178,6 @@ def middle(wires: Sequence[Wire]) -> Wire:
         line([wire.gather for wire in wires]),
         median(wire.vote for wire in wires),
         wires[0].lanes,
+        median(wire.start_reduce for wire in wires),
+        median(wire.start_gather for wire in wires),
     )

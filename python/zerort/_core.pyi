@@ -848,11 +848,13 @@ class Machine:
     `scatter` reduces and `gather` gathers, between hosts; `inner` and `inner_gather` within one,
     where there are several `hosts` (0 or 1: all ranks on the outer links); `control` has the
     vote. `lanes`: collectives under way at once. `blocks`: waiting blocks the host, as on a CPU.
-    `sums_pieces`: what arrives is every rank's piece and is summed here. `overlap`: (ns, share of
-    a step) that waiting for updated parameters has to cost for the next forward to wait for them
-    instead; None is never. `wires`: bytes of an element by the number of its wire format. `room`:
-    elements that may be whole at stage 3, and `depth`, stops ahead that they are gathered, where
-    the plan has no lists.
+    `sums_pieces`: what arrives is every rank's piece and is summed here. `launch_ns`, `sum_ns` and
+    `update_ns` are a bucket's, however small, beside those of a byte or an element: to start it, to
+    take what one of its reduce hops has brought, to update it and start its publication. `overlap`:
+    (ns, share of a step) that waiting for updated parameters has to cost for the next forward to
+    wait for them instead; None is never. `wires`: bytes of an element by the number of its wire
+    format. `room`: elements that may be whole at stage 3, and `depth`, stops ahead that they are
+    gathered, where the plan has no lists.
     """
 
     def __new__(
@@ -871,6 +873,7 @@ class Machine:
         sum_byte_ns: float = 0.0,
         update_element_ns: float = 0.0,
         update_ns: float = 0.0,
+        sum_ns: float = 0.0,
         vote_ns: float = 0.0,
         blocks: bool = False,
         sums_pieces: bool = False,

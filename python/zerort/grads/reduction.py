@@ -242,6 +242,20 @@ class Reduction:
         """Seconds that the host has stood still for collectives, since the beginning."""
         return self.executor.waits.seconds
 
+    @property
+    def reducing(self) -> float:
+        """Seconds that the host has packed, started and added up, since the beginning, without what
+        it waited.
+        """
+        return self.executor.waits.reducing.seconds
+
+    @property
+    def publishing(self) -> float:
+        """Seconds that it has worked to bring updated parameters to all ranks, behind the
+        update.
+        """
+        return self.executor.waits.publishing.seconds
+
     def nonfinite(self) -> tuple[int, int] | None:
         """(rank, parameter) of an infinity or NaN that this rank has received, if it has; rank -1
         where unknown.

@@ -127,7 +127,7 @@ class Executor:
         """Runs what is below `hi` as far as it goes without blocking. Called from hooks, on any
         thread.
         """
-        with self._lock:
+        with self._lock, self.waits.reducing:
             self._cursor.allow(hi)
 
     def enqueue(self, actions: Sequence[int]) -> None:
@@ -159,14 +159,14 @@ class Executor:
 
     def launch_all(self) -> None:
         """Runs the list as far as its last Launch; waits only where the window has no room."""
-        with self._lock:
+        with self._lock, self.waits.reducing:
             _to_the_end(self._cursor.launch_all)
             self._cursor.allow_all()
         self.streams.packed()
 
     def drain(self) -> None:
         """Runs all that is allowed, waiting where it must; then the accumulators may be read."""
-        with self._lock:
+        with self._lock, self.waits.reducing:
             _to_the_end(self._drain)
         if self.device.blocks:
             return

@@ -119,6 +119,7 @@ class Publication:
 
         self._buckets = sorted(buckets, key=first_need)
         self._turn, self.failure = (0, {}), None
+        self._unsent.clear()
 
     @property
     def order(self) -> list[int]:
@@ -143,7 +144,7 @@ class Publication:
         """Sends what has not been sent; waits for all but each bucket's last hop. A second call
         goes on where the first was broken off. Where it is not `guarded`, `land` follows at once.
         """
-        with self._lock:
+        with self._lock, self._waits.publishing:
             self._begin(turn, guarded=guarded)
             flights = list(self._turn[1].values())
             for flight in flights:
@@ -160,7 +161,7 @@ class Publication:
         """
         if not self._turn[1]:
             return
-        with self._lock:
+        with self._lock, self._waits.publishing:
             if self.failure is not None:
                 raise CommError(self.failure)
             flights = self._turn[1]

@@ -1,7 +1,8 @@
 """Where the host stands still for collectives, and what the watch hears of them.
 
-What it guarantees: a collective that fails or times out is named; what the host has waited is
-counted once. What it does not do: it starts nothing and knows no order.
+What it guarantees: a collective that fails or times out is named; what the host has waited, and
+what it has done for collectives, is counted once. What it does not do: it starts nothing and knows
+no order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from zerort.mesh import Comm, Work
 from zerort.run.flight import Flight
 from zerort.trace.watch import Watch
 
-__all__ = ["Waits", "called", "contents"]
+__all__ = ["Busy", "Waits", "called", "contents"]
 
 
 class Waits:
@@ -29,6 +30,10 @@ class Waits:
         """That the host has stood still, since the beginning; nan where waiting does not block
         it.
         """
+        self.reducing = Busy(self)
+        """With gradients: packing, starting, adding up."""
+        self.publishing = Busy(self)
+        """With updated parameters, behind the update."""
         self._comm = comm
         self._blocks = blocks
 
@@ -72,6 +77,31 @@ class Waits:
         """It has been waited for."""
         if self.watch.enabled:
             self.watch.landed(called(flight))
+
+
+class Busy:
+    """A context in which the host works for collectives; one within itself counts once."""
+
+    __slots__ = ("_begun", "_depth", "_waits", "seconds")
+
+    def __init__(self, waits: Waits) -> None:
+        self.seconds = 0.0
+        """Within it since the beginning, without what was waited; nan where waiting does not block
+        the host.
+        """
+        self._waits = waits
+        self._depth = 0
+        self._begun = 0.0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._begun = perf_counter() - self._waits.seconds
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += perf_counter() - self._waits.seconds - self._begun
 
 
 def called(flight: Flight) -> str:

@@ -36,6 +36,14 @@ class Line:
         """Of one that sends so many bytes."""
         return self.alpha + self.beta * nbytes
 
+    def times(self, alpha: float, beta: float) -> Line:
+        """Each figure so many times."""
+        return Line(alpha * self.alpha, beta * self.beta)
+
+    def beyond(self, seconds: float) -> Line:
+        """Behind so many seconds more."""
+        return Line(self.alpha + seconds, self.beta)
+
     @property
     def rate(self) -> float:
         """Bytes a second behind alpha; infinite where more bytes took no longer."""

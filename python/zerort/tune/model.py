@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from zerort import _core
@@ -23,6 +24,10 @@ __all__ = ["Best", "Predictor", "Setting", "best"]
 _WINDOWS: Sequence[int | None] = (None, 2, 4)
 _LONG = 1 << 20
 """Elements over which what a format adds to each is spread."""
+_ANY = 1e-9
+"""Seconds: any will do where only one figure is to be found from what was measured."""
+_DOUBTED = 4.0
+"""How much less is known of a bucket's price than of a byte's before a step has been measured."""
 _WORTH = 0.1
 """By how much a narrower wire has to be faster to be proposed: it rounds gradients."""
 
@@ -85,15 +90,54 @@ class Predictor:
             other_ns=_ns(profile.other),
         )
 
-    @property
+    @cached_property
     def machine(self) -> _core.Machine:
-        """What it runs on. Packing is in the backward, which was timed with it."""
-        wire, profile, plan = self.wire, self.profile, self.measured
-        width = [form.shard_bytes(_LONG) / _LONG for form in FORMATS.values()]
-        trained = [bucket for bucket in plan.buckets if bucket.group is not None]
-        arrived = sum(bucket.numel * width[bucket.wire] for bucket in trained)
-        parts = plan.shards if plan.shards_optimizer else 1
-        owned = sum(bucket.numel for bucket in trained) / parts
+        """What it runs on. With it the plan that was measured takes as much work as was measured;
+        how that is shared out between buckets and bytes follows from what the host was tried for.
+        """
+        profile, tried = self.profile, self._tried
+        buckets, lengths = (self._spent(work) for work in (tried.of_buckets, tried.of_lengths))
+        reduce = _factors(profile.reducing, buckets[0], lengths[0])
+        together = profile.host.update is not None
+        updated = profile.update + (profile.publishing if together else 0.0)
+        update = tried.update.times(*_factors(updated, buckets[1], lengths[1]))
+        return self._machine(
+            Work(
+                tried.pack.times(*reduce),
+                tried.sums.times(*reduce),
+                update if together else update.beyond(self._publishes_each),
+            )
+        )
+
+    @property
+    def _publishes_each(self) -> float:
+        """Seconds around a bucket's publication alone."""
+        profile, plan = self.profile, self.measured
+        if not profile.update:  # so nothing has been published
+            return self.wire.start_gather if plan.shards_optimizer else 0.0
+        trained = sum(bucket.group is not None for bucket in plan.buckets)
+        return profile.publishing / trained if trained else 0.0
+
+    @property
+    def _tried(self) -> Work:
+        """By itself, outside of any step. An update that cannot be tried counts by its elements."""
+        host, wire, plan = self.profile.host, self.wire, self.measured
+        update = host.update or Line(0.0, _ANY if self.profile.update else 0.0)
+        publishes = host.update is not None and plan.shards_optimizer
+        return Work(
+            host.pack.beyond(wire.start_reduce),
+            host.sums,
+            update.beyond(wire.start_gather if publishes else 0.0),
+        )
+
+    def _spent(self, work: Work) -> tuple[float, float]:
+        """Seconds of a step with the measured plan around reductions, and around the update."""
+        plan = self.measured.reordered(self.work.observed)
+        step = _core.simulate(plan, self.work, self._machine(work))
+        return (step.pack_ns + step.sum_ns) / 1e9, step.update_ns / 1e9
+
+    def _machine(self, work: Work) -> _core.Machine:
+        wire = self.wire
         return _core.Machine(
             _link(wire.reduce),
             _link(wire.gather),
@@ -102,10 +146,56 @@ class Predictor:
             blocks=self.blocks,
             sums_pieces=self.sums_pieces,
             overlap=self.overlap and (1e9 * self.overlap.seconds, self.overlap.share),
-            sum_byte_ns=1e9 * profile.sums / arrived if arrived else 0.0,
-            update_element_ns=1e9 * profile.update / owned if owned else 0.0,
-            wires=width,
+            launch_ns=1e9 * work.pack.alpha,
+            pack_byte_ns=1e9 * work.pack.beta,
+            sum_ns=1e9 * work.sums.alpha,
+            sum_byte_ns=1e9 * work.sums.beta,
+            update_ns=1e9 * work.update.alpha,
+            update_element_ns=1e9 * work.update.beta,
+            wires=[form.shard_bytes(_LONG) / _LONG for form in FORMATS.values()],
         )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a host, in seconds for each bucket and for each byte or element."""
+
+    pack: Line
+    """And starting a reduction."""
+    sums: Line
+    update: Line
+    """And publishing what has been updated."""
+
+    @property
+    def of_buckets(self) -> Work:
+        """Without what grows with their length."""
+        return self._times(1.0, 0.0)
+
+    @property
+    def of_lengths(self) -> Work:
+        """Nothing but that."""
+        return self._times(0.0, 1.0)
+
+    def _times(self, alpha: float, beta: float) -> Work:
+        lines = (self.pack, self.sums, self.update)
+        return Work(*(line.times(alpha, beta) for line in lines))
+
+
+def _factors(measured: float, buckets: float, lengths: float) -> tuple[float, float]:
+    """How much longer in a step everything takes that was tried to take so many seconds for its
+    buckets and for their lengths: as long, where no step had it.
+
+    What has taken more than was tried is put down to buckets rather than to lengths: around each
+    there is work of the engine that was not tried, in caches that others have used since, while a
+    byte takes about as long as it does.
+    """
+    if not measured or not buckets + lengths:
+        return 1.0, 1.0
+    more = measured - buckets - lengths
+    if more <= 0:
+        return (measured / (buckets + lengths),) * 2
+    share = more / (_DOUBTED * buckets + lengths)
+    return 1 + _DOUBTED * share, 1 + share
 
 
 @dataclass(frozen=True)
@@ -137,6 +227,8 @@ def _best_of(predictor: Predictor, plan: _core.Plan, wire: str | None) -> Best:
         plan, work, predictor.machine, cap_bytes=max(total, 1), windows=_WINDOWS
     )
     assert nbytes is not None and elements is None
+    if window is not None and window >= len(prediction.buckets):
+        window = None
     return Best(Setting(nbytes, window, wire), prediction.total_ns / 1e9)
 
 

@@ -69,6 +69,10 @@ class Wire:
     """Seconds of the all-reduce of a step's vote."""
     lanes: int = 1
     """Collectives that the library has under way at once."""
+    start_reduce: float = 0.0
+    """Seconds that the host takes to start one from a bucket to its sum, of whatever length."""
+    start_gather: float = 0.0
+    """And one from shards to the whole."""
 
 
 def measure_wire(mesh: Mesh) -> Wire:
@@ -85,6 +89,8 @@ def measure_wire(mesh: Mesh) -> Wire:
         _each(fit(meter.samples(lambda nbytes: _gathers(comm, nbytes), _TOGETHER * large)), lanes),
         meter.vote(),
         lanes,
+        meter.starting(_reduces(comm, _SMALLEST, lanes)),
+        meter.starting(_gathers(comm, _SMALLEST)),
     )
 
 
@@ -115,6 +121,16 @@ class Meter:
             nbytes *= _GROWTH
         return found
 
+    def starting(self, run: Callable[[], list[Work]]) -> float:
+        """Seconds of the host until one is on its way; `run` starts several."""
+        times = []
+        for _ in range(1 + _ROUNDS):
+            begun = time.perf_counter()
+            works = run()
+            times.append((time.perf_counter() - begun) / len(works))
+            _finish(works)
+        return middle(self._slowest(times)[1:])
+
     def vote(self) -> float:
         """The typical one of a few."""
         row = torch.zeros(self._control.world, 6, dtype=torch.float64)
@@ -128,9 +144,7 @@ class Meter:
     def _timed(self, run: Callable[[], list[Work]]) -> float:
         self._settle()
         begun = time.perf_counter()
-        for work in run():
-            work.wait()
-            work.taken()
+        _finish(run())
         self._settle()
         return time.perf_counter() - begun
 
@@ -147,6 +161,12 @@ class Meter:
         self._control.all_reduce(rows)
         slowest: list[float] = rows.amax(0).tolist()
         return slowest
+
+
+def _finish(works: list[Work]) -> None:
+    for work in works:
+        work.wait()
+        work.taken()
 
 
 def _each(together: Line, lanes: int) -> Line:

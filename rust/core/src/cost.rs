@@ -3,7 +3,7 @@
 //! [`simulate`] is an executor without tensors. It walks the commands that the real one runs, moved
 //! by the same cursor, and where that would start a collective it books time on a [`Network`]: a
 //! fixed price for each message and one for each byte (Hockney's alpha and beta), and the local work
-//! around it, packing, summing, updating, at so many ns a byte or element (gamma). So what it says
+//! around it, packing, summing, updating, at so many ns a byte or element (gamma) and so many a bucket. So what it says
 //! follows from the order of *this* plan, its window and its buckets, not from averages.
 //!
 //! ```text

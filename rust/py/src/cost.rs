@@ -66,7 +66,7 @@ impl Machine {
     #[pyo3(signature = (
         scatter, gather=None, *, lanes=1, inner=None, inner_gather=None, inner_lanes=1, hosts=0,
         control=None, launch_ns=0.0, pack_byte_ns=0.0, sum_byte_ns=0.0, update_element_ns=0.0,
-        update_ns=0.0, vote_ns=0.0, blocks=false, sums_pieces=false, overlap=None, wires=vec![],
+        update_ns=0.0, sum_ns=0.0, vote_ns=0.0, blocks=false, sums_pieces=false, overlap=None, wires=vec![],
         room=u64::MAX, depth=1
     ))]
     fn new(
@@ -83,6 +83,7 @@ impl Machine {
         sum_byte_ns: f64,
         update_element_ns: f64,
         update_ns: f64,
+        sum_ns: f64,
         vote_ns: f64,
         blocks: bool,
         sums_pieces: bool,
@@ -103,8 +104,15 @@ impl Machine {
             control: control.unwrap_or(scatter).0,
             hosts,
         };
-        let rates =
-            Rates { launch_ns, pack_byte_ns, sum_byte_ns, update_element_ns, update_ns, vote_ns };
+        let rates = Rates {
+            launch_ns,
+            pack_byte_ns,
+            sum_byte_ns,
+            sum_ns,
+            update_element_ns,
+            update_ns,
+            vote_ns,
+        };
         let overlap = overlap.map(|(least_ns, share)| Overlap { least_ns, share });
         let machine =
             cost::Machine { network, rates, blocks, sums_pieces, overlap, wires, room, depth };

@@ -53,10 +53,16 @@ def publication(count: int) -> tuple[Publication, list[int], list[int]]:
     watch: Any = SimpleNamespace(enabled=False, mark=lambda: 0, waited=lambda *_: None)
     comm: Any = None
     buckets: list[Any] = [
-        (SimpleNamespace(spec=SimpleNamespace(id=number), names=["w"]), [Hop(number, sent, asked)])
+        (
+            SimpleNamespace(spec=SimpleNamespace(id=number, params=(number,)), names=["w"]),
+            [Hop(number, sent, asked)],
+        )
         for number in range(count)
     ]
-    return Publication(buckets, Waits(comm, watch, blocks=True)), sent, asked
+    made = Publication(Waits(comm, watch, blocks=True))
+    made.need(range(count))
+    made.load(buckets)
+    return made, sent, asked
 
 
 def test_what_is_ready_is_sent_as_far_as_nothing_before_it_is_not() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from zerort.tune.fit import Line
+from zerort.tune.host import Host
 from zerort.tune.profile import Profile, slowest
+
+NOTHING = Host(Line(0.0, 0.0), Line(0.0, 0.0), None)
 
 
 def profile(*steps: float, other: float = 0.0) -> Profile:
     """Of a rank that computed so long in each step, and waited 1 s."""
     middle = sorted(steps)[len(steps) // 2]
-    return Profile(middle + 1.0, 1.0, 1, 0.0, 0.0, 0.0, 0.0, other, (), steps)
+    return Profile(middle + 1.0, 1.0, 1, 0.0, 0.0, 0.0, 0.0, 0.0, other, (), NOTHING, steps)
 
 
 def test_the_others_wait_for_the_rank_that_computes_longest() -> None:

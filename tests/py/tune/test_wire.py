@@ -194,4 +194,5 @@ def test_two_ranks_measure_the_same_figures():
         assert 1e6 < line.rate < 1e12
         assert line.alpha < 1
     assert 0 < first.vote < 1
+    assert 0 < first.start_reduce < 1 and 0 < first.start_gather < 1
     assert left == [0.0] * 4 + [1.0] * 4

@@ -4,8 +4,9 @@
 //! takes alpha + beta b on the wire. Where communication keeps up, beta g < 1, no bucket waits for
 //! the one before it from b = alpha g / (1 - beta g) on, and larger ones only end later. Where it
 //! does not, the wire is busy to the end: the first bucket leaves b / g behind the start, M / b
-//! messages follow, and the sum of both is least at b = sqrt(alpha M g). Sizes around that are then
-//! planned and simulated, and beside them the one that is given. Where nothing has been measured yet,
+//! messages follow, and the sum of both is least at b = sqrt(alpha M g). Where a bucket costs its host
+//! something, however small it is, that is as good as a message. Sizes around that are then planned
+//! and simulated, and beside them the one that is given. Where nothing has been measured yet,
 //! [`unmeasured`] says which size is seldom far off.
 
 use super::account::Prediction;
@@ -157,7 +158,9 @@ fn around(
     let prices = prices::prices(&whole, machine)?;
     let legs = || prices.buckets.iter().flat_map(|bucket| &bucket.reduce);
     let buckets = prices.buckets.len().max(1) as f64;
-    let alpha = legs().map(|leg| leg.price.latency_ns as f64).sum::<f64>() / buckets;
+    let rates = &machine.rates;
+    let host = rates.launch_ns + rates.sum_ns + rates.update_ns;
+    let alpha = host + legs().map(|leg| leg.price.latency_ns as f64).sum::<f64>() / buckets;
     let memory = whole.buckets().iter().filter_map(|bucket| {
         let partition = whole.partition(bucket.id).ok()?;
         bucket.is_trained().then(|| partition.numel() as f64 * bucket.dtype.size() as f64)

@@ -97,15 +97,17 @@ impl Network {
 /// Local work around a collective.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rates {
-    /// ns to start a bucket.
+    /// ns to start a bucket, however small.
     pub launch_ns: f64,
     /// ns a byte of a gradient that is packed.
     pub pack_byte_ns: f64,
     /// ns a byte that has arrived and is summed or taken.
     pub sum_byte_ns: f64,
+    /// ns to take what a reduce hop has brought, however little.
+    pub sum_ns: f64,
     /// ns an element that this rank's optimizer updates.
     pub update_element_ns: f64,
-    /// ns of an update, however small.
+    /// ns to update a bucket, however small, and to start its publication.
     pub update_ns: f64,
     /// ns of a vote beside its collective.
     pub vote_ns: f64,
@@ -188,6 +190,7 @@ impl Machine {
         check("launch_ns", rates.launch_ns)?;
         check("pack_byte_ns", rates.pack_byte_ns)?;
         check("sum_byte_ns", rates.sum_byte_ns)?;
+        check("sum_ns", rates.sum_ns)?;
         check("update_element_ns", rates.update_element_ns)?;
         check("update_ns", rates.update_ns)?;
         check("vote_ns", rates.vote_ns)?;

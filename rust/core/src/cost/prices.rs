@@ -125,6 +125,7 @@ impl Pricing<'_> {
                 Op::AllReduce | Op::Copy => (here, here),
             };
             let element = self.element(bucket, hop.wire);
+            let rates = &self.machine.rates;
             let (wire, link) = self.machine.network.link(hop.group, hop.op);
             let arrives = match hop.op {
                 Op::ReduceScatter if self.machine.sums_pieces => all,
@@ -135,7 +136,7 @@ impl Pricing<'_> {
             Leg {
                 wire,
                 price: link.price(hop.op, ranks, all * element),
-                take: whole(self.machine.rates.sum_byte_ns * arrives * element),
+                take: whole(rates.sum_ns + rates.sum_byte_ns * arrives * element),
             }
         };
         hops.iter().filter(|hop| hop.group != Group::Own).map(leg).collect()
