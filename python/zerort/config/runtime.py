@@ -88,7 +88,7 @@ class Runtime(Section):
     """Whether `step` waits for the other ranks' updated parameters, or modules of the next forward
     do; "auto" measures what there is to win.
     """
-    transport: Literal["auto", "gloo", "shared"] = "gloo"
+    transport: Literal["auto", "gloo", "shared"] = "auto"
     """What carries gradients and parameters between ranks on CPU; "auto" shares memory where all
     ranks of a group can.
     """

@@ -61,9 +61,9 @@ ROWS: Sequence[Key] = (
     ),
     same(
         "zerort.transport",
-        'on CPU: "shared": gradients and parameters go through memory that ranks share, or there '
-        'is an error; "gloo": over sockets; "auto": through shared memory where all ranks of a '
-        "group can",
+        'on CPU: "auto", also when left out: gradients and parameters go through memory that '
+        'ranks share where all of a group can, else over gloo; "shared": through it, or there is '
+        'an error; "gloo": over sockets',
     ),
     same(
         "zerort.reshard_after_forward",
