@@ -15,8 +15,9 @@ large broadcasts are dealt out to two as well. The second groups are made with t
 large messages: a group costs each rank a thread per worker and a connection to every other.
 
 What it guarantees: calls and their groups follow from sizes that all ranks know, so that all ranks
-make the same; what arrives is what one group would have brought, to the bit. What it does not do:
-it does not know how fast a link is.
+make the same; what arrives is what one group would have brought, to the bit. Who comes to make a
+group hears of a rank that has failed meanwhile. What it does not do: it does not know how fast a
+link is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from zerort.mesh.comm import GatherMemory, Piece, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.data import GroupComm, exchange
+from zerort.mesh.rounds import come
 
 __all__ = ["GlooComm"]
 
@@ -52,8 +54,16 @@ class GlooComm(GroupComm):
     gradients, parameters = "gradients", "parameters"
     window: int | None = None
 
-    def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        control: GlooControl,
+        device: torch.device,
+        timeout: timedelta,
+        job: GlooControl | None = None,
+    ) -> None:
+        """`job` is that of all ranks, where these are a part of them."""
         super().__init__(control, device, _GLOO, timeout)
+        self._job = job or control
         if len({len(part) for part in control.groups.members.parts}) > 1:
             # a rank that is alone in its part asks for no memory, and has to be there all the same
             self._widen(_DOWN, _LARGE)
@@ -76,6 +86,7 @@ class GlooComm(GroupComm):
     def _widen(self, name: str, nbytes: int) -> None:
         """Makes the second group `name`, once, where messages are so large."""
         if nbytes >= _LARGE and name not in self._groups:
+            come(self._job)  # else who waits for a rank that has failed waits for the time-out
             self._groups.open_later(name, _GLOO)
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:

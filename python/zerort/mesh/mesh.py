@@ -192,9 +192,13 @@ def _open(
     # A rank of this part may be stuck because one of another part is lost.
     known = control.groups.peers
     inner = control if whole else open_control(members, known, timeout)
-    kind: type[NcclComm] | type[GlooComm] = GlooComm if device.type == "cpu" else NcclComm
+    on_host = device.type == "cpu"
     try:
-        comm = kind(inner, device, timeout)
+        comm = (
+            GlooComm(inner, device, timeout, control)
+            if on_host
+            else NcclComm(inner, device, timeout)
+        )
     except (RuntimeError, ValueError) as error:
         inner.close()
         raise CommError(

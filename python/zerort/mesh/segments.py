@@ -26,12 +26,12 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from zerort import _core
-from zerort.mesh.consensus import Failed
 from zerort.mesh.control import GlooControl
 from zerort.mesh.process import Process
+from zerort.mesh.rounds import Told, heard
 from zerort.platforms import HERE
 
-__all__ = ["PAGE", "Unshared", "come", "first_reason", "share"]
+__all__ = ["PAGE", "Unshared", "share"]
 
 PAGE = 4096
 _NONCE = 16
@@ -41,14 +41,6 @@ _SPARE = 64 << 20
 
 class Unshared(Exception):
     """Why the ranks of a group do not share this memory; the same on all of them."""
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a rank tells the others: why it cannot, or what they need."""
-
-    why_not: str | None
-    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -108,41 +100,17 @@ class _Descriptors:
         return descriptor
 
 
-def come(control: GlooControl) -> None:
-    """Returns when all ranks have come so far. Raises `Failed` and `CommError`."""
-    _heard(control, _Told(None))
-
-
-def first_reason(control: GlooControl, why_not: str | None) -> str | None:
-    """Of those that ranks have; None where none has one. Raises as `come`."""
-    found = _heard(control, _Told(why_not))
-    return next((each.why_not for each in found if each.why_not is not None), None)
-
-
 def _together(control: GlooControl, attempt: Callable[[], Any]) -> list[Any]:
     """What each rank's attempt returns, by rank. Raises `Unshared` where one has failed."""
     try:
-        mine = _Told(None, attempt())
+        mine = Told(None, attempt())
     except Exception as error:
-        mine = _Told(str(error) or type(error).__name__)
-    found = _heard(control, mine)
+        mine = Told(str(error) or type(error).__name__)
+    found = heard(control, mine)
     for rank, each in enumerate(found):
         if each.why_not is not None:
             raise Unshared(f"rank {control.groups.members.ranks[rank]}: {each.why_not}")
     return [each.value for each in found]
-
-
-def _heard(control: GlooControl, mine: _Told) -> list[_Told]:
-    found, members = control.gather_objects(mine), control.groups.members
-    for rank, each in enumerate(found):
-        if not isinstance(each, _Told):
-            # It tells, where ranks agree whether all have come so far, that it has not.
-            raise Failed(
-                f"rank {members.job_rank}: rank {members.ranks[rank]} has failed before ranks "
-                f"share memory: {each}",
-                found,
-            )
-    return found
 
 
 def _make(control: GlooControl, opened: _Descriptors, wanted: _Wanted) -> _File | None:

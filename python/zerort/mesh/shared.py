@@ -37,7 +37,8 @@ from zerort.errors import CommError
 from zerort.mesh.comm import GatherMemory, Piece, Scatter, ScatterMemory, Work
 from zerort.mesh.control import GlooControl
 from zerort.mesh.gloo import GlooComm
-from zerort.mesh.segments import PAGE, Unshared, come, first_reason, share
+from zerort.mesh.rounds import come, first_reason
+from zerort.mesh.segments import PAGE, Unshared, share
 from zerort.mesh.uses import TURNS, Mapped, Memory, Pool, Scatters
 
 __all__ = ["SharedComm", "gathers_bytes", "scatters_bytes"]
@@ -123,7 +124,7 @@ class SharedComm:
         it, with nothing under way. Raises `CommError`.
         """
         wanted, self._wanted = self._wanted, []
-        if wanted and (self._is_part or self._why_not is not None):
+        if wanted and self._is_part and self._why_not is None:
             come(self._job)  # of a rank that has failed all hear, whatever they would wait in
         scatters = [one for one in wanted if isinstance(one, _Scatters)]
         gathers = [one for one in wanted if isinstance(one, _Gathers)]

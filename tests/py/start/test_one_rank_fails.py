@@ -209,22 +209,23 @@ def test_a_start_that_failed_gives_groups_and_files_back() -> None:
         assert max(counts[1:]) <= counts[0]
 
 
-# ---- where ranks share memory meanwhile
+# ---- while ranks make memory for what they send
 
 
 def unlucky(*_: Any, **__: Any) -> None:
     raise ValueError("no luck")
 
 
-def while_memory_is_shared(rank: int, world: int, runtime: dict[str, Any]) -> list[str]:
+def while_memory_is_made(rank: int, world: int, runtime: dict[str, Any]) -> list[str]:
     def start() -> Any:
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 2},
-            "zerort": {"transport": "shared", "timeout": 60.0, **runtime},
+            "zerort": {"timeout": 60.0, **runtime},
         }
         optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
-        return zerort.initialize(model=nn.Linear(4, 4), optimizer=optimizer, config=config)[0]
+        # long enough for gloo's second groups, which all ranks make
+        return zerort.initialize(model=nn.Linear(512, 512), optimizer=optimizer, config=config)[0]
 
     told = []
     for where in ("Reduction", "Boundary"):  # before there is memory, and behind it
@@ -235,19 +236,21 @@ def while_memory_is_shared(rank: int, world: int, runtime: dict[str, Any]) -> li
         assert time.monotonic() - begun < SOON
         told.append(f"{type(error).__name__}: {error}")
     engine = start()
-    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.backward(engine(torch.ones(1, 512)).sum())
     engine.step()
     assert engine.was_step_applied()
     return told
 
 
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
 @pytest.mark.parametrize(
     "runtime", [{}, {"hierarchy": {"inner": 2}}], ids=["one group", "a group a host"]
 )
-def test_a_rank_that_fails_while_others_share_memory_is_heard_by_all(
-    runtime: dict[str, Any],
+def test_a_rank_that_fails_while_others_make_memory_is_heard_by_all(
+    runtime: dict[str, Any], transport: str
 ) -> None:
-    told = ranks.run(4 if runtime else 2, while_memory_is_shared, runtime, timeout=90)
+    given = {**runtime, "transport": transport}
+    told = ranks.run(4 if runtime else 2, while_memory_is_made, given, timeout=90)
     assert told.pop(1) == ["ValueError: no luck"] * 2
     why = "no rank starts, because one cannot: rank 1: ValueError: no luck"
     assert told == [[f"PlanError: {why}"] * 2] * len(told)
