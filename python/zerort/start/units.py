@@ -148,6 +148,6 @@ def _tree(model: nn.Module, index: dict[int, int]) -> list[tuple[int, list[int]]
 
 def _cap(settings: Config, planned: Sequence[PlannedParameter], cap: Cap) -> int:
     """Elements of a unit: one bucket, and a third of the room where that is given."""
-    most = cap.numel(min(member.tensor.itemsize for member in planned))
+    most = cap.numel(min((member.tensor.itemsize for member in planned), default=1))
     room = settings.zero_optimization.stage3_max_live_parameters
     return most if room is None else max(1, min(most, room // 3))
