@@ -54,20 +54,14 @@ class GlooComm(GroupComm):
     gradients, parameters = "gradients", "parameters"
     window: int | None = None
 
-    def __init__(
-        self,
-        control: GlooControl,
-        device: torch.device,
-        timeout: timedelta,
-        job: GlooControl | None = None,
-    ) -> None:
-        """`job` is that of all ranks, where these are a part of them."""
+    def __init__(self, control: GlooControl, device: torch.device, timeout: timedelta) -> None:
         super().__init__(control, device, _GLOO, timeout)
-        self._job = job or control
+        self.job = control
+        """The control group of all ranks of the job, of which these may be a part."""
         if len({len(part) for part in control.groups.members.parts}) > 1:
             # a rank that is alone in its part asks for no memory, and has to be there all the same
-            self._widen(_DOWN, _LARGE)
-            self._widen(_ODD, _LARGE)
+            self._groups.open_later(_DOWN, _GLOO)
+            self._groups.open_later(_ODD, _GLOO)
 
     def pieces(self, *, adds: bool) -> int:
         """One from each rank."""
@@ -86,7 +80,7 @@ class GlooComm(GroupComm):
     def _widen(self, name: str, nbytes: int) -> None:
         """Makes the second group `name`, once, where messages are so large."""
         if nbytes >= _LARGE and name not in self._groups:
-            come(self._job)  # else who waits for a rank that has failed waits for the time-out
+            come(self.job)  # else who waits for a rank that has failed waits for the time-out
             self._groups.open_later(name, _GLOO)
 
     def reduce_scatter(self, recv: Tensor, send: Tensor) -> Work:

@@ -192,13 +192,9 @@ def _open(
     # A rank of this part may be stuck because one of another part is lost.
     known = control.groups.peers
     inner = control if whole else open_control(members, known, timeout)
-    on_host = device.type == "cpu"
+    kind: type[NcclComm] | type[GlooComm] = GlooComm if device.type == "cpu" else NcclComm
     try:
-        comm = (
-            GlooComm(inner, device, timeout, control)
-            if on_host
-            else NcclComm(inner, device, timeout)
-        )
+        comm = kind(inner, device, timeout)
     except (RuntimeError, ValueError) as error:
         inner.close()
         raise CommError(
@@ -206,6 +202,8 @@ def _open(
         ) from error
     if comm.world == 1:
         return LocalComm(device, control.rank)
+    if isinstance(comm, GlooComm):
+        comm.job = control
     if transport == "gloo" or not isinstance(comm, GlooComm) or not device_for(device).blocks:
         return comm
     if transport == "auto" and any(map(known.apart, members.parts)):

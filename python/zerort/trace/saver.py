@@ -42,7 +42,9 @@ class Saver:
 
     def look(self, take: Callable[[], Snapshot]) -> None:
         """Takes a snapshot and has it written, where that is due."""
-        if time.monotonic() < self._due or (self._thread is not None and self._thread.is_alive()):
+        if self._thread is not None and self._thread.is_alive():
+            return
+        if time.monotonic() < self._due:  # asked for behind the thread, whose end puts it off
             return
         self._due = time.monotonic() + EVERY
         # not a daemon: one that comes back into an interpreter that is being taken down aborts it

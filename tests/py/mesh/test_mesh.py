@@ -211,7 +211,7 @@ def left_alone_with_memory(rank: int, world: int) -> Any:
 def test_a_peer_that_is_lost_while_a_second_group_is_made_is_named() -> None:
     told, _ = ranks.attempt(2, left_alone_with_memory, timeout=30)
     assert isinstance(told, ranks.Returned), told
-    assert_told(told.value, CommError, "making a process group failed", "rank 1")
+    assert_told(told.value, CommError, "rank 0: ", "failed: rank 1", "has exited")
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
