@@ -10,7 +10,6 @@ stay as they were.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import groupby
@@ -50,7 +49,7 @@ class ShardOptimizer:
             first = self._parts[-1].groups.stop if self._parts else 0
             self._parts.append(_Part(member, range(first, first + len(member.param_groups)), can))
         self._initial = InitialState(optimizer, flat.params)
-        self._of: dict[int, list[Segment]] = defaultdict(list)
+        self._of: dict[int, list[Segment]] = {}
         """By the id of their bucket."""
         self.restart(lambda _: None)
 
@@ -171,7 +170,7 @@ class ShardOptimizer:
     def step(self, factor: float, batch: Sequence[Stepped]) -> None:
         """One update of these buckets, with the reduced gradients times `factor`."""
         self.settle_rates()
-        segments = [segment for bucket in batch for segment in self._of[id(bucket)]]
+        segments = [segment for bucket in batch for segment in self._of.get(id(bucket), ())]
         for bucket in batch:
             bucket.ready()
         for segment in segments:
@@ -213,7 +212,7 @@ class ShardOptimizer:
             ]
         self._of.clear()
         for segment in self.segments:
-            self._of[id(segment.bucket)].append(segment)
+            self._of.setdefault(id(segment.bucket), []).append(segment)
         self._given = [
             id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]
         ]
