@@ -126,56 +126,123 @@ impl Bucket {
     }
 }
 
+/// Buckets of one kind from which on the first and the last are short.
+const MANY: u64 = 4;
+/// What such an end has of the cap.
+const END: u64 = 2;
+/// How much shorter than a parameter those are, all together, that leave with it.
+const SMALL: u64 = 16;
+
 /// Assigns every parameter to a bucket.
 ///
-/// Walks the parameters in reverse. A parameter that does not fit any more closes its bucket and
-/// opens the next one, so that a parameter larger than the cap has a bucket of its own. Identifiers
-/// follow the order in which the walk completes the buckets, which is the order in which backward
-/// is expected to fill them.
+/// Walks the parameters of a kind in reverse. A parameter that does not fit any more closes its
+/// bucket and opens the next one, so that a parameter larger than the cap has a bucket of its own.
+/// Small ones just in front of it, if there are any, go with it: the bias of a layer is registered
+/// behind its weight, and their gradients come at the same time. A bucket that had the bias alone
+/// would wait for all of the layer's backward.
+///
+/// Where a kind fills four buckets or more, the first and the last have at most half the cap, or one
+/// parameter and its small ones: nothing is sent before the first is full, and nothing hides what the last one takes.
+/// Updated parameters come back in the other order, and there too it is the ends that are waited for.
+/// A unit has no short ends, since it is gathered as a whole.
+///
+/// Identifiers follow the order in which the walk completes the buckets, which is the order in which
+/// backward is expected to fill them.
 pub fn assign(params: &[Param], cap: Cap) -> Vec<Bucket> {
-    let mut open: BTreeMap<Kind, Open> = BTreeMap::new();
-    let mut closed = Vec::new();
+    let mut walks: BTreeMap<Kind, Vec<ParamId>> = BTreeMap::new();
     for (index, param) in params.iter().enumerate().rev() {
-        let bucket = open.entry(param.kind()).or_insert_with(|| Open::new(*param));
-        if !bucket.fits(*param, cap) {
-            closed.push(std::mem::replace(bucket, Open::new(*param)).bucket);
-        }
-        bucket.push(ParamId(index as u32), *param);
+        walks.entry(param.kind()).or_default().push(ParamId(index as u32));
     }
-    closed.extend(open.into_values().map(|last| last.bucket));
-    closed.sort_by_key(|bucket| Reverse(bucket.params.last().copied()));
-    for (index, bucket) in closed.iter_mut().enumerate() {
+    let mut buckets = Vec::new();
+    for (kind, walk) in walks {
+        let pieces = Walk { params, kind, cap: cap.elements(kind.dtype) }.cut(&walk);
+        buckets.extend(pieces.into_iter().map(|ids| Bucket::new(BucketId(0), kind, ids)));
+    }
+    buckets.sort_by_key(|bucket| Reverse(bucket.params.last().copied()));
+    for (index, bucket) in buckets.iter_mut().enumerate() {
         bucket.id = BucketId(index as u32);
     }
-    closed
+    buckets
 }
 
-/// A bucket that may still grow.
-struct Open {
-    bucket: Bucket,
-    /// Length so far; saturates, so that a length beyond any cap stays beyond it.
-    end: u64,
+/// How parameters of one kind are cut into buckets.
+struct Walk<'a> {
+    params: &'a [Param],
+    kind: Kind,
+    /// In elements.
+    cap: u64,
 }
 
-impl Open {
-    fn new(param: Param) -> Self {
-        Self { bucket: Bucket::new(BucketId(0), param.kind(), Vec::new()), end: 0 }
+impl Walk<'_> {
+    fn cut(&self, walk: &[ParamId]) -> Vec<Vec<ParamId>> {
+        let end = self.end(walk);
+        let (walk, last) = walk.split_at(walk.len() - end.map_or(0, |end| self.fitting(walk, end)));
+        let mut closed = Vec::new();
+        let (mut open, mut length) = (Vec::new(), 0);
+        for &id in walk {
+            let most = end.filter(|_| closed.is_empty()).unwrap_or(self.cap);
+            if !self.fits(&open, length, id, most) {
+                let stay = open.len() - self.accompany(&open, id);
+                if stay > 0 {
+                    let with = open.split_off(stay);
+                    closed.push(std::mem::replace(&mut open, with));
+                    length = self.length(&open);
+                }
+            }
+            length = self.longer(length, id);
+            open.push(id);
+        }
+        closed.extend([open, last.to_vec()].into_iter().filter(|ids| !ids.is_empty()));
+        closed
+    }
+
+    /// How long the first and the last bucket may become; None where they are like the others.
+    fn end(&self, walk: &[ParamId]) -> Option<u64> {
+        let many = self.length(walk) / MANY >= self.cap;
+        (many && self.kind.unit.is_none()).then_some(self.cap / END)
+    }
+
+    /// How many of the walk's last parameters surely fit into `most`, at least one.
+    fn fitting(&self, walk: &[ParamId], most: u64) -> usize {
+        let align = self.kind.dtype.align();
+        let from_behind = walk.iter().rev().scan(0_u64, |sum, &id| {
+            let aligned = self.numel(id).checked_next_multiple_of(align).unwrap_or(u64::MAX);
+            *sum = sum.saturating_add(aligned);
+            Some(*sum)
+        });
+        from_behind.take_while(|&sum| sum <= most).count().max(1)
+    }
+
+    /// How many of the last parameters of a bucket leave it with `next`, which does not fit any more.
+    fn accompany(&self, open: &[ParamId], next: ParamId) -> usize {
+        let small = self.numel(next) / SMALL;
+        let sums = open.iter().rev().scan(0_u64, |sum, &id| {
+            *sum = sum.saturating_add(self.numel(id));
+            Some(*sum)
+        });
+        let count = sums.take_while(|&sum| sum <= small).count();
+        let with = &open[open.len() - count..];
+        let fits = self.longer(self.length(with), next) <= self.cap;
+        let matters = with.iter().any(|&id| self.numel(id) > 0);
+        if fits && matters { count } else { 0 }
     }
 
     /// An empty bucket takes anything, and an empty parameter goes anywhere.
-    fn fits(&self, param: Param, cap: Cap) -> bool {
-        self.bucket.params.is_empty()
-            || param.numel == 0
-            || self.end_with(param) <= cap.elements(param.dtype)
+    fn fits(&self, open: &[ParamId], length: u64, id: ParamId, most: u64) -> bool {
+        open.is_empty() || self.numel(id) == 0 || self.longer(length, id) <= most
     }
 
-    fn push(&mut self, id: ParamId, param: Param) {
-        self.end = self.end_with(param);
-        self.bucket.params.push(id);
+    fn numel(&self, id: ParamId) -> u64 {
+        self.params[id.index()].numel
     }
 
-    fn end_with(&self, param: Param) -> u64 {
-        let start = self.end.checked_next_multiple_of(param.dtype.align());
-        start.and_then(|start| start.checked_add(param.numel)).unwrap_or(u64::MAX)
+    fn length(&self, ids: &[ParamId]) -> u64 {
+        ids.iter().fold(0, |length, &id| self.longer(length, id))
+    }
+
+    /// With one more behind; saturates, so that a length beyond any cap stays beyond it.
+    fn longer(&self, length: u64, id: ParamId) -> u64 {
+        let start = length.checked_next_multiple_of(self.kind.dtype.align());
+        start.and_then(|start| start.checked_add(self.numel(id))).unwrap_or(u64::MAX)
     }
 }
