@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from zerort.device import device_for
-from zerort.doctor.finding import Finding, ok, problem
+from zerort.doctor.finding import Finding, note, ok, problem
 from zerort.mesh import Comm, Mesh, Piece
+from zerort.mesh.control import GlooControl
+from zerort.mesh.segments import PAGE, Unshared, share
 
-__all__ = ["clocks", "tried"]
+__all__ = ["clocks", "shared", "tried"]
 
 _BYTES = 8 << 20
 _TIMES = 4
@@ -44,6 +46,27 @@ def tried(mesh: Mesh) -> Iterator[Finding]:
                 f"a wrong result on rank {ranks}",
                 "look at memory and cables; with NCCL try NCCL_P2P_DISABLE=1 and another version",
             )
+
+
+def shared(mesh: Mesh) -> Iterator[Finding]:
+    """Whether CPU ranks of one host can share memory, as an engine's do by themselves. Raises
+    `CommError` where a rank does not come.
+    """
+    control = mesh.control
+    if not isinstance(control, GlooControl) or mesh.shard.device.type != "cpu":
+        return
+    if control.groups.peers.apart(control.groups.members.ranks):
+        return
+    try:
+        share(control, 1, PAGE)
+    except Unshared as error:
+        yield note(
+            "shared memory",
+            f"{error}; gradients and parameters go over gloo",
+            "start the ranks of a host as one user in one container, with memory to spare",
+        )
+    else:
+        yield ok("shared memory", f"{control.world} ranks share it")
 
 
 def clocks(mesh: Mesh, now: Callable[[], float] = time.time) -> Iterator[Finding]:

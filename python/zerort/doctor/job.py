@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
-from zerort.doctor.collectives import clocks, tried
+from zerort.doctor.collectives import clocks, shared, tried
 from zerort.doctor.finding import Finding, Level, Machine, note, ok, problem
 from zerort.mesh import Mesh, connect
 
@@ -30,6 +30,7 @@ def together(mesh: Mesh) -> Iterator[Finding]:
     """What only all ranks can find."""
     yield from clocks(mesh)
     yield from tried(mesh)
+    yield from shared(mesh)
 
 
 def gathered(mesh: Mesh, own: Sequence[Finding], about: Sequence[str] = ()) -> list[Finding]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from zerort.device.gpus import GPU, gpus
-from zerort.doctor.collectives import tried
+from zerort.doctor.collectives import shared, tried
 from zerort.doctor.finding import Finding, Level, Machine, problem
 from zerort.errors import ZerortError
 from zerort.mesh import Mesh, init_distributed, meet
@@ -134,7 +134,7 @@ def main(rank: int, folder: Path, limit: float) -> None:
     )
     device = torch.device(GPU, rank) if on_gpus else torch.device("cpu")
     mesh = Mesh(meet(timeout), device, timeout)
-    found = plain(list(tried(mesh)))
+    found = plain([*tried(mesh), *shared(mesh)])
     mesh.close()
     if rank == 0:
         written = folder / "answer.part"

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ranks
-from zerort.doctor.collectives import clocks, tried
+from zerort.doctor.collectives import clocks, shared, tried
 from zerort.doctor.finding import Level, Machine
 from zerort.doctor.job import gathered
 from zerort.doctor.pair import self_test
@@ -22,7 +23,7 @@ from zerort.mesh import connect
 
 pytestmark = pytest.mark.usefixtures("own_ranks")
 
-NAMES = ["reduce-scatter", "all-gather", "all-to-all", "broadcast", "vote"]
+NAMES = ["reduce-scatter", "all-gather", "all-to-all", "broadcast", "vote", "shared memory"]
 
 
 def started(script: str) -> list[str]:
@@ -32,7 +33,8 @@ def started(script: str) -> list[str]:
 def test_two_ranks_of_its_own_try_every_collective() -> None:
     found = list(self_test(Machine(), 100))
     assert [(one.check, one.level) for one in found] == [(name, Level.OK) for name in NAMES]
-    assert "GB/s" in found[0].text and found[-1].text.endswith("us, 2 ranks on cpu")
+    assert "GB/s" in found[0].text and found[4].text.endswith("us, 2 ranks on cpu")
+    assert found[5].text == "2 ranks share it"
 
 
 @pytest.mark.parametrize(
@@ -58,9 +60,10 @@ def test_ranks_that_fail_or_hang_are_a_problem_and_are_gone(
             os.kill(int(pid.name), 0)
 
 
-def wrong_and_late(rank: int, world: int) -> tuple[list[tuple[str, str]], str, list[str]]:
-    """On rank 1 the gathered values are wrong and the clock is ahead."""
+def wrong_and_late(rank: int, world: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """On rank 1 the gathered values are wrong, the clock is ahead and there is no memory."""
     from zerort.doctor import collectives
+    from zerort.mesh import segments
 
     mesh = connect(timedelta(seconds=30))
     right = collectives._in_order
@@ -71,17 +74,32 @@ def wrong_and_late(rank: int, world: int) -> tuple[list[tuple[str, str]], str, l
     finally:
         collectives._in_order = right
     (late,) = clocks(mesh, lambda: time.time() + 5 * rank)
+    reserve = segments._reserve
+    if rank == 1:
+        segments._reserve = partial(_no_memory, segments.Unshared)
+    try:
+        (apart,) = shared(mesh)
+    finally:
+        segments._reserve = reserve
     versions = [collectives.ok("torch", f"2.{rank}, built somewhere")]
     alike = [one.level.value for one in gathered(mesh, versions, ["torch"])]
     mesh.close()
-    return found, f"{late.level.value}: {late.text}", alike
+    found += [(one.level.value, one.text) for one in (late, apart)]
+    return found, alike
 
 
-def test_a_wrong_result_a_clock_and_a_version_name_their_rank() -> None:
-    for found, late, alike in ranks.shared(2, wrong_and_late):
-        assert [level for level, _ in found] == ["ok", "problem", "problem", "ok", "ok"]
+def _no_memory(error: type[Exception], *_: object) -> None:
+    raise error("no memory")
+
+
+def test_a_wrong_result_a_clock_a_version_and_missing_memory_name_their_rank() -> None:
+    for found, alike in ranks.shared(2, wrong_and_late):
+        levels = ["ok", "problem", "problem", "ok", "ok", "problem", "note"]
+        assert [level for level, _ in found] == levels
         assert found[1][1] == "a wrong result on rank 1"
-        assert re.match(r"problem: at most [45]\d{3}\.\d ms apart \(rank 1", late), late
+        late, apart = found[5][1], found[6][1]
+        assert re.match(r"at most [45]\d{3}\.\d ms apart \(rank 1", late), late
+        assert apart == "rank 1: no memory; gradients and parameters go over gloo"
         assert alike == ["ok", "problem"]
 
 
