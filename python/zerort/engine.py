@@ -83,9 +83,10 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
             self._owner.close,
             outside.close,
             self._events.close,
-            parts.sink.close,
         )
         self._give_back.atexit = False
+        self._end_trace = weakref.finalize(self, parts.sink.close)
+        self._end_trace.atexit = False
 
     # One step, in the order of a training loop.
 
@@ -285,18 +286,22 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.
 
-        All ranks call it: what a backward without a `step` has begun is ended together, and a save
-        beside training waited for. The module can be used on, also by `forward`; nothing else can.
-        While an exception is handled, ranks that still wait for this one hear of it. A second call
-        does nothing. Raises `CheckpointError`, when all is given back, where an asynchronous save
-        has failed that has not been raised yet; while an exception is handled that is logged.
+        All ranks call it: what a backward without a `step` has begun is ended together, and then a
+        save beside training waited for. The module can be used on, also by `forward`; nothing else
+        can. While an exception is handled, ranks that still wait for this one hear of it. A second
+        call does nothing. Raises `CheckpointError`, when all is given back, where an asynchronous
+        save has failed that has not been raised yet; while an exception is handled that is logged.
         """
         if not self._transaction.closed:
             error = sys.exc_info()[1]
-            unsaved = self._checkpoints.close()
             together = self._transaction.finish(error)
             self._give_back()
             self._parts.mesh.close(waits=together)
+            # behind all that peers wait for: writing may take longer than their patience
+            try:
+                unsaved = self._checkpoints.close()
+            finally:
+                self._end_trace()
             if unsaved is not None and error is None:
                 raise CheckpointError(f"an asynchronous save has failed: {unsaved}")
             if unsaved is not None:

@@ -38,7 +38,7 @@ from zerort.platforms import HERE
 from zerort.step.interrupts import held
 from zerort.trace import TraceSink
 
-__all__ = ["TRACK", "Background"]
+__all__ = ["TRACK", "Background", "hurry"]
 
 _log = logging.getLogger("zerort")
 
@@ -120,8 +120,17 @@ class Writer(threading.Thread):
         """Until it has ended, which it hurries to; whether it has. In a fork of its process there
         is none.
         """
-        self.pace.hurry()
+        hurry()
         return self._process != os.getpid() or self.ended.wait(seconds)
+
+
+def hurry() -> None:
+    """Before a call waits: no writer of this process rests any more. What is waited for may have to
+    wait for the save of another engine.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, Writer):
+            thread.pace.hurry()
 
 
 def _text(what: str, error: BaseException) -> str:
@@ -197,7 +206,11 @@ class Background:
         """
         if self._used:
             headline = f"{call} was not begun, because an asynchronous save before it has failed"
-            self._ranks.agree(headline, self._finish)
+            try:
+                self._ranks.agree(headline, self._finish)
+            except CheckpointError:
+                self._taken()  # where a peer has gone it has not been raised, and `close` says it
+                raise
 
     # This rank.
 
@@ -283,9 +296,8 @@ class Background:
         if self._writer is not None:
             self._writer.wait()
             self._writer = None
-        text = self._taken()
-        if text is not None:
-            raise CheckpointError(text)
+        if self._failure.text is not None:
+            raise CheckpointError(self._failure.text)
 
     def _taken(self) -> str | None:
         """The failure, which is raised now."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from zerort.checkpoint.background import Background
+from zerort.checkpoint.background import Background, hurry
 from zerort.checkpoint.consolidated import consolidated, weights_of
 from zerort.checkpoint.copies import bytes_of
 from zerort.checkpoint.files import Disk
@@ -160,6 +160,7 @@ class Checkpoints:
             report(folder, options.keep_last, saving.pruned)
 
         if not asynchronous or not self.background.begin(what, snapshot, write):
+            hurry()
             write(comm.control, snapshot)
 
     def settle(self, call: str) -> None:

@@ -48,6 +48,7 @@ from zerort.checkpoint.snapshot import Snapshot, merged_states
 from zerort.checkpoint.tags import LATEST, LOCK, check_tag, latest_content
 from zerort.checkpoint.temporary import foreign_files, left_by_saves, new_nonce, temporary_path
 from zerort.checkpoint.tensors import as_bytes, place
+from zerort.checkpoint.turns import TURNS
 from zerort.errors import CheckpointError
 from zerort.mesh import Comm, Consensus, Control, Patience
 
@@ -320,9 +321,10 @@ class Save:
         self.disk.sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
-        """Raises `CheckpointError` while another job saves here; with the lock, deletes what saves
-        that died have left.
+        """Waits for other engines of this process that save here. Raises `CheckpointError` while
+        another job does; with the lock, deletes what saves that died have left.
         """
+        TURNS.take(self.folder, self)
         try:
             self._lock = self.disk.lock(self.folder / LOCK)
         except BlockingIOError as error:
@@ -339,14 +341,18 @@ class Save:
 
     def _release(self) -> None:
         """Removes what is temporary, as far as that can be done, and lets go of the lock."""
-        if hasattr(self, "temporary"):
-            with suppress(OSError):
-                made = (self.temporary, self.next_latest, self.next_script)
-                delete(self.disk, self.folder, [path for path in made if self.disk.exists(path)])
-        if self._lock is not None:
-            lock, self._lock = self._lock, None
-            with suppress(OSError):
-                self.disk.close(lock)
+        try:
+            if hasattr(self, "temporary"):
+                with suppress(OSError):
+                    made = (self.temporary, self.next_latest, self.next_script)
+                    left = [path for path in made if self.disk.exists(path)]
+                    delete(self.disk, self.folder, left)
+            if self._lock is not None:
+                lock, self._lock = self._lock, None
+                with suppress(OSError):
+                    self.disk.close(lock)
+        finally:
+            TURNS.end(self)
 
 
 def _dtypes(written: list[Written]) -> dict[int, dict[str, str]]:

@@ -285,9 +285,9 @@ def _destroy(groups: dict[str, dist.ProcessGroup], quiet: Quiet) -> None:
 def _abort(groups: dict[str, dist.ProcessGroup], under_way: UnderWay) -> None:
     """Ends the groups of an accelerator's library at once; gloo's end by themselves."""
     for name, group in list(groups.items()):
-        if dist.get_backend(group) == "gloo":
-            continue
-        del groups[name]
-        under_way.clear()
         with suppress(AssertionError, ValueError):  # the user has destroyed torch.distributed
+            if dist.get_backend(group) == "gloo":
+                continue
+            del groups[name]
+            under_way.clear()
             dist.distributed_c10d._abort_process_group(group)

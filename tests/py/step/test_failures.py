@@ -408,7 +408,9 @@ def _train_on_after_the_group_is_closed(rank: int, world: int) -> Exception | No
     step_with(engine, 1.0, 1.0)
     dist.barrier()
     dist.destroy_process_group()
-    return caught(lambda: step_with(engine, 1.0, 1.0))
+    error = caught(lambda: step_with(engine, 1.0, 1.0))
+    engine.destroy()
+    return error
 
 
 def test_a_closed_process_group_is_an_error_that_says_so() -> None:
