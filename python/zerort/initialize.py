@@ -19,35 +19,35 @@ from torch.utils.data import Dataset
 from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
-from zerort.device.markers import markers_of
 from zerort.engine import COMPILED_WHOLE, Engine
-from zerort.errors import ConfigError
 from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
 from zerort.memory import FlatModel, Layout, PlannedParameter
 from zerort.mesh import Mesh
-from zerort.optim import Abilities, schedules
+from zerort.optim import Abilities
 from zerort.params.hall import HALL, Place
 from zerort.params.leaves import mark_configured
 from zerort.params.publish import Publishing
 from zerort.run.exchange import Exchange
 from zerort.start import agreed, checks, first
 from zerort.start.broadcast import broadcast, loose
+from zerort.start.caps import log_cap
 from zerort.start.compare import (
     compare_data,
     compare_loose,
     compare_optimizers,
     compare_plans,
 )
-from zerort.start.connect import connected, started
+from zerort.start.connect import connected, log_transport, started
 from zerort.start.facts import facts_of, name_of_run
 from zerort.start.grains import grains_of, log_ways
 from zerort.start.homes import homes_for, log_homes
 from zerort.start.loader import TrainingLoader, open_loader
 from zerort.start.meta import give_values
+from zerort.start.observers import Observers
 from zerort.start.optimizer import Chosen, choose_optimizer, log_members
-from zerort.start.place import gather_loose, meet_heirs, move
+from zerort.start.place import gather_loose, log_never, log_whole, meet_heirs, move, unplanned
 from zerort.start.planning import Planner, Sizes, plan_of
 from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
@@ -55,12 +55,6 @@ from zerort.step.mode import said_of_apex
 from zerort.step.overlap import Overlap
 from zerort.step.precision import Precision
 from zerort.step.readings import Components, Relocation
-from zerort.trace import TraceSink, open_sink
-from zerort.trace.breakdown import BreakdownSink, RangeTimes
-from zerort.trace.communication import CommunicationWatch
-from zerort.trace.contained import ContainedSink, ContainedWatch
-from zerort.trace.nvtx import NvtxSink
-from zerort.trace.watch import BucketWatch, Unwatched, Watch, Watches
 from zerort.tune.task import overridden
 from zerort.wire import Terms
 from zerort.zero.init import close_if_empty, inherit, origin_of
@@ -127,8 +121,9 @@ def initialize(
         engine = agreed(mesh.control, lambda: _assemble(setup, flat, standing, undo))
         engine._parts.boundary.exchange.follow()
         run = name_of_run(mesh.control)
-        if setup.sink.enabled:
-            setup.sink.about(facts_of(run, settings, setup.batch, mesh, setup.plan, flat.names))
+        sink = setup.observers.sink
+        if sink.enabled:
+            sink.about(facts_of(run, settings, setup.batch, mesh, setup.plan, flat.names))
         started(mesh, settings)
         undo.pop_all()
     _log_start(setup, flat, engine)
@@ -161,13 +156,12 @@ class Setup:
     chosen: Chosen
     planner: Planner
     plan: _core.Plan
-    sink: TraceSink
+    observers: Observers
     loader: TrainingLoader | None
     collate_fn: Callable[[Any], Any] | None
     scheduler: Any
     abilities: Sequence[Abilities]
     """What each optimizer can be given."""
-    times: RangeTimes | None
 
     @property
     def timeout(self) -> timedelta:
@@ -250,9 +244,8 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         window=mesh.shard.window,
         grains_of=partial(grains_of, chosen.optimizer, abilities),
     )
-    times = RangeTimes() if settings.breaks_down else None
-    sink = _open_sink(settings, mesh, times)
-    undo.callback(sink.close)
+    observers = Observers.of(settings, mesh)
+    undo.callback(observers.sink.close)
     return Setup(
         settings,
         mesh,
@@ -262,12 +255,11 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
         chosen,
         planner,
         plan,
-        sink,
+        observers,
         loader=open_loader(given.training_data, batch, mesh.job, settings, given.collate_fn),
         collate_fn=given.collate_fn,
-        scheduler=_scheduler(settings, chosen.optimizer, given.lr_scheduler),
+        scheduler=chosen.scheduler(settings, given.lr_scheduler),
         abilities=abilities,
-        times=times,
     )
 
 
@@ -281,14 +273,14 @@ def _standing(setup: Setup, flat: FlatModel) -> Standing | None:
 
 
 def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: ExitStack) -> Engine:
-    config, mesh, precision, sink = setup.config, setup.mesh, setup.precision, setup.sink
+    config, mesh, precision = setup.config, setup.mesh, setup.precision
+    sink = setup.observers.sink
     update = setup.chosen.over(flat, setup.abilities)
     update.split()
     update.settle_rates()
     terms = Terms(precision.predivide, config.wire_feedback, mesh.rank)
     transports = {bucket.spec.id: transport_of(bucket, terms, mesh) for bucket in flat.trained}
-    communication = _communication(config, mesh)
-    watch = _watch(sink, flat, communication)
+    watch = setup.observers.watch(flat)
     names = flat.names if mesh.rank == 0 else None
     room = room_for(config, setup.plan, names) if setup.plan.units else None
     elements = None if room is None else room.elements
@@ -316,8 +308,8 @@ def _assemble(setup: Setup, flat: FlatModel, standing: Standing | None, undo: Ex
         setup.loader,
         setup.collate_fn,
         passes,
-        setup.times,
-        communication,
+        setup.observers.times,
+        setup.observers.communication,
         _relocation(setup),
     )
     return Engine(setup.model, parts)
@@ -341,61 +333,6 @@ def _relocation(setup: Setup) -> Relocation:
     return Relocation(planner.members, planner.other_plan, layout_of)
 
 
-def _communication(config: Config, mesh: Mesh) -> CommunicationWatch | None:
-    wanted, device = config.comms_logger, device_for(mesh.device)
-    if not wanted.enabled:
-        return None
-    return CommunicationWatch(
-        mesh.shard.world,
-        None if wanted.prof_all else wanted.prof_ops,
-        None if device.blocks else device.moment,
-        verbose=wanted.verbose and mesh.rank == 0,
-    )
-
-
-def _watch(sink: TraceSink, flat: FlatModel, communication: CommunicationWatch | None) -> Watch:
-    watches: list[Watch] = [ContainedWatch(BucketWatch(sink, flat.names))] if sink.enabled else []
-    if communication is not None:
-        watches.append(ContainedWatch(communication))
-    if len(watches) > 1:
-        return Watches(watches)
-    return watches[0] if watches else Unwatched()
-
-
-def _open_sink(settings: Config, mesh: Mesh, times: RangeTimes | None) -> TraceSink:
-    wanted = settings.zerort.trace
-    sink = open_sink(
-        wanted.path if wanted.enabled else None,
-        rank=mesh.rank,
-        world=mesh.world,
-        capacity=wanted.capacity,
-    )
-    device = device_for(mesh.device)
-    if sink.enabled and not device.blocks:
-        sink.on_device(device.moment)
-    markers = markers_of(mesh.device)
-    if markers is not None:
-        sink = NvtxSink(sink, markers.push, markers.pop)
-    if times is not None:
-        sink = BreakdownSink(sink, times, logs=mesh.rank == 0)
-    return ContainedSink(sink)
-
-
-def _scheduler(settings: Config, optimizer: Optimizer | None, given: Any) -> Any:
-    if optimizer is None:
-        if given is not None:
-            raise ConfigError(
-                "initialize(lr_scheduler=...) without an optimizer: there are no learning rates; "
-                "give an optimizer that trains, or leave the scheduler out"
-            )
-        return None
-    if given is not None:
-        return given(optimizer) if isinstance(given, type) or not hasattr(given, "step") else given
-    if settings.scheduler is None:
-        return None
-    return schedules.build(settings.scheduler.type, settings.scheduler.params, optimizer)
-
-
 def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     """Nothing is ignored in silence."""
     settings, model = setup.config, setup.model
@@ -408,46 +345,21 @@ def _log_start(setup: Setup, flat: FlatModel, engine: Engine) -> None:
     if line := said_of_apex(settings):
         _log.info(line)
     log_homes(flat)
-    if settings.zerort.transport == "shared" and setup.mesh.shared_bytes:
-        _log.info(
-            "gradients and parameters go through memory that the ranks of this host share, %d "
-            "bytes a rank, the memory of buckets in flight among them",
-            setup.mesh.shared_bytes,
-        )
-    planned = {id(parameter) for parameter in flat.params}
-    left = [(name, p) for name, p in model.named_parameters() if id(p) not in planned]
+    log_transport(settings, setup.mesh)
+    left = unplanned(model, flat.params)
     if setup.chosen.optimizer is None:
         _log.info("the engine only runs forward, %s", setup.chosen.reason)
     else:
-        _log_training(settings, engine, [name for name, p in left if p.requires_grad])
-        _log_cap(setup)
+        _log_training(settings, engine)
+        log_never(left)
+        log_cap(setup.planner.cap(settings), setup.mesh.world)
         log_members(setup.chosen.optimizer, flat)
         log_ways(setup.plan, flat)
-    zero = settings.zero_optimization
-    large = [(name, p) for name, p in left if p.numel() > zero.stage3_param_persistence_threshold]
-    if large and zero.shards_parameters:
-        _log.warning(
-            "whole on every rank, %d bytes, because they require grad and are not in the "
-            "optimizer, or are no floating-point array of their own: %s%s",
-            sum(p.numel() * p.itemsize for _, p in large),
-            ", ".join(name for name, _ in large[:8]),
-            f" and {len(large) - 8} more" if len(large) > 8 else "",
-        )
+    if settings.zero_optimization.shards_parameters:
+        log_whole(left, settings.zero_optimization.stage3_param_persistence_threshold)
 
 
-def _log_cap(setup: Setup) -> None:
-    """How long buckets may become, where only the model says it and ranks reduce them."""
-    cap = setup.planner.cap(setup.config)
-    if cap.reason is not None and setup.mesh.world > 1:
-        _log.info(
-            "buckets have at most %d bytes, %s; zerort.bucket_bytes says another size",
-            cap.nbytes,
-            cap.reason,
-        )
-
-
-def _log_training(settings: Config, engine: Engine, never: Sequence[str]) -> None:
-    """`never` are the parameters that require grad and are in no group."""
+def _log_training(settings: Config, engine: Engine) -> None:
     if settings.gradient_clipping_defaulted:
         _log.info(
             "gradient_clipping is not given: gradients are clipped to norm %g",
@@ -455,5 +367,3 @@ def _log_training(settings: Config, engine: Engine, never: Sequence[str]) -> Non
         )
     if engine.is_compiled:
         _log.warning(COMPILED_WHOLE)
-    if never:
-        _log.warning("not in the optimizer, so never updated: %s", ", ".join(never))

@@ -6,13 +6,16 @@ it. Nothing that only one rank knows has a part in it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zerort import _core
 from zerort.config import Config
 
-__all__ = ["Cap"]
+__all__ = ["Cap", "log_cap"]
+
+_log = logging.getLogger("zerort")
 
 _REASONS: Mapping[_core._Bound, str] = {
     "share": "a tenth of the trained parameters",
@@ -51,3 +54,13 @@ class Cap:
     def numel(self, itemsize: int) -> int:
         """In elements of so many bytes, at least 1."""
         return max(1, (self.nbytes or 0) // itemsize if self.elements is None else self.elements)
+
+
+def log_cap(cap: Cap, world: int) -> None:
+    """How long buckets may become, where only the model says it and ranks reduce them."""
+    if cap.reason is not None and world > 1:
+        _log.info(
+            "buckets have at most %d bytes, %s; zerort.bucket_bytes says another size",
+            cap.nbytes,
+            cap.reason,
+        )

@@ -19,7 +19,7 @@ from zerort.start import agreed
 from zerort.start.compare import compare_settings
 from zerort.wire import FORMATS
 
-__all__ = ["connected", "hierarchy_of", "started"]
+__all__ = ["connected", "hierarchy_of", "log_transport", "started"]
 
 _log = logging.getLogger("zerort")
 
@@ -74,6 +74,16 @@ def hierarchy_of(settings: Config, *, on_host: bool) -> Hierarchy:
 def started(mesh: Mesh, settings: Config) -> None:
     """From now on ranks wait for one another as long as is configured."""
     mesh.control.set_timeout(timedelta(seconds=settings.zerort.timeout))
+
+
+def log_transport(settings: Config, mesh: Mesh) -> None:
+    """By what gradients and parameters go, where that was asked for and takes memory."""
+    if settings.zerort.transport == "shared" and mesh.shared_bytes:
+        _log.info(
+            "gradients and parameters go through memory that the ranks of this host share, %d "
+            "bytes a rank, the memory of buckets in flight among them",
+            mesh.shared_bytes,
+        )
 
 
 def _device_of(model: Any) -> torch.device:

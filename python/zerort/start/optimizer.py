@@ -26,6 +26,7 @@ from zerort.optim import (
     has_stepped,
     members_of,
     name_of,
+    schedules,
 )
 
 __all__ = ["Chosen", "choose_optimizer", "log_members"]
@@ -61,6 +62,24 @@ class Chosen:
         if self.optimizer is None:
             return NoOptimizer(self.reason)
         return ShardOptimizer(self.optimizer, flat, abilities)
+
+    def scheduler(self, settings: Config, given: Any) -> Any:
+        """What moves its learning rates: `given`, what that makes of the optimizer, or the
+        configuration's; None where there is none. Raises `ConfigError` where there is no optimizer.
+        """
+        if self.optimizer is None:
+            if given is not None:
+                raise ConfigError(
+                    "initialize(lr_scheduler=...) without an optimizer: there are no learning "
+                    "rates; give an optimizer that trains, or leave the scheduler out"
+                )
+            return None
+        if given is not None:
+            makes = isinstance(given, type) or not hasattr(given, "step")
+            return given(self.optimizer) if makes else given
+        if settings.scheduler is None:
+            return None
+        return schedules.build(settings.scheduler.type, settings.scheduler.params, self.optimizer)
 
 
 def choose_optimizer(

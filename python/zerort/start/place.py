@@ -1,7 +1,10 @@
-"""Where a model's values are before an engine has them, and where its tensors go."""
+"""Where a model's values are before an engine has them, where its tensors go, and which of its
+parameters stay out of the buckets.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -15,7 +18,15 @@ from zerort.params.sharded import keeper_of
 from zerort.start import gathered
 from zerort.zero.init import born_of, opened, origin_of, stay_whole
 
-__all__ = ["gather_loose", "meet_heirs", "move"]
+__all__ = ["gather_loose", "log_never", "log_whole", "meet_heirs", "move", "unplanned"]
+
+_log = logging.getLogger("zerort")
+
+Unplanned = Sequence[tuple[str, nn.Parameter]]
+"""Parameters by name that no bucket holds."""
+
+_NAMED = 8
+"""Names in a line of the log."""
 
 
 def meet_heirs(model: nn.Module | None, control: Control, timeout: timedelta) -> None:
@@ -68,10 +79,34 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 def gather_loose(model: nn.Module, planned: Sequence[Tensor]) -> None:
     """What no bucket will hold is whole on every rank. All ranks call it."""
+    for _, parameter in unplanned(model, planned):
+        stay_whole(parameter)
+
+
+def unplanned(model: nn.Module, planned: Sequence[Tensor]) -> Unplanned:
+    """What of `model` no bucket will hold, where all hold the `planned`."""
     held = {id(parameter) for parameter in planned}
-    for parameter in model.parameters():
-        if id(parameter) not in held:
-            stay_whole(parameter)
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in held]
+
+
+def log_never(left: Unplanned) -> None:
+    """Which parameters require grad and are in no group of the optimizer."""
+    never = [name for name, parameter in left if parameter.requires_grad]
+    if never:
+        _log.warning("not in the optimizer, so never updated: %s", ", ".join(never))
+
+
+def log_whole(left: Unplanned, threshold: int) -> None:
+    """Which have more than `threshold` elements, where parameters are sharded."""
+    large = [(name, parameter) for name, parameter in left if parameter.numel() > threshold]
+    if large:
+        _log.warning(
+            "whole on every rank, %d bytes, because they require grad and are not in the "
+            "optimizer, or are no floating-point array of their own: %s%s",
+            sum(p.numel() * p.itemsize for _, p in large),
+            ", ".join(name for name, _ in large[:_NAMED]),
+            f" and {len(large) - _NAMED} more" if len(large) > _NAMED else "",
+        )
 
 
 def _is_here(parameter: nn.Parameter) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import zerort
 from monitored import LOSS, values
 from training import at_stage, keep
 from zerort.device.markers import Markers
+from zerort.start import observers
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -126,7 +126,7 @@ def ended(engine: Any) -> dict[str, Any]:
 
 def run_cases(rank: int, world: int, folder: str) -> dict[Any, tuple[Any, ...]]:
     """Of each case the run in one go, the resumed one, and the ranges that both opened."""
-    module, found = sys.modules["zerort.initialize"], {}
+    found = {}
     for case in cases_of(world):
         ranges: Counter[str] = Counter()
         depth = [0]
@@ -139,7 +139,7 @@ def run_cases(rank: int, world: int, folder: str) -> dict[Any, tuple[Any, ...]]:
             depth[0] -= 1
 
         pair = Markers(push, pop)
-        module.markers_of = lambda device, pair=pair: pair  # type: ignore[attr-defined]
+        observers.markers_of = lambda device, pair=pair: pair  # type: ignore[attr-defined]
         here = os.path.join(folder, str(CASES.index(case)))
         whole = engine_of(case, os.path.join(here, "whole"))
         train(whole, rank, range(SAVED))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from functools import cache
 from itertools import pairwise
@@ -25,6 +24,7 @@ import zerort
 from cases import CASES
 from chrome_format import FLOAT_STEP_US, check, check_file
 from training import Config, at_stage, config_of, engine_for, take_step
+from zerort.start import observers
 from zerort.trace.reader import lives, read, steps
 from zerort.trace.summary import account
 
@@ -302,9 +302,8 @@ def count_calls(rank: int, world: int, per_bucket: int, folder: str | None) -> C
         counting.append(Counting(opened(*args, **kwargs)))
         return counting[-1]
 
-    starting: Any = sys.modules["zerort.initialize"]  # the package's attribute is the function
-    opened = starting.open_sink
-    starting.open_sink = open_counting
+    opened = observers.open_sink
+    observers.open_sink = open_counting  # type: ignore[assignment]
     model = Vectors(per_bucket)
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -15,12 +15,12 @@ from training import at_stage, keep
 from zerort.device import markers
 from zerort.device.markers import Markers, markers_of
 from zerort.errors import StepError
+from zerort.start import observers
 from zerort.utils import instrument_w_nvtx
 
 pytestmark = pytest.mark.timeout(120)
 
-# the package's functions stand before the modules of their names
-initialize_module = sys.modules["zerort.initialize"]
+# the package's function stands before the module of its name
 nvtx_module = sys.modules["zerort.utils.nvtx"]
 
 
@@ -48,7 +48,7 @@ class Timeline:
 @pytest.fixture
 def timeline(monkeypatch: pytest.MonkeyPatch) -> Timeline:
     timeline = Timeline()
-    monkeypatch.setattr(initialize_module, "markers_of", lambda device: timeline.pair)
+    monkeypatch.setattr(observers, "markers_of", lambda device: timeline.pair)
     return timeline
 
 
