@@ -53,7 +53,7 @@ def shared(mesh: Mesh) -> Iterator[Finding]:
     `CommError` where a rank does not come.
     """
     control = mesh.control
-    if not isinstance(control, GlooControl) or mesh.shard.device.type != "cpu":
+    if not isinstance(control, GlooControl) or not device_for(mesh.shard.device).blocks:
         return
     if control.groups.peers.apart(control.groups.members.ranks):
         return

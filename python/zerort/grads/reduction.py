@@ -346,19 +346,22 @@ class Reduction:
     @unintercepted
     def learn(self) -> bool:
         """Once, after the first boundary: launches follow the order in which rank 0 saw gradients
-        arrive.
+        arrive. Where it has seen none, as behind a `replan`, the next boundary teaches.
         """
         if self._order is not None or not self.course.waits:
             return False
         seen = self._reducer.observed if self._comm.rank == 0 else []
-        order = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64)
-        order[: len(seen)] = torch.tensor(seen, dtype=torch.int64)
-        self._comm.control.broadcast(order)
-        self._order = [index for index in order.tolist() if index >= 0]
-        self.plan = self.plan.reordered(self._order)
+        row = torch.full((self.plan.num_params + 1,), -1, dtype=torch.int64)
+        row[: len(seen)] = torch.tensor(seen, dtype=torch.int64)
+        self._comm.control.broadcast(row)
+        order = [index for index in row.tolist() if index >= 0]
+        if not order:
+            return False
+        self._order = order
+        self.plan = self.plan.reordered(order)
         self._reducer.reorder(self.plan)
         # what a backward comes to last is what a forward needs first
-        self.executor.publication.need(self._order[::-1])
+        self.executor.publication.need(order[::-1])
         self.executor.load(self.plan)
         self.course.load(self.plan)
         return True

@@ -68,7 +68,6 @@ def relocate(parts: Components, plan: _core.Plan) -> None:
     layout, members = parts.relocation.layout_of(plan), parts.relocation.members
     flat, reduction, control = parts.boundary.flat, parts.reduction, parts.mesh.control
     flat.take_writes()
-    reduction.learn()  # what has been seen is an order of parameters, whatever buckets they are in
     moves = _moves(reduction.plan, flat.trained)
     reduction.unload()
 

@@ -142,9 +142,9 @@ const SMALL: u64 = 16;
 /// would wait for all of the layer's backward.
 ///
 /// Where a kind fills four buckets or more, the first and the last have at most half the cap, or one
-/// parameter and its small ones: nothing is sent before the first is full, and nothing hides what the last one takes.
-/// Updated parameters come back in the other order, and there too it is the ends that are waited for.
-/// A unit has no short ends, since it is gathered as a whole.
+/// parameter and its small ones: nothing is sent before the first is full, and nothing hides what the
+/// last one takes. Updated parameters come back in the other order, and there too it is the ends that
+/// are waited for. A unit has no short ends, since it is gathered as a whole.
 ///
 /// Identifiers follow the order in which the walk completes the buckets, which is the order in which
 /// backward is expected to fill them.
