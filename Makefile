@@ -23,7 +23,7 @@ export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-rust test-python test-loom test-all wheel sdist bench lint lint-rust lint-python all help clean
+.PHONY: demo test test-rust test-python test-properties test-loom test-all wheel sdist bench lint lint-rust lint-python all help clean
 
 # A file's tests stay together, in order: they share the ranks that were started for the first of them. Files go in their own
 # order, not the longest lists first: those need no ranks, and the files that do would wait for one another at the end.
@@ -55,7 +55,11 @@ test-python: $(WHEEL)
 test-loom:
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test --locked --release --test turns_loom
 
-test-all: test test-loom wheel sdist $(SERVICES)  ## test, then the slow tests, every order of shared counters, the wheel and the sdist for others, and what they contain
+# Every property of the core with 20 000 cases instead of 256: what one case in some thousands breaks fails here, not by chance.
+test-properties:
+	PROPTEST_CASES=20000 PROPTEST_MAX_GLOBAL_REJECTS=1000000 cargo test --locked --release
+
+test-all: test test-properties test-loom wheel sdist $(SERVICES)  ## test, then many more cases of every property, every order of shared counters, the slow tests, the wheel and the sdist for others, and what they contain
 	$(PYTEST) -m 'slow or distribution'
 
 wheel: $(ZIG)  ## a wheel for others into dist: every Python from 3.10 on, on Linux every glibc from 2.28 on

@@ -325,7 +325,7 @@ proptest! {
             mesh: Mesh::flat(1).unwrap(),
             rules: plan.rules(),
             cap: zerort_core::Cap::Elements(500),
-            window: Some(plan.window()),
+            window: Some(plan.window().max(1)),
             whole_padding: WHOLE_PADDING,
         };
         let plan = Plan::new(spec).unwrap();
