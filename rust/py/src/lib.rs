@@ -3,7 +3,7 @@
 //! This file exports and does nothing else. Only integers cross the border on the hot path; memory
 //! crosses once, at setup. State-machine calls keep the GIL, kernels release it. A panic of the
 //! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`segment`],
-//! [`futex`] and [`streaming`] alone.
+//! [`futex`], [`streaming`] and [`wide`] alone.
 
 #![deny(unsafe_code)]
 
@@ -40,6 +40,8 @@ mod segment;
 mod streaming;
 mod trace;
 mod units;
+#[allow(unsafe_code)]
+mod wide;
 
 /// The compiled core.
 #[pymodule]

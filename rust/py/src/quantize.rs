@@ -7,6 +7,7 @@ use zerort_core::kernels::{self, Rounding, ShapeError, Write};
 use crate::buffer::Buffer;
 use crate::dlpack::{Reading, Sums, Values, Writing};
 use crate::errors::LayoutError;
+use crate::wide;
 
 /// Writes `values` times `scale`, which are `world` equal shards, into `pieces` of bytes: to the
 /// nearest, randomly where there is a `seed`, or with what was left out `before`, which is in
@@ -42,7 +43,7 @@ pub fn quantize(
     };
     let values = read_values(&source)?;
     let pieces = written_bytes(&mut target)?;
-    py.detach(|| kernels::quantize(values, scale, world, pieces, rounding)).map_err(misfit)
+    py.detach(|| wide::quantize(values, scale, world, pieces, rounding)).map_err(misfit)
 }
 
 /// Sums `world` pieces of one shard in rank order, times `scale`, into or onto `accum`; returns its

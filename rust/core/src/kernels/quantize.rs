@@ -8,9 +8,15 @@
 //! A group with an infinity or NaN has NaN for a scale, and its codes say which elements are not
 //! finite: they arrive as they were, the others as zeros. Such a step is not applied anyway.
 //!
+//! Arithmetic takes longer here than memory does, so whoever calls [`quantize`] may compile it once
+//! more, for a wider processor: all of it is inlined, plain loops none of whose operations is fused
+//! or reordered, and the bits are the same.
+//!
 //! A *residual* is what rounding has left out, in 16 bits: each element in units of the 65536th
 //! part of its group's scale at that time, then that unit for each group, in fp32. It is as exact,
 //! beside the group's largest element, as the fp32 sum that it is added to.
+
+#![allow(clippy::inline_always)] // see above
 
 use super::norm::SquaredNorm;
 use super::reduce::{ShapeError, Write, store};
@@ -62,6 +68,7 @@ pub const fn residual_bytes(shard: usize, world: usize) -> usize {
 ///
 /// # Errors
 /// [`ShapeError`] if the lengths do not fit; nothing has been written then.
+#[inline(always)]
 pub fn quantize(
     values: &[f32],
     scale: f32,
@@ -189,6 +196,7 @@ fn fits(length: usize, world: usize, each: usize) -> Result<(), ShapeError> {
 }
 
 /// The scale of a group, NaN where it is not finite.
+#[inline(always)]
 fn scale_of(wanted: &[f32]) -> f32 {
     // Integers are compared, so that a NaN is larger than an infinity, and that larger than the
     // rest.
@@ -203,15 +211,18 @@ fn scale_of(wanted: &[f32]) -> f32 {
 }
 
 /// What a group is multiplied by, to have codes.
+#[inline(always)]
 fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
+#[inline(always)]
 fn nearest(wanted: f32, inverse: f32) -> f32 {
     (wanted * inverse).clamp(-LARGEST, LARGEST) + MAGIC
 }
 
 /// Writes the codes of a group, to the nearest; returns its scale.
+#[inline(always)]
 fn encode(wanted: &[f32], codes: &mut [u8]) -> f32 {
     let scale = scale_of(wanted);
     if scale.is_nan() {
@@ -225,6 +236,7 @@ fn encode(wanted: &[f32], codes: &mut [u8]) -> f32 {
     scale
 }
 
+#[inline(always)]
 fn encode_randomly(wanted: &[f32], codes: &mut [u8], seed: u64, start: usize) -> f32 {
     let scale = scale_of(wanted);
     if scale.is_nan() {
@@ -241,6 +253,7 @@ fn encode_randomly(wanted: &[f32], codes: &mut [u8], seed: u64, start: usize) ->
 
 /// An odd multiple of the 131072th part of 1, between -1/2 and 1/2: a whole number to which it is
 /// added stays the nearest, and there are no ties.
+#[inline(always)]
 fn offset(seed: u64, index: u32) -> f32 {
     const SMALLEST: f32 = 1.0 / 131_072.0;
     let mut hash = index ^ seed as u32;
@@ -299,6 +312,7 @@ impl Place {
     }
 
     /// Adds a residual to a group; nothing where it is not finite.
+    #[inline(always)]
     fn add(&self, residual: &[u8], wanted: &mut [f32]) {
         let unit = residual[self.unit.clone()].as_chunks().0[0];
         let unit = f32::from_le_bytes(unit);
@@ -312,6 +326,7 @@ impl Place {
     }
 
     /// Writes what the codes of a group leave out.
+    #[inline(always)]
     fn keep(&self, residual: &mut [u8], wanted: &[f32], codes: &[u8], scale: f32) {
         let finite = scale.is_finite();
         let unit = if finite { scale / UNITS } else { 0.0 };
