@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zerort
+from naps import Nap
 from workloads import GPT, Shape, next_token_loss
 from zerort.tune.findings import wire_line
 from zerort.tune.fit import Line
@@ -39,21 +39,6 @@ class Raced(NamedTuple):
     """As it was measured."""
 
 
-class _Nap(torch.autograd.Function):
-    """The identity, for as long as a layer computes on an accelerator."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        time.sleep(2 * ctx.seconds)
-        return gradients[0], None
-
-
 class Paced(nn.Module):
     """`module` on its inputs, after a while in which no core is used."""
 
@@ -63,7 +48,7 @@ class Paced(nn.Module):
 
     def forward(self, x: Tensor, *others: Any) -> Tensor:
         """As the module's."""
-        out: Tensor = self.module(_Nap.apply(x, self.seconds), *others)
+        out: Tensor = self.module(Nap.apply(x, self.seconds, 2 * self.seconds), *others)
         return out
 
 

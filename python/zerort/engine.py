@@ -2,7 +2,8 @@
 
 A facade, flat and thin: what a call means stands here, how it is done stands in `step.transaction`
 (a micro-batch, whose backward it is, what happens when it fails), `step.boundary` (the vote and the
-update), `step.progress` (what follows it) and `checkpoint.calls` (what is saved and loaded).
+update) and `step.progress` (what follows it). Calls that belong together beside a step are mixed
+in: `checkpoint.calls` (what is saved and loaded), `step.states`, `step.compiling` and `step.gated`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from torch.utils.data import DataLoader
 from zerort.checkpoint.calls import Saving
 from zerort.checkpoint.checkpoints import Checkpoints, SavePolicy
 from zerort.checkpoint.state import EngineState
-from zerort.errors import CheckpointError, CommError, ConfigError, StepError
+from zerort.errors import CheckpointError, StepError
 from zerort.features import Site, open_features
 from zerort.features.readings import FeatureReadings
-from zerort.grads.compiled import around
-from zerort.mesh import Gate
 from zerort.optim import NoOptimizer
 from zerort.start.loader import Request, TrainingLoader, further_loader
 from zerort.step.accumulation import Accumulation, Counters, UnusedParameters
 from zerort.step.averaging import Averaging
+from zerort.step.compiling import Compiling
 from zerort.step.events import Events
 from zerort.step.forwards import ForwardOnly
+from zerort.step.gated import Gated
 from zerort.step.getters import Getters
 from zerort.step.outside import Outside
 from zerort.step.participation import Participation
@@ -42,23 +43,14 @@ from zerort.step.transaction import Transaction
 from zerort.tune.calls import observing
 from zerort.utils.held import Owner
 
-__all__ = ["COMPILED_WHOLE", "Engine"]
+__all__ = ["Engine"]
 
 _log = logging.getLogger("zerort")
 
 
-COMPILED_WHOLE = (
-    "the module is compiled whole, so all its gradients come at the end of the backward and no "
-    "communication overlaps with it: compile its blocks instead, for example with block.compile() "
-    "for each layer"
-)
-"""One graph hands its gradients over when it is done, and no bucket can leave while backward still
-runs. The result is the same to the bit. Compiled block by block, each block's gradients come when
-its backward is over.
-"""
-
-
-class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Module):
+class Engine(
+    Readings, Getters, FeatureReadings, Saving, MovableStates, Compiling, Gated, nn.Module
+):
     """Made by `zerort.initialize`. Its only child is `module`, so its state dict has keys
     `module.*`; unknown attributes are looked up there.
     """
@@ -74,7 +66,9 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
         self._owner = Owner(self._transaction, parts)
         outside = Outside(self._transaction, parts)
         self._checkpoints = Checkpoints(_state(self), _policy(parts), parts.sink)
-        parts.boundary.has_unsaved = self._checkpoints.background.failed
+        background = self._checkpoints.background
+        background.part = parts.mesh.part
+        parts.boundary.has_unsaved = background.failed
         # An engine that is dropped without `destroy` leaves no hook on the model.
         self._give_back = weakref.finalize(
             self,
@@ -209,79 +203,6 @@ class Engine(Readings, Getters, FeatureReadings, Saving, MovableStates, nn.Modul
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Changes the micro-batch and with it the train batch; the accumulation steps stay."""
         self._transaction.resize(self._batch.with_micro(micro_batch_size))
-
-    def compile(
-        self,
-        backend: Any = "inductor",
-        compile_kwargs: dict[str, Any] | None = None,
-        schedule: Any = None,
-        compiled_autograd_enabled: bool = False,
-    ) -> None:
-        """Compiles the module in place, once; `compile_kwargs` are torch.compile's, and `backend`
-        wins over theirs.
-
-        Compiled whole, all gradients come at the end and nothing overlaps: compile the module's
-        blocks where that matters, or give `compiled_autograd_enabled`. With that `backward` is
-        captured and compiled too, with the same options, in a piece for each hook, and buckets
-        leave between the pieces; a module that is compiled already gets it by a second call.
-        Raises `ConfigError` for a `schedule` (DeepCompile's), and where this torch has no compiled
-        autograd.
-        """
-        if schedule is not None:
-            raise ConfigError(
-                "compile(schedule=...) is refused: it orders DeepCompile's passes, which are not "
-                "built"
-            )
-        options = {**(compile_kwargs or {}), "backend": backend}
-        if compiled_autograd_enabled:
-            self._transaction.compile_backwards(around(options))
-        if self.is_compiled:
-            return
-        self.module.compile(**options)
-        trains = self.optimizer is not None and not compiled_autograd_enabled
-        if self._parts.mesh.rank == 0 and trains:
-            _log.warning(COMPILED_WHOLE)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the module is compiled whole, by torch.compile(module) or module.compile(), here
-        or before `initialize`; its parts do not count.
-        """
-        # by its name: importing torch._dynamo for its class would add a second to every start
-        return "_orig_mod" in self.module._modules or self.module._compiled_call_impl is not None
-
-    def open_gate(self, timeout: timedelta) -> None:
-        """For a caller with collectives of its own beside the engine, which then `meet`s before
-        each: who waits for this rank there hears of its failure at once, and nobody waits longer
-        than `timeout`. All ranks call it, once.
-
-        From here on a micro-batch that fails on this rank is the engine's last: the other ranks
-        raise its reason at their next call, and only `destroy` is left.
-        """
-        self._transaction.gate = Gate(self._parts.mesh.control, timeout)
-
-    def meet(self, call: str) -> None:
-        """Before a collective of the caller's own, which errors name as `call` and all ranks make:
-        returns when all have come to it, at stage 3 between passes as a part of the evaluations
-        that others still run. Nothing behind `destroy`, and without `open_gate` nothing below stage
-        3 and within a forward or a backward.
-
-        Raises `CommError` with the reason of a rank that has failed, and at stage 3 `StepError`
-        where ranks are at different places.
-        """
-        self._transaction.meet(call)
-
-    def announce(self, error: BaseException) -> None:
-        """This rank has failed outside the engine's calls, and `meet`s once more because of it: who
-        waits there, or comes, raises `CommError` with this reason.
-        """
-        self._transaction.announce(f"{type(error).__name__}: {error}", error)
-
-    def failure(self, what: str, error: Exception) -> CommError:
-        """What became of `what`, a collective of the caller's own that raised `error`, in the words
-        of the engine's own: which rank has gone, and the reason it left.
-        """
-        return self._parts.mesh.job.failure(what, error)
 
     def destroy(self) -> None:
         """Writes the trace, takes the hooks off the model and gives the process groups back.

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from zerort import _core, log
 from zerort.config import Batch, Config, load
 from zerort.device import device_for, place_of
-from zerort.engine import COMPILED_WHOLE, Engine
+from zerort.engine import Engine
 from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
@@ -51,6 +51,7 @@ from zerort.start.place import gather_loose, log_never, log_whole, meet_heirs, m
 from zerort.start.planning import Planner, Sizes, plan_of
 from zerort.start.units import Standing, passes_over, room_for
 from zerort.step.boundary import Boundary, Policy
+from zerort.step.compiling import COMPILED_WHOLE
 from zerort.step.mode import said_of_apex
 from zerort.step.overlap import Overlap
 from zerort.step.precision import Precision

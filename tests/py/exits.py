@@ -23,6 +23,8 @@ import torch._dynamo
 import torch.distributed as dist
 
 import zerort
+from zerort.checkpoint.files import Disk
+from zerort.errors import CommError
 
 WORLD = 2
 LAST = WORLD - 1  # the rank that ends before the others
@@ -39,6 +41,23 @@ class Model(torch.nn.Linear):
         return super().forward(x)
 
 
+SAVING = ("raises while it saves", "finishes while it saves")
+
+
+class Until(Disk):
+    """Opens no file for writing before `sign` is there, or never."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def create(self, path: Path) -> int:
+        for _ in range(1500):
+            if self.sign.exists():
+                return super().create(path)
+            time.sleep(0.01)
+        raise OSError(5, f"{self.sign} did not come")
+
+
 def train(case: str, rank: int) -> None:
     """Three steps; in the second, rank `LAST` ends as `case` says."""
     torch.set_num_threads(1)
@@ -50,19 +69,29 @@ def train(case: str, rank: int) -> None:
     }
     model = Model(8, 8)
     engine, *_ = zerort.initialize(model=model, config=config)
-    for step in range(3):
-        if rank == LAST and step == 1:
-            end(case, model)
-        engine.backward(engine(torch.ones(2, 8)).square().mean())
-        engine.step()
-        if rank == LAST and step == 1:
-            return  # with a step too few
+    if case in SAVING:
+        folder = Path(os.environ["FOLDER"])
+        engine._checkpoints.disk = Until(folder / f"{case}-heard")
+        engine.save_checkpoint(folder / f"{case}-saved", "one", asynchronous=True)
+    try:
+        for step in range(3):
+            if rank == LAST and step == 1:
+                end(case, model)
+            engine.backward(engine(torch.ones(2, 8)).square().mean())
+            engine.step()
+            if rank == LAST and step == 1:
+                return  # with a step too few
+    except CommError:
+        (Path(os.environ["FOLDER"]) / f"{case}-heard").touch()
+        raise
 
 
 def end(case: str, model: Model) -> None:
     match case:
         case "raises":
             model.breaks = True
+        case "raises while it saves":
+            raise ValueError("in the middle of a save")
         case "own hook":
             sys.excepthook = lambda *_: print("the user's own hook", file=sys.stderr)
             raise KeyError("batch 7")
@@ -102,6 +131,7 @@ def scene(folder: Path, case: str) -> tuple[str, int] | None:
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)},
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 **{"TORCHELASTIC_USE_AGENT_STORE": "True", "STORE_HOST": str(host)},
+                "FOLDER": str(folder),
             }
             stderr = os.open(folder / f"{case}-{rank}", os.O_WRONLY | os.O_CREAT)
             os.dup2(stderr, 2)

@@ -10,8 +10,9 @@ of `save`, with a control group of its own for the votes.
 What it guarantees: one save is under way at a time, and its failure is raised on every rank, at the
 boundary of a step or at the next call that all ranks make together, or logged where no call comes
 any more. It costs no step: the engine goes on. The thread is no daemon, so the interpreter waits
-for it at its end, and nothing is cut off. Where training leaves no processor idle, writing takes a
-small share of one (`pace`), and all that it can get once a rank waits for it.
+for it at its end, and nothing is cut off; peers hear of that end before (`farewell`). Where
+training leaves no processor idle, writing takes a small share of one (`pace`), and all that it can
+get once a rank waits for it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from itertools import groupby
 import torch
 
 from zerort.checkpoint.copies import Copies, bytes_of
+from zerort.checkpoint.farewell import Farewell
 from zerort.checkpoint.pace import Pace
 from zerort.checkpoint.snapshot import Snapshot
 from zerort.errors import CheckpointError
@@ -152,6 +154,8 @@ class Background:
         self._votes: Control | None = None
         self._writer: Writer | None = None
         self._failure = _Failure()
+        self.part: Callable[[], None] = lambda: None
+        """Where the program ends before a save does: tells peers that this rank has gone."""
         self._said = self._used = False
         finalizer = weakref.finalize(self, self._failure.say)
         finalizer.atexit = True
@@ -291,6 +295,8 @@ class Background:
 
         writer.go(work)
         self._writer = writer
+        with suppress(RuntimeError):  # no more threads: peers hear of an end when all is written
+            Farewell(writer.ended, self.part).start()
 
     def _finish(self) -> None:
         if self._writer is not None:

@@ -63,7 +63,7 @@ def _of_wire(saved: Json, state: EngineState, ranks: int | None) -> str | None:
     """Why error feedback begins anew, where it was saved or was to be; `ranks` have saved it, if
     they were others.
     """
-    have = state.reduction.wire_state()
+    have = state.reduction.local.wire_state()
     held = isinstance(saved, dict) and bool(saved.get("residuals"))
     if not held:
         wanted = state.keeps_feedback and have.residuals

@@ -225,7 +225,7 @@ def _own(state: EngineState, beside: dict[str, Tensor]) -> dict[str, Json]:
     own = {"rng": encode(random_states(state.comm.device), "rng", beside)}
     if hasattr(state.loader, "state_dict"):
         own["loader"] = encode(state.loader.state_dict(), "loader", beside)
-    wire = state.reduction.wire_state()
+    wire = state.reduction.local.wire_state()
     residuals = dict(wire.residuals) if state.keeps_feedback else {}
     if wire.windows or residuals:
         kept = {

@@ -86,7 +86,7 @@ def _of_wire(kept: Any, state: EngineState) -> tuple[WireState, float]:
         lengths = {name: residual.shape for name, residual in found.residuals.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the manifest's state of the wire does not read: {error}") from error
-    have = state.reduction.wire_state().residuals
+    have = state.reduction.local.wire_state().residuals
     fits = all(name in have and have[name].shape == shape for name, shape in lengths.items())
     if not (fits and found.windows >= 0 and scale > 0):
         raise CheckpointError("the manifest's state of the wire is not one of these buckets")

@@ -49,13 +49,21 @@ class Exchanged(Protocol):
         """The parameters follow the masters."""
 
 
+class Encoded(Protocol):
+    """What is used of what a rank alone has of gradients."""
+
+    def wire_state(self) -> WireState:
+        """What encoders of gradients have kept."""
+
+
 class Reduced(Protocol):
     """What is used of what brings gradients into shards, and shards to all ranks."""
 
     plan: _core.Plan
 
-    def wire_state(self) -> WireState:
-        """What encoders of gradients have kept."""
+    @property
+    def local(self) -> Encoded:
+        """What this rank alone has."""
 
     def publish(self) -> None:
         """Brings every rank's shard to all ranks."""

@@ -100,43 +100,109 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     every = settings.reduces_every_micro_batch(plan.reduces_every_micro_batch)
     passes = micro_batches if every else 1
     buckets = Buckets(settings, precision, job, members, plan, updates, micro_batches > passes)
-    rows, own = buckets.rows(), buckets.own()
-    gathered = _Gathered.of(settings, plan, rows)
-    specs = plan.buckets  # made anew each time that it is read
-    legs = [legs_of(spec, row[0].dtypes, seating) for spec, row in zip(specs, rows, strict=True)]
+    own, laid = buckets.own(), _Laid.of(settings, plan, buckets.rows(), seating)
+    gathered = _Gathered.of(settings, plan, laid.rows)
     planned = {id(member.tensor) for member in members}
     loose = [p for p in model.parameters() if id(p) not in planned]
-    alike = [piece for shape, places in rows for piece in pieces(shape, places)]
-    alike += [
-        *shared_pieces(rows),
-        *lane_pieces(plan, legs, job, seating),
-        *gather_pieces(list(_ways(specs, rows, "gather_hops")), seating),
-        *gather_pieces(list(_ways(specs, rows, "publish_hops")), seating),
-        *_encoded(settings, specs, legs),
-        *_kept(rows, seating),
-    ]
+    alike = list(laid.pieces(job))
     alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
     at_rest = sum(piece.nbytes for piece in alike)
     by_rank = [at_rest + nbytes for nbytes in own.by_rank or [0] * job.world]
     fullest = by_rank.index(max(by_rank))
     exchange = Exchanged.of(plan, precision)
-    gradients: Counter[str] = Counter()
-    for spec, (shape, _), each in zip(specs, rows, legs, strict=True):
-        for group, nbytes in reduced(spec, each, shape.dtypes.sums).items():
-            gradients[group] += passes * nbytes
-    brought = _brought(specs, rows, seating, micro_batches * gathered.times)
+    reduced, brought = laid.reduced(passes), laid.brought(micro_batches * gathered.times)
     sent = {
-        "gradients": gradients.total(),
+        "gradients": reduced.total(),
         "gradients_to_owners": exchange.there[fullest],
         "parameters_from_owners": exchange.back[fullest],
         "parameters": brought.total(),
     }
-    crossing = [gradients[group] + brought[group] for group in ("outer", "replica")]
-    traffic = _copied(rows, passes, micro_batches * gathered.times)
-    found = [*alike, *own.pieces(fullest, rows), gathered.room]
+    crossing = [reduced[group] + brought[group] for group in ("outer", "replica")]
+    traffic = _copied(laid.rows, passes, micro_batches * gathered.times)
+    found = [*alike, *own.pieces(fullest, laid.rows), gathered.room]
     owners = Owners.of(plan)
     cap = planner.cap(settings)
     return Forecast(settings, plan, cap, found, sent, *traffic, owners, by_rank, seating, *crossing)
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """The buckets of a plan as they lie in memory, and the legs on which they leave."""
+
+    settings: Config
+    plan: _core.Plan
+    specs: Sequence[_core.Bucket]
+    """Made anew each time that they are read off the plan."""
+    rows: Sequence[Row]
+    legs: Sequence[Sequence[Leg]]
+    seating: Seating
+
+    @classmethod
+    def of(cls, settings: Config, plan: _core.Plan, rows: Sequence[Row], seating: Seating) -> _Laid:
+        """A row for each bucket, in its order."""
+        specs = plan.buckets
+        pairs = zip(specs, rows, strict=True)
+        legs = [legs_of(spec, row[0].dtypes, seating) for spec, row in pairs]
+        return cls(settings, plan, specs, rows, legs, seating)
+
+    def pieces(self, job: Job) -> Iterator[Piece]:
+        """Of memory that all ranks have alike."""
+        for shape, places in self.rows:
+            yield from pieces(shape, places)
+        yield from shared_pieces(self.rows)
+        yield from lane_pieces(self.plan, self.legs, job, self.seating)
+        for hops in ("gather_hops", "publish_hops"):
+            yield from gather_pieces(list(self._ways(hops)), self.seating)
+        yield from self._encoded()
+        yield from self._kept()
+
+    def reduced(self, passes: int) -> Counter[str]:
+        """Bytes sent of gradients, by group."""
+        sent: Counter[str] = Counter()
+        for spec, (shape, _), each in zip(self.specs, self.rows, self.legs, strict=True):
+            for group, nbytes in reduced(spec, each, shape.dtypes.sums).items():
+                sent[group] += passes * nbytes
+        return sent
+
+    def brought(self, times: float) -> Counter[str]:
+        """Bytes sent for updated parameters, and for those that are gathered so many `times`, by
+        group.
+        """
+        sent: Counter[str] = Counter()
+        for hops, nbytes in self._ways("publish_hops"):
+            sent += self.seating.gathered(hops, nbytes)
+        for hops, nbytes in self._ways("gather_hops"):
+            for group, each in self.seating.gathered(hops, nbytes).items():
+                once = group == "outer" and self.seating.keeps
+                sent[group] += each if once else int(times * each)
+        return sent
+
+    def _ways(self, hops: str) -> Iterator[tuple[Sequence[_core.Hop], int]]:
+        """Of each bucket's parameters, those of its `hops` and bytes."""
+        for spec, (shape, _) in zip(self.specs, self.rows, strict=True):
+            yield getattr(spec, hops), spec.numel * shape.dtypes.values.itemsize
+
+    def _encoded(self) -> Iterator[Piece]:
+        """What formats of bytes gather a gradient in, and what they keep from step to step."""
+        packed = [
+            (spec, leg)
+            for spec, each in zip(self.specs, self.legs, strict=True)
+            for leg in each
+            if leg.wire.dtype is None
+        ]
+        if packed:
+            yield Piece(Kind.ON_THEIR_WAY, 4 * max(leg.numel for _, leg in packed))
+        for spec, leg in packed if self.settings.wire_feedback else ():
+            gathers = any(hop.op == "all_gather" for hop in spec.reduce_hops)
+            shard = leg.numel // leg.members
+            yield Piece(Kind.FEEDBACK, leg.wire.kept_bytes(shard, leg.members, gathers=gathers))
+
+    def _kept(self) -> Iterator[Piece]:
+        """What a gather between hosts has brought of each sharded bucket."""
+        for shape, _ in self.rows if self.seating.keeps else ():
+            if shape.sharded:
+                nbytes = shape.numel // self.seating.ranks * shape.dtypes.values.itemsize
+                yield Piece(Kind.KEPT, nbytes)
 
 
 @dataclass(frozen=True)
@@ -157,53 +223,6 @@ class _Gathered:
         nbytes = sum(s.numel * s.dtypes.values.itemsize for s, _ in rows if s.sharded)
         room = min(whole, max(largest, settings.room(whole, largest)))
         return cls(Piece(Kind.GATHERED, nbytes * room // whole), 2 - room / whole)
-
-
-def _kept(rows: Sequence[Row], seating: Seating) -> Iterator[Piece]:
-    """What a gather between hosts has brought of each sharded bucket."""
-    for shape, _ in rows if seating.keeps else ():
-        if shape.sharded:
-            yield Piece(Kind.KEPT, shape.numel // seating.ranks * shape.dtypes.values.itemsize)
-
-
-def _encoded(
-    settings: Config, specs: Sequence[_core.Bucket], legs: Sequence[Sequence[Leg]]
-) -> Iterator[Piece]:
-    """What formats of bytes gather a gradient in, and what they keep from step to step."""
-    packed = [
-        (spec, leg)
-        for spec, each in zip(specs, legs, strict=True)
-        for leg in each
-        if leg.wire.dtype is None
-    ]
-    if packed:
-        yield Piece(Kind.ON_THEIR_WAY, 4 * max(leg.numel for _, leg in packed))
-    for spec, leg in packed if settings.wire_feedback else ():
-        gathers = any(hop.op == "all_gather" for hop in spec.reduce_hops)
-        shard = leg.numel // leg.members
-        yield Piece(Kind.FEEDBACK, leg.wire.kept_bytes(shard, leg.members, gathers=gathers))
-
-
-def _ways(
-    specs: Sequence[_core.Bucket], rows: Sequence[Row], hops: str
-) -> Iterator[tuple[Sequence[_core.Hop], int]]:
-    """Of each bucket's parameters, those of its `hops` and bytes."""
-    for spec, (shape, _) in zip(specs, rows, strict=True):
-        yield getattr(spec, hops), spec.numel * shape.dtypes.values.itemsize
-
-
-def _brought(
-    specs: Sequence[_core.Bucket], rows: Sequence[Row], seating: Seating, times: float
-) -> Counter[str]:
-    """Sent for updated parameters, and for those that are gathered so many `times`, by group."""
-    sent: Counter[str] = Counter()
-    for hops, nbytes in _ways(specs, rows, "publish_hops"):
-        sent += seating.gathered(hops, nbytes)
-    for hops, nbytes in _ways(specs, rows, "gather_hops"):
-        for group, each in seating.gathered(hops, nbytes).items():
-            once = group == "outer" and seating.keeps
-            sent[group] += each if once else int(times * each)
-    return sent
 
 
 def _copied(rows: Iterable[Row], passes: int, gathers: float) -> tuple[int, int]:

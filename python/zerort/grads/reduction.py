@@ -5,8 +5,8 @@ accumulators.
                          └────── abort ───> idle      the rest of the list ran on zeros
 
 Passes add: two backwards before a step are two passes, and the accumulators hold their sum until
-`reset`. A gradient that no pass took stays in `.grad`, and `unreduced` counts it, so that the vote
-at the boundary can ask for one more.
+`reset`. A gradient that no pass took stays in `.grad`, and `local.unreduced` counts it, so that the
+vote at the boundary can ask for one more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zerort import _core
 from zerort.errors import CommError
 from zerort.grads.course import Routed, Straight
 from zerort.grads.listener import Listener
+from zerort.grads.local import LocalState
 from zerort.memory import FlatModel, unintercepted
 from zerort.mesh import Mesh
 from zerort.run.empty import EmptyPass
@@ -29,7 +30,6 @@ from zerort.run.executor import Executor, Fold
 from zerort.run.flight import Transport
 from zerort.run.nonfinite import in_sum
 from zerort.trace.watch import Watch
-from zerort.wire import Encoder, Extent, WireState, restore, state_of
 
 __all__ = ["Reduction"]
 
@@ -56,8 +56,7 @@ class Reduction:
         self._flat = flat
         self._comm = mesh.job
         self._shard = mesh.shard.rank
-        self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._legs = [leg for transport in transports.values() for leg in transport.legs]
+        self.local = LocalState(flat, transports)
         self._watch = watch
         self._reducer = _core.Reducer(plan)
         self.executor = Executor(flat, mesh, transports, watch)
@@ -65,7 +64,6 @@ class Reduction:
         self.course = self._course(mesh.rank, room)
         self.listener = Listener(flat, self._reducer, self.executor, self.course)
         self._order: list[int] | None = None
-        self._late = False
         self._drop_stale()
         self.follow()
 
@@ -108,7 +106,7 @@ class Reduction:
                 stale[0],
                 f" and {len(stale) - 1} more parameters" if len(stale) > 1 else "",
             )
-            self.drop()
+            self.local.drop()
 
     @unintercepted
     def begin(self, scale: float) -> None:
@@ -133,7 +131,7 @@ class Reduction:
         finally:
             self.begun += running and not self.in_pass
         self.listener.finish()
-        self._late = self.listener.holds_gradients()
+        self.local.late = self.listener.holds_gradients()
         return (
             self.executor.current.absent
             if absent is None
@@ -145,7 +143,7 @@ class Reduction:
         """The backward failed: runs the rest of the list on zeros, so that the peers' collectives
         pair with ours.
         """
-        self.drop()
+        self.local.drop()
         self.executor.current.poison("the backward was aborted")
         if self.in_pass:
             self.finish()
@@ -197,30 +195,6 @@ class Reduction:
         # a pass of the micro-batch before may still be sending from where gradients are to rest
         self.executor.collect()
         self.listener.rest()
-
-    @unintercepted
-    def unreduced(self) -> int:
-        """How many parameters hold a gradient that no pass has taken."""
-        return sum(source.unreduced() for source in self._sources.values())
-
-    @unintercepted
-    def local_gradient(self, bucket: int, position: int) -> torch.Tensor | None:
-        """A copy of what no pass has taken of the parameter at that position in the bucket; None
-        where there is nothing.
-        """
-        return self._sources[bucket].waiting(position)
-
-    @unintercepted
-    def replace_local_gradient(self, bucket: int, position: int, value: torch.Tensor) -> None:
-        """Writes `value`, of the parameter's shape, in its place."""
-        self._sources[bucket].replace(position, value)
-
-    @unintercepted
-    def written(self) -> str | None:
-        """A parameter that has got a `.grad` since the last pass ended; None where one was late."""
-        pairs = zip(self._flat.names, self._flat.params, strict=True)
-        found = (name for name, parameter in pairs if parameter.grad is not None)
-        return None if self._late else next(found, None)
 
     def waiting(self, what: str) -> AbstractContextManager[None]:
         """Within, the caller stands still for the collective `what`."""
@@ -304,13 +278,6 @@ class Reduction:
         """Why not all ranks have the same parameters, if updates have been lost on their way."""
         return self.executor.publication.failure
 
-    @unintercepted
-    def drop(self) -> None:
-        """Forgets every gradient that no pass has taken."""
-        for source in self._sources.values():
-            source.drop()
-        self._flat.drop_strays()
-
     def reset(self, *, applied: bool = False, growth: float = 1.0) -> None:
         """The window is over: the next pass overwrites the accumulators.
 
@@ -319,29 +286,7 @@ class Reduction:
         """
         self.passes = 0
         self.executor.current.reset()
-        for source in self._sources.values():
-            source.reset()
-        for leg in self._legs:
-            leg.encoder.close(applied=applied, growth=growth)
-
-    def forget(self, kept: WireState | None = None, growth: float = 1.0) -> None:
-        """Another state of the model has been loaded: nothing of the steps before it is kept. What
-        that one has `kept` is taken, gradients being `growth` times as large as then.
-        """
-        for leg in self._legs:
-            leg.encoder.forget()
-        if kept is not None:
-            restore(self._encoders, kept)
-            for leg in self._legs:
-                leg.encoder.close(applied=False, growth=growth)
-
-    def wire_state(self) -> WireState:
-        """What encoders have kept, between two windows."""
-        return state_of(self._encoders)
-
-    @property
-    def _encoders(self) -> list[tuple[Extent, Encoder]]:
-        return [(leg.extent, leg.encoder) for leg in self._legs]
+        self.local.reset(applied=applied, growth=growth)
 
     @unintercepted
     def learn(self) -> bool:
@@ -374,8 +319,7 @@ class Reduction:
         Below stage 3 only. As in a first pass, nothing leaves before the end of the next one.
         """
         self.plan = plan if self._order is None else plan.reordered(self._order)
-        self._sources = {bucket: transport.source for bucket, transport in transports.items()}
-        self._legs = [leg for transport in transports.values() for leg in transport.legs]
+        self.local.send_by(transports)
         self._reducer = _core.Reducer(self.plan)
         self.executor.send_by(transports)
         self.executor.load(self.plan)

@@ -19,7 +19,7 @@ from multiprocessing.util import Finalize
 
 from zerort.mesh.board import Board, Unanswered
 
-__all__ = ["FINISHED", "PARTED", "leave", "leave_at_exit"]
+__all__ = ["FINISHED", "PARTED", "leave", "leave_at_exit", "leave_before_the_end"]
 
 FINISHED = (
     "has finished its program, or left it by sys.exit (engine.join() lets ranks end unevenly)"
@@ -61,12 +61,22 @@ def leave(error: BaseException) -> None:
         _left[pid] = (_new_key(), boards)
 
 
+def leave_before_the_end() -> None:
+    """The main program has ended, and something else goes on: leaves now what it would have left
+    behind that.
+    """
+    if os.getpid() in _left:
+        _leave()
+
+
 def _new_key() -> str:
     return f"zerort/last words/{uuid.uuid4().hex}"
 
 
 def _leave() -> None:
-    key, boards = _left[os.getpid()]
+    if (left := _left.pop(os.getpid(), None)) is None:
+        return
+    key, boards = left
     _write(key, _words(sys.exc_info()[1] or _uncaught()), boards)
 
 

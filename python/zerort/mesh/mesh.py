@@ -39,6 +39,7 @@ from zerort.mesh.control import GlooControl, meet, open_control
 from zerort.mesh.gloo import GlooComm
 from zerort.mesh.groups import Members, Partition
 from zerort.mesh.hosts import Arrangement
+from zerort.mesh.last_words import leave_before_the_end
 from zerort.mesh.local import LocalComm
 from zerort.mesh.nccl import NcclComm
 from zerort.mesh.ordered import OrderedComm
@@ -152,6 +153,13 @@ class Mesh:
         waits = waits and not any(comm.failed for comm in self._comms.values())
         for comm in self._comms.values():
             comm.close(waits=waits)
+
+    def part(self) -> None:
+        """The program has ended while a thread of it goes on: peers hear now why this rank takes
+        part in nothing any more.
+        """
+        leave_before_the_end()
+        self.close(waits=False)
 
 
 def connect(

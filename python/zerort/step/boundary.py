@@ -136,10 +136,10 @@ class Boundary:
             return Outcome.APPLIED
         except (StepError, PlanMismatch):  # on all ranks alike
             # one that did not fail may hold gradients that no pass has taken
-            self.reduction.drop()
+            self.reduction.local.drop()
             raise
         except BaseException as error:
-            self.reduction.drop()
+            self.reduction.local.drop()
             self.half_updated = self.half_updated or (
                 f"{type(error).__name__} at the boundary, where other ranks may have applied the "
                 f"step: {error}; load a checkpoint before going on"
@@ -181,7 +181,7 @@ class Boundary:
         return None
 
     def _vote(self, failure: str | None) -> Verdict:
-        unreduced = self.reduction.unreduced()
+        unreduced = self.reduction.local.unreduced()
         self._explain(unreduced)
         ballot = Ballot(
             unreduced,
@@ -201,7 +201,7 @@ class Boundary:
         if not self._explained:
             self._explained = True
             self._say_where_gradients_are()
-        name = self.reduction.written() if unreduced else None
+        name = self.reduction.local.written() if unreduced else None
         if name is not None:
             _log.warning(
                 "rank %d: parameter %s has a .grad that was not there when its backward ended, by "

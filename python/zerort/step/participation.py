@@ -133,7 +133,7 @@ class Participation:
     def drop(self) -> None:
         """Forgets all gradients since the last step."""
         self.reduction.settle()
-        self.reduction.drop()
+        self.reduction.local.drop()
         self.reduction.reset()
         self.accumulation.window.forget()
         self.events.dropped()
@@ -162,7 +162,7 @@ class Participation:
         """
         window = self.accumulation.window
         window.failure = window.failure or failure
-        self.reduction.drop()
+        self.reduction.local.drop()
         if owes and self._is_expected() and self.accumulation.owes and not self.reduction.in_pass:
             self.begin()
         self.reduction.abort()

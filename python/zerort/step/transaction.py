@@ -7,14 +7,15 @@
 
 A failure is carried through (`step.settling`): the peers raise with its reason, and the next
 micro-batch starts clean on all. A backward that this engine has not begun is followed by
-`step.direct`.
+`step.direct`; one whose gradients wait is reduced by `step.deferred`; what ranks come to together
+beside their micro-batches stands in `step.joint`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +25,11 @@ from zerort.config import Batch
 from zerort.errors import CommError, StepError
 from zerort.grads.compiled import Around, shield
 from zerort.grads.hooks import when_backward_reaches
-from zerort.grads.tasks import (
-    announce,
-    in_backward,
-)
+from zerort.grads.tasks import announce, in_backward
 from zerort.params.passes import Refusal
-from zerort.params.roll import COLLECTIVE, Absent, Diverged
-from zerort.step.direct import DirectBackwards
+from zerort.params.roll import Diverged
 from zerort.step.join import JoinEnded
+from zerort.step.joint import JointCalls
 from zerort.step.loss import refuse_unfit, scaled
 from zerort.step.participation import Participation
 from zerort.step.phases import Away, Backward, Destroyed, Idle, Lost, Settled, between
@@ -45,7 +43,7 @@ _log = logging.getLogger("zerort")
 T = TypeVar("T")
 
 
-class Transaction(DirectBackwards):
+class Transaction(JointCalls):
     """The calls of a training loop, and a backward's way through its phases."""
 
     def __init__(self, part: Participation) -> None:
@@ -172,90 +170,10 @@ class Transaction(DirectBackwards):
             raise
         self._advance()
 
-    # Reductions behind the backward.
-
-    @contextmanager
-    def coalesce(self) -> Iterator[None]:
-        """Within, backwards add up on this rank, and are reduced in one pass behind it. What leaves
-        it by an exception fails the micro-batch, for the peers expect that pass. Where none has
-        been, there is none to reduce.
-        """
-        call, accumulation = "coalesce_grad_reduction()", self.part.accumulation
-        self._demand(call)
-        self._refuse_unmanaged(call)
-        if accumulation.held:
-            raise StepError(f"{call} nested inside no_sync() or itself: one context is enough")
-        with accumulation.coalesce():
-            try:
-                yield
-                waits = not isinstance(self._phase, Settled) and self._has_backwards()
-            except BaseException as error:
-                known = isinstance(error, CommError | JoinEnded | Diverged)
-                if not known and not isinstance(self._phase, Settled | Lost | Destroyed):
-                    self._settle(f"{type(error).__name__}: {error}", owes=True)
-                    self._rest_at(Settled())
-                raise
-        if waits:
-            with self._settling(Settled()):
-                self._reduce_waiting()
-
-    def reduce(self) -> None:
-        """Reduces what has waited, where this micro-batch's gradients are to be reduced."""
-        call = "allreduce_gradients()"
-        self._demand(call)
-        if self.part.accumulation.held:
-            raise StepError(f"{call} inside no_sync(): leave the context first")
-        with self._settling(Settled()):
-            self._find_backward()
-            if self.part.accumulation.window.waits:
-                self._reduce_waiting()
-
-    def _reduce_waiting(self) -> None:
-        """A pass without a backward of its own, where one is due."""
-        if not self.part.accumulation.reduces:
-            return
-        before = between(self._phase)
-        self._phase = Backward(before)
-        self.part.follow()
-        self.part.reach(announced=True)
-        self.part.begin()
-        self._phase = Backward(before, owes=False)
-        self.part.close(first=False)
-        self._phase = before
-
     def set_boundary(self, is_boundary: bool) -> None:
         """Overrides the boundary from this micro-batch on."""
         self._refuse_unmanaged("set_gradient_accumulation_boundary()")
         self.part.accumulation.override = is_boundary
-
-    def _refuse_unmanaged(self, call: str) -> None:
-        if not self.part.accumulation.managed:
-            raise StepError(
-                f'{call} with "managed_gradient_accumulation": false: a window ends where you '
-                "step; leave the call or the key out"
-            )
-
-    @contextmanager
-    def join(self, *, by_initial_world: bool, throws: bool) -> Iterator[None]:
-        """Within, ranks may run out of data at different steps."""
-        if self.part.joined:
-            raise StepError("join() inside join(): one context is enough")
-        self._demand("join()")
-        self._refuse_unmanaged("join()")
-        with self._parting():
-            self.part.passes.meet("join()")
-        with self.part.join(by_initial_world=by_initial_world, throws=throws):
-            try:
-                yield
-                self.recover()
-                self._rest()
-                with self._parting():
-                    self.part.serve()
-            except BaseException as error:
-                if not isinstance(self._phase, Lost | Destroyed):
-                    self.part.leave(error)
-                    self._phase = Idle()
-                raise
 
     def drop(self) -> None:
         """Forgets all gradients since the last step. Raises `StepError` within a backward."""
@@ -267,52 +185,6 @@ class Transaction(DirectBackwards):
         """Windows to come have other sizes. Raises `StepError` in the middle of one."""
         self._demand("a change of the batch", recovering=False)
         self.part.averaging.resize(batch, backwards=between(self._phase).backwards)
-
-    def pause(self, call: str) -> None:
-        """Before `call`, which all ranks make together: nothing is under way any more."""
-        if self.part.joined:
-            raise StepError(
-                f"{call} inside join(): a rank that is out of data would not make it; leave the "
-                "context first"
-            )
-        match self._phase:
-            case Lost():
-                return  # the call fails by itself, or needs no peers
-            case _:
-                self._demand(call)
-        if call == "load_checkpoint()":
-            self._refuse_pinned(call)
-        with self._parting():
-            self._reduction.land()
-            self.part.passes.meet(call)
-            self._reduction.drain()
-
-    def meet(self, call: str) -> None:
-        """Before `call`, a collective of the caller's own: at the gate. Between passes over
-        shards, ranks first take part in the evaluations of those that have not come.
-        """
-        passes = self.part.passes
-        if self.closed:
-            return
-        if self._raised():
-            self._settle("a direct loss.backward() raised", owes=True)
-        if isinstance(self._phase, Lost):
-            self._demand(call)
-        with self._parting():
-            between_passes = isinstance(self._phase, Idle) and not passes.is_open
-            if passes.shards and between_passes and not self.part.joined:
-                self._meet_between_passes(call)
-            if self.gate is not None:
-                self.gate.pass_through(call)
-
-    def _meet_between_passes(self, call: str) -> None:
-        try:
-            self.part.passes.meet(COLLECTIVE)
-            self._reduction.drain()
-        except Absent:
-            if self.gate is not None:
-                self.gate.pass_through(call)  # who stands in has come there before, with its reason
-            raise
 
     def depart(self, *, values: bool) -> None:
         """States go to the host, parameters among them if it is `values`: until `arrive` nothing
@@ -341,7 +213,7 @@ class Transaction(DirectBackwards):
         if self._forwards or passes.is_open:
             raise StepError(f"{call} inside a forward: call it between two steps")
         begun = accumulation.window.taken or between(self._phase).backwards
-        if begun or not isinstance(self._phase, Idle) or self._reduction.unreduced():
+        if begun or not isinstance(self._phase, Idle) or self._reduction.local.unreduced():
             raise StepError(
                 f"{call} in the middle of a window, whose gradients would be lost: call it right "
                 "after a step at a boundary"
@@ -356,21 +228,13 @@ class Transaction(DirectBackwards):
         if isinstance(self._phase, Away):
             self._phase = Idle()
 
-    def _refuse_pinned(self, call: str) -> None:
-        """`call` changes the shards. What is pinned is so on all ranks, and all raise."""
-        if self.part.passes.pinned:
-            raise StepError(
-                f"{call} inside GatheredParameters: what is kept whole would be the old values; "
-                "leave the context first"
-            )
-
     def restart(self, kept: WireState | None = None, growth: float = 1.0) -> None:
         """A checkpoint has been loaded: the window begins anew, with what encoders had `kept` when
         gradients were so much smaller.
         """
         with self._parting():
             self.part.drop()
-        self._reduction.forget(kept, growth)
+        self._reduction.local.forget(kept, growth)
         self._phase = Idle()
         self.part.boundary.mend()
         self.part.accumulation.realign()
@@ -409,15 +273,3 @@ class Transaction(DirectBackwards):
         if accumulation.boundary:
             self.part.progress.check(arguments)
             self.part.meet()  # what is raised here reaches the vote
-
-    def _has_backwards(self) -> bool:
-        """Whether a backward of this micro-batch came to its end. Raises `StepError` where one of
-        the user's own raised.
-        """
-        if self._interrupted():
-            self._phase = Backward(between(self._phase))
-            raise StepError(
-                "a direct loss.backward() raised in this micro-batch; its gradients are dropped"
-            )
-        self._find_backward()
-        return between(self._phase).backwards > 0

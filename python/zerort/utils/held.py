@@ -141,7 +141,7 @@ class Held:
     @property
     def local_gradient(self) -> Tensor | None:
         """A copy of what waits on this rank to be reduced."""
-        return self.owner.reduction.local_gradient(self.bucket.spec.id, self.position)
+        return self.owner.reduction.local.gradient(self.bucket.spec.id, self.position)
 
     def write_local_gradient(self, value: Tensor) -> None:
         """Replaces what waits on this rank. Raises `StepError` where nothing does."""
@@ -151,7 +151,7 @@ class Held:
                 "backward and step"
             )
         value = value.reshape(self.form.shape)
-        self.owner.reduction.replace_local_gradient(self.bucket.spec.id, self.position, value)
+        self.owner.reduction.local.replace(self.bucket.spec.id, self.position, value)
 
     def replace(self, value: Tensor) -> None:
         """Writes a whole `value`, which follows from the master, into this rank's part, and where

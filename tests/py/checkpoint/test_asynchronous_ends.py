@@ -4,6 +4,9 @@ saves into the same folder.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,23 @@ def test_engines_of_one_job_save_into_one_folder_one_behind_the_other(tmp_path: 
         "other-2",
     ]
     assert problems(tmp_path, "one-3") == problems(tmp_path, "other-2") == []
+
+
+def test_ctrl_c_while_destroy_waits_for_a_save_leaves_it_to_its_end(tmp_path: Path) -> None:
+    engine = alone(disk := Held())
+    engine.save_checkpoint(tmp_path, "one", asynchronous=True)
+    writer = engine._checkpoints.background._writer
+    assert disk.came.wait(30)
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.destroy()
+    interrupt.join()
+    engine.destroy()  # has nothing left to give back, and does not wait
+    assert not (tmp_path / "one" / "manifest.json").exists()
+    disk.go.set()
+    writer.join(30)
+    assert problems(tmp_path, "one") == []
 
 
 class Gone:

@@ -16,10 +16,12 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from turns import turn
+from zerort.checkpoint import problems
 
 pytestmark = pytest.mark.timeout(150)
 SCRIPT = Path(__file__).parents[1] / "exits.py"
-CASES = ("raises", "own hook", "exits", "finishes", "killed", "is a worker", "store hangs")
+SAVING = ("raises while it saves", "finishes while it saves")
+CASES = ("raises", "own hook", "exits", "finishes", "killed", "is a worker", *SAVING, "store hangs")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Scene:
     codes: list[int]
     seconds: float
     errors: list[str]
+    unsaved: list[str]
+    """What is wrong with the checkpoint that was being written when the last one ended."""
 
 
 @cache
@@ -47,6 +51,9 @@ def scenes() -> dict[str, Scene]:
                 told["codes"],
                 told["seconds"],
                 [(Path(folder) / f"{told['case']}-{rank}").read_text() for rank in range(2)],
+                problems(Path(folder) / f"{told['case']}-saved", "one")
+                if told["case"] in SAVING
+                else [],
             )
             for told in map(json.loads, run.stdout.splitlines())
         }
@@ -60,6 +67,8 @@ def scenes() -> dict[str, Scene]:
         ("exits", "exit"),
         ("finishes", "has finished its program"),
         ("killed", "was killed by SIGKILL"),
+        (SAVING[0], "ended with ValueError: in the middle of a save (exits.py:"),
+        (SAVING[1], "has finished its program"),
         ("is a worker", "ended with RuntimeError: out of a process of multiprocessing"),
     ],
 )
@@ -72,6 +81,12 @@ def test_peers_of_a_rank_that_has_ended_say_how(case: str, words: str) -> None:
 def test_survivors_end_with_pythons_own_exit_code(case: str) -> None:
     """Not by SIGABRT, as when a thread comes back into an interpreter that is being taken down."""
     assert scenes()[case].codes[0] == 1, scenes()[case].errors
+
+
+@pytest.mark.parametrize("case", SAVING)
+def test_a_rank_that_has_ended_completes_what_it_was_saving(case: str) -> None:
+    """Of which nothing was written before its peer had heard of its end."""
+    assert scenes()[case].unsaved == []
 
 
 def test_the_users_own_hook_for_exceptions_is_called() -> None:

@@ -170,7 +170,7 @@ def test_work_within_itself_counts_once_and_waiting_not(clock: Clock) -> None:
 def timed(engine: Any, clock: Clock) -> None:
     """A layer's gradient takes 1 s, packing a bucket 10 s, updating one 100 s."""
     parts = engine._parts
-    for transport in parts.reduction._sources.values():
+    for transport in parts.reduction.local._sources.values():
         transport.pack = clock.takes(10.0, transport.pack)
     for layer in engine.module:
         layer.weight.register_hook(clock.takes(1.0, lambda gradient: None))

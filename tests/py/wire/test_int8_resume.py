@@ -133,11 +133,12 @@ def test_other_buckets_and_a_checkpoint_without_residuals_are_said_too(tmp_path:
 def test_residuals_of_another_length_are_refused_before_anything_changes(tmp_path: Path) -> None:
     engine = Variant(1, 1, "checkpoint").engine(0)
     take_step(engine, 0)
-    state = engine._parts.reduction.wire_state()
+    local = engine._parts.reduction.local
+    state = local.wire_state()
     short = type(state)(state.layout, 0, {name: t[4:] for name, t in state.residuals.items()})
-    engine._parts.reduction.wire_state, whole = lambda: short, engine._parts.reduction.wire_state
+    local.wire_state, whole = lambda: short, local.wire_state
     engine.save_checkpoint(tmp_path)
-    engine._parts.reduction.wire_state = whole
+    local.wire_state = whole
     before = weights_of(engine)
     with pytest.raises(CheckpointError, match="is not one of these buckets"):
         engine.load_checkpoint(tmp_path)
