@@ -23,7 +23,7 @@ from zerort.engine import Engine
 from zerort.features import monitors
 from zerort.grads.reduction import Reduction
 from zerort.grads.sources import transport_of
-from zerort.memory import FlatModel, Layout, PlannedParameter
+from zerort.memory import FlatModel, Layout, PlannedParameter, plannable
 from zerort.mesh import Mesh
 from zerort.optim import Abilities
 from zerort.params.hall import HALL, Place
@@ -235,12 +235,17 @@ def _decide(settings: Config, mesh: Mesh, given: Arguments, undo: ExitStack) -> 
     move(model, mesh.device)
     chosen = choose_optimizer(settings, model, given.optimizer, given.model_parameters)
     abilities = chosen.able(shards=settings.zero_optimization.shards_optimizer)
-    planner, plan = plan_of(
-        settings,
-        model,
+    planned = plannable(
+        list(model.named_parameters()),
         chosen.groups,
         precision.wires(model),
         origin_of,
+        holds=settings.zero_optimization.shards_parameters,
+    )
+    planner, plan = plan_of(
+        settings,
+        model,
+        planned,
         sizes=Sizes.of(mesh),
         window=mesh.shard.window,
         grains_of=partial(grains_of, chosen.optimizer, abilities),

@@ -15,7 +15,7 @@ from zerort.forecast.job import Job
 from zerort.forecast.legs import Leg, Seating, gather_pieces, lane_pieces, legs_of, reduced
 from zerort.forecast.owners import Exchanged, Owners
 from zerort.forecast.updates import Updates
-from zerort.memory import Kind, Piece, pieces, shared_pieces
+from zerort.memory import Kind, Piece, pieces, plannable, shared_pieces
 from zerort.start.caps import Cap
 from zerort.start.planning import plan_of
 from zerort.step.precision import Precision
@@ -86,12 +86,12 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     updates = Updates.of(settings, model, trained_only=job.trained_only)
     numbered = enumerate(group["params"] for group in updates.groups)
     by_id = {id(parameter): index for index, params in numbered for parameter in params}
+    named, shards = list(model.named_parameters()), settings.zero_optimization.shards_parameters
+    planned = plannable(named, by_id, precision.wires(model), _Unplaced, holds=shards)
     planner, plan = plan_of(
         settings,
         model,
-        by_id,
-        precision.wires(model),
-        _Unplaced,
+        planned,
         sizes=seating.sizes,
         window=job.window,
         grains_of=updates.grains,
@@ -102,8 +102,8 @@ def forecast(settings: Config, model: nn.Module, job: Job, micro_batches: int) -
     buckets = Buckets(settings, precision, job, members, plan, updates, micro_batches > passes)
     own, laid = buckets.own(), _Laid.of(settings, plan, buckets.rows(), seating)
     gathered = _Gathered.of(settings, plan, laid.rows)
-    planned = {id(member.tensor) for member in members}
-    loose = [p for p in model.parameters() if id(p) not in planned]
+    inside = {id(member.tensor) for member in members}
+    loose = [p for p in model.parameters() if id(p) not in inside]
     alike = list(laid.pieces(job))
     alike += [Piece(Kind.UNPLANNED, t.nbytes) for t in (*loose, *model.buffers())]
     at_rest = sum(piece.nbytes for piece in alike)

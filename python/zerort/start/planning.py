@@ -5,7 +5,7 @@ It asks a module for shapes and dtypes alone, so that it is the same on the meta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from zerort import _core
 from zerort.config import Config
 from zerort.errors import ConfigError
-from zerort.memory import Origin, PlannedParameter, Present, exchanged, plannable
+from zerort.memory import PlannedParameter, Present, exchanged
 from zerort.mesh import Mesh
 from zerort.start.caps import Cap
 from zerort.start.grains import Grains
@@ -27,27 +27,18 @@ _SHARDED_WINDOW = 4
 def plan_of(
     settings: Config,
     model: nn.Module,
-    groups: Mapping[int, int] | None,
-    wire_of: Callable[[nn.Parameter], int],
-    origin_of: Callable[[nn.Parameter], Origin],
+    planned: Sequence[PlannedParameter],
     *,
     sizes: Sizes,
     window: int | None,
-    grains_of: Callable[[Sequence[PlannedParameter]], Grains] = lambda _: (None, None),
+    grains_of: Callable[[Sequence[PlannedParameter]], Grains],
 ) -> tuple[Planner, _core.Plan]:
-    """What is planned of `model`, which has been cast, and the plan for ranks of these `sizes`;
-    `groups` and the next two as in `plannable`, `window` what the ranks' communicator
-    has in flight, `grains_of` what of the parameters may not be cut.
+    """What is `planned` of `model`, which has been cast, in its units, and the plan for ranks of
+    these `sizes`; `window` is what their communicator has in flight, and `grains_of` says what of
+    the parameters may not be cut.
 
     Raises `PlanError` naming the parameter that cannot be planned.
     """
-    planned = plannable(
-        list(model.named_parameters()),
-        groups,
-        wire_of,
-        origin_of,
-        holds=settings.zero_optimization.shards_parameters,
-    )
     cap = Cap.of(settings, [member.spec() for member in planned], sizes.world)
     members, units = in_units(settings, model, planned, cap)
     grains, costs = grains_of(members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -87,87 +88,72 @@ class SteadyControl(LocalControl):
     world = 2
 
 
-def test_sizes_grow_until_one_takes_long_and_no_further(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
-    asked = []
-
-    def start(nbytes):
-        asked.append(nbytes)
-
-        def run():
-            now[0] += 1e-4 + 1e-7 * nbytes
-            return [Work()]
-
-        return run
-
-    meter = Meter(SteadyControl(), LocalComm(torch.device("cpu")))
-    found = fit(meter.samples(start))
-    assert asked == [16384, 65536, 262144, 1048576]  # the last is the first beyond 50 ms
-    assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-7))
+Sampled = Callable[..., tuple[list[int], list[Sample]]]
 
 
-def test_sizes_grow_until_messages_are_large_unless_they_take_too_long(monkeypatch):
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> Sampled:
+    """Sizes that are asked for and samples of them, on a wire on which a message of so many bytes
+    takes `alpha + beta * nbytes` seconds.
+    """
     now = [0.0]
     monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
 
-    def asked(seconds_a_byte, large):
-        found = []
+    def measure(alpha: float, beta: float, *large: int) -> tuple[list[int], list[Sample]]:
+        asked = []
 
-        def start(nbytes):
-            found.append(nbytes)
+        def start(nbytes: int) -> Callable[[], list[Work]]:
+            asked.append(nbytes)
 
-            def run():
-                now[0] += seconds_a_byte * nbytes
+            def run() -> list[Work]:
+                now[0] += alpha + beta * nbytes
                 return [Work()]
 
             return run
 
-        Meter(SteadyControl(), LocalComm(torch.device("cpu"))).samples(start, large)
-        return found[-1]
+        meter = Meter(SteadyControl(), LocalComm(torch.device("cpu")))
+        return asked, meter.samples(start, *large)
 
-    assert asked(5e-8, 0) == 1 << 20  # 52 ms
-    assert asked(5e-8, 1 << 20) == 1 << 20
-    assert asked(5e-8, 2 << 20) == 4 << 20
-    assert asked(5e-8, 64 << 20) == 16 << 20  # 0.2 s, and then 0.8
-    assert asked(5e-7, 64 << 20) == 1 << 20
+    return measure
 
 
-def test_sizes_stop_growing_where_a_message_only_says_that_it_is_there(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
-    asked = []
+def test_sizes_grow_until_one_takes_long_and_no_further(sampled: Sampled) -> None:
+    asked, found = sampled(1e-4, 1e-7)
+    assert asked == [16384, 65536, 262144, 1048576]  # the last is the first beyond 50 ms
+    line = fit(found)
+    assert (line.alpha, line.beta) == pytest.approx((1e-4, 1e-7))
 
-    def start(nbytes):
-        asked.append(nbytes)
 
-        def run():
-            now[0] += 2e-5
-            return [Work()]
+@pytest.mark.parametrize(
+    ("beta", "large", "last"),
+    [
+        (5e-8, 0, 1 << 20),  # 52 ms
+        (5e-8, 1 << 20, 1 << 20),
+        (5e-8, 2 << 20, 4 << 20),
+        (5e-8, 64 << 20, 16 << 20),  # 0.2 s, and then 0.8
+        (5e-7, 64 << 20, 1 << 20),
+    ],
+)
+def test_sizes_grow_until_messages_are_large_unless_they_take_too_long(
+    beta: float, large: int, last: int, sampled: Sampled
+) -> None:
+    asked, _ = sampled(0.0, beta, large)
+    assert asked[-1] == last
 
-        return run
 
-    found = fit(Meter(SteadyControl(), LocalComm(torch.device("cpu"))).samples(start, 2 << 20))
+def test_sizes_stop_growing_where_a_message_only_says_that_it_is_there(sampled: Sampled) -> None:
+    asked, found = sampled(2e-5, 0.0, 2 << 20)
     assert asked[-1] == 4 << 20
-    wire = Wire(2, found, Line(1e-3, 1e-9), 1e-3)
+    wire = Wire(2, fit(found), Line(1e-3, 1e-9), 1e-3)
     assert wire_line(wire) == (
         "2 ranks: reduce 0.02 ms of any size, gather 1.00 ms + 1000 MB/s, vote 1.00 ms"
     )
 
 
-def test_three_sizes_are_timed_where_the_first_takes_long(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("zerort.tune.wire.time.perf_counter", lambda: now[0])
-
-    def start(nbytes):
-        def run():
-            now[0] += 0.05 + 1e-8 * nbytes
-            return [Work()]
-
-        return run
-
-    found = fit(Meter(SteadyControl(), LocalComm(torch.device("cpu"))).samples(start))
-    assert (found.alpha, found.beta) == pytest.approx((0.05, 1e-8))
+def test_three_sizes_are_timed_where_the_first_takes_long(sampled: Sampled) -> None:
+    _, found = sampled(0.05, 1e-8)
+    line = fit(found)
+    assert (line.alpha, line.beta) == pytest.approx((0.05, 1e-8))
 
 
 def test_a_rank_alone_has_no_wire():
