@@ -11,8 +11,8 @@ use zerort_core::turns::{Counter, Turns, reached};
 
 use crate::errors::StepError;
 use crate::futex;
+use crate::mapping::Mapping;
 use crate::reducer::locked;
-use crate::segment::Mapping;
 
 /// How long a rank looks before it sleeps: about what a sleep and being woken take.
 const SPIN: Duration = Duration::from_micros(30);

@@ -1,5 +1,5 @@
-//! Memory shared with torch by DLPack. With [`crate::segment`], [`crate::futex`] and
-//! [`crate::streaming`] these are the only files of this project with `unsafe` code.
+//! Memory shared with torch by DLPack. With [`crate::mapping`], [`crate::futex`],
+//! [`crate::streaming`] and [`crate::wide`] this is the only file of the project with `unsafe` code.
 //!
 //! A [`Memory`] is a flat run of elements that some other library owns. [`Memory::import`] takes it
 //! out of a capsule, and [`Memory::export`] hands it, or a [`Memory::part`] of it, on. Nothing is

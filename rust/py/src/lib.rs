@@ -2,7 +2,7 @@
 //!
 //! This file exports and does nothing else. Only integers cross the border on the hot path; memory
 //! crosses once, at setup. State-machine calls keep the GIL, kernels release it. A panic of the
-//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`segment`],
+//! core arrives as a Python exception. `unsafe` is allowed in [`dlpack`], [`mapping`],
 //! [`futex`], [`streaming`] and [`wide`] alone.
 
 #![deny(unsafe_code)]
@@ -27,6 +27,8 @@ mod grain;
 mod ids;
 mod kernels;
 mod list;
+#[allow(unsafe_code)]
+mod mapping;
 mod names;
 mod plan;
 mod quantize;
@@ -34,7 +36,6 @@ mod reducer;
 mod reshard;
 mod roll;
 mod scaler;
-#[allow(unsafe_code)]
 mod segment;
 #[allow(unsafe_code)]
 mod streaming;
