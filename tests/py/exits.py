@@ -23,7 +23,7 @@ import torch._dynamo
 import torch.distributed as dist
 
 import zerort
-from zerort.checkpoint.files import Disk
+from disks import Until
 from zerort.errors import CommError
 
 WORLD = 2
@@ -42,20 +42,6 @@ class Model(torch.nn.Linear):
 
 
 SAVING = ("raises while it saves", "finishes while it saves")
-
-
-class Until(Disk):
-    """Opens no file for writing before `sign` is there, or never."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-
-    def create(self, path: Path) -> int:
-        for _ in range(1500):
-            if self.sign.exists():
-                return super().create(path)
-            time.sleep(0.01)
-        raise OSError(5, f"{self.sign} did not come")
 
 
 def train(case: str, rank: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,10 @@ import pytest
 from test_asynchronous import Held, alone, step, trained
 
 import ranks
+from disks import Until
 from zerort.checkpoint import problems
-from zerort.checkpoint.files import Disk
 from zerort.errors import CheckpointError, CommError
 from zerort.mesh import Consensus
-
-
-class Until(Disk):
-    """Opens no file for writing before `sign` is there; then as long as it takes."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-
-    def create(self, path: Path) -> int:
-        for _ in range(1000):
-            if self.sign.exists():
-                return super().create(path)
-            time.sleep(0.02)
-        raise OSError(5, f"{self.sign} did not come")
 
 
 def let_down(rank: int, world: int, folder: str) -> str:
